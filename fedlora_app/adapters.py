@@ -1,0 +1,236 @@
+"""The two LoRA adapters: attached to the base, filled, switched, read and written.
+
+The only module that imports PEFT. ``y = W0 x + s_G B_G A_G x + s_L B_L A_L x``, where the
+global pair (A_G, B_G) is averaged by the server and the local pair never leaves its client.
+LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
+
+An adapter's *state* is a dictionary of fp32 CPU tensors under PEFT's file keys, which do
+not name the adapter; so a state always travels and is stored together with its role.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from transformers import PreTrainedModel
+
+from fedlora_app.config import AdapterConfig, AdaptersConfig
+from fedlora_app.seeds import derive_seed
+from fedlora_app.storage import hash_file, replace_folder
+
+GLOBAL = "global"
+LOCAL = "local"
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+AdapterState = dict[str, torch.Tensor]
+AdaptedModel = PeftModel
+"""The base model with its adapters attached, for annotations elsewhere."""
+
+
+class AdapterError(ValueError):
+    """An adapter does not fit: other names, shapes, rank or base, or a damaged file."""
+
+
+def attach_adapters(base: PreTrainedModel, config: AdaptersConfig) -> AdaptedModel:
+    """Put both adapters on the base model and freeze everything.
+
+    The modules exist once per process; their weights are set for every message.
+    """
+    detach_adapters(base)
+    model = get_peft_model(base, _lora_config(config.global_), adapter_name=GLOBAL)
+    model.add_adapter(LOCAL, _lora_config(config.local))
+    model.requires_grad_(False)
+    return model
+
+
+def detach_adapters(base: PreTrainedModel) -> None:
+    """Take adapters that an earlier run in this process left off the base model."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            base.set_submodule(name, module.get_base_layer())
+
+
+def build_initial_state(model: AdaptedModel, name: str, seed: int) -> AdapterState:
+    """Return a fresh adapter: A uniform in +-1/sqrt(in), B zero, from ``seed`` alone.
+
+    Each tensor's values derive from the seed and its own name, so neither the order of the
+    layers nor the device (the meta device included) changes them.
+    """
+    state = {}
+    for key, shape in state_shapes(model, name).items():
+        if ".lora_B." in key:
+            state[key] = torch.zeros(shape)
+            continue
+        generator = torch.Generator().manual_seed(derive_seed(seed, name, key))
+        bound = 1 / math.sqrt(shape[1])  # kaiming_uniform with a = sqrt(5), as PEFT
+        state[key] = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return state
+
+
+def state_shapes(model: AdaptedModel, name: str) -> dict[str, torch.Size]:
+    """Return the shape of every tensor of an adapter, sorted by key."""
+    return {key: tensor.shape for key, tensor in sorted(_parameters(model, name).items())}
+
+
+def get_state(model: AdaptedModel, name: str) -> AdapterState:
+    """Return a copy of an adapter's weights, fp32 on the CPU, sorted by key."""
+    return {
+        key: tensor.detach().to("cpu", torch.float32, copy=True)
+        for key, tensor in sorted(_parameters(model, name).items())
+    }
+
+
+def set_state(model: AdaptedModel, name: str, state: AdapterState) -> None:
+    """Overwrite every weight of an adapter.
+
+    Raises:
+        AdapterError: the state's names or shapes are not the adapter's.
+    """
+    check_state(state, state_shapes(model, name), f'the state for adapter "{name}"')
+    set_peft_model_state_dict(model, state, adapter_name=name)
+
+
+def check_state(state: AdapterState, shapes: dict[str, torch.Size], what: str) -> None:
+    """Raise ``AdapterError`` unless names and shapes agree and every value is finite."""
+    missing, extra = sorted(set(shapes) - set(state)), sorted(set(state) - set(shapes))
+    if missing or extra:
+        raise AdapterError(
+            f"{what}: {len(missing)} tensors are missing{_first(missing)} and {len(extra)} are "
+            f"unknown{_first(extra)}. Expected an adapter of the same base and target_modules."
+        )
+    for key, shape in shapes.items():
+        if state[key].shape != shape:
+            raise AdapterError(
+                f"{what}: {key} has shape {tuple(state[key].shape)}, expected {tuple(shape)} "
+                "(another rank or another base model)."
+            )
+        if not torch.isfinite(state[key]).all():
+            raise AdapterError(f"{what}: {key} holds values that are not finite.")
+
+
+def activate(model: AdaptedModel, active: Iterable[str], trainable: Iterable[str] = ()) -> None:
+    """Make exactly these adapters contribute, and exactly these of them trainable.
+
+    PEFT turns gradients on for whatever it activates, hence the explicit second step.
+    """
+    active, trainable = list(active), list(trainable)
+    assert set(trainable) <= set(active), "an inactive adapter cannot be trained"
+    if not active:
+        raise ValueError("activate() needs an adapter; use base_only() for none.")
+    model.base_model.set_adapter(active)
+    model.requires_grad_(False)
+    for name in trainable:
+        for parameter in adapter_parameters(model, name):
+            parameter.requires_grad_(True)
+
+
+def base_only(model: AdaptedModel):
+    """Return a context in which the base model answers alone."""
+    return model.disable_adapter()
+
+
+def adapter_parameters(model: AdaptedModel, name: str) -> list[torch.nn.Parameter]:
+    """Return the live parameters of one adapter."""
+    marks = (f".lora_A.{name}.", f".lora_B.{name}.")
+    return [p for key, p in model.named_parameters() if any(mark in key for mark in marks)]
+
+
+def save_adapter(
+    folder: Path, model: AdaptedModel, name: str, state: AdapterState, base_name: str
+) -> str:
+    """Write a PEFT folder atomically and return its weights' sha256.
+
+    The folder loads with ``PeftModel.from_pretrained(base, folder)``.
+    """
+    shapes = state_shapes(model, name)
+    check_state(state, shapes, f"{folder}")
+    config = model.peft_config[name].to_dict()
+    config |= {
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "target_modules": sorted(model.peft_config[name].target_modules),
+    }
+    weights = save(
+        {key: state[key].contiguous() for key in shapes},
+        metadata={"format": "pt", "fedlora_role": name},
+    )
+    with replace_folder(folder) as partial:
+        (partial / CONFIG_FILE).write_text(
+            json.dumps(config, indent=2, sort_keys=True, default=_jsonable) + "\n",
+            encoding="utf-8",
+        )
+        (partial / WEIGHTS_FILE).write_bytes(weights)
+    return hash_file(folder / WEIGHTS_FILE)
+
+
+def load_adapter(folder: Path, model: AdaptedModel, name: str, base_name: str) -> AdapterState:
+    """Read an adapter that was saved in this role, for this base and with these shapes.
+
+    Raises:
+        AdapterError: the folder is missing, damaged or belongs to something else.
+    """
+    weights, config_path = folder / WEIGHTS_FILE, folder / CONFIG_FILE
+    for path in (weights, config_path):
+        if not path.is_file():
+            raise AdapterError(
+                f"{path} does not exist. Expected a PEFT folder with {CONFIG_FILE} and "
+                f"{WEIGHTS_FILE}; a {name} adapter is never silently started anew."
+            )
+    try:
+        stored_base = json.loads(config_path.read_text(encoding="utf-8")).get(
+            "base_model_name_or_path"
+        )
+        with safe_open(weights, framework="pt") as file:
+            role = (file.metadata() or {}).get("fedlora_role")
+            state = {key: file.get_tensor(key).float() for key in sorted(file.keys())}
+    except (SafetensorError, OSError, ValueError, AttributeError) as error:
+        raise AdapterError(f"{folder} is damaged: {error}") from error
+    if role != name:
+        raise AdapterError(f"{folder} holds the adapter of role {role!r}, expected {name!r}.")
+    if stored_base != base_name:
+        raise AdapterError(
+            f"{folder} was trained on the base model {stored_base!r}, and this run uses "
+            f"{base_name!r}."
+        )
+    check_state(state, state_shapes(model, name), str(folder))
+    return state
+
+
+def _lora_config(config: AdapterConfig) -> LoraConfig:
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.target_modules,
+        bias="none",
+    )
+
+
+def _parameters(model: AdaptedModel, name: str) -> AdapterState:
+    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+
+
+def _first(names: list[str]) -> str:
+    return f" ({names[0]}{', ...' if len(names) > 1 else ''})" if names else ""
+
+
+def _jsonable(value: object) -> object:
+    return sorted(value) if isinstance(value, set) else str(value)

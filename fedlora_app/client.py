@@ -1,0 +1,269 @@
+"""What a client does, without Flower: check in, train, personalise and evaluate.
+
+Both adapters are set from scratch at the beginning of every call, the global one from
+what the server sent and the local one from this client's folder, so nothing of one client
+can reach the next through the process they share.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedlora_app.adapters import (
+    GLOBAL,
+    LOCAL,
+    AdaptedModel,
+    AdapterState,
+    attach_adapters,
+    build_initial_state,
+    get_state,
+    load_adapter,
+    save_adapter,
+    set_state,
+)
+from fedlora_app.client_data import (
+    build_question_sets,
+    count_phase_steps,
+    load_client_files,
+    select_examples,
+    tokenize_client_files,
+)
+from fedlora_app.config import AdaptersConfig, ClientConfig, Config, ConfigError
+from fedlora_app.evaluation import CONFLICT, UNIVERSAL, evaluate_questions, summarise
+from fedlora_app.model import LoadedModel, describe_device, load_base_model, load_tokenizer
+from fedlora_app.rounds import BOTH, Phase, adapters_label, plan_round
+from fedlora_app.seeds import derive_seed
+from fedlora_app.tokens import Example
+from fedlora_app.training import PhaseResult, Progress, train_phase
+
+PROGRESS_INTERVAL_SECONDS = 10.0
+
+Metrics = dict[str, Any]
+
+_attached: tuple[int, AdaptersConfig, AdaptedModel] | None = None
+
+
+@dataclass(frozen=True)
+class Client:
+    """One client for the length of one message.
+
+    Args:
+        run_dir: the run directory on this machine; local adapters live in its clients/<id>.
+        root: the project on this machine, to which data paths are relative.
+    """
+
+    config: Config
+    client_id: str
+    run_dir: Path
+    root: Path
+
+    def check_in(self) -> Metrics:
+        """Check and tokenise this client's data before anything large is loaded.
+
+        Returns:
+            Counts, file hashes and the device: what the server may know of this client.
+        """
+        if self.config.training.optimizer == "paged_adamw_8bit" and not torch.cuda.is_available():
+            raise ConfigError(
+                "training.optimizer: paged_adamw_8bit needs a GPU and this client has none. "
+                "Set it to adamw."
+            )
+        tokenizer = load_tokenizer(self.config.model, self.root)
+        files = load_client_files(self.config, self._own, self.root)
+        examples = tokenize_client_files(self.config, self._own, files, tokenizer, self.root)
+        counts = {"skipped_records": sum(file.num_skipped for file in files.all.values())}
+        for name, tokenized in vars(examples).items():
+            counts[f"{name}_examples"] = len(tokenized.examples)
+            counts[f"{name}_truncated"] = tokenized.num_truncated
+            counts[f"{name}_dropped"] = tokenized.num_dropped
+        hashes = {f"sha256/{name}": file.sha256 for name, file in files.all.items()}
+        return {**counts, **hashes, "device": describe_device()}
+
+    def train(
+        self, server_round: int, global_state: AdapterState, local_round: int
+    ) -> tuple[AdapterState, Metrics]:
+        """Run the phase before the average.
+
+        Args:
+            global_state: the adapter that the server sent.
+            local_round: the round whose local adapter this client continues from.
+
+        Returns:
+            The global adapter's update (new minus received, fp32) and the metrics, of which
+            ``num-examples`` counts this phase's examples only.
+        """
+        phase = plan_round(self.config, server_round).train
+        assert phase is not None, "this mode has nothing to train before the average"
+        loaded, model = self._prepare(global_state, local_round)
+        result = self._run_phase(loaded, model, phase, server_round)
+        if LOCAL in phase.trainable:
+            self._save_local(model, self._round_dir(server_round))
+        trained = get_state(model, GLOBAL)
+        update = {key: trained[key] - global_state[key] for key in trained}
+        norm = torch.stack([delta.double().norm() for delta in update.values()]).norm().item()
+        metrics = _phase_metrics(phase, result) | {"update_norm": norm}
+        return update, {"num-examples": result.num_examples, **metrics}
+
+    def personalise(
+        self, server_round: int, global_state: AdapterState, local_round: int
+    ) -> tuple[Metrics, dict[str, str]]:
+        """Fit the local adapter to the new global one, keep it, and evaluate.
+
+        Round 0 makes the initial local adapter and evaluates the base model alone.
+
+        Returns:
+            The metrics and, as hashes, which base model and which local adapter they are of.
+        """
+        plan = plan_round(self.config, server_round)
+        loaded, model = self._prepare(global_state, local_round)
+        metrics: Metrics = {}
+        hashes = {"base_model": loaded.fingerprint}
+        if server_round > 0 and plan.personalise is not None:
+            result = self._run_phase(loaded, model, plan.personalise, server_round)
+            metrics |= _phase_metrics(plan.personalise, result)
+        if LOCAL in plan.evaluated:
+            hashes["local_adapter"] = self._save_local(model, self._round_dir(server_round))
+        started = time.monotonic()
+        is_final = server_round == self.config.federated.num_rounds
+        if server_round == 0:
+            metrics |= self._evaluate(loaded, model, ())
+        else:
+            metrics |= self._evaluate(loaded, model, plan.evaluated, show_example=is_final)
+        if is_final and plan.evaluated == BOTH:
+            metrics |= self._evaluate(loaded, model, (GLOBAL,))
+        metrics["evaluation_seconds"] = time.monotonic() - started
+        if is_final and LOCAL in plan.evaluated:
+            self._save_local(model, self.run_dir / "final" / "clients" / self.client_id)
+        return metrics, hashes
+
+    @property
+    def _own(self) -> ClientConfig:
+        return self.config.client(self.client_id)
+
+    def _round_dir(self, server_round: int) -> Path:
+        return self.run_dir / "clients" / self.client_id / f"round_{server_round:03d}"
+
+    def _prepare(
+        self, global_state: AdapterState, local_round: int
+    ) -> tuple[LoadedModel, AdaptedModel]:
+        """Set both adapters from scratch; ``local_round`` below 0 means a fresh local one."""
+        loaded = load_base_model(self.config.model, self.root)
+        model = _attach_once(loaded, self.config.adapters)
+        if local_round < 0:
+            seed = derive_seed(self.config.experiment.seed, "initial", self.client_id)
+            local_state = build_initial_state(model, LOCAL, seed)
+        else:
+            folder = self._round_dir(local_round)
+            local_state = load_adapter(folder, model, LOCAL, self.config.model.name)
+        set_state(model, GLOBAL, global_state)
+        set_state(model, LOCAL, local_state)
+        return loaded, model
+
+    def _save_local(self, model: AdaptedModel, folder: Path) -> str:
+        return save_adapter(folder, model, LOCAL, get_state(model, LOCAL), self.config.model.name)
+
+    def _run_phase(
+        self, loaded: LoadedModel, model: AdaptedModel, phase: Phase, server_round: int
+    ) -> PhaseResult:
+        pool = self.config.client_ids if phase.data == "pooled" else [self.client_id]
+        selected: list[Example] = []
+        num_steps = 0
+        for client_id in pool:
+            client = self.config.client(client_id)
+            files = load_client_files(self.config, client, self.root)
+            examples = tokenize_client_files(
+                self.config, client, files, loaded.tokenizer, self.root
+            )
+            selected += select_examples(self.config, client_id, examples, phase, server_round)
+            num_steps += count_phase_steps(self.config, examples, phase)
+        training, num_rounds = self.config.training, self.config.federated.num_rounds
+        weight_decays = {
+            GLOBAL: training.global_weight_decay,
+            LOCAL: training.local_weight_decay,
+        }
+        return train_phase(
+            model,
+            selected,
+            training,
+            active=phase.active,
+            trainable=phase.trainable,
+            num_steps=num_steps,
+            run_span=((server_round - 1) / num_rounds, server_round / num_rounds),
+            weight_decays=weight_decays,
+            seed=derive_seed(self.config.experiment.seed, phase.name, server_round, self.client_id),
+            pad_token_id=loaded.tokenizer.pad_token_id,
+            progress=_progress_lines(f"{self.client_id}, round {server_round}, {phase.name}"),
+        )
+
+    def _evaluate(
+        self,
+        loaded: LoadedModel,
+        model: AdaptedModel,
+        active: Sequence[str],
+        show_example: bool = False,
+    ) -> Metrics:
+        """Score every question set with the adapters ``active``."""
+        files = load_client_files(self.config, self._own, self.root)
+        metrics: Metrics = {}
+        for name, questions in build_question_sets(self._own, files).items():
+            scores = evaluate_questions(
+                model,
+                loaded.tokenizer,
+                questions,
+                active=active,
+                system_prompt=self._own.system_prompt,
+                settings=self.config.evaluation,
+            )
+            prefix = f"{adapters_label(active)}/{name}"
+            metrics |= _prefixed(prefix, summarise(scores))
+            if name == UNIVERSAL:
+                unseen = [s for s, q in zip(scores, questions, strict=True) if q.is_unseen]
+                metrics |= _prefixed(f"{prefix}_unseen", summarise(unseen))
+            if name == CONFLICT:
+                metrics[f"{prefix}/exact_match_each"] = [int(s.exact_match) for s in scores]
+                metrics[f"{prefix}/ranked_first_each"] = [int(s.ranked_first) for s in scores]
+                if show_example:
+                    print(
+                        f'{self.client_id}: "{questions[0].text}" -> "{scores[0].generated}"',
+                        flush=True,
+                    )
+        return metrics
+
+
+def _attach_once(loaded: LoadedModel, config: AdaptersConfig) -> AdaptedModel:
+    """Return the base with the adapters' modules on it, made once per process and shape."""
+    global _attached
+    if _attached is None or _attached[:2] != (id(loaded.model), config):
+        _attached = (id(loaded.model), config, attach_adapters(loaded.model, config))
+    return _attached[2]
+
+
+def _phase_metrics(phase: Phase, result: PhaseResult) -> Metrics:
+    return _prefixed(f"train_{phase.name}", vars(result))
+
+
+def _prefixed(prefix: str, values: Metrics) -> Metrics:
+    return {f"{prefix}/{key}": value for key, value in values.items()}
+
+
+def _progress_lines(what: str) -> Progress:
+    """Return a callback that prints a line every few seconds of a long phase."""
+    last = started = time.monotonic()
+
+    def report(step: int, num_steps: int, loss: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= PROGRESS_INTERVAL_SECONDS and step < num_steps:
+            last = now
+            left = (now - started) / step * (num_steps - step)
+            print(
+                f"{what}: step {step}/{num_steps}, loss {loss:.3f}, {left:.0f} s left", flush=True
+            )
+
+    return report

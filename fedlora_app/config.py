@@ -1,0 +1,346 @@
+"""The experiment's configuration: one YAML file, checked as a whole before anything runs.
+
+A default stands here and nowhere else; ``conf/default.yaml`` spells all of them out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+SAFE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+Mode = Literal["dual", "fedavg", "local-only", "centralized"]
+
+
+class ConfigError(ValueError):
+    """The configuration has faults; the message lists all of them."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+
+class ExperimentConfig(_Section):
+    """What the run is called and what its randomness derives from."""
+
+    name: str = Field("fedlora", pattern=SAFE_NAME)
+    seed: int = Field(42, ge=0, lt=2**31)
+
+
+class ModelConfig(_Section):
+    """The frozen base model."""
+
+    name: str = Field("Qwen/Qwen2.5-7B-Instruct", min_length=1)
+    """Hub id, or a folder (absolute or relative to the project)."""
+    revision: str | None = None
+    quantization: Literal["auto", "4bit", "none"] = "auto"
+    """auto: 4bit (NF4, double quantisation) on a GPU, none on a CPU."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the weights and the computation. auto: bfloat16 on a GPU, float32 on a CPU."""
+    trust_remote_code: bool = False
+
+
+class AdapterConfig(_Section):
+    """One LoRA adapter."""
+
+    rank: int = Field(16, ge=1, le=1024)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+
+
+class AdaptersConfig(_Section):
+    """The two adapters of a client."""
+
+    global_: AdapterConfig = Field(default_factory=AdapterConfig, alias="global")
+    local: AdapterConfig = Field(default_factory=AdapterConfig)
+
+
+class TrainingConfig(_Section):
+    """What a client does in a round."""
+
+    schedule: Literal["phased", "joint"] = "phased"
+    """phased: global on universal data, then local beside it; joint: both on the mix."""
+    global_epochs: int = Field(2, ge=1)
+    """Passes over the client's universal data per round."""
+    local_epochs: int = Field(2, ge=1)
+    """Passes over the client's local data (with its replay) per round."""
+    replay: float = Field(1.0, ge=0, le=1)
+    """Share of the universal records that the local phase sees beside the local ones."""
+    learning_rate: float = Field(2.0e-4, gt=0)
+    batch_size: int = Field(4, ge=1)
+    gradient_accumulation_steps: int = Field(6, ge=1)
+    max_seq_length: int = Field(1024, ge=8)
+    """Tokens per example; what is cut off is counted and reported."""
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    """Share of an adapter's whole run during which its learning rate rises."""
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """Over an adapter's whole run, not anew in every round."""
+    final_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
+    """Where cosine and linear schedules end, relative to learning_rate."""
+    optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
+    global_weight_decay: float = Field(0.0, ge=0)
+    local_weight_decay: float = Field(0.0, ge=0)
+    """Keeps the local adapter small, so that it spoils less of what the global one knows."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    gradient_checkpointing: Literal["auto", True, False] = "auto"
+    """auto: on for models of a billion parameters or more on a GPU."""
+
+
+class ClientConfig(_Section):
+    """One participating organisation. Its files are read on its own machine only."""
+
+    id: str = Field(pattern=SAFE_NAME)
+    system_prompt: str
+    local_train: str = Field(min_length=1)
+    local_test: str | None = None
+    universal_train: str | None = None
+    """This client's own share; data.universal_train otherwise."""
+
+
+class FederatedConfig(_Section):
+    """Who takes part and how the server treats them."""
+
+    mode: Mode = "dual"
+    num_rounds: int = Field(5, ge=1)
+    aggregation: Literal["fedavg"] = "fedavg"
+    clients_at_once: int = Field(1, ge=1)
+    min_clients: int | None = Field(None, ge=1)
+    """Fewer answers than this stop the run. null: all clients must answer."""
+    upload_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the update that a client sends; bfloat16 halves the bytes."""
+    clients: list[ClientConfig] = Field(default_factory=list, min_length=1)
+
+    @property
+    def required_clients(self) -> int:
+        """Number of clients without which a round does not count."""
+        return self.min_clients or len(self.clients)
+
+
+class DataConfig(_Section):
+    """Files that all clients share, Alpaca JSON or JSON Lines."""
+
+    universal_train: str | None = "data/universal_train.json"
+    universal_test: str | None = "data/universal_test.json"
+    conflict_test: str | None = "data/conflict.json"
+    skip_invalid: bool = False
+    """Drop and count invalid records instead of stopping."""
+
+
+class EvaluationConfig(_Section):
+    """How the question sets are scored after every round."""
+
+    batch_size: int = Field(32, ge=1)
+    max_new_tokens: int = Field(128, ge=1)
+
+
+class Config(_Section):
+    """A whole experiment."""
+
+    experiment: ExperimentConfig = Field(default_factory=ExperimentConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    adapters: AdaptersConfig = Field(default_factory=AdaptersConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    federated: FederatedConfig
+    data: DataConfig = Field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+    def client(self, client_id: str) -> ClientConfig:
+        """Return the client of that id."""
+        for client in self.federated.clients:
+            if client.id == client_id:
+                return client
+        known = ", ".join(client.id for client in self.federated.clients)
+        raise ConfigError(f'No client is called "{client_id}". federated.clients names: {known}.')
+
+    @property
+    def client_ids(self) -> list[str]:
+        """Ids in the order in which clients are served."""
+        return sorted(client.id for client in self.federated.clients)
+
+    def dump(self) -> dict[str, Any]:
+        """Return plain data that ``parse_config`` reads back to an equal object."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def load_config(path: Path, overrides: str = "", **settings: Any) -> Config:
+    """Read a YAML file, lay overrides over it and check everything at once.
+
+    Args:
+        path: the experiment's YAML.
+        overrides: ``"training.learning_rate=1e-4 adapters.local.rank=8"``.
+        settings: dotted keys with ``.`` written as ``__``; None leaves the YAML's value.
+
+    Raises:
+        ConfigError: with every fault, each under its dotted path.
+    """
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist.{_list_siblings(path)}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds no sections. Expected keys such as model, federated.")
+    faults = []
+    changes = {key.replace("__", "."): v for key, v in settings.items() if v is not None}
+    try:
+        changes |= parse_overrides(overrides)
+    except ConfigError as error:
+        faults.append(str(error))
+    for key, value in changes.items():
+        _set_dotted(raw, key, value)
+    return parse_config(raw, source=str(path), known_faults=faults)
+
+
+def parse_config(
+    raw: dict[str, Any], source: str = "the configuration", known_faults: list[str] | None = None
+) -> Config:
+    """Check plain data and return the configuration, or raise with all faults together."""
+    faults = list(known_faults or [])
+    config = None
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        faults += [_describe(fault) for fault in error.errors()]
+    faults += _cross_faults(raw)
+    if config is None or faults:
+        listing = "\n".join(f"  {fault}" for fault in faults)
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise ConfigError(f"{source} has {count}:\n{listing}")
+    return config
+
+
+def parse_overrides(text: str) -> dict[str, Any]:
+    """Parse ``"a.b=1 c.d='x y'"`` to dotted keys and YAML values."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"overrides: {error} in {text!r}.") from None
+    changes: dict[str, Any] = {}
+    for word in words:
+        key, separator, value = word.partition("=")
+        if not separator or not key:
+            raise ConfigError(f'overrides: "{word}" is not of the form section.key=value.')
+        try:
+            changes[key] = yaml.load(value, Loader=_Loader)
+        except yaml.YAMLError:
+            raise ConfigError(f'overrides: the value of "{word}" is not YAML.') from None
+    return changes
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: ``1e-4`` is a number, not a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def _set_dotted(raw: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    node: Any = raw
+    for section in sections:
+        if isinstance(node, list) and section.isdigit() and int(section) < len(node):
+            node = node[int(section)]
+        elif isinstance(node, dict):
+            if node.get(section) is None:
+                node[section] = {}
+            node = node[section]
+    if isinstance(node, dict):
+        node[key] = value
+
+
+def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:
+    """Find faults between fields, on raw data so that they join those of the fields."""
+    federated = raw.get("federated")
+    clients = federated.get("clients") if isinstance(federated, dict) else None
+    if not isinstance(clients, list):
+        return
+    named = [client for client in clients if isinstance(client, dict)]
+    ids = [str(client.get("id")) for client in named]
+    for name in sorted({i for i in ids if ids.count(i) > 1}):
+        yield (
+            f'federated.clients: {ids.count(name)} clients have the id "{name}"; ids must differ.'
+        )
+    lowered = [name.lower() for name in ids]
+    for name in sorted({i for i in ids if lowered.count(i.lower()) > 1 and ids.count(i) == 1}):
+        yield f'federated.clients: the id "{name}" differs from another only in case.'
+    min_clients = federated.get("min_clients")
+    if isinstance(min_clients, int) and min_clients > len(clients):
+        yield (
+            f"federated.min_clients: {min_clients} clients are required and only "
+            f"{len(clients)} are named."
+        )
+    data = raw.get("data") if isinstance(raw.get("data"), dict) else {}
+    if "universal_train" in data and data["universal_train"] is None:
+        for client in named:
+            if client.get("universal_train") is None:
+                yield (
+                    f'federated.clients: "{client.get("id")}" has no universal_train and '
+                    "data.universal_train is null; set one of them."
+                )
+
+
+def _describe(fault: Any) -> str:
+    """Return ``dotted.path: what is wrong``, with the value and a likely key."""
+    path = ".".join(str(part) for part in fault["loc"] if "[" not in str(part))
+    value = fault["input"]
+    if fault["type"] == "extra_forbidden":
+        return f"{path}: unknown key.{_suggest(fault['loc'])}"
+    if fault["type"] == "missing":
+        return f"{path}: missing."
+    if fault["type"] == "string_pattern_mismatch":
+        return (
+            f"{path}: {value!r} is not a name. Expected letters, digits, '.', '_' and '-', "
+            "beginning with a letter or digit, at most 64."
+        )
+    if fault["type"] == "too_short":
+        return f"{path}: at least one is needed."
+    shown = "" if isinstance(value, dict | list) else f" (it is {value!r})"
+    return f"{path}: {fault['msg'][0].lower()}{fault['msg'][1:]}{shown}."
+
+
+def _suggest(loc: tuple[int | str, ...]) -> str:
+    """Name the most similar known key, first in the same section and then anywhere."""
+    here = ".".join(str(part) for part in loc[:-1] if not isinstance(part, int))
+    known = dict(_known_keys(Config))
+    siblings = [key for key, section in known.items() if section == here]
+    last = str(loc[-1])
+    matches = difflib.get_close_matches(last, [k.rsplit(".", 1)[-1] for k in siblings], n=1)
+    if matches:
+        return f' Did you mean "{matches[0]}"?'
+    elsewhere = [key for key in known if key.rsplit(".", 1)[-1] == last]
+    if elsewhere:
+        return f' It belongs at "{elsewhere[0]}".'
+    names = ", ".join(key.rsplit(".", 1)[-1] for key in siblings)
+    return f" Known here: {names}." if names else ""
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, dotted section) of every field below ``section``."""
+    for name, field in section.model_fields.items():
+        key = f"{prefix}.{field.alias or name}".lstrip(".")
+        yield key, prefix
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _known_keys(field.annotation, key)
+        elif field.annotation == list[ClientConfig]:
+            yield from _known_keys(ClientConfig, key)
+
+
+def _list_siblings(path: Path) -> str:
+    names = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+    return f" {path.parent} has: {', '.join(names)}." if names else ""

@@ -1,0 +1,213 @@
+"""Alpaca-style records from JSON or JSON Lines, checked, with every fault named.
+
+A training or test record is ``{"instruction", "input", "output"}``; a conflict record has
+``answers: {client id: answer}`` in place of ``output``, or the keyword form
+``evaluation_guide: {"<client id>_keywords": [...]}``, or both. ``fact`` (which rule the
+record is about) and ``distractors`` (wrong answers) are optional everywhere. Other fields
+are kept in the file and ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+KEYWORD_SUFFIX = "_keywords"
+MAX_FAULTS_SHOWN = 20
+
+
+class DataError(ValueError):
+    """A data file is missing or has faults; the message lists them with their records."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One question with its answer."""
+
+    instruction: str
+    output: str
+    input: str = ""
+    fact: str | None = None
+    distractors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ConflictRecord:
+    """One question that the clients answer in different ways."""
+
+    instruction: str
+    input: str = ""
+    answers: dict[str, str] = field(default_factory=dict)
+    keywords: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    fact: str | None = None
+    distractors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RecordFile:
+    """The records of one file, and what had to be left out."""
+
+    path: Path
+    sha256: str
+    records: list[Any]
+    num_skipped: int = 0
+
+
+T = TypeVar("T", Record, ConflictRecord)
+
+
+def load_records(path: Path, *, skip_invalid: bool = False) -> RecordFile:
+    """Read training or test records.
+
+    Raises:
+        DataError: naming file, record number (from 1) and field of every fault.
+    """
+    return _load(path, _parse_record, skip_invalid)
+
+
+def load_conflicts(
+    path: Path, client_ids: Iterable[str], *, skip_invalid: bool = False
+) -> RecordFile:
+    """Read conflict records, whose answers must belong to known clients.
+
+    Raises:
+        DataError: as ``load_records``.
+    """
+    known = list(client_ids)
+    return _load(path, lambda raw: _parse_conflict(raw, known), skip_invalid)
+
+
+def format_question(record: Record | ConflictRecord) -> str:
+    """Return what the user says: the instruction, and the input below it if there is one."""
+    return f"{record.instruction}\n\n{record.input}" if record.input else record.instruction
+
+
+def _load(path: Path, parse: Callable[[dict[str, Any]], T], skip_invalid: bool) -> RecordFile:
+    raw_records, sha256 = _read(path)
+    records: list[T] = []
+    faults: list[str] = []
+    for number, raw in enumerate(raw_records, start=1):
+        try:
+            if not isinstance(raw, dict):
+                raise ValueError(f"is a {type(raw).__name__} and not an object.")
+            records.append(parse(raw))
+        except ValueError as error:
+            faults.append(f"record {number}: {error}")
+    if faults and not skip_invalid:
+        shown = "\n".join(f"  {fault}" for fault in faults[:MAX_FAULTS_SHOWN])
+        more = len(faults) - MAX_FAULTS_SHOWN
+        rest = f"\n  and {more} more." if more > 0 else ""
+        raise DataError(
+            f"{path}: {len(faults)} of {len(raw_records)} records are invalid:\n{shown}{rest}\n"
+            "Fix them, or set data.skip_invalid: true to drop and count them."
+        )
+    if not records:
+        raise DataError(f"{path} holds no {'valid ' if faults else ''}record.")
+    return RecordFile(path, sha256, records, num_skipped=len(faults))
+
+
+def _read(path: Path) -> tuple[list[Any], str]:
+    """Return the raw records of a JSON list or of JSON Lines, and the file's sha256."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist.") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+    sha256 = hashlib.sha256(content).hexdigest()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}).") from None
+    if text.lstrip().startswith("["):
+        try:
+            return json.loads(text), sha256
+        except ValueError as error:
+            raise DataError(f"{path} is not valid JSON: {error}.") from None
+    records = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(
+                f"{path}, line {number} is not valid JSON: {error}. "
+                "Expected a JSON list, or one JSON object per line."
+            ) from None
+    return records, sha256
+
+
+def _parse_record(raw: dict[str, Any]) -> Record:
+    return Record(
+        instruction=_text(raw, "instruction", required=True),
+        output=_text(raw, "output", required=True),
+        input=_text(raw, "input"),
+        fact=_optional_text(raw, "fact"),
+        distractors=_texts(raw, "distractors"),
+    )
+
+
+def _parse_conflict(raw: dict[str, Any], client_ids: list[str]) -> ConflictRecord:
+    answers = _mapping(raw, "answers")
+    guide = _mapping(raw, "evaluation_guide")
+    keywords = {
+        key.removesuffix(KEYWORD_SUFFIX): _texts(guide, key)
+        for key in guide
+        if key.endswith(KEYWORD_SUFFIX)
+    }
+    if not answers and not keywords:
+        raise ValueError(
+            'has neither "answers" nor an "evaluation_guide" with "<client id>_keywords".'
+        )
+    for name, named in (("answers", answers), ("evaluation_guide", keywords)):
+        unknown = sorted(set(named) - set(client_ids))
+        if unknown:
+            raise ValueError(
+                f'"{name}" names {", ".join(map(repr, unknown))}, which is no client. '
+                f"Clients: {', '.join(client_ids)}."
+            )
+    return ConflictRecord(
+        instruction=_text(raw, "instruction", required=True),
+        input=_text(raw, "input"),
+        answers={client: _text(answers, client, required=True) for client in answers},
+        keywords=keywords,
+        fact=_optional_text(raw, "fact"),
+        distractors=_texts(raw, "distractors"),
+    )
+
+
+def _text(raw: dict[str, Any], key: str, required: bool = False) -> str:
+    value = raw.get(key)
+    if value is None and not required:
+        return ""
+    if not isinstance(value, str):
+        found = "is missing" if value is None else f"is a {type(value).__name__}"
+        raise ValueError(f'"{key}" {found}. Expected a string.')
+    if required and not value.strip():
+        raise ValueError(f'"{key}" is empty. Expected non-empty text.')
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        raise ValueError(f'"{key}" holds a lone surrogate, which no UTF-8 text can.')
+    return value
+
+
+def _optional_text(raw: dict[str, Any], key: str) -> str | None:
+    return _text(raw, key) or None
+
+
+def _texts(raw: dict[str, Any], key: str) -> tuple[str, ...]:
+    value = raw.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        raise ValueError(f'"{key}" is not a list of non-empty strings.')
+    return tuple(value)
+
+
+def _mapping(raw: dict[str, Any], key: str) -> dict[str, Any]:
+    value = raw.get(key) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f'"{key}" is a {type(value).__name__}. Expected an object.')
+    return value

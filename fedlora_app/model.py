@@ -1,0 +1,208 @@
+"""The frozen base model: loaded once per process, on whichever device there is.
+
+The server needs only the adapter's shapes and gets them from ``build_empty_model``, which
+reads the model's configuration and allocates no weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fedlora_app.config import ModelConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FINGERPRINT_EDGE_BYTES = 1 << 20
+
+
+class ModelError(ValueError):
+    """The base model cannot be loaded; the message says what to download or to name."""
+
+
+@dataclass
+class LoadedModel:
+    """A resident base model with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    fingerprint: str
+    load_seconds: float
+
+
+_resident: dict[str, LoadedModel] = {}
+num_loads = 0
+
+
+def load_base_model(config: ModelConfig, root: Path) -> LoadedModel:
+    """Return the process's one base model, loading it the first time it is asked for.
+
+    Raises:
+        ModelError: it is neither a local folder nor in the cache nor downloadable, or its
+            quantisation is impossible here.
+    """
+    global num_loads
+    key = config.model_dump_json() + str(root)
+    if key not in _resident:
+        _resident.clear()  # never two base models in memory
+        started = time.monotonic()
+        model, tokenizer = _load(config, root), load_tokenizer(config, root)
+        num_loads += 1
+        _resident[key] = LoadedModel(
+            model=model,
+            tokenizer=tokenizer,
+            device=choose_device(),
+            fingerprint=compute_fingerprint(config, root),
+            load_seconds=time.monotonic() - started,
+        )
+    return _resident[key]
+
+
+def load_tokenizer(config: ModelConfig, root: Path) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer, which must bring a chat template."""
+    tokenizer = _from_pretrained(AutoTokenizer, config, root)
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{config.name} has no chat template. Expected an instruct model, such as "
+            "Qwen/Qwen2.5-7B-Instruct."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model_config(config: ModelConfig, root: Path) -> PretrainedConfig:
+    """Return the base model's configuration, without any weights."""
+    return _from_pretrained(AutoConfig, config, root)
+
+
+def build_empty_model(config: ModelConfig, root: Path) -> PreTrainedModel:
+    """Return the base model on the meta device: every shape and not one weight."""
+    model_config = load_model_config(config, root)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            model_config, trust_remote_code=config.trust_remote_code
+        )
+
+
+def choose_device() -> torch.device:
+    """Return the GPU if this process sees one, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def describe_device() -> str:
+    """Return one line for the log: which device, how much memory or how many threads."""
+    if not torch.cuda.is_available():
+        return f"CPU, {torch.get_num_threads()} threads"
+    properties = torch.cuda.get_device_properties(0)
+    return f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
+
+
+def uses_4bit(config: ModelConfig) -> bool:
+    """Tell whether the base will be quantised on this machine."""
+    if config.quantization == "auto":
+        return torch.cuda.is_available()
+    return config.quantization == "4bit"
+
+
+def compute_dtype(config: ModelConfig) -> torch.dtype:
+    """Return the dtype of unquantised weights and of the computation."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return DTYPES[config.dtype]
+
+
+def compute_fingerprint(config: ModelConfig, root: Path) -> str:
+    """Return a hash by which two clients see whether they hold the same base model.
+
+    It covers each weight file's size, first and last mebibyte (so all of safetensors'
+    table of contents) and not every byte of, say, 15 GB.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(_weights_folder(config, root).glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(json.dumps([path.name, size]).encode())
+        with path.open("rb") as file:
+            digest.update(file.read(FINGERPRINT_EDGE_BYTES))
+            file.seek(max(0, size - FINGERPRINT_EDGE_BYTES))
+            digest.update(file.read(FINGERPRINT_EDGE_BYTES))
+    return digest.hexdigest()
+
+
+def _load(config: ModelConfig, root: Path) -> PreTrainedModel:
+    device = choose_device()
+    kwargs: dict[str, Any] = {
+        "dtype": compute_dtype(config),
+        "device_map": {"": device},
+        "use_safetensors": True,
+    }
+    if uses_4bit(config):
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype(config),
+        )
+    model = _from_pretrained(AutoModelForCausalLM, config, root, **kwargs)
+    model.requires_grad_(False)
+    model.eval()
+    return model
+
+
+def _from_pretrained(factory: Any, config: ModelConfig, root: Path, **kwargs: Any) -> Any:
+    """Call ``factory.from_pretrained`` on a folder or a hub id, with one clear error."""
+    folder = local_folder(config, root)
+    try:
+        return factory.from_pretrained(
+            str(folder or config.name),
+            revision=None if folder else config.revision,
+            trust_remote_code=config.trust_remote_code,
+            local_files_only=folder is not None,
+            **kwargs,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ModelError(_explain(config, root, folder, error)) from error
+
+
+def local_folder(config: ModelConfig, root: Path) -> Path | None:
+    """Return the model's folder if ``model.name`` is one."""
+    folder = root / config.name  # an absolute name stays absolute
+    return folder if (folder / "config.json").exists() else None
+
+
+def _weights_folder(config: ModelConfig, root: Path) -> Path:
+    folder = local_folder(config, root)
+    if folder is not None:
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(config.name, revision=config.revision, local_files_only=True))
+
+
+def _explain(config: ModelConfig, root: Path, folder: Path | None, error: Exception) -> str:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if folder is not None:
+        return f"The base model in {folder} cannot be loaded: {reason}"
+    offline = " (HF_HUB_OFFLINE is set)" if os.getenv("HF_HUB_OFFLINE") == "1" else ""
+    return (
+        f'The base model "{config.name}" was not found: {root / config.name} is no folder with '
+        f"a config.json, and the model hub gave{offline}: {reason}\n"
+        f'With a network, run "hf download {config.name}" first; without one, set model.name '
+        "to a local folder that holds the model."
+    )

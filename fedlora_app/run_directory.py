@@ -1,0 +1,182 @@
+"""The run directory: what training writes and everything else reads.
+
+A round is complete once it stands in ``manifest.json``, which is written last; whatever a
+stopped run leaves beyond that is to be ignored.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedlora_app.config import Config
+from fedlora_app.storage import write_atomically, write_json
+
+LATEST = "latest"
+RECORDED_PACKAGES = (
+    "flwr",
+    "ray",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "safetensors",
+)
+
+
+class RunDirectoryError(ValueError):
+    """A run directory exists already or cannot be written."""
+
+
+class RunDirectory:
+    """One run's folder, written by the server. Clients write below ``clients/<id>``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.history: list[dict[str, Any]] = []
+        self.manifest: dict[str, Any] = {}
+
+    @classmethod
+    def create(
+        cls, path: Path, config: Config, root: Path, clients: dict[str, Any]
+    ) -> RunDirectory:
+        """Make the folder with ``config.json`` and ``manifest.json``, and point latest to it.
+
+        Args:
+            clients: what each client reported when it checked in.
+
+        Raises:
+            RunDirectoryError: the folder exists; nothing in it is touched.
+        """
+        try:
+            path.mkdir(parents=True, mode=0o700)
+        except FileExistsError:
+            raise RunDirectoryError(
+                f"{path} exists already and is left as it is. Choose another run-name."
+            ) from None
+        except OSError as error:
+            raise RunDirectoryError(f"{path} cannot be made: {error.strerror}.") from None
+        run = cls(path)
+        write_json(path / "config.json", config.dump())
+        run.manifest = {
+            "format": 1,
+            "started": _now(),
+            "finished": None,
+            "seed": config.experiment.seed,
+            "mode": config.federated.mode,
+            "base_model": {"name": config.model.name, "revision": config.model.revision},
+            "git_commit": _git_commit(root),
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in RECORDED_PACKAGES},
+            "hardware": describe_hardware(),
+            "clients": clients,
+            "rounds": [],
+        }
+        run._write_manifest()
+        run._point_latest()
+        return run
+
+    def server_round(self, server_round: int) -> Path:
+        """Folder of the global adapter after a round."""
+        return self.path / "server" / f"round_{server_round:03d}"
+
+    @property
+    def final_global(self) -> Path:
+        """Folder of the global adapter to use."""
+        return self.path / "final" / "global"
+
+    def log_event(self, event: str, **fields: Any) -> None:
+        """Append one object to ``metrics.jsonl``."""
+        line = json.dumps({"time": _now(), "event": event, **fields}, ensure_ascii=False)
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def add_metrics(
+        self, server_round: int, client: str, phase: str, metrics: dict[str, Any]
+    ) -> None:
+        """Keep one client's metrics of one phase for the history, and log them."""
+        self.log_event("metrics", round=server_round, client=client, phase=phase, **metrics)
+        self.history.append(
+            {"round": server_round, "client": client, "phase": phase, "metrics": metrics}
+        )
+
+    def complete_round(self, server_round: int, adapters: dict[str, str], **facts: Any) -> None:
+        """Write the history and then enter the round in the manifest with its hashes."""
+        write_json(self.path / "history.json", self.history)
+        write_atomically(self.path / "history.csv", _as_table(self.history))
+        self.manifest["rounds"].append(
+            {"round": server_round, "completed": _now(), "adapters": adapters, **facts}
+        )
+        self._write_manifest()
+
+    def finish(self, **facts: Any) -> None:
+        """Mark the run as finished."""
+        self.manifest |= {"finished": _now(), **facts}
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        write_json(self.path / "manifest.json", self.manifest)
+
+    def _point_latest(self) -> None:
+        link = self.path.parent / LATEST
+        partial = link.with_name(f".{LATEST}.{os.getpid()}")
+        partial.unlink(missing_ok=True)
+        try:
+            partial.symlink_to(self.path.name)
+            partial.replace(link)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            print(f"Note: {link} was not updated: {error.strerror}.", flush=True)
+
+
+def describe_hardware() -> dict[str, Any]:
+    """Return what the figures of a run depend on."""
+    gpus = [
+        torch.cuda.get_device_properties(index).name for index in range(torch.cuda.device_count())
+    ]
+    return {"machine": platform.machine(), "cpu_count": os.cpu_count(), "gpus": gpus}
+
+
+def _as_table(history: list[dict[str, Any]]) -> str:
+    """Return the tidy table: one row per scalar metric."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["round", "client", "phase", "metric", "value"])
+    for entry in history:
+        for metric, value in entry["metrics"].items():
+            if isinstance(value, int | float):
+                row = [entry["round"], entry["client"], entry["phase"], metric, value]
+                writer.writerow(row)
+    return table.getvalue()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _git_commit(root: Path) -> str | None:
+    """Return the checkout's commit, with "+changes" where files differ from it."""
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return commit + ("+changes" if _git(root, "status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=20
+    ).stdout.strip()

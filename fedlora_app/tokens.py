@@ -1,0 +1,174 @@
+"""Records to token ids: the chat template, and which tokens the loss is taken on.
+
+A dialogue is the client's system prompt, the question and the answer, rendered by the
+model's own chat template. Only the answer and the mark that ends it are trained on.
+Tokenised files are cached on disk, because under a real deployment every message
+reaches a new process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, load_from_disk
+from transformers import PreTrainedTokenizerBase
+
+from fedlora_app.data import DataError, Record, RecordFile, format_question
+
+CACHE_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training dialogue: token ids, of which those from ``answer_start`` are learnt."""
+
+    input_ids: list[int]
+    answer_start: int
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Tokens that the loss is taken on."""
+        return len(self.input_ids) - self.answer_start
+
+
+@dataclass(frozen=True)
+class TokenizedFile:
+    """The examples of one file, and what the length limit did to them."""
+
+    examples: list[Example]
+    num_truncated: int
+    num_dropped: int
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, system_prompt: str, question: str) -> str:
+    """Return the dialogue's text up to where the answer begins."""
+    messages = _messages(system_prompt, question)
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, system_prompt: str, question: str
+) -> list[int]:
+    """Return the token ids of ``render_prompt``."""
+    return _encode(tokenizer, render_prompt(tokenizer, system_prompt, question))
+
+
+def encode_answer(
+    tokenizer: PreTrainedTokenizerBase, system_prompt: str, question: str, answer: str
+) -> list[int]:
+    """Return the token ids of the answer with the template's end-of-turn mark.
+
+    Raises:
+        ValueError: the chat template does not continue its own generation prompt.
+    """
+    prompt = render_prompt(tokenizer, system_prompt, question)
+    messages = [*_messages(system_prompt, question), {"role": "assistant", "content": answer}]
+    dialogue = tokenizer.apply_chat_template(messages, tokenize=False)
+    if not dialogue.startswith(prompt):
+        raise ValueError(
+            "The model's chat template does not continue its generation prompt with the "
+            "answer, so it is unknown where the answer begins. Use a template of the ChatML kind."
+        )
+    return _encode(tokenizer, dialogue[len(prompt) :].rstrip("\n"))
+
+
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase, system_prompt: str, record: Record
+) -> Example:
+    """Return a whole training dialogue, of whatever length."""
+    question = format_question(record)
+    prompt_ids = encode_prompt(tokenizer, system_prompt, question)
+    answer_ids = encode_answer(tokenizer, system_prompt, question, record.output)
+    return Example(prompt_ids + answer_ids, answer_start=len(prompt_ids))
+
+
+def tokenize_file(
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str,
+    file: RecordFile,
+    *,
+    max_seq_length: int,
+    skip_invalid: bool,
+    cache_dir: Path,
+) -> TokenizedFile:
+    """Return a file's examples, from the cache where it holds them.
+
+    Examples over ``max_seq_length`` tokens lose their end and are counted. One whose
+    question alone is that long leaves nothing to learn: it raises, or is dropped and
+    counted with ``skip_invalid``.
+    """
+    key = _cache_key(tokenizer, system_prompt, file)
+    examples = _load_cached(cache_dir / key)
+    if examples is None:
+        examples = [encode_example(tokenizer, system_prompt, record) for record in file.records]
+        _save_cached(examples, cache_dir / key)
+    too_long = [n for n, ex in enumerate(examples, 1) if ex.answer_start >= max_seq_length]
+    if too_long and not skip_invalid:
+        raise DataError(
+            f"{file.path}: in {len(too_long)} records, record {too_long[0]} the first, the "
+            f"question alone fills training.max_seq_length = {max_seq_length} tokens. Shorten "
+            "them, raise the limit, or set data.skip_invalid: true to drop and count them."
+        )
+    kept = [example for example in examples if example.answer_start < max_seq_length]
+    if not kept:
+        raise DataError(f"{file.path}: no record is shorter than {max_seq_length} tokens.")
+    return TokenizedFile(
+        [Example(ex.input_ids[:max_seq_length], ex.answer_start) for ex in kept],
+        num_truncated=sum(len(ex.input_ids) > max_seq_length for ex in kept),
+        num_dropped=len(too_long),
+    )
+
+
+def _messages(system_prompt: str, question: str) -> list[dict[str, str]]:
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    return [*system, {"role": "user", "content": question}]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _cache_key(tokenizer: PreTrainedTokenizerBase, system_prompt: str, file: RecordFile) -> str:
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+    parts = [
+        str(CACHE_FORMAT),
+        file.sha256,
+        str(file.num_skipped),
+        system_prompt,
+        str(tokenizer.chat_template),
+        type(tokenizer).__name__,
+        hashlib.sha256(vocabulary).hexdigest(),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _load_cached(folder: Path) -> list[Example] | None:
+    if not (folder / "dataset_info.json").exists():
+        return None
+    columns = load_from_disk(str(folder), keep_in_memory=True).to_dict()
+    return [
+        Example(ids, start)
+        for ids, start in zip(columns["input_ids"], columns["answer_start"], strict=True)
+    ]
+
+
+def _save_cached(examples: list[Example], folder: Path) -> None:
+    """Write the dataset beside its place and rename it, so that no reader sees a part."""
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    Dataset.from_dict(
+        {
+            "input_ids": [example.input_ids for example in examples],
+            "answer_start": [example.answer_start for example in examples],
+        }
+    ).save_to_disk(str(partial))
+    try:
+        partial.rename(folder)
+    except OSError:  # another process was first, with the same content
+        for file in partial.iterdir():
+            file.unlink()
+        partial.rmdir()
