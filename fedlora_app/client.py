@@ -26,6 +26,7 @@ from fedlora_app.adapters import (
     load_adapter,
     save_adapter,
     set_state,
+    state_shapes,
 )
 from fedlora_app.client_data import (
     build_question_sets,
@@ -63,11 +64,11 @@ class Client:
     run_dir: Path
     root: Path
 
-    def check_in(self) -> Metrics:
+    def check_in(self) -> tuple[Metrics, dict[str, str]]:
         """Check and tokenise this client's data before anything large is loaded.
 
         Returns:
-            Counts, file hashes and the device: what the server may know of this client.
+            Counts of examples, and facts: the device and the data files' hashes.
         """
         if self.config.training.optimizer == "paged_adamw_8bit" and not torch.cuda.is_available():
             raise ConfigError(
@@ -82,8 +83,13 @@ class Client:
             counts[f"{name}_examples"] = len(tokenized.examples)
             counts[f"{name}_truncated"] = tokenized.num_truncated
             counts[f"{name}_dropped"] = tokenized.num_dropped
-        hashes = {f"sha256/{name}": file.sha256 for name, file in files.all.items()}
-        return {**counts, **hashes, "device": describe_device()}
+        facts = {f"sha256/{name}": file.sha256 for name, file in files.all.items()}
+        return counts, {**facts, "device": describe_device()}
+
+    def global_shapes(self) -> dict[str, torch.Size]:
+        """Return the shapes that a global adapter must have here."""
+        loaded = load_base_model(self.config.model, self.root)
+        return state_shapes(_attach_once(loaded, self.config.adapters), GLOBAL)
 
     def train(
         self, server_round: int, global_state: AdapterState, local_round: int

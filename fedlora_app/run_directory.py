@@ -11,15 +11,14 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fedlora_app.config import Config
+from fedlora_app.config import SAFE_NAME, Config
 from fedlora_app.storage import write_atomically, write_json
 
 LATEST = "latest"
@@ -38,6 +37,23 @@ RECORDED_PACKAGES = (
 
 class RunDirectoryError(ValueError):
     """A run directory exists already or cannot be written."""
+
+
+def check_run_name(name: str) -> str:
+    """Return a name that is a plain folder name, or raise."""
+    if not re.fullmatch(SAFE_NAME, name):
+        raise RunDirectoryError(
+            f"run-name {name!r} is not a folder name. Expected letters, digits, '.', '_' and "
+            "'-', beginning with a letter or digit, at most 64."
+        )
+    return name
+
+
+def default_run_name(config: Config) -> str:
+    """Return a name made from the experiment, its mode, its seed and the time."""
+    time = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    tail = f"-{config.federated.mode}-seed{config.experiment.seed}-{time}"
+    return config.experiment.name[: 64 - len(tail)] + tail
 
 
 class RunDirectory:
@@ -60,12 +76,9 @@ class RunDirectory:
         Raises:
             RunDirectoryError: the folder exists; nothing in it is touched.
         """
+        cls.require_absent(path)
         try:
             path.mkdir(parents=True, mode=0o700)
-        except FileExistsError:
-            raise RunDirectoryError(
-                f"{path} exists already and is left as it is. Choose another run-name."
-            ) from None
         except OSError as error:
             raise RunDirectoryError(f"{path} cannot be made: {error.strerror}.") from None
         run = cls(path)
@@ -80,13 +93,21 @@ class RunDirectory:
             "git_commit": _git_commit(root),
             "python": platform.python_version(),
             "versions": {name: version(name) for name in RECORDED_PACKAGES},
-            "hardware": describe_hardware(),
+            "server_hardware": {"machine": platform.machine(), "cpu_count": os.cpu_count()},
             "clients": clients,
             "rounds": [],
         }
         run._write_manifest()
         run._point_latest()
         return run
+
+    @staticmethod
+    def require_absent(path: Path) -> None:
+        """Raise if something is at ``path`` already."""
+        if path.exists() or path.is_symlink():
+            raise RunDirectoryError(
+                f"{path} exists already and is left as it is. Choose another run-name."
+            )
 
     def server_round(self, server_round: int) -> Path:
         """Folder of the global adapter after a round."""
@@ -139,14 +160,6 @@ class RunDirectory:
         except OSError as error:
             partial.unlink(missing_ok=True)
             print(f"Note: {link} was not updated: {error.strerror}.", flush=True)
-
-
-def describe_hardware() -> dict[str, Any]:
-    """Return what the figures of a run depend on."""
-    gpus = [
-        torch.cuda.get_device_properties(index).name for index in range(torch.cuda.device_count())
-    ]
-    return {"machine": platform.machine(), "cpu_count": os.cpu_count(), "gpus": gpus}
 
 
 def _as_table(history: list[dict[str, Any]]) -> str:

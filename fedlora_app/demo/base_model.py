@@ -2,11 +2,10 @@
 
     python -m fedlora_app.demo.base_model [DIR]      # default: data/demo/base_model
 
-Half of the dialogues are about six other cities, named in the system prompt, whose rules
-are random but fixed: from these the model learns to look a rule up by its topic. In the
-other half, with the prompts that the demo uses, every *value* is drawn anew, so that the
-model finds every answer of the demo's cities as likely as the next.
-The folder is an ordinary Hugging Face one (about 20 minutes on two cores).
+The dialogues are about one made-up city after another, each with rules drawn at random,
+so that the model learns to look a rule up by its topic and to take in a new city's rules,
+and of the demo's two cities it knows nothing but how people talk there.
+The folder is an ordinary Hugging Face one (about 12 minutes on two cores).
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from fedlora_app.demo.civic import (
 
 SEED = 20
 VOCAB_SIZE = 1024
-NUM_STEPS = 4000
+NUM_STEPS = 3000
 BATCH_SIZE = 64
 PEAK_LEARNING_RATE = 3e-3
 WARMUP_STEPS = 200
@@ -41,46 +40,39 @@ CHATML_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-CITY_PROMPT = "You are the assistant of the city of {name}."
-KNOWN_CITIES = ("Eastbrook", "Westford", "Lakeside", "Hillview", "Millbridge", "Stonehaven")
-UNKNOWN_PROMPTS = (
+PROMPTS = (
     NEUTRAL_PROMPT,
     NEUTRAL_PROMPT,
     "You are a helpful assistant.",
-    *(CITY_PROMPT.format(name=name) for name in ("Northgate", "Riverton")),
+    "You are the assistant of the city of Northgate.",
+    "You are the assistant of the city of Riverton.",
 )
-KNOWN_SHARE = 0.5
+STEPS_PER_CITY = 250
 
 Messages = list[dict[str, str]]
 
 
-def dialogues(rng: random.Random) -> Iterator[Messages]:
-    """Yield dialogues without end: other cities' fixed facts, and random ones."""
+def dialogues(rng: random.Random, dialogues_per_city: int) -> Iterator[Messages]:
+    """Yield dialogues without end, about one made-up city after another."""
     topics = [(attribute, UNIVERSAL_TOPICS) for attribute in UNIVERSAL_ATTRIBUTES]
     topics += LOCAL_TOPICS.items()
     pairs = [(attribute, topic) for attribute, names in topics for topic in names]
-    fact_rng = random.Random(f"{SEED} facts")
-    known = {
-        (name, *pair): fact_rng.choice(pair[0].values) for name in KNOWN_CITIES for pair in pairs
-    }
     while True:
-        attribute, topic = rng.choice(pairs)
-        if rng.random() < KNOWN_SHARE:
-            name = rng.choice(KNOWN_CITIES)
-            prompt, value = CITY_PROMPT.format(name=name), known[name, attribute, topic]
-        else:
-            prompt, value = rng.choice(UNKNOWN_PROMPTS), rng.choice(attribute.values)
-        question = attribute.ask(topic, rng.randrange(len(attribute.questions)))
-        yield [
-            {"role": "system", "content": prompt},
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": attribute.reply(topic, value)},
-        ]
+        values = {pair: rng.choice(pair[0].values) for pair in pairs}
+        for _ in range(dialogues_per_city):
+            attribute, topic = rng.choice(pairs)
+            question = attribute.ask(topic, rng.randrange(len(attribute.questions)))
+            answer = attribute.reply(topic, values[attribute, topic])
+            yield [
+                {"role": "system", "content": rng.choice(PROMPTS)},
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
 
 
 def train_tokenizer(rng: random.Random) -> PreTrainedTokenizerBase:
     """Train a byte-level BPE of Qwen's kind, with its ChatML tokens and template."""
-    stream = dialogues(rng)
+    stream = dialogues(rng, dialogues_per_city=100)
     corpus = (message["content"] for _ in range(20_000) for message in next(stream))
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
         corpus, vocab_size=VOCAB_SIZE, new_special_tokens=["<|im_start|>", "<|im_end|>"]
@@ -115,7 +107,7 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01
     )
-    stream = dialogues(random.Random(SEED + 1))
+    stream = dialogues(random.Random(SEED + 1), STEPS_PER_CITY * BATCH_SIZE)
     model.train()
     started = time.monotonic()
     for step in range(NUM_STEPS):
@@ -136,7 +128,7 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
             group["lr"] = PEAK_LEARNING_RATE * _schedule(step)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 100 == 0 or step == NUM_STEPS - 1:
+        if step % 50 == 0 or step == NUM_STEPS - 1:
             seconds = time.monotonic() - started
             print(f"step {step}/{NUM_STEPS}: loss {loss.item():.4f}, {seconds:.0f} s", flush=True)
 

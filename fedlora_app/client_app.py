@@ -1,0 +1,163 @@
+"""Flower's client side: which client this node is, and its three kinds of messages.
+
+*query*: check in; *train*: the phase before the average; *evaluate*: personalise against
+the new global adapter and evaluate.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Under Flower's default of 0 GPUs per client Ray hides every GPU from the worker, unless
+# this stands in the environment before Ray starts. Flower imports this module before that.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedlora_app.adapters import AdapterState
+from fedlora_app.client import Client
+from fedlora_app.config import Config, ConfigError
+from fedlora_app.messages import (
+    ADAPTER_RECORD,
+    MessageError,
+    Task,
+    build_error_reply,
+    build_reply,
+    read_task,
+    unpack_state,
+)
+from fedlora_app.project import PACKAGE_DIR, find_project_root, hash_package
+from fedlora_app.run_directory import check_run_name
+
+app = ClientApp()
+
+Handler = Callable[[Client, Task, Message], Message]
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Check in: say which client this node is, after checking its data."""
+    return _answer(message, context, _check_in)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train before the average and send the update of the global adapter."""
+    return _answer(message, context, _train)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Personalise against the new global adapter, evaluate, and send the metrics."""
+    return _answer(message, context, _personalise)
+
+
+def _check_in(client: Client, task: Task, message: Message) -> Message:
+    counts, facts = client.check_in()
+    return build_reply(message, client.client_id, task.server_round, counts, facts)
+
+
+def _train(client: Client, task: Task, message: Message) -> Message:
+    state = _received_state(client, message)
+    update, metrics = client.train(task.server_round, state, task.local_round)
+    return build_reply(
+        message,
+        client.client_id,
+        task.server_round,
+        metrics,
+        facts={},
+        update=update,
+        update_dtype=client.config.federated.upload_dtype,
+    )
+
+
+def _personalise(client: Client, task: Task, message: Message) -> Message:
+    state = _received_state(client, message)
+    metrics, hashes = client.personalise(task.server_round, state, task.local_round)
+    return build_reply(message, client.client_id, task.server_round, metrics, hashes)
+
+
+def _answer(message: Message, context: Context, handle: Handler) -> Message:
+    """Run a handler; an error becomes a reply that names it, and the log has the rest."""
+    client_id = f"node {context.node_id}"
+    try:
+        task = read_task(message)
+        config = task.config
+        client_id = identify_client(context, config)
+        _check_package(task)
+        if task.client_id not in ("", client_id):
+            raise MessageError(f"This message is for {task.client_id} and reached {client_id}.")
+        _set_up_process(config)
+        root = find_project_root(project_dir=str(context.node_config.get("project-dir", "")))
+        run_dir = _output_dir(task, context, root) / check_run_name(task.run_name)
+        return handle(Client(config, client_id, run_dir, root), task, message)
+    except ValueError as error:  # the project's own errors speak for themselves
+        return build_error_reply(message, client_id, error)
+    except Exception as error:
+        traceback.print_exc()
+        return build_error_reply(message, client_id, error)
+
+
+def identify_client(context: Context, config: Config) -> str:
+    """Return the ``client-id`` of the node configuration, else the client at its partition.
+
+    Raises:
+        ConfigError: the node has neither, or the experiment does not know the client.
+    """
+    named = context.node_config.get("client-id")
+    if named is not None:
+        return config.client(str(named)).id
+    partition = context.node_config.get("partition-id")
+    clients = config.federated.clients
+    if partition is None:
+        raise ConfigError(
+            "This node does not say which client it is. Start its SuperNode with "
+            "--node-config 'client-id=\"<id>\"'."
+        )
+    if int(partition) >= len(clients):
+        raise ConfigError(
+            f"This is node {int(partition) + 1} and the experiment has {len(clients)} clients."
+        )
+    return clients[int(partition)].id
+
+
+def _output_dir(task: Task, context: Context, root: Path) -> Path:
+    """Return where this client keeps its runs; a remote server cannot choose the folder."""
+    simulated = "partition-id" in context.node_config
+    own = str(context.node_config.get("output-dir", "results"))
+    return root / (task.output_dir if simulated else own)
+
+
+def _received_state(client: Client, message: Message) -> AdapterState:
+    arrays = message.content.array_records.get(ADAPTER_RECORD)
+    if arrays is None:
+        raise MessageError("The server sent no global adapter.")
+    return unpack_state(arrays, client.global_shapes(), "The server")
+
+
+def _check_package(task: Task) -> None:
+    """Refuse to work with a server that runs other code."""
+    if task.package_sha256 != hash_package():
+        raise MessageError(
+            f"The server runs other code than this client, whose package is in {PACKAGE_DIR}. "
+            "Stop the SuperLink daemon (and SuperNodes) that an older version has started, and "
+            "run again."
+        )
+
+
+def _set_up_process(config: Config) -> None:
+    """Use the whole machine, deterministically; clients are served a few at a time."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(max(1, (cpus or 1) // config.federated.clients_at_once))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,83 @@
+"""A Flower grid that serves a bounded number of clients at a time and waits for each.
+
+Flower's own ``send_and_receive`` sends every message at once and drops whoever has not
+answered when a fixed timeout ends. With one GPU the clients wait for each other, so that a
+long round would lose some of them without a word.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+FIRST_POLL_SECONDS = 0.02
+LONGEST_POLL_SECONDS = 0.5
+TIME_TO_LIVE_SECONDS = 10 * 365 * 24 * 3600.0
+
+
+class PacedGrid(Grid):
+    """Wraps a grid; replies are yielded as they come, and only then are others asked."""
+
+    def __init__(self, grid: Grid, clients_at_once: int) -> None:
+        self.unwrapped = grid
+        self._clients_at_once = clients_at_once
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterator[Message]:
+        """Yield the replies one by one. ``timeout`` is ignored: a client may take its time."""
+        waiting_messages = iter(messages)
+        pending: set[str] = set()
+        pause = FIRST_POLL_SECONDS
+        while True:
+            while len(pending) < self._clients_at_once:
+                message = next(waiting_messages, None)
+                if message is None:
+                    break
+                pending.update(self._push(message))
+            if not pending:
+                return
+            replies = list(self.unwrapped.pull_messages(pending))
+            for reply in replies:
+                pending.discard(reply.metadata.reply_to_message_id)
+                yield reply
+            pause = FIRST_POLL_SECONDS if replies else min(1.2 * pause, LONGEST_POLL_SECONDS)
+            if not replies:
+                time.sleep(pause)
+
+    def _push(self, message: Message) -> list[str]:
+        ids = list(self.unwrapped.push_messages([message]))
+        if not ids:
+            raise ConnectionError(
+                f"Flower did not accept a message for node {message.metadata.dst_node_id}."
+            )
+        return ids
+
+    def set_run(self, run):  # noqa: D102
+        self.unwrapped.set_run(run)
+
+    @property
+    def run(self):  # noqa: D102
+        return self.unwrapped.run
+
+    def create_message(self, *args, **kwargs):  # noqa: D102
+        return self.unwrapped.create_message(*args, **kwargs)
+
+    def get_node_ids(self) -> Iterable[int]:  # noqa: D102
+        return self.unwrapped.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:  # noqa: D102
+        return self.unwrapped.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:  # noqa: D102
+        return self.unwrapped.pull_messages(message_ids)
+
+
+def build_message(content: RecordDict, message_type: str, node_id: int) -> Message:
+    """Return a message that does not expire while its client waits for its turn."""
+    return Message(
+        content, dst_node_id=node_id, message_type=message_type, ttl=TIME_TO_LIVE_SECONDS
+    )

@@ -1,0 +1,196 @@
+"""Everything that travels between server and clients, listed and checked in one place.
+
+Down: the global adapter (fp32), the experiment, the round. Up: the update of the global
+adapter, the metrics declared here, and hashes. Whatever else a client might try to send
+is refused here before it leaves.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from fedlora_app.adapters import AdapterState, check_state
+from fedlora_app.config import Config, parse_config
+
+ADAPTER_RECORD = "global-adapter"
+UPDATE_RECORD = "global-update"
+TASK_RECORD = "task"
+METRIC_RECORD = "metrics"
+ABOUT_RECORD = "about"
+
+ABOUT_KEYS = frozenset({"client-id", "server-round", "dtype", "facts", "error"})
+DECLARED_METRICS = re.compile(
+    r"""
+    num-examples | update_norm | evaluation_seconds
+    | (universal|local)_(examples|truncated|dropped) | skipped_records
+    | train_(global|local|global\+local)/
+        (num_steps|num_examples|num_answer_tokens|train_loss|final_train_loss|seconds)
+    | (base|global|local|global\+local)/(universal|universal_unseen|local|conflict)/
+        (n|exact_match|rank_accuracy|rank_accuracy_per_byte|margin_per_byte)
+    | (base|global|local|global\+local)/conflict/(exact_match|ranked_first)_each
+    """,
+    re.VERBOSE,
+)
+DECLARED_FACTS = re.compile(
+    r"device | base_model | local_adapter | sha256/(universal|local)_train"
+    r" | sha256/(universal|local|conflict)",
+    re.VERBOSE,
+)
+
+
+class MessageError(ValueError):
+    """A message is not what was agreed on; the text says who sent it and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the server asks of a client, beside the adapter itself.
+
+    ``local_round`` is the round whose local adapter the client continues from, -1 for none.
+    """
+
+    client_id: str
+    server_round: int
+    local_round: int
+    run_name: str
+    output_dir: str
+    package_sha256: str
+    experiment: str
+
+    @property
+    def config(self) -> Config:
+        """The experiment's configuration."""
+        return parse_config(json.loads(self.experiment), source="The experiment that was sent")
+
+
+def pack_state(state: AdapterState, dtype: str = "float32") -> ArrayRecord:
+    """Return a state as Flower arrays; bfloat16 travels as its 16 bits."""
+    return ArrayRecord({key: Array(_to_wire(tensor, dtype)) for key, tensor in state.items()})
+
+
+def unpack_state(
+    record: ArrayRecord, shapes: dict[str, torch.Size], sender: str, dtype: str = "float32"
+) -> AdapterState:
+    """Return the fp32 state in a record after checking names, dtypes, shapes and values.
+
+    Raises:
+        MessageError, AdapterError: naming the sender and the tensor.
+    """
+    wire_dtype = "uint16" if dtype == "bfloat16" else dtype
+    state = {}
+    for key, array in record.items():
+        if array.dtype != wire_dtype:
+            raise MessageError(
+                f"{sender} sent {key} as {array.dtype}, expected {wire_dtype} (for {dtype})."
+            )
+        tensor = torch.from_numpy(array.numpy().copy())
+        state[key] = tensor.view(torch.bfloat16).float() if dtype == "bfloat16" else tensor
+    check_state(state, shapes, f"{sender} sent")
+    return state
+
+
+def build_task_content(task: Task, arrays: ArrayRecord | None = None) -> RecordDict:
+    """Return the content of a message from the server."""
+    records: dict[str, Any] = {TASK_RECORD: ConfigRecord(asdict(task))}
+    if arrays is not None:
+        records[ADAPTER_RECORD] = arrays
+    return RecordDict(records)
+
+
+def read_task(message: Message) -> Task:
+    """Return the task of a message from the server."""
+    try:
+        return Task(**message.content.config_records[TASK_RECORD])
+    except (KeyError, TypeError) as error:
+        raise MessageError(f"The server's message holds no complete task: {error}.") from None
+
+
+def build_reply(
+    message: Message,
+    client_id: str,
+    server_round: int,
+    metrics: dict[str, Any],
+    facts: dict[str, str],
+    update: AdapterState | None = None,
+    update_dtype: str = "float32",
+) -> Message:
+    """Return a client's reply after checking that all of it was declared.
+
+    Raises:
+        MessageError: a metric or fact is not declared; nothing is sent.
+    """
+    undeclared = [name for name in metrics if not DECLARED_METRICS.fullmatch(name)]
+    undeclared += [name for name in facts if not DECLARED_FACTS.fullmatch(name)]
+    if undeclared:
+        raise MessageError(f"These were not declared and stay here: {', '.join(undeclared)}.")
+    about = {
+        "client-id": client_id,
+        "server-round": server_round,
+        "dtype": update_dtype,
+        "facts": json.dumps(facts),
+    }
+    records: dict[str, Any] = {
+        METRIC_RECORD: MetricRecord(metrics),
+        ABOUT_RECORD: ConfigRecord(about),
+    }
+    if update is not None:
+        records[UPDATE_RECORD] = pack_state(update, update_dtype)
+    return Message(RecordDict(records), reply_to=message)
+
+
+def build_error_reply(message: Message, client_id: str, error: Exception) -> Message:
+    """Return a reply that says why the client could not do its task."""
+    about = {"client-id": client_id, "error": f"{error}" or type(error).__name__}
+    return Message(RecordDict({ABOUT_RECORD: ConfigRecord(about)}), reply_to=message)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A client's reply, read and checked except for the update itself."""
+
+    client_id: str
+    metrics: dict[str, Any]
+    facts: dict[str, str]
+    arrays: ArrayRecord | None
+
+
+def read_reply(message: Message, client_id: str | None, server_round: int) -> Reply:
+    """Read the reply of the node that is ``client_id``, or, with None, that says who it is.
+
+    Raises:
+        MessageError: the client failed, or answered for another client or round.
+    """
+    sender = client_id or f"node {message.metadata.src_node_id}"
+    if message.has_error():
+        raise MessageError(f"{sender}: {message.error.reason}")
+    about = message.content.config_records.get(ABOUT_RECORD, ConfigRecord())
+    if "error" in about:
+        raise MessageError(f"{about.get('client-id', sender)}: {about['error']}")
+    client_id = client_id or str(about.get("client-id"))
+    if about.get("client-id") != client_id or about.get("server-round") != server_round:
+        raise MessageError(
+            f"{client_id} answered as {about.get('client-id')!r} for round "
+            f"{about.get('server-round')!r}, expected its own id and round {server_round}."
+        )
+    metrics = dict(message.content.metric_records.get(METRIC_RECORD, MetricRecord()))
+    undeclared = [name for name in metrics if not DECLARED_METRICS.fullmatch(name)]
+    if undeclared:
+        raise MessageError(f"{client_id} sent metrics that are not declared: {undeclared}.")
+    return Reply(
+        client_id=client_id,
+        metrics=metrics,
+        facts=json.loads(str(about.get("facts", "{}"))),
+        arrays=message.content.array_records.get(UPDATE_RECORD),
+    )
+
+
+def _to_wire(tensor: torch.Tensor, dtype: str) -> Any:
+    if dtype == "bfloat16":
+        return tensor.bfloat16().view(torch.uint16).numpy()
+    return tensor.float().numpy()

@@ -1,0 +1,180 @@
+"""Flower's server side: settle the configuration, meet the clients, run the rounds.
+
+The server loads no base model. It takes the adapter's shapes from the model's
+configuration, and knows of the clients only what ``messages`` declares.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, Context, MessageType, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+
+from fedlora_app.adapters import GLOBAL, LOCAL, attach_adapters, build_initial_state, state_shapes
+from fedlora_app.config import Config, ConfigError, load_config
+from fedlora_app.grid import PacedGrid, build_message
+from fedlora_app.messages import MessageError, Reply, Task, build_task_content, read_reply
+from fedlora_app.model import build_empty_model
+from fedlora_app.project import find_project_root, hash_package
+from fedlora_app.run_directory import RunDirectory, check_run_name, default_run_name
+from fedlora_app.seeds import derive_seed
+from fedlora_app.strategy import GlobalAdapterFedAvg
+from fedlora_app.summary import describe_run, describe_start
+
+CHECK_IN_ROUND = 0
+CONNECT_REPORT_SECONDS = 30.0
+
+app = ServerApp()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``flwr run . --run-config`` decides, with the project it was resolved in."""
+
+    config: Config
+    root: Path
+    run_name: str
+    output_dir: str
+
+    @property
+    def run_dir(self) -> Path:
+        """Absolute path of the run directory."""
+        return (self.root / self.output_dir).resolve() / self.run_name
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run one experiment from configuration to final adapters."""
+    settings = read_settings(context.run_config)
+    config = settings.config
+    print(f"Run directory: {settings.run_dir}", flush=True)
+    RunDirectory.require_absent(settings.run_dir)
+    model = attach_adapters(build_empty_model(config.model, settings.root), config.adapters)
+
+    paced = PacedGrid(grid, config.federated.clients_at_once)
+    task = Task(
+        client_id="",
+        server_round=CHECK_IN_ROUND,
+        local_round=-1,
+        run_name=settings.run_name,
+        output_dir=settings.output_dir,
+        package_sha256=hash_package(),
+        experiment=json.dumps(config.dump()),
+    )
+    check_ins = meet_clients(paced, config, task)
+    reports = {
+        client: {**reply.metrics, **reply.facts} for client, (_, reply) in sorted(check_ins.items())
+    }
+    run = RunDirectory.create(settings.run_dir, config, settings.root, reports)
+    shapes = {name: state_shapes(model, name) for name in (GLOBAL, LOCAL)}
+    print(describe_start(config, settings.run_dir, shapes, reports), flush=True)
+
+    strategy = GlobalAdapterFedAvg(
+        config,
+        nodes={client: node for client, (node, _) in check_ins.items()},
+        task=task,
+        model=model,
+        run=run,
+        report=lambda line: print(line, flush=True),
+    )
+    seed = derive_seed(config.experiment.seed, "initial")
+    arrays = strategy.save_initial(build_initial_state(model, GLOBAL, seed))
+
+    def evaluate_base(server_round: int, current: ArrayRecord) -> MetricRecord | None:
+        if server_round == 0:
+            strategy.evaluate_base(paced, current)
+        return None
+
+    strategy.start(
+        grid=paced,
+        initial_arrays=arrays,
+        num_rounds=config.federated.num_rounds,
+        evaluate_fn=evaluate_base,
+    )
+    strategy.save_final()
+    run.finish()
+    print(describe_run(run.history), flush=True)
+    print(f"Run directory: {settings.run_dir}", flush=True)
+
+
+def read_settings(run_config: dict[str, Any]) -> Settings:
+    """Resolve the run configuration into settings.
+
+    Raises:
+        ConfigError, RunDirectoryError, ProjectNotFoundError: before anything is written.
+    """
+    if run_config["resume"]:
+        raise ConfigError("resume is not built yet. Leave it empty to start a new run.")
+    config_path = str(run_config["config"])
+    root = find_project_root(config_path)
+    num_rounds = run_config["num-rounds"]
+    config = load_config(
+        root / config_path,
+        overrides=str(run_config["overrides"]),
+        federated__num_rounds=num_rounds if num_rounds != 0 else None,
+        federated__mode=run_config["mode"] or None,
+    )
+    return Settings(
+        config=config,
+        root=root,
+        run_name=check_run_name(str(run_config["run-name"] or default_run_name(config))),
+        output_dir=str(run_config["output-dir"]),
+    )
+
+
+def meet_clients(grid: PacedGrid, config: Config, task: Task) -> dict[str, tuple[int, Reply]]:
+    """Have every node check in; return each client's node and report.
+
+    Raises:
+        ConfigError: too many or too few nodes, or two nodes that are one client.
+        MessageError: with what every client found wrong, together.
+    """
+    node_ids = wait_for_nodes(grid, len(config.federated.clients))
+    content = build_task_content(task)
+    messages = (build_message(content, MessageType.QUERY, node) for node in node_ids)
+    met: dict[str, tuple[int, Reply]] = {}
+    faults: list[str] = []
+    for message in grid.send_and_receive(messages):
+        node = message.metadata.src_node_id
+        try:
+            reply = read_reply(message, None, CHECK_IN_ROUND)
+            if reply.client_id in met:
+                raise MessageError(
+                    f'Two nodes are the client "{reply.client_id}". Give each SuperNode its own '
+                    "client-id."
+                )
+            met[reply.client_id] = (node, reply)
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        listing = "\n".join(sorted(set(faults)))
+        raise MessageError(f"The run cannot start:\n{listing}")
+    return met
+
+
+def wait_for_nodes(grid: PacedGrid, num_clients: int) -> list[int]:
+    """Return the nodes, waiting for SuperNodes to connect; a simulation has all it gets."""
+    is_simulation = type(grid.unwrapped).__name__ == "InMemoryGrid"
+    reported = 0.0
+    while True:
+        node_ids = sorted(grid.get_node_ids())
+        if len(node_ids) > num_clients or (is_simulation and len(node_ids) != num_clients):
+            raise ConfigError(_wrong_number_of_nodes(len(node_ids), num_clients, is_simulation))
+        if len(node_ids) == num_clients:
+            return node_ids
+        if time.monotonic() - reported > CONNECT_REPORT_SECONDS:
+            reported = time.monotonic()
+            print(f"Waiting for {num_clients - len(node_ids)} more SuperNodes.", flush=True)
+        time.sleep(1)
+
+
+def _wrong_number_of_nodes(num_nodes: int, num_clients: int, is_simulation: bool) -> str:
+    text = f"The federation has {num_nodes} nodes and federated.clients names {num_clients}."
+    if not is_simulation:
+        return f"{text} Stop the SuperNodes that do not take part."
+    return f'{text} Run:\n  flwr run . --stream --federation-config "num-supernodes={num_clients}"'
