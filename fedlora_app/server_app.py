@@ -7,7 +7,10 @@ configuration, and knows of the clients only what ``messages`` declares.
 from __future__ import annotations
 
 import json
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,12 +93,13 @@ def main(grid: Grid, context: Context) -> None:
             strategy.evaluate_base(paced, current)
         return None
 
-    strategy.start(
-        grid=paced,
-        initial_arrays=arrays,
-        num_rounds=config.federated.num_rounds,
-        evaluate_fn=evaluate_base,
-    )
+    with _quiet_flower():
+        strategy.start(
+            grid=paced,
+            initial_arrays=arrays,
+            num_rounds=config.federated.num_rounds,
+            evaluate_fn=evaluate_base,
+        )
     strategy.save_final()
     run.finish()
     print(describe_run(run.history), flush=True)
@@ -171,6 +175,18 @@ def wait_for_nodes(grid: PacedGrid, num_clients: int) -> list[int]:
             reported = time.monotonic()
             print(f"Waiting for {num_clients - len(node_ids)} more SuperNodes.", flush=True)
         time.sleep(1)
+
+
+@contextmanager
+def _quiet_flower() -> Iterator[None]:
+    """Leave Flower's running commentary out; the strategy reports one line per round."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _wrong_number_of_nodes(num_nodes: int, num_clients: int, is_simulation: bool) -> str:

@@ -200,5 +200,5 @@ def _set_checkpointing(model: AdaptedModel, training: TrainingConfig) -> None:
         wanted = on_gpu and inner.num_parameters() >= CHECKPOINTING_THRESHOLD
     if wanted:
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    elif inner.is_gradient_checkpointing:
+    else:
         inner.gradient_checkpointing_disable()

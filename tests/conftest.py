@@ -1,0 +1,167 @@
+"""Tiny real objects: a two-layer Qwen2, the demo's tokenizer, a federation of two clients."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from federation import Federation
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+from fedlora_app.adapters import attach_adapters
+from fedlora_app.config import AdaptersConfig, Config, parse_config
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO_MODEL = ROOT / "data" / "demo" / "base_model"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(DEMO_MODEL)
+
+
+def build_tiny_model(vocab_size: int, seed: int = 0, **changes) -> Qwen2ForCausalLM:
+    """Return a random two-layer Qwen2 of about 50,000 parameters."""
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.2,
+    }
+    return Qwen2ForCausalLM(Qwen2Config(**(settings | changes))).eval()
+
+
+@pytest.fixture
+def tiny_model(tokenizer) -> Qwen2ForCausalLM:
+    return build_tiny_model(len(tokenizer))
+
+
+@pytest.fixture
+def adapters_config() -> AdaptersConfig:
+    return AdaptersConfig.model_validate({"global": {"rank": 4}, "local": {"rank": 2, "alpha": 4}})
+
+
+@pytest.fixture
+def adapted(tiny_model, adapters_config):
+    """The tiny model with both adapters, B of both filled so that they have an effect."""
+    model = attach_adapters(tiny_model, adapters_config)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_project(tmp_path_factory, tokenizer) -> Path:
+    """A project folder with a tiny model and data for the clients ann, bob and cy."""
+    project = tmp_path_factory.mktemp("project")
+    (project / "pyproject.toml").write_text('[project]\nname = "fedlora-app"\n')
+    build_tiny_model(len(tokenizer)).save_pretrained(project / "model")
+    tokenizer.save_pretrained(project / "model")
+
+    def write(name: str, records: list[dict]) -> None:
+        (project / name).write_text(json.dumps(records))
+
+    facts = ["red", "blue", "green", "black", "white", "brown"]
+    for index, client in enumerate(("ann", "bob", "cy")):
+        own = [
+            {"instruction": f"What is the {fact} rule?", "output": f"{client} says {fact}."}
+            for fact in facts[: 3 + index]
+        ]
+        shared = [
+            {"instruction": f"Which office is {fact}?", "output": f"The {fact} one.", "fact": fact}
+            for fact in facts[index : index + 4]
+        ]
+        write(f"{client}_local.json", own)
+        write(f"{client}_universal.json", shared)
+    write(
+        "universal_test.json",
+        [
+            {"instruction": f"Name the {fact} office.", "output": f"The {fact} one.", "fact": fact}
+            for fact in facts
+        ],
+    )
+    write(
+        "conflict.json",
+        [
+            {
+                "instruction": f"Tell me the {fact} rule.",
+                "answers": {client: f"{client} says {fact}." for client in ("ann", "bob", "cy")},
+            }
+            for fact in facts[:3]
+        ],
+    )
+    return project
+
+
+def build_tiny_config(clients: tuple[str, ...] = ("ann", "bob"), **changes) -> Config:
+    """Return the experiment of ``tiny_project``; ``changes`` name section and keys."""
+    raw = {
+        "experiment": {"name": "tiny", "seed": 7},
+        "model": {"name": "model", "quantization": "none", "dtype": "float32"},
+        "adapters": {"global": {"rank": 4, "alpha": 8}, "local": {"rank": 2, "alpha": 4}},
+        "training": {
+            "learning_rate": 1e-2,
+            "batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "max_seq_length": 128,
+            "global_epochs": 1,
+            "local_epochs": 1,
+        },
+        "federated": {
+            "num_rounds": 2,
+            "clients": [
+                {
+                    "id": client,
+                    "system_prompt": f"You are {client}.",
+                    "local_train": f"{client}_local.json",
+                    "local_test": f"{client}_local.json",
+                    "universal_train": f"{client}_universal.json",
+                }
+                for client in clients
+            ],
+        },
+        "data": {
+            "universal_train": None,
+            "universal_test": "universal_test.json",
+            "conflict_test": None if len(clients) < 3 else "conflict.json",
+        },
+        "evaluation": {"batch_size": 8, "max_new_tokens": 8},
+    }
+    for section, values in changes.items():
+        raw[section] |= values
+    return parse_config(raw)
+
+
+@pytest.fixture
+def tiny_config() -> Config:
+    return build_tiny_config()
+
+
+@pytest.fixture
+def federation(tiny_project, tmp_path) -> Federation:
+    """Two clients over an in-process grid; the run directory is a new one."""
+    return Federation(tiny_project, tmp_path / "results", build_tiny_config())
