@@ -38,6 +38,7 @@ LOCAL = "local"
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+ROLE_KEY = "fedlora_role"
 
 AdapterState = dict[str, torch.Tensor]
 AdaptedModel = PeftModel
@@ -169,7 +170,7 @@ def save_adapter(
     }
     weights = save(
         {key: state[key].contiguous() for key in shapes},
-        metadata={"format": "pt", "fedlora_role": name},
+        metadata={ROLE_KEY: name},  # one entry only: safetensors orders several at random
     )
     with replace_folder(folder) as partial:
         (partial / CONFIG_FILE).write_text(
@@ -198,7 +199,7 @@ def load_adapter(folder: Path, model: AdaptedModel, name: str, base_name: str) -
             "base_model_name_or_path"
         )
         with safe_open(weights, framework="pt") as file:
-            role = (file.metadata() or {}).get("fedlora_role")
+            role = (file.metadata() or {}).get(ROLE_KEY)
             state = {key: file.get_tensor(key).float() for key in sorted(file.keys())}
     except (SafetensorError, OSError, ValueError, AttributeError) as error:
         raise AdapterError(f"{folder} is damaged: {error}") from error

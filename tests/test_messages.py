@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+
+from fedlora_app.adapters import AdapterError
+from fedlora_app.messages import (
+    ABOUT_RECORD,
+    MessageError,
+    build_reply,
+    pack_state,
+    read_reply,
+    unpack_state,
+)
+
+STATE = {"x.lora_A.weight": torch.randn(2, 3), "x.lora_B.weight": torch.randn(3, 2)}
+SHAPES = {key: tensor.shape for key, tensor in STATE.items()}
+
+
+@pytest.fixture(autouse=True)
+def _identity():
+    from flwr.supercore.task_identity import TaskIdentity
+
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+
+def build_request() -> Message:
+    return Message(RecordDict(), dst_node_id=5, message_type="train")
+
+
+def test_fp32_travels_exactly_and_bf16_to_its_precision():
+    exact = unpack_state(pack_state(STATE), SHAPES, "ann")
+    rounded = unpack_state(pack_state(STATE, "bfloat16"), SHAPES, "ann", "bfloat16")
+    for key, tensor in STATE.items():
+        assert torch.equal(exact[key], tensor)
+        assert torch.equal(rounded[key], tensor.bfloat16().float())
+    size = sum(len(array.data) for array in pack_state(STATE, "bfloat16").values())
+    assert size < sum(len(array.data) for array in pack_state(STATE).values())
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda s: s | {"other": torch.zeros(1)}, "ann sent: 0 tensors are missing and 1 are unkn"),
+        (lambda s: {k: v for k, v in s.items() if "lora_A" in k}, "1 tensors are missing"),
+        (lambda s: {k: v.T.contiguous() for k, v in s.items()}, "has shape"),
+        (lambda s: {k: v * torch.nan for k, v in s.items()}, "not finite"),
+    ],
+)
+def test_a_state_of_another_kind_is_refused(change, expected):
+    with pytest.raises(AdapterError, match=expected):
+        unpack_state(pack_state(change(STATE)), SHAPES, "ann")
+
+
+def test_another_dtype_is_refused():
+    record = ArrayRecord({key: Array(t.double().numpy()) for key, t in STATE.items()})
+    with pytest.raises(MessageError, match="ann sent x.lora_A.weight as float64, expected float32"):
+        unpack_state(record, SHAPES, "ann")
+
+
+@pytest.mark.parametrize("name", ["answer", "local_weights", "train_global/text", "global/x/n"])
+def test_what_was_not_declared_does_not_leave(name):
+    with pytest.raises(MessageError, match=f"not declared and stay here: {name}"):
+        build_reply(build_request(), "ann", 1, {name: 1.0}, {})
+    with pytest.raises(MessageError, match="not declared"):
+        build_reply(build_request(), "ann", 1, {}, {name: "secret"})
+
+
+def test_a_reply_reads_back():
+    metrics = {"num-examples": 3, "train_global/train_loss": 0.5}
+    reply = build_reply(build_request(), "ann", 2, metrics, {"device": "CPU"}, STATE, "bfloat16")
+    read = read_reply(reply, "ann", 2)
+    assert (read.metrics, read.facts) == (metrics, {"device": "CPU"})
+    assert set(read.arrays) == set(STATE)
+
+
+@pytest.mark.parametrize(("client", "server_round"), [("bob", 2), ("ann", 1)])
+def test_a_reply_of_another_client_or_round_is_refused(client, server_round):
+    reply = build_reply(build_request(), "ann", 2, {}, {})
+    with pytest.raises(MessageError, match="answered as 'ann' for round 2"):
+        read_reply(reply, client, server_round)
+
+
+def test_an_error_or_an_undeclared_metric_in_a_reply_is_named():
+    about = ConfigRecord({"client-id": "ann", "error": "out of paper"})
+    with pytest.raises(MessageError, match="ann: out of paper"):
+        read_reply(Message(RecordDict({ABOUT_RECORD: about}), reply_to=build_request()), "ann", 1)
+    reply = build_reply(build_request(), "ann", 1, {}, {})
+    reply.content.metric_records["metrics"]["secret"] = 1
+    with pytest.raises(MessageError, match="not declared"):
+        read_reply(reply, "ann", 1)
+
+
+def test_facts_are_plain_json():
+    reply = build_reply(build_request(), "ann", 1, {}, {"device": "CPU"})
+    assert json.loads(reply.content.config_records[ABOUT_RECORD]["facts"]) == {"device": "CPU"}

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from fedlora_app.adapters import GLOBAL, LOCAL, activate, adapter_parameters, get_state, set_state
+from fedlora_app.config import TrainingConfig
+from fedlora_app.tokens import Example
+from fedlora_app.training import (
+    TrainingError,
+    answer_log_likelihoods,
+    count_steps,
+    schedule_factor,
+    train_phase,
+)
+
+CPU = torch.device("cpu")
+
+
+def build_examples(count: int, seed: int = 0) -> list[Example]:
+    rng = random.Random(seed)
+    lengths = [(rng.randint(3, 9), rng.randint(1, 7)) for _ in range(count)]
+    return [
+        Example([rng.randrange(3, 200) for _ in range(prompt + answer)], prompt)
+        for prompt, answer in lengths
+    ]
+
+
+def train(model, examples, **changes):
+    settings = TrainingConfig(
+        learning_rate=1e-2, batch_size=4, gradient_accumulation_steps=1, warmup_ratio=0.0
+    ).model_copy(update=changes.pop("settings", {}))
+    arguments = {
+        "active": (GLOBAL, LOCAL),
+        "trainable": (GLOBAL, LOCAL),
+        "num_steps": 3,
+        "run_span": (0.0, 1.0),
+        "weight_decays": {GLOBAL: 0.0, LOCAL: 0.0},
+        "seed": 1,
+        "pad_token_id": 0,
+    }
+    return train_phase(model, examples, settings, **(arguments | changes))
+
+
+def changed(before, after) -> bool:
+    return any(not torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_loss_is_that_of_transformers_on_answer_tokens(adapted):
+    activate(adapted, (GLOBAL, LOCAL))
+    for example in build_examples(5):
+        labels = torch.tensor([example.input_ids])
+        labels[0, : example.answer_start] = -100
+        with torch.no_grad():
+            expected = adapted(torch.tensor([example.input_ids]), labels=labels).loss
+        ours = -answer_log_likelihoods(adapted, [example], 0, CPU)[0].mean()
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_padding_and_neighbours_change_no_likelihood(adapted):
+    activate(adapted, (GLOBAL, LOCAL))
+    examples = build_examples(6)
+    with torch.no_grad():
+        together = answer_log_likelihoods(adapted, examples, 0, CPU)
+        for example, expected in zip(examples, together, strict=True):
+            alone = answer_log_likelihoods(adapted, [example], 0, CPU)[0]
+            torch.testing.assert_close(alone, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("trainable", [(GLOBAL,), (LOCAL,), (GLOBAL, LOCAL)])
+def test_a_phase_moves_exactly_its_adapters(adapted, trainable):
+    before = {name: get_state(adapted, name) for name in (GLOBAL, LOCAL)}
+    base = {k: v.clone() for k, v in adapted.state_dict().items() if "lora" not in k}
+    train(adapted, build_examples(8), trainable=trainable)
+    for name in (GLOBAL, LOCAL):
+        assert changed(before[name], get_state(adapted, name)) == (name in trainable)
+    after = adapted.state_dict()
+    assert all(torch.equal(base[key], after[key]) for key in base)
+
+
+def test_accumulation_weighs_tokens_and_equals_one_large_batch(adapted):
+    start = {name: get_state(adapted, name) for name in (GLOBAL, LOCAL)}
+    results = []
+    for batch_size, accumulation in ((6, 1), (2, 3), (1, 6)):
+        for name, state in start.items():
+            set_state(adapted, name, state)
+        settings = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        result = train(adapted, build_examples(6), num_steps=1, settings=settings)
+        results.append((result.train_loss, get_state(adapted, GLOBAL)))
+    for loss, state in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-5)
+        for key, tensor in state.items():
+            torch.testing.assert_close(tensor, results[0][1][key], rtol=1e-3, atol=2e-5)
+
+
+def test_training_lowers_the_loss_and_repeats_to_the_bit(adapted):
+    start = {name: get_state(adapted, name) for name in (GLOBAL, LOCAL)}
+    outcomes = []
+    for _ in range(2):
+        for name, state in start.items():
+            set_state(adapted, name, state)
+        torch.rand(7)  # the global generator's position must not matter
+        result = train(adapted, build_examples(8), num_steps=30)
+        outcomes.append((result.final_train_loss, get_state(adapted, LOCAL)))
+    assert outcomes[0][0] == outcomes[1][0] < 0.7 * result.train_loss
+    assert not changed(outcomes[0][1], outcomes[1][1])
+
+
+def test_weight_decay_is_the_adapters_own(adapted):
+    norms = {}
+    start = {name: get_state(adapted, name) for name in (GLOBAL, LOCAL)}
+    for decay in (0.0, 20.0):
+        for name, state in start.items():
+            set_state(adapted, name, state)
+        train(adapted, build_examples(8), weight_decays={GLOBAL: 0.0, LOCAL: decay}, num_steps=10)
+        norms[decay] = {
+            name: sum(t.norm().item() for t in get_state(adapted, name).values())
+            for name in (GLOBAL, LOCAL)
+        }
+    assert norms[20.0][LOCAL] < 0.5 * norms[0.0][LOCAL]
+    assert norms[20.0][GLOBAL] > 0.9 * norms[0.0][GLOBAL]
+
+
+def test_gradient_checkpointing_changes_no_weight(adapted):
+    start = {name: get_state(adapted, name) for name in (GLOBAL, LOCAL)}
+    states = []
+    for checkpointing in (False, True, False):
+        for name, state in start.items():
+            set_state(adapted, name, state)
+        train(adapted, build_examples(8), settings={"gradient_checkpointing": checkpointing})
+        states.append(get_state(adapted, GLOBAL))
+    assert not changed(states[0], states[2])
+    for key, tensor in states[0].items():
+        torch.testing.assert_close(tensor, states[1][key], rtol=0, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(adapted):
+    adapter_parameters(adapted, GLOBAL)[0].data.fill_(torch.inf)
+    with pytest.raises(TrainingError, match=r"at step \d of 3.*learning_rate"):
+        train(adapted, build_examples(4))
+
+
+def test_steps_count_the_last_incomplete_batch():
+    settings = TrainingConfig(batch_size=4, gradient_accumulation_steps=2)
+    assert [count_steps(n, 1, settings) for n in (1, 8, 9)] == [1, 1, 2]
+    assert count_steps(9, 3, settings) == 6
+
+
+def test_every_epoch_sees_every_example_once(adapted):
+    from fedlora_app.training import _step_batches
+
+    settings = TrainingConfig(batch_size=2, gradient_accumulation_steps=1)
+    examples = build_examples(5)
+    batches = list(itertools.islice(_step_batches(examples, settings, 3), 6))
+    for epoch in (batches[:3], batches[3:]):
+        seen = [tuple(example.input_ids) for batch in epoch for example in batch]
+        assert sorted(seen) == sorted(tuple(example.input_ids) for example in examples)
+    assert batches[:3] != batches[3:]
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "linear"])
+def test_the_schedule_rises_and_falls_over_the_whole_run(scheduler):
+    settings = TrainingConfig(
+        lr_scheduler=scheduler, warmup_ratio=0.1, final_learning_rate_ratio=0.2
+    )
+    values = [schedule_factor(step / 100, settings) for step in range(101)]
+    assert values[0] < 0.02 and max(values) == values[10] == pytest.approx(1.0)
+    assert values[10:] == sorted(values[10:], reverse=True)
+    assert values[-1] == pytest.approx(0.2)
+    constant = settings.model_copy(update={"lr_scheduler": "constant"})
+    assert schedule_factor(0.9, constant) == 1.0
