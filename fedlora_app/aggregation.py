@@ -39,12 +39,13 @@ class WeightedMean:
             AggregationError: the sum could leave the range of the fixed-point numbers.
         """
         largest = max(tensor.abs().max().item() for tensor in update.values())
-        self._bound += largest * num_examples
-        if not self._bound < LIMIT:
+        bound = self._bound + largest * num_examples
+        if not bound < LIMIT:
             raise AggregationError(
                 f"An update of {largest:.3g} weighted by {num_examples} examples is too large to "
                 f"sum (limit {LIMIT:.3g}). The client's training has probably diverged."
             )
+        self._bound = bound
         scale = num_examples * 2.0**FRACTION_BITS
         for key, total in self._sums.items():
             total += (update[key].double() * scale).round_().to(torch.int64)

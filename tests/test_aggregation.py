@@ -54,5 +54,10 @@ def test_a_diverged_update_is_refused_before_it_overflows():
     with pytest.raises(AggregationError, match="probably diverged"):
         mean.add({key: torch.full(shape, 1e6) for key, shape in SHAPES.items()}, 1000)
     assert mean.num_updates == 0
+    mean.add(build_state(1), 2)  # the refused one left no trace
+    zero = {key: torch.zeros(shape) for key, shape in SHAPES.items()}
+    for key, tensor in mean.apply_to(zero).items():
+        torch.testing.assert_close(tensor, build_state(1)[key], rtol=0, atol=1e-10)
+    mean = WeightedMean(SHAPES)
     with pytest.raises(AggregationError, match="nothing to average"):
         mean.apply_to(build_state(0))

@@ -96,7 +96,9 @@ def test_a_learnt_answer_scores_in_full_and_its_neighbour_does_not(adapted, toke
 def test_the_adapters_that_are_asked_for_answer(adapted, tokenizer):
     base = evaluate(adapted, tokenizer, active=())
     with base_only(adapted):
-        raw = [likelihood(adapted, tokenizer, QUESTIONS[0].text, c) for c in QUESTIONS[0].candidates]
+        raw = [
+            likelihood(adapted, tokenizer, QUESTIONS[0].text, c) for c in QUESTIONS[0].candidates
+        ]
     sizes = [len(candidate.encode()) for candidate in QUESTIONS[0].candidates]
     per_byte = [value / size for value, size in zip(raw, sizes, strict=True)]
     assert base[0].margin_per_byte == pytest.approx(per_byte[0] - max(per_byte[1:]), abs=1e-5)

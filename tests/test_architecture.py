@@ -1,0 +1,68 @@
+"""The rules that keep the package readable, held by its syntax trees."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "fedlora_app"
+MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+FLOWER_EDGE = {"client_app", "server_app", "strategy", "grid", "messages"}
+LAYERS = [
+    {"project", "seeds", "storage", "build_hook", "config"},
+    {"data", "run_directory"},
+    {"model", "tokens", "aggregation", "adapters"},
+    {"rounds", "training"},
+    {"evaluation", "summary"},
+    {"client_data"},
+    {"client", "messages"},
+    {"grid", "strategy"},
+    {"client_app", "server_app"},
+]
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def uses(path: Path, library: str) -> bool:
+    return any(name == library or name.startswith(f"{library}.") for name in imported(path))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_run_downwards(name):
+    level = next(i for i, layer in enumerate(LAYERS) if name in layer)
+    allowed = set().union(*LAYERS[: level + 1])
+    own = {n.split(".")[1] for n in imported(MODULES[name]) if n.startswith("fedlora_app.")}
+    assert own & set(MODULES) <= allowed
+
+
+def test_flower_is_used_at_the_edge_and_peft_in_one_module():
+    assert {name for name, path in MODULES.items() if uses(path, "flwr")} <= FLOWER_EDGE
+    assert [name for name, path in MODULES.items() if uses(path, "peft")] == ["adapters"]
+
+
+def test_flower_would_drop_no_module_from_its_bundle():
+    for path in PACKAGE.rglob("*.py"):
+        assert not path.stem.startswith("test_") and not path.stem.endswith("_test")
+
+
+def test_nothing_unpickles_or_asserts_on_a_tuple():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Assert):
+                assert not isinstance(node.test, ast.Tuple), path
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in {"load_state_dict_from_url", "unsafe_load"}, path
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                owner = getattr(node.func.value, "id", "")
+                assert (owner, node.func.attr) not in {("torch", "load"), ("pickle", "load")}, path

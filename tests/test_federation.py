@@ -1,0 +1,445 @@
+"""Invariants of a federation, over the real apps, messages and strategy in one process."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import build_tiny_config
+from federation import Federation
+from flwr.app import Array
+from safetensors.torch import load_file, save_file
+
+from fedlora_app import model as model_module
+from fedlora_app.messages import ABOUT_RECORD, METRIC_RECORD, UPDATE_RECORD
+from fedlora_app.run_directory import RunDirectoryError
+from fedlora_app.strategy import GlobalAdapterFedAvg, RoundError
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def server_state(run, server_round):
+    return load_file(run / "server" / f"round_{server_round:03d}" / WEIGHTS)
+
+
+def local_state(run, client, server_round):
+    return load_file(run / "clients" / client / f"round_{server_round:03d}" / WEIGHTS)
+
+
+def adapter_bytes(run):
+    return {
+        str(path.relative_to(run)): path.read_bytes()
+        for path in sorted(run.rglob("*"))
+        if path.is_file() and path.parent.name.startswith(("round_", "global", "ann", "bob", "cy"))
+    }
+
+
+def metric_rows(run):
+    rows = [line.split(",") for line in (run / "history.csv").read_text().splitlines()]
+    return sorted(row for row in rows if "seconds" not in row[3])
+
+
+def equal(one, other):
+    return set(one) == set(other) and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def train_replies(grid):
+    return [reply for reply in grid.received if UPDATE_RECORD in reply.content.array_records]
+
+
+def test_the_global_adapter_moves_by_the_weighted_mean_of_the_deltas(federation):
+    """The predecessor never trained its global adapter: B stayed zero."""
+    run = federation.run()
+    before, after = server_state(run, 0), server_state(run, 1)
+    assert not any(before[key].any() for key in before if "lora_B" in key)
+    assert all(after[key].any() for key in after if "lora_B" in key)
+    replies = train_replies(federation.grids[0])[:2]
+    counts = [reply.content.metric_records[METRIC_RECORD]["num-examples"] for reply in replies]
+    assert counts == [4, 4]
+    for key in before:
+        deltas = [reply.content.array_records[UPDATE_RECORD][key].numpy() for reply in replies]
+        mean = sum(c * torch.tensor(d) for c, d in zip(counts, deltas, strict=True)) / sum(counts)
+        torch.testing.assert_close(after[key] - before[key], mean, rtol=0, atol=1e-6)
+
+
+def test_weights_count_the_examples_of_the_global_phase_only(tiny_project, tmp_path):
+    config = build_tiny_config(("ann", "cy"))
+    federation = Federation(tiny_project, tmp_path, config)
+    run = federation.run()
+    counts = {}
+    for entry in json.loads((run / "history.json").read_text()):
+        if "num-examples" in entry["metrics"]:
+            counts[entry["client"]] = entry["metrics"]["num-examples"]
+    assert counts == {"ann": 4, "cy": 4}  # and not 7 and 9 with the local records
+
+
+def test_bf16_uploads_are_means_of_what_was_sent(tiny_project, tmp_path):
+    config = build_tiny_config(federated={"upload_dtype": "bfloat16", "num_rounds": 1})
+    federation = Federation(tiny_project, tmp_path, config)
+    run = federation.run()
+    before, after = server_state(run, 0), server_state(run, 1)
+    replies = train_replies(federation.grids[0])
+    for key in before:
+        sent = [reply.content.array_records[UPDATE_RECORD][key].numpy() for reply in replies]
+        deltas = [torch.from_numpy(d.copy()).view(torch.bfloat16).float() for d in sent]
+        mean = (deltas[0] + deltas[1]) / 2
+        torch.testing.assert_close(after[key] - before[key], mean, rtol=0, atol=1e-6)
+
+
+def test_a_local_adapter_continues_from_its_last_round(federation, monkeypatch):
+    """The predecessor saved it under one name, looked under another, and began anew."""
+    from fedlora_app import client
+
+    prepared = []
+    original = client.set_state
+
+    def record(model, name, state):
+        prepared.append((name, {key: tensor.clone() for key, tensor in state.items()}))
+        original(model, name, state)
+
+    monkeypatch.setattr(client, "set_state", record)
+    run = federation.run()
+    used = [state for name, state in prepared if name == "local"]
+    rounds = [(0, None), (1, 0), (1, 0), (2, 1), (2, 1)]
+    expected = [
+        local_state(run, name, source if source is not None else server_round)
+        for server_round, source in rounds
+        for name in ("ann", "bob")
+    ]
+    assert len(used) == len(expected)
+    assert all(equal(one, other) for one, other in zip(used, expected, strict=True))
+    for name in ("ann", "bob"):
+        states = [local_state(run, name, server_round) for server_round in range(3)]
+        assert not equal(states[0], states[1]) and not equal(states[1], states[2])
+        final = load_file(run / "final" / "clients" / name / WEIGHTS)
+        assert equal(final, states[2])
+
+
+def test_a_missing_local_adapter_stops_the_round(federation):
+    def remove_local(message, reply):
+        if message.metadata.message_type == "evaluate" and len(federation.grids[0].sent) == 4:
+            folder = federation.output_dir / "run" / "clients" / "ann" / "round_000"
+            (folder / WEIGHTS).unlink()
+        return reply
+
+    with pytest.raises(RoundError, match="never silently started anew"):
+        federation.run(tamper=remove_local)
+
+
+def test_nothing_of_one_client_reaches_another(tiny_project, tmp_path):
+    """Without averaging, every client's result must be that of a federation of its own."""
+    together = Federation(tiny_project, tmp_path / "all", _local_only(("ann", "bob", "cy"))).run()
+    for client in ("ann", "bob", "cy"):
+        alone = Federation(tiny_project, tmp_path / client, _local_only((client,))).run()
+        for server_round in range(3):
+            assert equal(
+                local_state(together, client, server_round),
+                local_state(alone, client, server_round),
+            )
+
+
+def _local_only(clients):
+    return build_tiny_config(
+        clients, federated={"mode": "local-only"}, data={"conflict_test": None}
+    )
+
+
+def test_each_phase_moves_only_its_adapter(federation, monkeypatch):
+    from fedlora_app import client
+    from fedlora_app.adapters import get_state
+
+    moves = []
+    original = client.train_phase
+
+    def watch(model, examples, training, **settings):
+        before = {name: get_state(model, name) for name in ("global", "local")}
+        result = original(model, examples, training, **settings)
+        moved = [n for n in before if not equal(before[n], get_state(model, n))]
+        moves.append((settings["active"], settings["trainable"], moved))
+        return result
+
+    monkeypatch.setattr(client, "train_phase", watch)
+    federation.run()
+    round_moves = [(("global",), ("global",), ["global"])] * 2
+    round_moves += [(("global", "local"), ("local",), ["local"])] * 2
+    assert moves == round_moves * 2
+
+
+def test_no_local_adapter_is_in_any_message(tiny_project, tmp_path):
+    """Plant a pattern in the local adapter and search everything that clients sent."""
+    planted = 1.2345678
+    pattern = torch.full((2,), planted).numpy().tobytes()
+    federation = Federation(tiny_project, tmp_path, build_tiny_config())
+
+    def plant(message, reply):
+        if message.metadata.message_type == "evaluate":
+            for path in (tmp_path / "run" / "clients").rglob(WEIGHTS):
+                state = load_file(path)
+                key = next(key for key in state if "lora_A" in key)
+                state[key].fill_(planted)
+                save_file(state, path, {"fedlora_role": "local"})
+                assert pattern in path.read_bytes()
+        return reply
+
+    run = federation.run(tamper=plant)
+    sent = federation.grids[0].bytes_received()
+    assert len(sent) > 10_000
+    assert pattern not in sent
+    for client in ("ann", "bob"):
+        for server_round in range(3):
+            for tensor in local_state(run, client, server_round).values():
+                assert tensor.numpy().tobytes() not in sent or not tensor.any()
+    global_names = set(server_state(run, 0))
+    for reply in federation.grids[0].received:
+        for record in reply.content.array_records.values():
+            assert set(record) == global_names
+    for text in (b"says red", b"What is the", b"You are ann"):  # data and prompts
+        assert text not in sent
+
+
+def test_the_same_seed_gives_the_same_bytes_in_any_order(federation, monkeypatch):
+    first = federation.run("first")
+    original = GlobalAdapterFedAvg.__init__
+
+    def shuffle(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.serving_order = self.serving_order[::-1]
+
+    monkeypatch.setattr(GlobalAdapterFedAvg, "__init__", shuffle)
+    second = federation.run("second")
+    served = [[m.metadata.dst_node_id for m in grid.sent[2:4]] for grid in federation.grids]
+    assert served == [[11, 12], [12, 11]]
+    assert adapter_bytes(first) == adapter_bytes(second)
+    assert len(adapter_bytes(first)) == 2 * (3 + 2 * 3 + 3)
+    assert metric_rows(first) == metric_rows(second)
+
+
+def test_another_seed_gives_other_bytes(federation):
+    first = federation.run("first")
+    other = federation.run("other", build_tiny_config(experiment={"seed": 8}))
+    assert not equal(server_state(first, 0), server_state(other, 0))
+    assert not equal(local_state(first, "ann", 0), local_state(first, "bob", 0))
+
+
+def test_the_base_is_loaded_once_and_never_by_the_server(federation, monkeypatch):
+    model_module._resident.clear()
+    loads = model_module.num_loads
+    from fedlora_app import server_app
+
+    monkeypatch.setattr(
+        server_app,
+        "build_empty_model",
+        lambda *args: _all_meta(model_module.build_empty_model(*args)),
+    )
+    federation.run("one")
+    federation.run("two")
+    assert model_module.num_loads == loads + 1
+
+
+def _all_meta(model):
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("mode", "evaluated", "senders", "locals_kept"),
+    [
+        ("fedavg", "global", {"ann", "bob"}, False),
+        ("local-only", "local", set(), True),
+        ("centralized", "global", {"ann"}, False),
+    ],
+)
+def test_the_baselines(federation, mode, evaluated, senders, locals_kept):
+    run = federation.run(config=build_tiny_config(federated={"mode": mode}))
+    history = json.loads((run / "history.json").read_text())
+    labels = {name.split("/")[0] for e in history for name in e["metrics"] if name.count("/") == 2}
+    assert labels == {"base", evaluated}
+    assert {e["client"] for e in history if "num-examples" in e["metrics"]} == senders
+    assert (run / "clients").exists() == locals_kept
+    assert equal(server_state(run, 0), server_state(run, 2)) == (mode == "local-only")
+
+
+def test_all_modes_take_the_same_number_of_steps(federation):
+    steps = {}
+    for mode in ("dual", "fedavg", "local-only", "centralized"):
+        run = federation.run(mode, build_tiny_config(federated={"mode": mode, "num_rounds": 1}))
+        history = json.loads((run / "history.json").read_text())
+        steps[mode] = sum(
+            value
+            for entry in history
+            for name, value in entry["metrics"].items()
+            if name.endswith("/num_steps")
+        )
+    assert len(set(steps.values())) == 1, steps
+
+
+def test_the_joint_schedule_refreshes_local_against_the_final_global(federation):
+    config = build_tiny_config(training={"schedule": "joint"})
+    run = federation.run(config=config)
+    phases = [
+        (entry["round"], entry["phase"])
+        for entry in json.loads((run / "history.json").read_text())
+        if entry["client"] == "ann" and entry["phase"] != "evaluate"
+    ]
+    assert phases == [(1, "global+local"), (2, "global+local"), (2, "local")]
+
+
+def test_the_run_directory_holds_what_the_contract_names(federation):
+    run = federation.run()
+    names = {path.name for path in run.iterdir()}
+    assert {"config.json", "manifest.json", "metrics.jsonl", "history.json", "history.csv"} <= names
+    assert (federation.output_dir / "latest").resolve() == run.resolve()
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert [entry["round"] for entry in manifest["rounds"]] == [0, 1, 2]
+    assert set(manifest["rounds"][2]["adapters"]) == {"global", "local:ann", "local:bob"}
+    assert manifest["finished"] and manifest["versions"]["torch"]
+    header, *rows = (run / "history.csv").read_text().splitlines()
+    assert header == "round,client,phase,metric,value" and len(rows) > 50
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {"time", "event", "round", "client", "phase"} <= set(events[0])
+    assert run.stat().st_mode & 0o077 == 0
+
+
+def test_an_existing_run_is_left_alone(federation):
+    run = federation.run()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(RunDirectoryError, match="exists already and is left as it is"):
+        federation.run()
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+class TestFaultyClients:
+    """One client of three misbehaves in round 1."""
+
+    @pytest.fixture
+    def federation(self, tiny_project, tmp_path):
+        return Federation(tiny_project, tmp_path, build_tiny_config(("ann", "bob", "cy")))
+
+    def spoil(self, change):
+        def tamper(message, reply):
+            if message.metadata.message_type == "train" and message.metadata.dst_node_id == 12:
+                change(reply)
+            return reply
+
+        return tamper
+
+    @pytest.mark.parametrize(
+        ("change", "expected"),
+        [
+            (lambda r: _arrays(r).popitem(), "1 tensors are missing"),
+            (lambda r: _replace(r, lambda a: a * float("nan")), "not finite"),
+            (lambda r: _replace(r, lambda a: a * 1e13), "probably diverged"),
+            (lambda r: _replace(r, lambda a: a[:1]), "has shape"),
+            (lambda r: _replace(r, lambda a: a.astype("float64")), "float64, expected float32"),
+            (lambda r: _metrics(r).update({"num-examples": 0}), "0 examples"),
+            (lambda r: _metrics(r).update({"num-examples": 1.5}), "1.5 examples"),
+            (lambda r: r.content.pop(UPDATE_RECORD), "sent no update"),
+            (lambda r: r.content[ABOUT_RECORD].update({"server-round": 7}), "for round 7"),
+            (lambda r: r.content[ABOUT_RECORD].update({"client-id": "ann"}), "as 'ann'"),
+        ],
+    )
+    def test_a_bad_reply_stops_the_run_with_its_sender(self, federation, change, expected):
+        with pytest.raises(RoundError) as caught:
+            federation.run(tamper=self.spoil(change))
+        text = str(caught.value)
+        assert "Round 1: 2 of 3 clients did their part and 3 are required" in text
+        assert "bob" in text and expected in text
+        run = federation.output_dir / "run"
+        manifest = json.loads((run / "manifest.json").read_text())
+        assert [entry["round"] for entry in manifest["rounds"]] == [0]
+        assert not (run / "server" / "round_001").exists()
+
+    def test_with_fewer_required_the_others_are_averaged_by_their_weights(self, federation):
+        config = build_tiny_config(("ann", "bob", "cy"), federated={"min_clients": 2})
+        spoil = self.spoil(lambda r: _replace(r, lambda a: a * float("nan")))
+        run = federation.run(config=config, tamper=spoil)
+        before, after = server_state(run, 0), server_state(run, 1)
+        ann, cy = (train_replies(federation.grids[0])[index] for index in (0, 2))
+        for key in before:
+            sent = [r.content.array_records[UPDATE_RECORD][key].numpy() for r in (ann, cy)]
+            mean = torch.tensor((4 * sent[0] + 4 * sent[1]) / 8)
+            torch.testing.assert_close(after[key] - before[key], mean, rtol=0, atol=1e-6)
+        manifest = json.loads((run / "manifest.json").read_text())
+        assert "not finite" in manifest["rounds"][1]["failures"]["bob"]
+
+    def test_a_reply_that_is_sent_twice_counts_once(self, federation):
+        strategy_calls = []
+        original = GlobalAdapterFedAvg.aggregate_train
+
+        def repeat(self, server_round, replies):
+            replies = list(replies)
+            strategy_calls.append(len(replies))
+            return original(self, server_round, [*replies, replies[0]])
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(GlobalAdapterFedAvg, "aggregate_train", repeat)
+            run = federation.run("twice")
+        plain = federation.run("once")
+        assert strategy_calls == [3, 3]
+        assert equal(server_state(run, 2), server_state(plain, 2))
+
+
+def _arrays(reply):
+    return reply.content.array_records[UPDATE_RECORD]
+
+
+def _metrics(reply):
+    return reply.content.metric_records[METRIC_RECORD]
+
+
+def _replace(reply, change):
+    record = _arrays(reply)
+    key = sorted(record)[0]
+    record[key] = Array(change(record[key].numpy()))
+
+
+class TestCheckIn:
+    """Bad input is reported before anything is loaded, and no run directory is made."""
+
+    def test_all_clients_faults_come_together(self, tiny_project, tmp_path):
+        clients = build_tiny_config().dump()["federated"]["clients"]
+        clients[0]["local_train"] = "nowhere.json"
+        (tiny_project / "bad.json").write_text(json.dumps([{"instruction": "x", "output": ""}]))
+        clients[1]["universal_train"] = "bad.json"
+        clients[1]["local_test"] = "gone.json"
+        config = build_tiny_config(federated={"clients": clients})
+        federation = Federation(tiny_project, tmp_path, config)
+        with pytest.raises(ValueError) as caught:
+            federation.run()
+        text = str(caught.value)
+        assert "ann: " in text and "nowhere.json does not exist" in text
+        assert "bob: " in text and 'record 1: "output" is empty' in text
+        assert "gone.json does not exist" in text
+        assert not (tmp_path / "run").exists()
+
+    def test_a_conflict_record_of_an_unknown_client(self, tiny_project, tmp_path):
+        config = build_tiny_config(("ann", "bob"), data={"conflict_test": "conflict.json"})
+        with pytest.raises(ValueError, match="names 'cy', which is no client. Clients: ann, bob"):
+            Federation(tiny_project, tmp_path, config).run()
+
+    def test_two_nodes_that_are_one_client(self, federation):
+        from fedlora_app import client_app
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(client_app, "identify_client", lambda context, config: "ann")
+            with pytest.raises(ValueError, match='Two nodes are the client "ann"'):
+                federation.run()
+
+    def test_other_code_at_a_client(self, federation):
+        from fedlora_app import client_app
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(client_app, "hash_package", lambda: "other")
+            with pytest.raises(ValueError, match="other code than this client"):
+                federation.run()
+
+    def test_a_missing_base_model_names_both_ways_out(self, tiny_project, tmp_path):
+        config = build_tiny_config(model={"name": "Qwen/Qwen2.5-7B-Instruct"})
+        with pytest.raises(ValueError, match="hf download Qwen/Qwen2.5-7B-Instruct.*local folder"):
+            Federation(tiny_project, tmp_path, config).run()
+
+    def test_truncation_is_reported(self, tiny_project, tmp_path, capsys):
+        config = build_tiny_config(training={"max_seq_length": 40}, data={"skip_invalid": True})
+        Federation(tiny_project, tmp_path, config).run()
+        assert "examples were cut at 40 tokens" in capsys.readouterr().out

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+from federation import LoopbackGrid
+from flwr.app import Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedlora_app.grid import PacedGrid, build_message
+
+
+class SlowGrid(LoopbackGrid):
+    """Answers a message only when it has been asked a number of times."""
+
+    def __init__(self, polls_needed: int) -> None:
+        super().__init__({})
+        self.polls_needed = polls_needed
+        self.polls: dict[str, int] = {}
+        self.most_outstanding = 0
+
+    def push_messages(self, messages):
+        for message in messages:
+            number = f"m{len(self.sent)}"
+            message.metadata.__dict__["_message_id"] = number
+            self.sent.append(message)
+            self._replies[number] = Message(RecordDict(), reply_to=message)
+            self.polls[number] = 0
+            self.most_outstanding = max(self.most_outstanding, len(self._replies))
+            yield number
+
+    def pull_messages(self, message_ids):
+        for number in list(message_ids):
+            self.polls[number] += 1
+            if self.polls[number] >= self.polls_needed:
+                yield self._replies.pop(number)
+
+
+@pytest.fixture(autouse=True)
+def _identity():
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_no_more_clients_than_allowed_are_busy_and_none_is_lost(at_once):
+    grid = SlowGrid(polls_needed=3)
+    messages = (build_message(RecordDict(), "train", node) for node in range(7))
+    replies = list(PacedGrid(grid, at_once).send_and_receive(messages, timeout=0.0))
+    assert len(replies) == 7
+    assert grid.most_outstanding == at_once
+
+
+def test_the_next_message_is_made_only_when_its_turn_comes():
+    grid = SlowGrid(polls_needed=1)
+    made = []
+
+    def build(node):
+        made.append(node)
+        return build_message(RecordDict(), "train", node)
+
+    replies = PacedGrid(grid, 1).send_and_receive(build(node) for node in range(3))
+    next(iter(replies))
+    assert made == [0]
+
+
+def test_a_message_that_flower_does_not_accept_is_named():
+    class Refusing(SlowGrid):
+        def push_messages(self, messages):
+            list(messages)
+            return []
+
+    messages = [build_message(RecordDict(), "train", 77)]
+    with pytest.raises(ConnectionError, match="node 77"):
+        list(PacedGrid(Refusing(1), 1).send_and_receive(messages))

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import build_tiny_config
+
+from fedlora_app.run_directory import (
+    RunDirectory,
+    RunDirectoryError,
+    check_run_name,
+    default_run_name,
+)
+from fedlora_app.storage import replace_folder, write_atomically
+
+
+def create(path, tmp_path):
+    return RunDirectory.create(path, build_tiny_config(), tmp_path, clients={})
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", "a\n", "~", "x" * 65])
+def test_names_that_are_no_folder_names_are_refused(name):
+    with pytest.raises(RunDirectoryError, match="is not a folder name"):
+        check_run_name(name)
+
+
+def test_the_default_name_says_what_the_run_is():
+    assert default_run_name(build_tiny_config()).startswith("tiny-dual-seed7-2")
+    long = build_tiny_config(experiment={"name": "x" * 64})
+    assert check_run_name(default_run_name(long)).startswith("xxx")
+
+
+def test_a_round_counts_when_the_manifest_says_so(tmp_path):
+    run = create(tmp_path / "run", tmp_path)
+    run.add_metrics(1, "ann", "evaluate", {"base/local/n": 3, "base/conflict/each": [1, 0]})
+    assert json.loads((run.path / "manifest.json").read_text())["rounds"] == []
+    assert not (run.path / "history.csv").exists()
+    run.complete_round(1, {"global": "abc"}, seconds=1.5)
+    (entry,) = json.loads((run.path / "manifest.json").read_text())["rounds"]
+    assert (entry["round"], entry["adapters"], entry["seconds"]) == (1, {"global": "abc"}, 1.5)
+    table = (run.path / "history.csv").read_text()
+    assert table == "round,client,phase,metric,value\n1,ann,evaluate,base/local/n,3\n"
+
+
+def test_latest_follows_the_newest_run(tmp_path):
+    for name in ("one", "two"):
+        create(tmp_path / name, tmp_path)
+        assert (tmp_path / "latest").resolve() == (tmp_path / name).resolve()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirectoryError, match="cannot be made: Not a directory"):
+        create(tmp_path / "file" / "run", tmp_path)
+
+
+def test_an_interrupted_write_leaves_the_old_content(tmp_path):
+    path = tmp_path / "a.json"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "\ud800")
+    assert path.read_text() == "old"
+
+
+def test_an_interrupted_folder_leaves_the_old_one(tmp_path):
+    folder = tmp_path / "adapter"
+    with replace_folder(folder) as partial:
+        (partial / "file").write_text("old")
+    with pytest.raises(KeyError), replace_folder(folder) as partial:
+        (partial / "file").write_text("new")
+        raise KeyError
+    assert (folder / "file").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
