@@ -7,6 +7,7 @@ can reach the next through the process they share.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fedlora_app import model as model_module
 from fedlora_app.adapters import (
     GLOBAL,
     LOCAL,
@@ -124,17 +126,20 @@ class Client:
         Round 0 makes the initial local adapter and evaluates the base model alone.
 
         Returns:
-            The metrics and, as hashes, which base model and which local adapter they are of.
+            The metrics, and facts: hashes of the base model and the local adapter, the process.
         """
         plan = plan_round(self.config, server_round)
         loaded, model = self._prepare(global_state, local_round)
         metrics: Metrics = {}
-        hashes = {"base_model": loaded.fingerprint}
+        facts = {
+            "base_model": loaded.fingerprint,
+            "process": f"{os.getpid()}, base model loaded {model_module.num_loads} times",
+        }
         if server_round > 0 and plan.personalise is not None:
             result = self._run_phase(loaded, model, plan.personalise, server_round)
             metrics |= _phase_metrics(plan.personalise, result)
         if LOCAL in plan.evaluated:
-            hashes["local_adapter"] = self._save_local(model, self._round_dir(server_round))
+            facts["local_adapter"] = self._save_local(model, self._round_dir(server_round))
         started = time.monotonic()
         is_final = server_round == self.config.federated.num_rounds
         if server_round == 0:
@@ -146,7 +151,7 @@ class Client:
         metrics["evaluation_seconds"] = time.monotonic() - started
         if is_final and LOCAL in plan.evaluated:
             self._save_local(model, self.run_dir / "final" / "clients" / self.client_id)
-        return metrics, hashes
+        return metrics, facts
 
     @property
     def _own(self) -> ClientConfig:

@@ -82,8 +82,8 @@ def _train(client: Client, task: Task, message: Message) -> Message:
 
 def _personalise(client: Client, task: Task, message: Message) -> Message:
     state = _received_state(client, message)
-    metrics, hashes = client.personalise(task.server_round, state, task.local_round)
-    return build_reply(message, client.client_id, task.server_round, metrics, hashes)
+    metrics, facts = client.personalise(task.server_round, state, task.local_round)
+    return build_reply(message, client.client_id, task.server_round, metrics, facts)
 
 
 def _answer(message: Message, context: Context, handle: Handler) -> Message:

@@ -160,6 +160,7 @@ class GlobalAdapterFedAvg(FedAvg):
                 self._local_rounds[client] = server_round
                 self._adapter_hashes[f"{LOCAL}:{client}"] = reply.facts["local_adapter"]
             self._base_models[client] = reply.facts["base_model"]
+            self._run.log_event("facts", round=server_round, client=client, **reply.facts)
         self._require(len(reports), len(self.nodes), server_round)
         if len(set(self._base_models.values())) > 1:
             listing = ", ".join(f"{c}: {f[:12]}" for c, f in sorted(self._base_models.items()))
