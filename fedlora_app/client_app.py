@@ -97,8 +97,8 @@ def _answer(message: Message, context: Context, handle: Handler) -> Message:
         if task.client_id not in ("", client_id):
             raise MessageError(f"This message is for {task.client_id} and reached {client_id}.")
         _set_up_process(config)
-        root = find_project_root(project_dir=str(context.node_config.get("project-dir", "")))
-        run_dir = _output_dir(task, context, root) / check_run_name(task.run_name)
+        root, output_dir = _folders(task, context)
+        run_dir = root / output_dir / check_run_name(task.run_name)
         return handle(Client(config, client_id, run_dir, root), task, message)
     except ValueError as error:  # the project's own errors speak for themselves
         return build_error_reply(message, client_id, error)
@@ -130,11 +130,12 @@ def identify_client(context: Context, config: Config) -> str:
     return clients[int(partition)].id
 
 
-def _output_dir(task: Task, context: Context, root: Path) -> Path:
-    """Return where this client keeps its runs; a remote server cannot choose the folder."""
-    simulated = "partition-id" in context.node_config
-    own = str(context.node_config.get("output-dir", "results"))
-    return root / (task.output_dir if simulated else own)
+def _folders(task: Task, context: Context) -> tuple[Path, str]:
+    """Return this client's project and output folder; a remote server cannot choose them."""
+    if "partition-id" in context.node_config:  # simulated, on the server's own disk
+        return Path(task.project_dir), task.output_dir
+    root = find_project_root(project_dir=str(context.node_config.get("project-dir", "")))
+    return root, str(context.node_config.get("output-dir", "results"))
 
 
 def _received_state(client: Client, message: Message) -> AdapterState:

@@ -53,12 +53,15 @@ class Task:
     """What the server asks of a client, beside the adapter itself.
 
     ``local_round`` is the round whose local adapter the client continues from, -1 for none.
+    ``project_dir`` and ``output_dir`` hold for simulated nodes, which share the server's disk;
+    others have folders of their own.
     """
 
     client_id: str
     server_round: int
     local_round: int
     run_name: str
+    project_dir: str
     output_dir: str
     package_sha256: str
     experiment: str

@@ -65,6 +65,7 @@ def main(grid: Grid, context: Context) -> None:
         server_round=CHECK_IN_ROUND,
         local_round=-1,
         run_name=settings.run_name,
+        project_dir=str(settings.root),
         output_dir=settings.output_dir,
         package_sha256=hash_package(),
         experiment=json.dumps(config.dump()),

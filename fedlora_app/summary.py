@@ -77,10 +77,7 @@ def describe_round(server_round: int, num_rounds: int, reports: Reports, seconds
 
 def describe_run(history: list[dict[str, Any]]) -> str:
     """Return the closing table: exact match by adapters and client, the last of each."""
-    reports: Reports = {}
-    for entry in history:
-        if entry["phase"] == "evaluate":
-            reports.setdefault(entry["client"], {}).update(entry["metrics"])
+    reports = collect_reports(history)
     labels = sorted(_labels(reports), key=list(LABELS).index)
     keys = {name: f"{name}/exact_match" for name in COLUMNS}
     shown = [
@@ -111,6 +108,16 @@ def describe_run(history: list[dict[str, Any]]) -> str:
                 "its own way by every client"
             )
     return "\n".join(lines)
+
+
+def collect_reports(history: list[dict[str, Any]]) -> Reports:
+    """Return each client's evaluation metrics, the last of each name."""
+    reports: Reports = {}
+    for entry in history:
+        if entry["phase"] == "evaluate":
+            scores = {k: v for k, v in entry["metrics"].items() if k.count("/") == 2}
+            reports.setdefault(entry["client"], {}).update(scores)
+    return reports
 
 
 def conflict_passes(reports: Reports, label: str | None) -> list[bool]:
