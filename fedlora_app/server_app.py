@@ -104,6 +104,12 @@ def main(grid: Grid, context: Context) -> None:
     strategy.save_final()
     run.finish()
     print(describe_run(run.history), flush=True)
+    if config.federated.mode == "dual":
+        print(
+            "To see what one averaged adapter makes of the same work: "
+            "flwr run . --stream --run-config \"mode='fedavg'\"",
+            flush=True,
+        )
     print(f"Run directory: {settings.run_dir}", flush=True)
 
 

@@ -199,6 +199,6 @@ def _set_checkpointing(model: AdaptedModel, training: TrainingConfig) -> None:
         on_gpu = next(inner.parameters()).device.type == "cuda"
         wanted = on_gpu and inner.num_parameters() >= CHECKPOINTING_THRESHOLD
     if wanted:
-        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        inner.activation_checkpointing_enable({"use_reentrant": False})
     else:
-        inner.gradient_checkpointing_disable()
+        inner.activation_checkpointing_disable()

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from conftest import build_tiny_config, build_tiny_model
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedlora_app.adapters import GLOBAL, attach_adapters, build_initial_state, state_shapes
+from fedlora_app.messages import Task, build_reply
+from fedlora_app.run_directory import RunDirectory
+from fedlora_app.strategy import GlobalAdapterFedAvg
+
+NUM_CLIENTS = 60
+
+
+@pytest.fixture
+def strategy(tokenizer, tmp_path):
+    """A strategy for sixty clients, which need no data here."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    clients = [
+        {"id": f"c{index:02d}", "system_prompt": "", "local_train": "x", "universal_train": "x"}
+        for index in range(NUM_CLIENTS)
+    ]
+    config = build_tiny_config(federated={"clients": clients})
+    with torch.device("meta"):
+        model = attach_adapters(build_tiny_model(len(tokenizer)), config.adapters)
+    return GlobalAdapterFedAvg(
+        config,
+        nodes={client["id"]: index + 1 for index, client in enumerate(clients)},
+        task=Task("", 0, -1, "run", "", "", "", "{}"),
+        model=model,
+        run=RunDirectory.create(tmp_path / "run", config, tmp_path, {}),
+        report=lambda line: None,
+    ), build_initial_state(model, GLOBAL, 1)
+
+
+def reply_from(message: Message, strategy, value: float) -> Message:
+    client = strategy._clients_by_node[message.metadata.dst_node_id]
+    shapes = state_shapes(strategy._model, GLOBAL)
+    update = {key: torch.full(shape, value) for key, shape in shapes.items()}
+    return build_reply(message, client, 1, {"num-examples": 2}, {}, update)
+
+
+def test_replies_are_folded_in_and_let_go_one_by_one(strategy):
+    strategy, state = strategy
+    arrays = strategy.save_initial(state)
+    alive: weakref.WeakSet[RecordDict] = weakref.WeakSet()
+    most = 0
+
+    def replies():
+        nonlocal most
+        for message in strategy.configure_train(1, arrays, ConfigRecord(), None):
+            reply = reply_from(message, strategy, 0.5)
+            alive.add(reply)
+            most = max(most, len(alive))
+            yield reply
+            del reply
+
+    result, _ = strategy.aggregate_train(1, replies())
+    assert most <= 3
+    for key, array in result.items():
+        torch.testing.assert_close(torch.tensor(array.numpy()), state[key] + 0.5)
+
+
+def test_messages_are_addressed_in_the_order_of_ids_and_do_not_expire(strategy):
+    strategy, state = strategy
+    arrays = strategy.save_initial(state)
+    messages = list(strategy.configure_train(1, arrays, ConfigRecord(), None))
+    assert [message.metadata.dst_node_id for message in messages] == list(range(1, 61))
+    assert all(message.metadata.message_type == MessageType.TRAIN for message in messages)
+    assert min(message.metadata.ttl for message in messages) > 365 * 24 * 3600
