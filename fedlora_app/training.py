@@ -147,9 +147,8 @@ def answer_log_likelihoods(
     the whole prompt would need gigabytes with Qwen's 152,064 tokens.
     """
     longest = max(len(example.input_ids) for example in examples)
-    input_ids = torch.full((len(examples), longest), pad_token_id, device=device)
-    for row, example in enumerate(examples):
-        input_ids[row, : len(example.input_ids)] = torch.tensor(example.input_ids)
+    rows = [ex.input_ids + [pad_token_id] * (longest - len(ex.input_ids)) for ex in examples]
+    input_ids = torch.tensor(rows, device=device)  # (B, T)
     inner = model.get_base_model()
     hidden = inner.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, D)
     predicting = [

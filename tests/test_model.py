@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedlora_app import model as model_module
-from fedlora_app.adapters import GLOBAL, LOCAL, attach_adapters, get_state
+from fedlora_app.adapters import GLOBAL, LOCAL, adapter_parameters, attach_adapters, get_state
 from fedlora_app.config import ModelConfig, TrainingConfig
 from fedlora_app.model import (
     ModelError,
@@ -78,11 +78,22 @@ def test_the_fingerprint_knows_other_weights(config, tiny_project, tmp_path):
     assert compute_fingerprint(config, tmp_path) != compute_fingerprint(config, tiny_project)
 
 
-def test_nf4_trains_on_the_cpu(config, tiny_project, adapters_config):
-    """The 4-bit path needs no GPU to be tested: both adapters learn over NF4 weights."""
-    loaded = load_base_model(config.model_copy(update={"quantization": "4bit"}), tiny_project)
+@pytest.mark.parametrize(
+    ("changes", "weight_dtype"),
+    [
+        ({"quantization": "4bit", "dtype": "float32"}, torch.uint8),
+        ({"quantization": "4bit", "dtype": "bfloat16"}, torch.uint8),
+        ({"quantization": "none", "dtype": "bfloat16"}, torch.bfloat16),
+    ],
+)
+def test_fp32_adapters_learn_over_nf4_and_bf16_weights(
+    config, tiny_project, adapters_config, changes, weight_dtype
+):
+    """The 4-bit path needs no GPU to be tested: bitsandbytes runs NF4 on the CPU."""
+    loaded = load_base_model(config.model_copy(update=changes), tiny_project)
     layer = loaded.model.model.layers[0].mlp.up_proj
-    assert type(layer).__name__ == "Linear4bit" and layer.weight.dtype == torch.uint8
+    assert (type(layer).__name__ == "Linear4bit") == (changes["quantization"] == "4bit")
+    assert layer.weight.dtype == weight_dtype
     model = attach_adapters(loaded.model, adapters_config)
     before = get_state(model, GLOBAL)
     result = train_phase(
@@ -97,6 +108,7 @@ def test_nf4_trains_on_the_cpu(config, tiny_project, adapters_config):
         seed=1,
         pad_token_id=0,
     )
+    assert {p.dtype for p in adapter_parameters(model, GLOBAL)} == {torch.float32}
     assert result.final_train_loss < 0.9 * result.train_loss
     assert any(not torch.equal(before[key], t) for key, t in get_state(model, GLOBAL).items())
     model_module._resident.clear()
