@@ -53,8 +53,12 @@ def attach_adapters(base: PreTrainedModel, config: AdaptersConfig) -> AdaptedMod
     """Put both adapters on the base model and freeze everything.
 
     The modules exist once per process; their weights are set for every message.
+
+    Raises:
+        AdapterError: a target module is not there or is not linear.
     """
     detach_adapters(base)
+    _check_targets(base, config)
     model = get_peft_model(base, _lora_config(config.global_), adapter_name=GLOBAL)
     model.add_adapter(LOCAL, _lora_config(config.local))
     model.requires_grad_(False)
@@ -66,6 +70,8 @@ def detach_adapters(base: PreTrainedModel) -> None:
     for name, module in list(base.named_modules()):
         if isinstance(module, BaseTunerLayer):
             base.set_submodule(name, module.get_base_layer())
+    if hasattr(base, "peft_config"):
+        del base.peft_config
 
 
 def build_initial_state(model: AdaptedModel, name: str, seed: int) -> AdapterState:
@@ -212,6 +218,23 @@ def load_adapter(folder: Path, model: AdaptedModel, name: str, base_name: str) -
         )
     check_state(state, state_shapes(model, name), str(folder))
     return state
+
+
+def _check_targets(base: PreTrainedModel, config: AdaptersConfig) -> None:
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    for section, adapter in ((GLOBAL, config.global_), (LOCAL, config.local)):
+        if adapter.target_modules == "all-linear":
+            continue
+        unknown = sorted(set(adapter.target_modules) - linear)
+        if unknown or not adapter.target_modules:
+            raise AdapterError(
+                f"adapters.{section}.target_modules: {unknown or 'an empty list'} names no linear "
+                f"module of the base model. It has: {', '.join(sorted(linear))}."
+            )
 
 
 def _lora_config(config: AdapterConfig) -> LoraConfig:

@@ -33,23 +33,24 @@ from fedlora_app.adapters import (
 from fedlora_app.client_data import (
     build_question_sets,
     count_phase_steps,
+    count_unscored_conflicts,
     load_client_files,
     select_examples,
     tokenize_client_files,
 )
 from fedlora_app.config import AdaptersConfig, ClientConfig, Config, ConfigError
-from fedlora_app.evaluation import CONFLICT, UNIVERSAL, evaluate_questions, summarise
+from fedlora_app.data import DataError
+from fedlora_app.evaluation import CONFLICT, UNIVERSAL, Score, evaluate_questions, summarise
 from fedlora_app.model import LoadedModel, describe_device, load_base_model, load_tokenizer
-from fedlora_app.rounds import BOTH, Phase, adapters_label, plan_round
+from fedlora_app.rounds import BOTH, Phase, adapters_label, plan_round, training_clients
 from fedlora_app.seeds import derive_seed
+from fedlora_app.storage import make_private_dir
 from fedlora_app.tokens import Example
 from fedlora_app.training import PhaseResult, Progress, train_phase
 
 PROGRESS_INTERVAL_SECONDS = 10.0
 
 Metrics = dict[str, Any]
-
-_attached: tuple[int, AdaptersConfig, AdaptedModel] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,30 @@ class Client:
         Returns:
             Counts of examples, and facts: the device and the data files' hashes.
         """
+        faults: list[str] = []
         if self.config.training.optimizer == "paged_adamw_8bit" and not torch.cuda.is_available():
-            raise ConfigError(
+            faults.append(
                 "training.optimizer: paged_adamw_8bit needs a GPU and this client has none. "
                 "Set it to adamw."
             )
+        if self._own_dir.exists():
+            faults.append(
+                f"{self._own_dir} exists already and is left as it is. Choose another run-name."
+            )
+        for client_id in self._data_owners():
+            try:
+                load_client_files(self.config, self.config.client(client_id), self.root)
+            except DataError as error:
+                faults.append(str(error))
+        if faults:
+            raise ConfigError("\n".join(faults))
         tokenizer = load_tokenizer(self.config.model, self.root)
         files = load_client_files(self.config, self._own, self.root)
         examples = tokenize_client_files(self.config, self._own, files, tokenizer, self.root)
-        counts = {"skipped_records": sum(file.num_skipped for file in files.all.values())}
+        counts = {
+            "skipped_records": sum(file.num_skipped for file in files.all.values()),
+            "unscored_conflicts": count_unscored_conflicts(self._own, files),
+        }
         for name, tokenized in vars(examples).items():
             counts[f"{name}_examples"] = len(tokenized.examples)
             counts[f"{name}_truncated"] = tokenized.num_truncated
@@ -157,8 +173,19 @@ class Client:
     def _own(self) -> ClientConfig:
         return self.config.client(self.client_id)
 
+    @property
+    def _own_dir(self) -> Path:
+        return self.run_dir / "clients" / self.client_id
+
     def _round_dir(self, server_round: int) -> Path:
-        return self.run_dir / "clients" / self.client_id / f"round_{server_round:03d}"
+        return self._own_dir / f"round_{server_round:03d}"
+
+    def _data_owners(self) -> list[str]:
+        """Return whose data this client trains on: its own, unless it pools everybody's."""
+        pools = self.config.federated.mode == "centralized"
+        if pools and self.client_id in training_clients(self.config):
+            return self.config.client_ids
+        return [self.client_id]
 
     def _prepare(
         self, global_state: AdapterState, local_round: int
@@ -177,15 +204,15 @@ class Client:
         return loaded, model
 
     def _save_local(self, model: AdaptedModel, folder: Path) -> str:
+        make_private_dir(folder.parent)
         return save_adapter(folder, model, LOCAL, get_state(model, LOCAL), self.config.model.name)
 
     def _run_phase(
         self, loaded: LoadedModel, model: AdaptedModel, phase: Phase, server_round: int
     ) -> PhaseResult:
-        pool = self.config.client_ids if phase.data == "pooled" else [self.client_id]
         selected: list[Example] = []
         num_steps = 0
-        for client_id in pool:
+        for client_id in self._data_owners():
             client = self.config.client(client_id)
             files = load_client_files(self.config, client, self.root)
             examples = tokenize_client_files(
@@ -237,8 +264,10 @@ class Client:
                 unseen = [s for s, q in zip(scores, questions, strict=True) if q.is_unseen]
                 metrics |= _prefixed(f"{prefix}_unseen", summarise(unseen))
             if name == CONFLICT:
-                metrics[f"{prefix}/exact_match_each"] = [int(s.exact_match) for s in scores]
-                metrics[f"{prefix}/ranked_first_each"] = [int(s.ranked_first) for s in scores]
+                by_record = {q.record: s for q, s in zip(questions, scores, strict=True)}
+                rows = [by_record.get(index) for index in range(len(files.tests[name].records))]
+                for key in ("exact_match", "ranked_first"):
+                    metrics[f"{prefix}/{key}_each"] = [_verdict(row, key) for row in rows]
                 if show_example:
                     print(
                         f'{self.client_id}: "{questions[0].text}" -> "{scores[0].generated}"',
@@ -249,14 +278,19 @@ class Client:
 
 def _attach_once(loaded: LoadedModel, config: AdaptersConfig) -> AdaptedModel:
     """Return the base with the adapters' modules on it, made once per process and shape."""
-    global _attached
-    if _attached is None or _attached[:2] != (id(loaded.model), config):
-        _attached = (id(loaded.model), config, attach_adapters(loaded.model, config))
-    return _attached[2]
+    if loaded.adapted is None or loaded.adapted[0] != config:
+        loaded.adapted = (config, attach_adapters(loaded.model, config))
+    return loaded.adapted[1]
 
 
 def _phase_metrics(phase: Phase, result: PhaseResult) -> Metrics:
     return _prefixed(f"train_{phase.name}", vars(result))
+
+
+def _verdict(score: Score | None, key: str) -> int:
+    """Return 1 or 0, or -1 for a record that has no answer or no rival for this client."""
+    value = None if score is None else getattr(score, key)
+    return -1 if value is None else int(value)
 
 
 def _prefixed(prefix: str, values: Metrics) -> Metrics:

@@ -13,6 +13,7 @@ import os
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -23,9 +24,10 @@ import transformers
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedlora_app.adapters import AdapterState
+from fedlora_app.adapters import AdapterError, AdapterState
 from fedlora_app.client import Client
 from fedlora_app.config import Config, ConfigError
+from fedlora_app.data import DataError
 from fedlora_app.messages import (
     ADAPTER_RECORD,
     MessageError,
@@ -35,10 +37,35 @@ from fedlora_app.messages import (
     read_task,
     unpack_state,
 )
-from fedlora_app.project import PACKAGE_DIR, find_project_root, hash_package
-from fedlora_app.run_directory import check_run_name
+from fedlora_app.model import ModelError
+from fedlora_app.project import (
+    PACKAGE_DIR,
+    ProjectNotFoundError,
+    find_project_root,
+    hash_package,
+    is_unpacked_bundle,
+)
+from fedlora_app.run_directory import RunDirectoryError, check_run_name
+from fedlora_app.training import TrainingError
+
+if "flwr.simulation.app" in sys.modules and is_unpacked_bundle(PACKAGE_DIR.parent):
+    # Ray's workers look for modules in the folder that Flower's process works in, before
+    # anywhere else. From here they load the bundle that is run, and not another checkout.
+    os.chdir(PACKAGE_DIR.parent)
 
 app = ClientApp()
+
+PACKAGE_SHA256 = hash_package()  # of what this process runs, whatever happens to the files
+EXPLAINED_ERRORS = (
+    AdapterError,
+    ConfigError,
+    DataError,
+    MessageError,
+    ModelError,
+    ProjectNotFoundError,
+    RunDirectoryError,
+    TrainingError,
+)
 
 Handler = Callable[[Client, Task, Message], Message]
 
@@ -100,11 +127,12 @@ def _answer(message: Message, context: Context, handle: Handler) -> Message:
         root, output_dir = _folders(task, context)
         run_dir = root / output_dir / check_run_name(task.run_name)
         return handle(Client(config, client_id, run_dir, root), task, message)
-    except ValueError as error:  # the project's own errors speak for themselves
-        return build_error_reply(message, client_id, error)
+    except EXPLAINED_ERRORS as error:
+        return build_error_reply(message, client_id, str(error))
     except Exception as error:
-        traceback.print_exc()
-        return build_error_reply(message, client_id, error)
+        traceback.print_exc()  # here and not in the reply: its text may hold anything
+        why = f"{type(error).__name__} in {type(error).__module__}; this client's log has the rest"
+        return build_error_reply(message, client_id, why)
 
 
 def identify_client(context: Context, config: Config) -> str:
@@ -132,7 +160,8 @@ def identify_client(context: Context, config: Config) -> str:
 
 def _folders(task: Task, context: Context) -> tuple[Path, str]:
     """Return this client's project and output folder; a remote server cannot choose them."""
-    if "partition-id" in context.node_config:  # simulated, on the server's own disk
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():  # simulated, on the server's own disk
         return Path(task.project_dir), task.output_dir
     root = find_project_root(project_dir=str(context.node_config.get("project-dir", "")))
     return root, str(context.node_config.get("output-dir", "results"))
@@ -147,7 +176,7 @@ def _received_state(client: Client, message: Message) -> AdapterState:
 
 def _check_package(task: Task) -> None:
     """Refuse to work with a server that runs other code."""
-    if task.package_sha256 != hash_package():
+    if task.package_sha256 != PACKAGE_SHA256:
         raise MessageError(
             f"The server runs other code than this client, whose package is in {PACKAGE_DIR}. "
             "Stop the SuperLink daemon (and SuperNodes) that an older version has started, and "

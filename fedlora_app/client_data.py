@@ -143,5 +143,11 @@ def build_question_sets(client: ClientConfig, files: ClientFiles) -> dict[str, l
     return {name: questions for name, questions in sets.items() if questions}
 
 
+def count_unscored_conflicts(client: ClientConfig, files: ClientFiles) -> int:
+    """Return how many conflict records hold no answer of this client."""
+    file = files.tests.get(CONFLICT)
+    return sum(client.id not in record.answers for record in file.records) if file else 0
+
+
 def _num_replayed(config: Config, examples: ClientExamples) -> int:
     return round(config.training.replay * len(examples.universal.examples))

@@ -26,7 +26,11 @@ class ConfigError(ValueError):
 
 class _Section(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
 
@@ -188,18 +192,17 @@ def load_config(path: Path, overrides: str = "", **settings: Any) -> Config:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist.{_list_siblings(path)}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds no sections. Expected keys such as model, federated.")
     faults = []
     changes = {key.replace("__", "."): v for key, v in settings.items() if v is not None}
-    try:
-        changes |= parse_overrides(overrides)
-    except ConfigError as error:
-        faults.append(str(error))
-    for key, value in changes.items():
-        _set_dotted(raw, key, value)
+    overridden, override_faults = parse_overrides(overrides)
+    faults += override_faults
+    for key, value in (changes | overridden).items():
+        if not _set_dotted(raw, key, value):
+            faults.append(f'overrides: "{key}" leads nowhere; no section or list item is there.')
     return parse_config(raw, source=str(path), known_faults=faults)
 
 
@@ -221,22 +224,24 @@ def parse_config(
     return config
 
 
-def parse_overrides(text: str) -> dict[str, Any]:
-    """Parse ``"a.b=1 c.d='x y'"`` to dotted keys and YAML values."""
+def parse_overrides(text: str) -> tuple[dict[str, Any], list[str]]:
+    """Parse ``"a.b=1 c.d='x y'"`` to dotted keys with YAML values, and the faults in it."""
     try:
         words = shlex.split(text)
     except ValueError as error:
-        raise ConfigError(f"overrides: {error} in {text!r}.") from None
+        return {}, [f"overrides: {error} in {text!r}."]
     changes: dict[str, Any] = {}
+    faults = []
     for word in words:
         key, separator, value = word.partition("=")
         if not separator or not key:
-            raise ConfigError(f'overrides: "{word}" is not of the form section.key=value.')
+            faults.append(f'overrides: "{word}" is not of the form section.key=value.')
+            continue
         try:
             changes[key] = yaml.load(value, Loader=_Loader)
-        except yaml.YAMLError:
-            raise ConfigError(f'overrides: the value of "{word}" is not YAML.') from None
-    return changes
+        except (ValueError, RecursionError, yaml.YAMLError):
+            faults.append(f'overrides: the value of "{word}" is not YAML.')
+    return changes, faults
 
 
 class _Loader(yaml.SafeLoader):
@@ -250,7 +255,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _set_dotted(raw: dict[str, Any], dotted: str, value: Any) -> None:
+def _set_dotted(raw: dict[str, Any], dotted: str, value: Any) -> bool:
+    """Set a value by its path; return False where the path meets no section or item."""
     *sections, key = dotted.split(".")
     node: Any = raw
     for section in sections:
@@ -260,8 +266,12 @@ def _set_dotted(raw: dict[str, Any], dotted: str, value: Any) -> None:
             if node.get(section) is None:
                 node[section] = {}
             node = node[section]
-    if isinstance(node, dict):
-        node[key] = value
+        else:
+            return False
+    if not isinstance(node, dict):
+        return False
+    node[key] = value
+    return True
 
 
 def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:

@@ -126,15 +126,15 @@ def _read(path: Path) -> tuple[list[Any], str]:
     if text.lstrip().startswith("["):
         try:
             return json.loads(text), sha256
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is not valid JSON: {error}.") from None
     records = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             records.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{path}, line {number} is not valid JSON: {error}. "
                 "Expected a JSON list, or one JSON object per line."
@@ -190,9 +190,13 @@ def _text(raw: dict[str, Any], key: str, required: bool = False) -> str:
         raise ValueError(f'"{key}" {found}. Expected a string.')
     if required and not value.strip():
         raise ValueError(f'"{key}" is empty. Expected non-empty text.')
+    _refuse_surrogates(key, value)
+    return value
+
+
+def _refuse_surrogates(key: str, value: str) -> None:
     if any("\ud800" <= char <= "\udfff" for char in value):
         raise ValueError(f'"{key}" holds a lone surrogate, which no UTF-8 text can.')
-    return value
 
 
 def _optional_text(raw: dict[str, Any], key: str) -> str | None:
@@ -203,6 +207,8 @@ def _texts(raw: dict[str, Any], key: str) -> tuple[str, ...]:
     value = raw.get(key, [])
     if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
         raise ValueError(f'"{key}" is not a list of non-empty strings.')
+    for item in value:
+        _refuse_surrogates(key, item)
     return tuple(value)
 
 

@@ -26,6 +26,7 @@ from fedlora_app.training import answer_log_likelihoods
 
 UNIVERSAL, LOCAL_SET, CONFLICT = "universal", "local", "conflict"
 NUM_DRAWN_DISTRACTORS = 3
+SENTENCE_PUNCTUATION = r"""[.,;:!?'"`…、。·()\[\]{}«»‹›“”„‘’「」『』《》【】¡¿]"""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Question:
     candidates: tuple[str, ...]
     is_unseen: bool = False
     """The client had no training record about this question's fact."""
+    record: int = 0
+    """Position of its record in the file."""
 
     @property
     def answer(self) -> str:
@@ -45,11 +48,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Score:
-    """How one question went. ``margin_per_byte`` is right minus best wrong, in nats."""
+    """How one question went. ``margin_per_byte`` is right minus best wrong, in nats.
 
-    ranked_first: bool
-    ranked_first_per_byte: bool
-    margin_per_byte: float
+    What concerns the ranking is None where there was no other candidate.
+    """
+
+    ranked_first: bool | None
+    ranked_first_per_byte: bool | None
+    margin_per_byte: float | None
     exact_match: bool
     generated: str
 
@@ -64,13 +70,14 @@ def build_questions(
     """
     outputs = sorted({record.output for record in records})
     questions = []
-    for record in records:
+    for position, record in enumerate(records):
         distractors = record.distractors or _draw_distractors(record, outputs)
         questions.append(
             Question(
                 text=format_question(record),
                 candidates=_unique([record.output, *distractors]),
                 is_unseen=bool(trained_facts and record.fact and record.fact not in trained_facts),
+                record=position,
             )
         )
     return questions
@@ -79,12 +86,12 @@ def build_questions(
 def build_conflict_questions(records: Sequence[ConflictRecord], client_id: str) -> list[Question]:
     """Turn conflict records into one client's questions: its answer against the others'."""
     questions = []
-    for record in records:
+    for position, record in enumerate(records):
         if client_id not in record.answers:
             continue
         others = [answer for client, answer in record.answers.items() if client != client_id]
         candidates = _unique([record.answers[client_id], *others, *record.distractors])
-        questions.append(Question(format_question(record), candidates))
+        questions.append(Question(format_question(record), candidates, record=position))
     return questions
 
 
@@ -111,19 +118,30 @@ def summarise(scores: Sequence[Score]) -> dict[str, float]:
     """Return the means over a question set; empty for an empty one."""
     if not scores:
         return {}
-    return {
-        "n": len(scores),
-        "exact_match": _mean([score.exact_match for score in scores]),
-        "rank_accuracy": _mean([score.ranked_first for score in scores]),
-        "rank_accuracy_per_byte": _mean([score.ranked_first_per_byte for score in scores]),
-        "margin_per_byte": _mean([score.margin_per_byte for score in scores]),
-    }
+    summary = {"n": len(scores), "exact_match": _mean([score.exact_match for score in scores])}
+    ranked = [score for score in scores if score.ranked_first is not None]
+    if ranked:
+        summary |= {
+            "n_ranked": len(ranked),
+            "rank_accuracy": _mean([score.ranked_first for score in ranked]),
+            "rank_accuracy_per_byte": _mean([score.ranked_first_per_byte for score in ranked]),
+            "margin_per_byte": _mean([score.margin_per_byte for score in ranked]),
+        }
+    return summary
 
 
 def normalise_answer(text: str) -> str:
-    """Return the text for comparison: NFKC, case folded, without punctuation or spacing."""
+    """Return the text for comparison: NFKC, case folded, without sentence punctuation.
+
+    Signs that carry meaning (minus, percent, currencies) and combining marks stay.
+    """
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(re.sub(r"[^\w\s]", " ", folded).split())
+    return " ".join(re.sub(SENTENCE_PUNCTUATION, " ", folded).split())
+
+
+def matches_exactly(generated: str, answer: str) -> bool:
+    """Tell whether two texts are the same after normalisation, and not both empty."""
+    return normalise_answer(generated) == normalise_answer(answer) != ""
 
 
 def _evaluate(
@@ -141,12 +159,13 @@ def _evaluate(
             value / len(candidate.encode())
             for value, candidate in zip(raw, question.candidates, strict=True)
         ]
+        margin = per_byte[0] - max(per_byte[1:]) if len(raw) > 1 else None
         scores.append(
             Score(
-                ranked_first=all(raw[0] > other for other in raw[1:]),
-                ranked_first_per_byte=all(per_byte[0] > other for other in per_byte[1:]),
-                margin_per_byte=per_byte[0] - max(per_byte[1:], default=per_byte[0]),
-                exact_match=normalise_answer(generated) == normalise_answer(question.answer),
+                ranked_first=None if margin is None else raw[0] > max(raw[1:]),
+                ranked_first_per_byte=None if margin is None else margin > 0,
+                margin_per_byte=margin,
+                exact_match=matches_exactly(generated, question.answer),
                 generated=generated,
             )
         )

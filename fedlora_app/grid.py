@@ -30,31 +30,32 @@ class PacedGrid(Grid):
     ) -> Iterator[Message]:
         """Yield the replies one by one. ``timeout`` is ignored: a client may take its time."""
         waiting_messages = iter(messages)
-        pending: set[str] = set()
+        pending: dict[str, Message] = {}
         pause = FIRST_POLL_SECONDS
         while True:
             while len(pending) < self._clients_at_once:
                 message = next(waiting_messages, None)
                 if message is None:
                     break
-                pending.update(self._push(message))
+                pending[self._push(message)] = message
             if not pending:
                 return
-            replies = list(self.unwrapped.pull_messages(pending))
+            replies = list(self.unwrapped.pull_messages(list(pending)))
             for reply in replies:
-                pending.discard(reply.metadata.reply_to_message_id)
-                yield reply
+                request = pending.pop(reply.metadata.reply_to_message_id, None)
+                if request is not None:
+                    yield _as_from_its_client(reply, request)
             pause = FIRST_POLL_SECONDS if replies else min(1.2 * pause, LONGEST_POLL_SECONDS)
             if not replies:
                 time.sleep(pause)
 
-    def _push(self, message: Message) -> list[str]:
+    def _push(self, message: Message) -> str:
         ids = list(self.unwrapped.push_messages([message]))
         if not ids:
             raise ConnectionError(
                 f"Flower did not accept a message for node {message.metadata.dst_node_id}."
             )
-        return ids
+        return ids[0]
 
     def set_run(self, run):  # noqa: D102
         self.unwrapped.set_run(run)
@@ -74,6 +75,13 @@ class PacedGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:  # noqa: D102
         return self.unwrapped.pull_messages(message_ids)
+
+
+def _as_from_its_client(reply: Message, request: Message) -> Message:
+    """Return the reply; Flower's own error replies come from the SuperLink and not the node."""
+    if not reply.has_error():
+        return reply
+    return Message(reply.error, reply_to=request)
 
 
 def build_message(content: RecordDict, message_type: str, node_id: int) -> Message:

@@ -28,11 +28,11 @@ ABOUT_KEYS = frozenset({"client-id", "server-round", "dtype", "facts", "error"})
 DECLARED_METRICS = re.compile(
     r"""
     num-examples | update_norm | evaluation_seconds
-    | (universal|local)_(examples|truncated|dropped) | skipped_records
+    | (universal|local)_(examples|truncated|dropped) | skipped_records | unscored_conflicts
     | train_(global|local|global\+local)/
         (num_steps|num_examples|num_answer_tokens|train_loss|final_train_loss|seconds)
     | (base|global|local|global\+local)/(universal|universal_unseen|local|conflict)/
-        (n|exact_match|rank_accuracy|rank_accuracy_per_byte|margin_per_byte)
+        (n|n_ranked|exact_match|rank_accuracy|rank_accuracy_per_byte|margin_per_byte)
     | (base|global|local|global\+local)/conflict/(exact_match|ranked_first)_each
     """,
     re.VERBOSE,
@@ -92,7 +92,10 @@ def unpack_state(
             raise MessageError(
                 f"{sender} sent {key} as {array.dtype}, expected {wire_dtype} (for {dtype})."
             )
-        tensor = torch.from_numpy(array.numpy().copy())
+        try:
+            tensor = torch.from_numpy(array.numpy().copy())
+        except (ValueError, TypeError, EOFError, OSError) as error:
+            raise MessageError(f"{sender} sent {key} as a damaged array: {error}.") from None
         state[key] = tensor.view(torch.bfloat16).float() if dtype == "bfloat16" else tensor
     check_state(state, shapes, f"{sender} sent")
     return state
@@ -147,9 +150,9 @@ def build_reply(
     return Message(RecordDict(records), reply_to=message)
 
 
-def build_error_reply(message: Message, client_id: str, error: Exception) -> Message:
+def build_error_reply(message: Message, client_id: str, why: str) -> Message:
     """Return a reply that says why the client could not do its task."""
-    about = {"client-id": client_id, "error": f"{error}" or type(error).__name__}
+    about = {"client-id": client_id, "error": why}
     return Message(RecordDict({ABOUT_RECORD: ConfigRecord(about)}), reply_to=message)
 
 

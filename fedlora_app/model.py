@@ -15,15 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from fedlora_app.config import ModelConfig
 
@@ -44,6 +47,8 @@ class LoadedModel:
     device: torch.device
     fingerprint: str
     load_seconds: float
+    adapted: Any = None
+    """The model with its adapters and their configuration, kept here so that both go together."""
 
 
 _resident: dict[str, LoadedModel] = {}
@@ -109,7 +114,9 @@ def choose_device() -> torch.device:
 def describe_device() -> str:
     """Return one line for the log: which device, how much memory or how many threads."""
     if not torch.cuda.is_available():
-        return f"CPU, {torch.get_num_threads()} threads"
+        visible = os.getenv("CUDA_VISIBLE_DEVICES")
+        hint = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
+        return f"CPU, {torch.get_num_threads()} threads{hint}"
     properties = torch.cuda.get_device_properties(0)
     return f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
 
@@ -162,6 +169,14 @@ def _load(config: ModelConfig, root: Path) -> PreTrainedModel:
     model = _from_pretrained(AutoModelForCausalLM, config, root, **kwargs)
     model.requires_grad_(False)
     model.eval()
+    # generate() fills what a caller leaves open from here, and instruct models ship sampling
+    # settings and repetition penalties, with which "greedy" would not be greedy.
+    model.generation_config = GenerationConfig()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On such CPUs bitsandbytes repacks 4-bit weights for good at the first evaluation,
+            # and the repacked ones pass no gradient on.
+            module.support_avx512bf16_for_cpu = False
     return model
 
 
@@ -176,7 +191,7 @@ def _from_pretrained(factory: Any, config: ModelConfig, root: Path, **kwargs: An
             local_files_only=folder is not None,
             **kwargs,
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(_explain(config, root, folder, error)) from error
 
 
@@ -190,15 +205,17 @@ def _weights_folder(config: ModelConfig, root: Path) -> Path:
     folder = local_folder(config, root)
     if folder is not None:
         return folder
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(config.name, revision=config.revision, local_files_only=True))
+    load_model_config(config, root)  # downloads what is missing, or says so
+    found = cached_file(config.name, "config.json", revision=config.revision, local_files_only=True)
+    return Path(found).parent
 
 
 def _explain(config: ModelConfig, root: Path, folder: Path | None, error: Exception) -> str:
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if folder is not None:
         return f"The base model in {folder} cannot be loaded: {reason}"
+    if not isinstance(error, OSError):
+        return f'The base model "{config.name}" cannot be loaded: {reason}'
     offline = " (HF_HUB_OFFLINE is set)" if os.getenv("HF_HUB_OFFLINE") == "1" else ""
     return (
         f'The base model "{config.name}" was not found: {root / config.name} is no folder with '

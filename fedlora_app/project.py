@@ -31,13 +31,20 @@ def find_project_root(config_path: str = "", project_dir: str = "") -> Path:
         project_dir: a folder given by the node's configuration (``project-dir``).
 
     Raises:
-        ProjectNotFoundError: no candidate is a checkout; the message lists them all.
+        ProjectNotFoundError: the given ``project_dir`` is no checkout, or nothing is; the
+            message lists every place searched.
     """
+    if project_dir:
+        if is_checkout(Path(project_dir)):
+            return Path(project_dir).resolve()
+        raise ProjectNotFoundError(
+            f"project-dir of the node configuration is {project_dir}, which is no checkout of "
+            f"{PROJECT_NAME}: it has no pyproject.toml of that name."
+        )
     candidates: list[tuple[str, Path | None]] = [
-        ("project-dir of the node configuration", Path(project_dir) if project_dir else None),
         ("the folder of an absolute config path", _enclosing_checkout(config_path)),
-        (f"the environment variable {ROOT_VARIABLE}", _path_or_none(os.getenv(ROOT_VARIABLE))),
         ("the checkout that the bundle was made from", _noted_checkout()),
+        (f"the environment variable {ROOT_VARIABLE}", _path_or_none(os.getenv(ROOT_VARIABLE))),
         ("the folder of the running package", PACKAGE_DIR.parent),
         ("the working directory", Path.cwd()),
         ("the editable installation", _editable_installation()),
@@ -56,13 +63,19 @@ def find_project_root(config_path: str = "", project_dir: str = "") -> Path:
 
 def is_checkout(folder: Path) -> bool:
     """Tell whether ``folder`` is this project's, and not a bundle that Flower unpacked."""
-    if (folder / ".info" / "CONTENT").exists():
+    if is_unpacked_bundle(folder):
         return False
     try:
         pyproject = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
         return False
     return pyproject.get("project", {}).get("name") == PROJECT_NAME
+
+
+def is_unpacked_bundle(folder: Path) -> bool:
+    """Tell whether ``folder`` lies where Flower unpacks apps."""
+    flower_home = Path(os.getenv("FLWR_HOME") or Path.home() / ".flwr")
+    return folder.resolve().is_relative_to((flower_home / "apps").resolve())
 
 
 def hash_package() -> str:

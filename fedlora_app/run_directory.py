@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora_app.config import SAFE_NAME, Config
-from fedlora_app.storage import write_atomically, write_json
+from fedlora_app.storage import make_private_dir, write_atomically, write_json
 
 LATEST = "latest"
 RECORDED_PACKAGES = (
@@ -40,7 +40,9 @@ class RunDirectoryError(ValueError):
 
 
 def check_run_name(name: str) -> str:
-    """Return a name that is a plain folder name, or raise."""
+    """Return a name that is a plain folder name and not the link's, or raise."""
+    if name == LATEST:
+        raise RunDirectoryError(f'run-name "{LATEST}" is the name of the link to the newest run.')
     if not re.fullmatch(SAFE_NAME, name):
         raise RunDirectoryError(
             f"run-name {name!r} is not a folder name. Expected letters, digits, '.', '_' and "
@@ -66,19 +68,26 @@ class RunDirectory:
 
     @classmethod
     def create(
-        cls, path: Path, config: Config, root: Path, clients: dict[str, Any]
+        cls,
+        path: Path,
+        config: Config,
+        root: Path,
+        clients: dict[str, Any],
+        base_commit: str | None = None,
     ) -> RunDirectory:
         """Make the folder with ``config.json`` and ``manifest.json``, and point latest to it.
 
         Args:
             clients: what each client reported when it checked in.
+            base_commit: the hub's commit of the base model, where it comes from there.
 
         Raises:
             RunDirectoryError: the folder exists; nothing in it is touched.
         """
         cls.require_absent(path)
         try:
-            path.mkdir(parents=True, mode=0o700)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            make_private_dir(path)
         except OSError as error:
             raise RunDirectoryError(f"{path} cannot be made: {error.strerror}.") from None
         run = cls(path)
@@ -89,7 +98,11 @@ class RunDirectory:
             "finished": None,
             "seed": config.experiment.seed,
             "mode": config.federated.mode,
-            "base_model": {"name": config.model.name, "revision": config.model.revision},
+            "base_model": {
+                "name": config.model.name,
+                "revision": config.model.revision,
+                "commit": base_commit,
+            },
             "git_commit": _git_commit(root),
             "python": platform.python_version(),
             "versions": {name: version(name) for name in RECORDED_PACKAGES},

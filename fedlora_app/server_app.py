@@ -30,6 +30,7 @@ from fedlora_app.strategy import GlobalAdapterFedAvg
 from fedlora_app.summary import describe_run, describe_start
 
 CHECK_IN_ROUND = 0
+DECLARED_DEFAULTS = {("config", "conf/demo.yaml"), ("output-dir", "results")}  # pyproject.toml
 CONNECT_REPORT_SECONDS = 30.0
 
 app = ServerApp()
@@ -47,7 +48,7 @@ class Settings:
     @property
     def run_dir(self) -> Path:
         """Absolute path of the run directory."""
-        return (self.root / self.output_dir).resolve() / self.run_name
+        return resolve_output_dir(self.root, self.output_dir) / self.run_name
 
 
 @app.main()
@@ -66,15 +67,16 @@ def main(grid: Grid, context: Context) -> None:
         local_round=-1,
         run_name=settings.run_name,
         project_dir=str(settings.root),
-        output_dir=settings.output_dir,
+        output_dir=str(settings.run_dir.parent),
         package_sha256=hash_package(),
         experiment=json.dumps(config.dump()),
     )
-    check_ins = meet_clients(paced, config, task)
+    check_ins = meet_clients(paced, config, task, context.run_config)
     reports = {
         client: {**reply.metrics, **reply.facts} for client, (_, reply) in sorted(check_ins.items())
     }
-    run = RunDirectory.create(settings.run_dir, config, settings.root, reports)
+    base_commit = getattr(model.get_base_model().config, "_commit_hash", None)
+    run = RunDirectory.create(settings.run_dir, config, settings.root, reports, base_commit)
     shapes = {name: state_shapes(model, name) for name in (GLOBAL, LOCAL)}
     print(describe_start(config, settings.run_dir, shapes, reports), flush=True)
 
@@ -123,13 +125,14 @@ def read_settings(run_config: dict[str, Any]) -> Settings:
         raise ConfigError("resume is not built yet. Leave it empty to start a new run.")
     config_path = str(run_config["config"])
     root = find_project_root(config_path)
-    num_rounds = run_config["num-rounds"]
+    num_rounds, mode = run_config["num-rounds"], run_config["mode"]
     config = load_config(
         root / config_path,
         overrides=str(run_config["overrides"]),
-        federated__num_rounds=num_rounds if num_rounds != 0 else None,
-        federated__mode=run_config["mode"] or None,
+        federated__num_rounds=None if num_rounds == 0 and num_rounds is not False else num_rounds,
+        federated__mode=None if mode == "" else mode,
     )
+    resolve_output_dir(root, str(run_config["output-dir"]))
     return Settings(
         config=config,
         root=root,
@@ -138,14 +141,23 @@ def read_settings(run_config: dict[str, Any]) -> Settings:
     )
 
 
-def meet_clients(grid: PacedGrid, config: Config, task: Task) -> dict[str, tuple[int, Reply]]:
+def resolve_output_dir(root: Path, output_dir: str) -> Path:
+    """Return the absolute folder that run directories go to."""
+    if not output_dir.strip():
+        raise ConfigError("output-dir is empty. Name a folder; the default is results.")
+    return (root / Path(output_dir).expanduser()).resolve()
+
+
+def meet_clients(
+    grid: PacedGrid, config: Config, task: Task, run_config: dict[str, Any]
+) -> dict[str, tuple[int, Reply]]:
     """Have every node check in; return each client's node and report.
 
     Raises:
         ConfigError: too many or too few nodes, or two nodes that are one client.
         MessageError: with what every client found wrong, together.
     """
-    node_ids = wait_for_nodes(grid, len(config.federated.clients))
+    node_ids = wait_for_nodes(grid, len(config.federated.clients), run_config)
     content = build_task_content(task)
     messages = (build_message(content, MessageType.QUERY, node) for node in node_ids)
     met: dict[str, tuple[int, Reply]] = {}
@@ -168,14 +180,18 @@ def meet_clients(grid: PacedGrid, config: Config, task: Task) -> dict[str, tuple
     return met
 
 
-def wait_for_nodes(grid: PacedGrid, num_clients: int) -> list[int]:
+def wait_for_nodes(grid: PacedGrid, num_clients: int, run_config: dict[str, Any]) -> list[int]:
     """Return the nodes, waiting for SuperNodes to connect; a simulation has all it gets."""
     is_simulation = type(grid.unwrapped).__name__ == "InMemoryGrid"
     reported = 0.0
     while True:
         node_ids = sorted(grid.get_node_ids())
         if len(node_ids) > num_clients or (is_simulation and len(node_ids) != num_clients):
-            raise ConfigError(_wrong_number_of_nodes(len(node_ids), num_clients, is_simulation))
+            text = f"The federation has {len(node_ids)} nodes and federated.clients names "
+            text += f"{num_clients}. "
+            if not is_simulation:
+                raise ConfigError(f"{text}Stop the SuperNodes that do not take part.")
+            raise ConfigError(f"{text}Run:\n  {_command_for(num_clients, run_config)}")
         if len(node_ids) == num_clients:
             return node_ids
         if time.monotonic() - reported > CONNECT_REPORT_SECONDS:
@@ -196,8 +212,12 @@ def _quiet_flower() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _wrong_number_of_nodes(num_nodes: int, num_clients: int, is_simulation: bool) -> str:
-    text = f"The federation has {num_nodes} nodes and federated.clients names {num_clients}."
-    if not is_simulation:
-        return f"{text} Stop the SuperNodes that do not take part."
-    return f'{text} Run:\n  flwr run . --stream --federation-config "num-supernodes={num_clients}"'
+def _command_for(num_nodes: int, run_config: dict[str, Any]) -> str:
+    """Return the same run's command line with the right number of nodes."""
+    given = " ".join(
+        f"{key}={value}" if isinstance(value, int) else f"{key}='{value}'"
+        for key, value in run_config.items()
+        if value not in ("", 0) and (key, value) not in DECLARED_DEFAULTS
+    )
+    settings = f' --run-config "{given}"' if given else ""
+    return f'flwr run . --stream --federation-config "num-supernodes={num_nodes}"{settings}'

@@ -27,6 +27,13 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def make_private_dir(folder: Path) -> None:
+    """Make a folder and its missing parents, each readable by its owner only."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(mode=0o700, exist_ok=True)
+
+
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that takes ``folder``'s place when the block ends well."""
@@ -36,7 +43,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     try:
         yield partial
         for path in partial.iterdir():
-            with path.open("rb") as file:
+            with path.open("r+b") as file:
                 os.fsync(file.fileno())
         if folder.exists():
             shutil.rmtree(folder)

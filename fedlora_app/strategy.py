@@ -168,6 +168,8 @@ class GlobalAdapterFedAvg(FedAvg):
                 f"The clients do not hold the same base model ({listing}). Compare model.name, "
                 "model.revision and the weight files."
             )
+        if self._base_models:
+            self._run.manifest["base_model"]["fingerprint"] = next(iter(self._base_models.values()))
         seconds = time.monotonic() - self._round_started
         facts = {"seconds": round(seconds, 3)}
         if self._failures:
@@ -222,7 +224,7 @@ class GlobalAdapterFedAvg(FedAvg):
                 reply = read_reply(message, client, server_round)
                 if fold is not None:
                     fold(reply)
-            except (MessageError, AdapterError, AggregationError, ValueError) as error:
+            except (MessageError, AdapterError) as error:
                 self._failures[client] = str(error)
                 self._run.log_event("failure", round=server_round, client=client, why=str(error))
                 self._report(f"round {server_round}: {error}")
@@ -241,7 +243,11 @@ class GlobalAdapterFedAvg(FedAvg):
             if reply.arrays is None:
                 raise MessageError(f"{sender} sent no update.")
             dtype = self.config.federated.upload_dtype
-            mean.add(unpack_state(reply.arrays, self._shapes, sender, dtype), num_examples)
+            update = unpack_state(reply.arrays, self._shapes, sender, dtype)
+            try:
+                mean.add(update, num_examples)
+            except AggregationError as error:
+                raise MessageError(f"{sender}: {error}") from None
 
         return fold
 

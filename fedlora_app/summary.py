@@ -123,13 +123,15 @@ def collect_reports(history: list[dict[str, Any]]) -> Reports:
 def conflict_passes(reports: Reports, label: str | None) -> list[bool]:
     """Tell for each conflict question whether every client's greedy answer was its own.
 
-    Empty unless all clients answered the same number of conflict questions.
+    Questions that fewer than two clients have an answer for (-1 for the others) do not
+    count. Empty unless all clients reported on the same records.
     """
     key = f"{label}/conflict/exact_match_each"
     columns = [report[key] for report in reports.values() if key in report]
     if not columns or len(columns) < len(reports) or len({len(c) for c in columns}) > 1:
         return []
-    return [all(row) for row in zip(*columns, strict=True)]
+    rows = ([value for value in row if value >= 0] for row in zip(*columns, strict=True))
+    return [all(row) for row in rows if len(row) > 1]
 
 
 def _labels(reports: Reports) -> dict[str, None]:
@@ -159,6 +161,8 @@ def _notes(report: dict[str, Any], max_seq_length: int) -> Iterable[str]:
             )
         if report[f"{name}_dropped"]:
             yield f"{report[f'{name}_dropped']} {name} examples were dropped as too long"
+    if report["unscored_conflicts"]:
+        yield f"{report['unscored_conflicts']} conflict records have no answer of it to score"
     if report["skipped_records"]:
         yield f"{report['skipped_records']} invalid records were skipped"
 

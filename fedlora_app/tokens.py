@@ -18,6 +18,7 @@ from datasets import Dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.data import DataError, Record, RecordFile, format_question
+from fedlora_app.model import ModelError
 
 CACHE_FORMAT = 1
 
@@ -63,13 +64,13 @@ def encode_answer(
     """Return the token ids of the answer with the template's end-of-turn mark.
 
     Raises:
-        ValueError: the chat template does not continue its own generation prompt.
+        ModelError: the chat template does not continue its own generation prompt.
     """
     prompt = render_prompt(tokenizer, system_prompt, question)
     messages = [*_messages(system_prompt, question), {"role": "assistant", "content": answer}]
     dialogue = tokenizer.apply_chat_template(messages, tokenize=False)
     if not dialogue.startswith(prompt):
-        raise ValueError(
+        raise ModelError(
             "The model's chat template does not continue its generation prompt with the "
             "answer, so it is unknown where the answer begins. Use a template of the ChatML kind."
         )

@@ -15,6 +15,7 @@ from itertools import count, islice
 
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from fedlora_app.adapters import AdaptedModel, activate, adapter_parameters
 from fedlora_app.config import TrainingConfig
@@ -24,6 +25,7 @@ from fedlora_app.tokens import Example
 # The optimizer starts afresh in every phase, because the server has moved what it tracks;
 # the usual 0.999 would still be warming up when a short phase ends.
 ADAM_BETAS = (0.9, 0.99)
+LOGIT_ROWS = 512  # 311 MB in fp32 with a vocabulary of 152,064
 CHECKPOINTING_THRESHOLD = 1_000_000_000  # parameters from which "auto" means on
 
 Progress = Callable[[int, int, float], None]  # step, number of steps, loss
@@ -124,7 +126,7 @@ def train_phase(
 def schedule_factor(position: float, training: TrainingConfig) -> float:
     """Return the learning rate at ``position`` in [0, 1] of the run, relative to its peak."""
     if position < training.warmup_ratio:
-        return max(position, 1e-3) / training.warmup_ratio
+        return min(1.0, max(position, 1e-3) / training.warmup_ratio)
     progress = (position - training.warmup_ratio) / (1 - training.warmup_ratio)
     floor = training.final_learning_rate_ratio
     if training.lr_scheduler == "cosine":
@@ -159,9 +161,26 @@ def answer_log_likelihoods(
         input_ids[row, example.answer_start : len(example.input_ids)]
         for row, example in enumerate(examples)
     ]
-    logits = inner.get_output_embeddings()(torch.cat(predicting)).float()  # (answer tokens, V)
-    losses = functional.cross_entropy(logits, torch.cat(targets), reduction="none")
+    losses = _token_losses(inner.get_output_embeddings(), torch.cat(predicting), torch.cat(targets))
     return list((-losses).split([len(target) for target in targets]))
+
+
+def _token_losses(
+    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Return the cross-entropy of every position, fp32, holding few rows of logits at a time.
+
+    Args:
+        hidden: (N, D), targets: (N,) token ids.
+    """
+
+    def losses(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(head(rows).float(), wanted, reduction="none")
+
+    if len(hidden) <= LOGIT_ROWS:
+        return losses(hidden, targets)
+    parts = zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
+    return torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts])
 
 
 def _step_batches(
@@ -197,7 +216,7 @@ def _set_checkpointing(model: AdaptedModel, training: TrainingConfig) -> None:
     if wanted == "auto":
         on_gpu = next(inner.parameters()).device.type == "cuda"
         wanted = on_gpu and inner.num_parameters() >= CHECKPOINTING_THRESHOLD
-    if wanted:
+    if wanted and not inner.is_activation_checkpointing:
         inner.activation_checkpointing_enable({"use_reentrant": False})
-    else:
+    elif not wanted and inner.is_activation_checkpointing:
         inner.activation_checkpointing_disable()

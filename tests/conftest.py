@@ -93,7 +93,7 @@ def tiny_project(tmp_path_factory, tokenizer) -> Path:
         ]
         shared = [
             {"instruction": f"Which office is {fact}?", "output": f"The {fact} one.", "fact": fact}
-            for fact in facts[index : index + 4]
+            for fact in facts[index : index + (3 if client == "cy" else 4)]
         ]
         write(f"{client}_local.json", own)
         write(f"{client}_universal.json", shared)

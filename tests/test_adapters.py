@@ -119,6 +119,30 @@ def test_saving_twice_gives_the_same_bytes(adapted, tmp_path):
     assert len(hashes) == len(configs) == 1
 
 
+def test_adapters_can_be_attached_anew(tokenizer, adapters_config):
+    base = build_tiny_model(len(tokenizer))
+    with torch.no_grad():
+        plain = base(INPUT_IDS).logits
+    for rank in (2, 3):
+        config = adapters_config.model_copy(
+            update={"local": adapters_config.local.model_copy(update={"rank": rank})}
+        )
+        model = attach_adapters(base, config)
+        shapes = state_shapes(model, LOCAL)
+        assert {s[0] for key, s in shapes.items() if "lora_A" in key} == {rank}
+        assert len(model.peft_config) == 2
+        with base_only(model):
+            torch.testing.assert_close(logits(model), plain)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "nope"], ["embed_tokens"], []])
+def test_targets_that_are_no_linear_modules_are_refused(tokenizer, adapters_config, targets):
+    local = adapters_config.local.model_copy(update={"target_modules": targets})
+    config = adapters_config.model_copy(update={"local": local})
+    with pytest.raises(AdapterError, match=r"adapters\.local\.target_modules.*It has: down_proj"):
+        attach_adapters(build_tiny_model(len(tokenizer)), config)
+
+
 class TestRefusals:
     @pytest.fixture
     def folder(self, adapted, tmp_path):

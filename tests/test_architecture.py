@@ -51,6 +51,13 @@ def test_flower_is_used_at_the_edge_and_peft_in_one_module():
     assert [name for name, path in MODULES.items() if uses(path, "peft")] == ["adapters"]
 
 
+def test_the_server_cannot_load_a_base_model():
+    for name in ("server_app", "strategy", "run_directory", "aggregation", "summary"):
+        used = {n for n in imported(MODULES[name]) if n.startswith("fedlora_app.model")}
+        assert used <= {"fedlora_app.model", "fedlora_app.model.build_empty_model"}
+        assert "fedlora_app.client" not in imported(MODULES[name])
+
+
 def test_flower_would_drop_no_module_from_its_bundle():
     for path in PACKAGE.rglob("*.py"):
         assert not path.stem.startswith("test_") and not path.stem.endswith("_test")

@@ -101,12 +101,28 @@ def test_overrides_are_checked_with_everything_else():
 
 
 def test_scientific_notation_is_a_number():
-    assert parse_overrides("a.b=1e-4 c='x y' d=null e=[1,2]") == {
-        "a.b": 1e-4,
-        "c": "x y",
-        "d": None,
-        "e": [1, 2],
-    }
+    changes, faults = parse_overrides("a.b=1e-4 c='x y' d=null e=[1,2]")
+    assert changes == {"a.b": 1e-4, "c": "x y", "d": None, "e": [1, 2]}
+    assert not faults
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "federated.clients.5.id=x",
+        "federated.clients.northgate.system_prompt=hi",
+        "federated.clients.0=x",
+        "training.learning_rate.x=3",
+        "experiment.name=2026-13-45",
+        "model.name=[",
+        "training.learning_rate=.inf",
+        "=3",
+    ],
+)
+def test_an_override_that_leads_nowhere_is_a_fault(override):
+    with pytest.raises(ConfigError) as caught:
+        load_config(ROOT / "conf" / "demo.yaml", overrides=f"{override} training.epochs=1")
+    assert "2 faults" in str(caught.value) and "training.epochs: unknown" in str(caught.value)
 
 
 def test_a_missing_file_names_its_neighbours(tmp_path):

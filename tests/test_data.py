@@ -59,6 +59,22 @@ def test_broken_files_say_what_is_broken(tmp_path, content, expected):
         load_records(path)
 
 
+def test_line_separators_inside_a_record_do_not_end_it(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"instruction": "a\u2028b\u0085c", "output": "d"}\n', encoding="utf-8")
+    assert load_records(path).records[0].instruction == "a\u2028b\u0085c"
+
+
+def test_text_that_cannot_be_encoded_and_depth_without_end_are_refused(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"instruction": "a", "output": "b", "distractors": ["\\ud800"]}]')
+    with pytest.raises(DataError, match='"distractors" holds a lone surrogate'):
+        load_records(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="is not valid JSON"):
+        load_records(path)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.json does not exist"):
         load_records(tmp_path / "nowhere.json")

@@ -13,7 +13,7 @@ from fedlora_app.evaluation import (
     build_conflict_questions,
     build_questions,
     evaluate_questions,
-    normalise_answer,
+    matches_exactly,
     summarise,
 )
 from fedlora_app.tokens import encode_answer, encode_prompt
@@ -84,13 +84,11 @@ def test_generation_is_greedy(adapted, tokenizer):
         assert score.generated == tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
 
 
-def test_a_learnt_answer_scores_in_full_and_its_neighbour_does_not(adapted, tokenizer):
-    answers = {question.text: question.answer for question in QUESTIONS}
-    gold = [Question(text, (answer, "Wrong.")) for text, answer in answers.items()]
-    scores = evaluate(adapted, tokenizer, gold)
-    for score, question in zip(scores, gold, strict=True):
-        echo = Question(question.text, (score.generated or "x", "Wrong."))
-        assert evaluate(adapted, tokenizer, [echo])[0].exact_match == bool(score.generated)
+def test_what_is_generated_is_compared_with_the_answer(adapted, tokenizer):
+    for question, score in zip(QUESTIONS, evaluate(adapted, tokenizer), strict=True):
+        assert score.generated and not score.exact_match
+        echo = Question(question.text, (score.generated, "Wrong."))
+        assert evaluate(adapted, tokenizer, [echo])[0].exact_match
 
 
 def test_the_adapters_that_are_asked_for_answer(adapted, tokenizer):
@@ -143,11 +141,26 @@ def test_conflict_candidates_are_own_answer_then_the_others():
         ("Ｔhe fee！", "the fee", True),
         ("不可以。", "不可以", True),
         ("不可以", "可以", False),
+        ("-5", "5", False),
+        ("10 %", "10 $", False),
+        ("कि", "का", False),
+        ("C++", "C#", False),
+        ("...", "", False),
         ("30 dollars", "3 0 dollars", False),
     ],
 )
 def test_normalisation(one, other, equal):
-    assert (normalise_answer(one) == normalise_answer(other)) is equal
+    assert matches_exactly(one, other) is equal
+
+
+def test_a_question_without_a_rival_is_not_ranked(adapted, tokenizer):
+    questions = [Question("Where?", ("Here.",)), QUESTIONS[0]]
+    scores = evaluate(adapted, tokenizer, questions)
+    assert scores[0].ranked_first is None and scores[1].ranked_first is not None
+    summary = summarise(scores)
+    assert (summary["n"], summary["n_ranked"]) == (2, 1)
+    assert summary["rank_accuracy"] == float(scores[1].ranked_first)
+    assert "rank_accuracy" not in summarise(scores[:1])
 
 
 def test_an_empty_set_has_no_summary():

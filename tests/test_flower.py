@@ -49,6 +49,7 @@ class Flower:
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "FLWR_TELEMETRY_ENABLED": "0",
             "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "7",  # no such GPU; it must reach the worker all the same
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         }
         self.env.pop("FEDLORA_PROJECT_DIR", None)
@@ -107,6 +108,7 @@ def test_a_run_started_from_a_foreign_folder(flower, tiny_experiment, tiny_proje
     assert (tiny_project / "results" / "latest").resolve() == run
     assert not list(tmp_path.iterdir())
     assert "global + own local" in output and "round 3/3" in output
+    assert output.count("CUDA_VISIBLE_DEVICES is '7'") == 2, output
 
 
 def test_run_config_keys_do_what_they_say(flower, tiny_experiment, tmp_path):
@@ -131,7 +133,8 @@ def test_another_number_of_nodes_stops_with_the_line_that_mends_it(flower, tiny_
         ".", "--federation-config", "num-supernodes=3", run_config=f"config='{tiny_experiment}'"
     )
     assert "The federation has 3 nodes and federated.clients names 2." in output
-    assert 'flwr run . --stream --federation-config "num-supernodes=2"' in output
+    line = 'flwr run . --stream --federation-config "num-supernodes=2" --run-config '
+    assert f"{line}\"config='{tiny_experiment}'\"" in output
 
 
 def test_a_bad_configuration_is_one_clear_error(flower, tiny_experiment):

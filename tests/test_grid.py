@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from federation import LoopbackGrid
-from flwr.app import Message, RecordDict
+from flwr.app import Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora_app.grid import PacedGrid, build_message
@@ -59,6 +59,24 @@ def test_the_next_message_is_made_only_when_its_turn_comes():
     replies = PacedGrid(grid, 1).send_and_receive(build(node) for node in range(3))
     next(iter(replies))
     assert made == [0]
+
+
+def test_flowers_own_error_replies_are_laid_to_their_client():
+    """When a SuperNode is gone, the SuperLink answers in its place and under its own id."""
+
+    class Unavailable(SlowGrid):
+        def pull_messages(self, message_ids):
+            for number in list(message_ids):
+                del self._replies[number]
+                request = next(m for m in self.sent if m.metadata.message_id == number)
+                reply = Message(Error(code=3, reason="gone"), reply_to=request)
+                reply.metadata.__dict__["_src_node_id"] = 1
+                yield reply
+
+    messages = [build_message(RecordDict(), "train", node) for node in (21, 22)]
+    replies = list(PacedGrid(Unavailable(1), 1).send_and_receive(messages))
+    assert [reply.metadata.src_node_id for reply in replies] == [21, 22]
+    assert all(reply.has_error() and reply.error.reason == "gone" for reply in replies)
 
 
 def test_a_message_that_flower_does_not_accept_is_named():

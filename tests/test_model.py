@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from fedlora_app import model as model_module
 from fedlora_app.adapters import GLOBAL, LOCAL, adapter_parameters, attach_adapters, get_state
@@ -76,6 +77,18 @@ def test_the_fingerprint_knows_other_weights(config, tiny_project, tmp_path):
     content[-1] ^= 1
     weights.write_bytes(content)
     assert compute_fingerprint(config, tmp_path) != compute_fingerprint(config, tiny_project)
+
+
+def test_a_models_own_sampling_settings_do_not_reach_the_evaluation(config, tiny_project, tmp_path):
+    shutil.copytree(tiny_project / "model", tmp_path / "model")
+    settings = GenerationConfig(do_sample=True, repetition_penalty=1.5, no_repeat_ngram_size=2)
+    settings.save_pretrained(tmp_path / "model")
+    model = load_base_model(config, tmp_path).model
+    plain = load_base_model(config, tiny_project).model
+    ids = torch.arange(3, 20).unsqueeze(0)
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=20, pad_token_id=0)
+    outputs = [m.generate(ids, generation_config=greedy) for m in (model, plain)]
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize(

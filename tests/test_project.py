@@ -3,6 +3,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from conftest import ROOT
+from flwr.cli.build import build_fab_from_disk
+from flwr.cli.install import install_from_fab
 
 from fedlora_app import project
 from fedlora_app.project import ProjectNotFoundError, find_project_root, is_checkout
@@ -11,11 +14,10 @@ from fedlora_app.project import ProjectNotFoundError, find_project_root, is_chec
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """A process that runs an unpacked bundle in a foreign folder, with nothing installed."""
-    bundle = tmp_path / "bundle"
-    (bundle / "fedlora_app").mkdir(parents=True)
-    (bundle / ".info").mkdir()
-    (bundle / ".info" / "CONTENT").write_text("")
-    (bundle / "pyproject.toml").write_text('[project]\nname = "fedlora-app"\n')
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flower"))
+    install_from_fab(build_fab_from_disk(ROOT), skip_prompt=True)
+    (bundle,) = (tmp_path / "flower" / "apps").iterdir()
+    (bundle / "fedlora_app" / "checkout.json").unlink(missing_ok=True)
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     monkeypatch.chdir(foreign)
@@ -52,6 +54,25 @@ def test_the_node_configuration_comes_first(elsewhere, checkout, tmp_path):
     note = elsewhere / "fedlora_app" / "checkout.json"
     note.write_text(json.dumps({"root": str(tmp_path)}))
     assert find_project_root(project_dir=str(checkout)) == checkout
+
+
+def test_a_folder_that_was_named_and_is_no_checkout_is_an_error(elsewhere, checkout, tmp_path):
+    note = elsewhere / "fedlora_app" / "checkout.json"
+    note.write_text(json.dumps({"root": str(checkout)}))
+    with pytest.raises(ProjectNotFoundError, match="which is no checkout"):
+        find_project_root(project_dir=str(tmp_path / "typo"))
+
+
+def test_the_bundles_note_wins_over_an_inherited_variable(
+    elsewhere, checkout, tmp_path, monkeypatch
+):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "pyproject.toml").write_text('[project]\nname = "fedlora-app"\n')
+    monkeypatch.setenv(project.ROOT_VARIABLE, str(other))
+    assert find_project_root("conf/demo.yaml") == other
+    (elsewhere / "fedlora_app" / "checkout.json").write_text(json.dumps({"root": str(checkout)}))
+    assert find_project_root("conf/demo.yaml") == checkout
 
 
 def test_when_nothing_is_found_every_place_is_named(elsewhere, tmp_path):

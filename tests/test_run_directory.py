@@ -24,6 +24,11 @@ def test_names_that_are_no_folder_names_are_refused(name):
         check_run_name(name)
 
 
+def test_the_name_of_the_link_is_taken():
+    with pytest.raises(RunDirectoryError, match="name of the link"):
+        check_run_name("latest")
+
+
 def test_the_default_name_says_what_the_run_is():
     assert default_run_name(build_tiny_config()).startswith("tiny-dual-seed7-2")
     long = build_tiny_config(experiment={"name": "x" * 64})
@@ -50,7 +55,7 @@ def test_latest_follows_the_newest_run(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunDirectoryError, match="cannot be made: Not a directory"):
+    with pytest.raises(RunDirectoryError, match="run cannot be made: "):
         create(tmp_path / "file" / "run", tmp_path)
 
 

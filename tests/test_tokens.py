@@ -5,6 +5,7 @@ import json
 import pytest
 
 from fedlora_app.data import DataError, Record, load_records
+from fedlora_app.model import ModelError
 from fedlora_app.tokens import encode_answer, encode_example, encode_prompt, tokenize_file
 
 RECORD = Record("How much is a passport?", "The fee for a passport is 30 dollars.")
@@ -48,7 +49,7 @@ def test_a_template_that_hides_where_the_answer_begins_is_refused(tokenizer):
     template = tokenizer.chat_template
     tokenizer.chat_template = "{{ messages|length }}"
     try:
-        with pytest.raises(ValueError, match="does not continue its generation prompt"):
+        with pytest.raises(ModelError, match="does not continue its generation prompt"):
             encode_answer(tokenizer, "", "Ask?", "Answer.")
     finally:
         tokenizer.chat_template = template

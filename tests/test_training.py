@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from fedlora_app import training as training_module
 from fedlora_app.adapters import GLOBAL, LOCAL, activate, adapter_parameters, get_state, set_state
 from fedlora_app.config import TrainingConfig
 from fedlora_app.tokens import Example
@@ -68,6 +69,19 @@ def test_padding_and_neighbours_change_no_likelihood(adapted):
         for example, expected in zip(examples, together, strict=True):
             alone = answer_log_likelihoods(adapted, [example], 0, CPU)[0]
             torch.testing.assert_close(alone, expected, rtol=0, atol=1e-5)
+
+
+def test_the_loss_in_chunks_equals_the_whole(adapted, monkeypatch):
+    activate(adapted, (GLOBAL, LOCAL), (GLOBAL, LOCAL))
+    results = []
+    for rows in (1000, 5):
+        monkeypatch.setattr(training_module, "LOGIT_ROWS", rows)
+        adapted.zero_grad()
+        loss = -torch.cat(answer_log_likelihoods(adapted, build_examples(6), 0, CPU)).mean()
+        loss.backward()
+        gradients = [p.grad.clone() for p in adapter_parameters(adapted, GLOBAL)]
+        results.append((loss.detach(), gradients))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("trainable", [(GLOBAL,), (LOCAL,), (GLOBAL, LOCAL)])
@@ -170,5 +184,7 @@ def test_the_schedule_rises_and_falls_over_the_whole_run(scheduler):
     assert values[0] < 0.02 and max(values) == values[10] == pytest.approx(1.0)
     assert values[10:] == sorted(values[10:], reverse=True)
     assert values[-1] == pytest.approx(0.2)
+    tiny = settings.model_copy(update={"warmup_ratio": 0.0005})
+    assert schedule_factor(0.0, tiny) == 1.0
     constant = settings.model_copy(update={"lr_scheduler": "constant"})
     assert schedule_factor(0.9, constant) == 1.0
