@@ -2,8 +2,8 @@
 
     python -m fedlora_app.demo.study [--seeds 42 43 44] [--modes dual fedavg local-only]
 
-Each run is an ordinary ``flwr run``; finished ones are not repeated, so that the study can
-be stopped and started again. Figures are means over the cities, then over the seeds, with
+Each run is an ordinary ``flwr run``; finished ones of the same configuration are not repeated,
+so that the study can be stopped and started again. Figures are means over the cities, then over the seeds, with
 the 95 % interval of the seeds (Student's t).
 """
 
@@ -22,6 +22,7 @@ from typing import Any
 
 from scipy import stats
 
+from fedlora_app.config import Config, load_config
 from fedlora_app.project import find_project_root
 from fedlora_app.summary import collect_reports, conflict_passes
 
@@ -36,28 +37,32 @@ EVALUATED = {
 
 
 def run_once(root: Path, mode: str, seed: int) -> Path:
-    """Run one mode and seed, unless its finished run directory is there already."""
+    """Run one mode and seed, unless its run directory is there, finished and up to date."""
     name = f"study-{mode}-seed{seed}"
     run_dir = root / "results" / name
-    if is_finished(run_dir):
+    overrides = f"experiment.seed={seed}"
+    config = load_config(root / "conf" / "demo.yaml", overrides, federated__mode=mode)
+    if is_finished(run_dir, config):
         return run_dir
     if run_dir.exists():
-        shutil.rmtree(run_dir)  # an unfinished run of this study
-    settings = f"mode='{mode}' run-name='{name}' overrides='experiment.seed={seed}'"
+        print(f"{run_dir} is unfinished or of another configuration and is run anew.", flush=True)
+        shutil.rmtree(run_dir)
+    settings = f"mode='{mode}' run-name='{name}' overrides='{overrides}'"
     command = ["flwr", "run", str(root), "--stream", "--run-config", settings]
     subprocess.run(command, check=True)
-    if not is_finished(run_dir):
+    if not is_finished(run_dir, config):
         sys.exit(f"{run_dir} was not finished; its log stands above.")
     return run_dir
 
 
-def is_finished(run_dir: Path) -> bool:
-    """Tell whether a run reached its end."""
+def is_finished(run_dir: Path, config: Config) -> bool:
+    """Tell whether a run of this configuration reached its end."""
     try:
         manifest = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
+        recorded = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return bool(manifest.get("finished"))
+    return bool(manifest.get("finished")) and recorded == config.dump()
 
 
 def measure(run_dir: Path) -> dict[str, list[float]]:
