@@ -3,8 +3,8 @@
     python -m fedlora_app.demo.study [--seeds 42 43 44] [--modes dual fedavg local-only]
 
 Each run is an ordinary ``flwr run``; finished ones of the same configuration are not repeated,
-so that the study can be stopped and started again. Figures are means over the cities, then over the seeds, with
-the 95 % interval of the seeds (Student's t).
+so that the study can be stopped and started again. Figures are means over the cities, then
+over the seeds, with the 95 % interval of the seeds (Student's t).
 """
 
 from __future__ import annotations
