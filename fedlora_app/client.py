@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,26 +29,22 @@ from fedlora_app.adapters import (
     state_shapes,
 )
 from fedlora_app.client_data import (
-    build_question_sets,
     count_phase_steps,
     count_unscored_conflicts,
     load_client_files,
     select_examples,
     tokenize_client_files,
 )
+from fedlora_app.client_evaluation import Metrics, evaluate_client, phase_metrics
 from fedlora_app.config import AdaptersConfig, ClientConfig, Config, ConfigError
 from fedlora_app.data import DataError
-from fedlora_app.evaluation import CONFLICT, UNIVERSAL, Score, evaluate_questions, summarise
 from fedlora_app.model import LoadedModel, describe_device, load_base_model, load_tokenizer
-from fedlora_app.rounds import BOTH, Phase, adapters_label, plan_round, training_clients
+from fedlora_app.progress import progress_lines
+from fedlora_app.rounds import BOTH, Phase, plan_round, training_clients
 from fedlora_app.seeds import derive_seed
 from fedlora_app.storage import make_private_dir
 from fedlora_app.tokens import Example
-from fedlora_app.training import PhaseResult, Progress, train_phase
-
-PROGRESS_INTERVAL_SECONDS = 10.0
-
-Metrics = dict[str, Any]
+from fedlora_app.training import PhaseResult, train_phase
 
 
 @dataclass(frozen=True)
@@ -131,7 +125,7 @@ class Client:
         trained = get_state(model, GLOBAL)
         update = {key: trained[key] - global_state[key] for key in trained}
         norm = torch.stack([delta.double().norm() for delta in update.values()]).norm().item()
-        metrics = _phase_metrics(phase, result) | {"update_norm": norm}
+        metrics = phase_metrics(phase, result) | {"update_norm": norm}
         return update, {"num-examples": result.num_examples, **metrics}
 
     def personalise(
@@ -153,17 +147,18 @@ class Client:
         }
         if server_round > 0 and plan.personalise is not None:
             result = self._run_phase(loaded, model, plan.personalise, server_round)
-            metrics |= _phase_metrics(plan.personalise, result)
+            metrics |= phase_metrics(plan.personalise, result)
         if LOCAL in plan.evaluated:
             facts["local_adapter"] = self._save_local(model, self._round_dir(server_round))
-        started = time.monotonic()
         is_final = server_round == self.config.federated.num_rounds
-        if server_round == 0:
-            metrics |= self._evaluate(loaded, model, ())
-        else:
-            metrics |= self._evaluate(loaded, model, plan.evaluated, show_example=is_final)
+        answering = [plan.evaluated if server_round > 0 else ()]
         if is_final and plan.evaluated == BOTH:
-            metrics |= self._evaluate(loaded, model, (GLOBAL,))
+            answering.append((GLOBAL,))
+        started = time.monotonic()
+        files = load_client_files(self.config, self._own, self.root)
+        for active in answering:
+            show = is_final and active == plan.evaluated
+            metrics |= evaluate_client(self.config, self._own, files, loaded, model, active, show)
         metrics["evaluation_seconds"] = time.monotonic() - started
         if is_final and LOCAL in plan.evaluated:
             self._save_local(model, self.run_dir / "final" / "clients" / self.client_id)
@@ -236,44 +231,8 @@ class Client:
             weight_decays=weight_decays,
             seed=derive_seed(self.config.experiment.seed, phase.name, server_round, self.client_id),
             pad_token_id=loaded.tokenizer.pad_token_id,
-            progress=_progress_lines(f"{self.client_id}, round {server_round}, {phase.name}"),
+            progress=progress_lines(f"{self.client_id}, round {server_round}, {phase.name}"),
         )
-
-    def _evaluate(
-        self,
-        loaded: LoadedModel,
-        model: AdaptedModel,
-        active: Sequence[str],
-        show_example: bool = False,
-    ) -> Metrics:
-        """Score every question set with the adapters ``active``."""
-        files = load_client_files(self.config, self._own, self.root)
-        metrics: Metrics = {}
-        for name, questions in build_question_sets(self._own, files).items():
-            scores = evaluate_questions(
-                model,
-                loaded.tokenizer,
-                questions,
-                active=active,
-                system_prompt=self._own.system_prompt,
-                settings=self.config.evaluation,
-            )
-            prefix = f"{adapters_label(active)}/{name}"
-            metrics |= _prefixed(prefix, summarise(scores))
-            if name == UNIVERSAL:
-                unseen = [s for s, q in zip(scores, questions, strict=True) if q.is_unseen]
-                metrics |= _prefixed(f"{prefix}_unseen", summarise(unseen))
-            if name == CONFLICT:
-                by_record = {q.record: s for q, s in zip(questions, scores, strict=True)}
-                rows = [by_record.get(index) for index in range(len(files.tests[name].records))]
-                for key in ("exact_match", "ranked_first"):
-                    metrics[f"{prefix}/{key}_each"] = [_verdict(row, key) for row in rows]
-                if show_example:
-                    print(
-                        f'{self.client_id}: "{questions[0].text}" -> "{scores[0].generated}"',
-                        flush=True,
-                    )
-        return metrics
 
 
 def _attach_once(loaded: LoadedModel, config: AdaptersConfig) -> AdaptedModel:
@@ -281,34 +240,3 @@ def _attach_once(loaded: LoadedModel, config: AdaptersConfig) -> AdaptedModel:
     if loaded.adapted is None or loaded.adapted[0] != config:
         loaded.adapted = (config, attach_adapters(loaded.model, config))
     return loaded.adapted[1]
-
-
-def _phase_metrics(phase: Phase, result: PhaseResult) -> Metrics:
-    return _prefixed(f"train_{phase.name}", vars(result))
-
-
-def _verdict(score: Score | None, key: str) -> int:
-    """Return 1 or 0, or -1 for a record that has no answer or no rival for this client."""
-    value = None if score is None else getattr(score, key)
-    return -1 if value is None else int(value)
-
-
-def _prefixed(prefix: str, values: Metrics) -> Metrics:
-    return {f"{prefix}/{key}": value for key, value in values.items()}
-
-
-def _progress_lines(what: str) -> Progress:
-    """Return a callback that prints a line every few seconds of a long phase."""
-    last = started = time.monotonic()
-
-    def report(step: int, num_steps: int, loss: float) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= PROGRESS_INTERVAL_SECONDS and step < num_steps:
-            last = now
-            left = (now - started) / step * (num_steps - step)
-            print(
-                f"{what}: step {step}/{num_steps}, loss {loss:.3f}, {left:.0f} s left", flush=True
-            )
-
-    return report

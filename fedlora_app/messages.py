@@ -16,7 +16,8 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedlora_app.adapters import AdapterState, check_state
-from fedlora_app.config import Config, parse_config
+from fedlora_app.config import Config
+from fedlora_app.config_file import parse_config
 
 ADAPTER_RECORD = "global-adapter"
 UPDATE_RECORD = "global-update"

@@ -19,7 +19,8 @@ from flwr.app import ArrayRecord, Context, MessageType, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora_app.adapters import GLOBAL, LOCAL, attach_adapters, build_initial_state, state_shapes
-from fedlora_app.config import Config, ConfigError, load_config
+from fedlora_app.config import Config, ConfigError
+from fedlora_app.config_file import load_config
 from fedlora_app.grid import PacedGrid, build_message
 from fedlora_app.messages import MessageError, Reply, Task, build_task_content, read_reply
 from fedlora_app.model import build_empty_model
@@ -78,7 +79,7 @@ def main(grid: Grid, context: Context) -> None:
     base_commit = getattr(model.get_base_model().config, "_commit_hash", None)
     run = RunDirectory.create(settings.run_dir, config, settings.root, reports, base_commit)
     shapes = {name: state_shapes(model, name) for name in (GLOBAL, LOCAL)}
-    print(describe_start(config, settings.run_dir, shapes, reports), flush=True)
+    print(describe_start(config, shapes, reports), flush=True)
 
     strategy = GlobalAdapterFedAvg(
         config,
@@ -108,8 +109,8 @@ def main(grid: Grid, context: Context) -> None:
     print(describe_run(run.history), flush=True)
     if config.federated.mode == "dual":
         print(
-            "To see what one averaged adapter makes of the same work: "
-            "flwr run . --stream --run-config \"mode='fedavg'\"",
+            "To see what one averaged adapter makes of the same work, add mode='fedavg' to "
+            "--run-config.",
             flush=True,
         )
     print(f"Run directory: {settings.run_dir}", flush=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +34,6 @@ Reports = dict[str, dict[str, Any]]
 
 def describe_start(
     config: Config,
-    run_dir: Path,
     shapes: dict[str, dict[str, torch.Size]],
     clients: dict[str, dict[str, Any]],
 ) -> str:

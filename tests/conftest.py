@@ -15,7 +15,8 @@ from federation import Federation
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from fedlora_app.adapters import attach_adapters
-from fedlora_app.config import AdaptersConfig, Config, parse_config
+from fedlora_app.config import AdaptersConfig, Config
+from fedlora_app.config_file import parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_MODEL = ROOT / "data" / "demo" / "base_model"

@@ -67,11 +67,17 @@ class LoopbackGrid(Grid):
     def send_and_receive(self, messages, *, timeout=None):
         raise NotImplementedError
 
+    def bytes_sent(self) -> bytes:
+        """Everything that the server sent, serialised as it would be for the wire."""
+        return b"".join(map(_serialise, self.sent))
+
     def bytes_received(self) -> bytes:
-        """Everything that clients sent, serialised as it would be for the wire."""
-        return b"".join(
-            recorddict_to_proto(reply.content).SerializeToString() for reply in self.received
-        )
+        """Everything that clients sent, likewise."""
+        return b"".join(map(_serialise, self.received))
+
+
+def _serialise(message: Message) -> bytes:
+    return recorddict_to_proto(message.content).SerializeToString()
 
 
 @dataclass

@@ -13,11 +13,13 @@ MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__i
 FLOWER_EDGE = {"client_app", "server_app", "strategy", "grid", "messages"}
 LAYERS = [
     {"project", "seeds", "storage", "build_hook", "config"},
+    {"config_file"},
     {"data", "run_directory"},
     {"model", "tokens", "aggregation", "adapters"},
     {"rounds", "training"},
     {"evaluation", "summary"},
-    {"client_data"},
+    {"client_data", "progress"},
+    {"client_evaluation"},
     {"client", "messages"},
     {"grid", "strategy"},
     {"client_app", "server_app"},

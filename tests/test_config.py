@@ -6,7 +6,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from fedlora_app.config import Config, ConfigError, load_config, parse_config, parse_overrides
+from fedlora_app.config import Config, ConfigError
+from fedlora_app.config_file import load_config, parse_config, parse_overrides
 
 CONFIGS = sorted((ROOT / "conf").glob("*.yaml"))
 ONE_CLIENT = {"clients": [{"id": "a", "system_prompt": "", "local_train": "a.json"}]}

@@ -22,7 +22,8 @@ from typing import Any
 
 from scipy import stats
 
-from fedlora_app.config import Config, load_config
+from fedlora_app.config import Config
+from fedlora_app.config_file import load_config
 from fedlora_app.project import find_project_root
 from fedlora_app.summary import collect_reports, conflict_passes
 

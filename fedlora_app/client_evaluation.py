@@ -1,0 +1,83 @@
+"""A client's question sets under some of its adapters, as the metrics that it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fedlora_app.adapters import AdaptedModel
+from fedlora_app.client_data import ClientFiles, build_question_sets
+from fedlora_app.config import ClientConfig, Config
+from fedlora_app.evaluation import (
+    CONFLICT,
+    UNIVERSAL,
+    Question,
+    Score,
+    evaluate_questions,
+    summarise,
+)
+from fedlora_app.model import LoadedModel
+from fedlora_app.rounds import Phase, adapters_label
+from fedlora_app.training import PhaseResult
+
+Metrics = dict[str, Any]
+
+
+def evaluate_client(
+    config: Config,
+    client: ClientConfig,
+    files: ClientFiles,
+    loaded: LoadedModel,
+    model: AdaptedModel,
+    active: Sequence[str],
+    show_example: bool = False,
+) -> Metrics:
+    """Score every question set of a client with the adapters ``active``.
+
+    Args:
+        show_example: print one conflict question with its answer, in the client's own log.
+
+    Returns:
+        Means under ``<adapters>/<question set>/<metric>``, for the universal set also over
+        the facts that the client never saw, and for conflicts a verdict per record.
+    """
+    metrics: Metrics = {}
+    for name, questions in build_question_sets(client, files).items():
+        scores = evaluate_questions(
+            model,
+            loaded.tokenizer,
+            questions,
+            active=active,
+            system_prompt=client.system_prompt,
+            settings=config.evaluation,
+        )
+        prefix = f"{adapters_label(active)}/{name}"
+        metrics |= _prefixed(prefix, summarise(scores))
+        if name == UNIVERSAL:
+            unseen = [s for s, q in zip(scores, questions, strict=True) if q.is_unseen]
+            metrics |= _prefixed(f"{prefix}_unseen", summarise(unseen))
+        if name == CONFLICT:
+            num_records = len(files.tests[name].records)
+            metrics |= _prefixed(prefix, _verdicts(questions, scores, num_records))
+            if show_example:
+                print(f'{client.id}: "{questions[0].text}" -> "{scores[0].generated}"', flush=True)
+    return metrics
+
+
+def phase_metrics(phase: Phase, result: PhaseResult) -> Metrics:
+    """Return a training phase's figures under ``train_<adapters>/<metric>``."""
+    return _prefixed(f"train_{phase.name}", vars(result))
+
+
+def _verdicts(questions: Sequence[Question], scores: Sequence[Score], num_records: int) -> Metrics:
+    """Return 1 or 0 per record of the file, -1 where it has no answer or rival for the client."""
+    by_record = {question.record: s for question, s in zip(questions, scores, strict=True)}
+    metrics: Metrics = {}
+    for key in ("exact_match", "ranked_first"):
+        values = [getattr(by_record.get(index), key, None) for index in range(num_records)]
+        metrics[f"{key}_each"] = [-1 if value is None else int(value) for value in values]
+    return metrics
+
+
+def _prefixed(prefix: str, values: Metrics) -> Metrics:
+    return {f"{prefix}/{key}": value for key, value in values.items()}

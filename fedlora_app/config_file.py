@@ -1,0 +1,194 @@
+"""From a YAML file and overrides to a checked configuration, or to all of its faults at once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from fedlora_app.config import ClientConfig, Config, ConfigError
+
+
+def load_config(path: Path, overrides: str = "", **settings: Any) -> Config:
+    """Read a YAML file, lay overrides over it and check everything at once.
+
+    Args:
+        path: the experiment's YAML.
+        overrides: ``"training.learning_rate=1e-4 adapters.local.rank=8"``.
+        settings: dotted keys with ``.`` written as ``__``; None leaves the YAML's value.
+
+    Raises:
+        ConfigError: with every fault, each under its dotted path.
+    """
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist.{_list_siblings(path)}") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds no sections. Expected keys such as model, federated.")
+    faults = []
+    changes = {key.replace("__", "."): v for key, v in settings.items() if v is not None}
+    overridden, override_faults = parse_overrides(overrides)
+    faults += override_faults
+    for key, value in (changes | overridden).items():
+        if not _set_dotted(raw, key, value):
+            faults.append(f'overrides: "{key}" leads nowhere; no section or list item is there.')
+    return parse_config(raw, source=str(path), known_faults=faults)
+
+
+def parse_config(
+    raw: dict[str, Any], source: str = "the configuration", known_faults: list[str] | None = None
+) -> Config:
+    """Check plain data and return the configuration, or raise with all faults together."""
+    faults = list(known_faults or [])
+    config = None
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        faults += [_describe(fault) for fault in error.errors()]
+    faults += _cross_faults(raw)
+    if config is None or faults:
+        listing = "\n".join(f"  {fault}" for fault in faults)
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise ConfigError(f"{source} has {count}:\n{listing}")
+    return config
+
+
+def parse_overrides(text: str) -> tuple[dict[str, Any], list[str]]:
+    """Parse ``"a.b=1 c.d='x y'"`` to dotted keys with YAML values, and the faults in it."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        return {}, [f"overrides: {error} in {text!r}."]
+    changes: dict[str, Any] = {}
+    faults = []
+    for word in words:
+        key, separator, value = word.partition("=")
+        if not separator or not key:
+            faults.append(f'overrides: "{word}" is not of the form section.key=value.')
+            continue
+        try:
+            changes[key] = yaml.load(value, Loader=_Loader)
+        except (ValueError, RecursionError, yaml.YAMLError):
+            faults.append(f'overrides: the value of "{word}" is not YAML.')
+    return changes, faults
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: ``1e-4`` is a number, not a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def _set_dotted(raw: dict[str, Any], dotted: str, value: Any) -> bool:
+    """Set a value by its path; return False where the path meets no section or item."""
+    *sections, key = dotted.split(".")
+    node: Any = raw
+    for section in sections:
+        if isinstance(node, list) and section.isdigit() and int(section) < len(node):
+            node = node[int(section)]
+        elif isinstance(node, dict):
+            if node.get(section) is None:
+                node[section] = {}
+            node = node[section]
+        else:
+            return False
+    if not isinstance(node, dict):
+        return False
+    node[key] = value
+    return True
+
+
+def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:
+    """Find faults between fields, on raw data so that they join those of the fields."""
+    federated = raw.get("federated")
+    clients = federated.get("clients") if isinstance(federated, dict) else None
+    if not isinstance(clients, list):
+        return
+    named = [client for client in clients if isinstance(client, dict)]
+    ids = [str(client.get("id")) for client in named]
+    for name in sorted({i for i in ids if ids.count(i) > 1}):
+        yield (
+            f'federated.clients: {ids.count(name)} clients have the id "{name}"; ids must differ.'
+        )
+    lowered = [name.lower() for name in ids]
+    for name in sorted({i for i in ids if lowered.count(i.lower()) > 1 and ids.count(i) == 1}):
+        yield f'federated.clients: the id "{name}" differs from another only in case.'
+    min_clients = federated.get("min_clients")
+    if isinstance(min_clients, int) and min_clients > len(clients):
+        yield (
+            f"federated.min_clients: {min_clients} clients are required and only "
+            f"{len(clients)} are named."
+        )
+    data = raw.get("data") if isinstance(raw.get("data"), dict) else {}
+    if "universal_train" in data and data["universal_train"] is None:
+        for client in named:
+            if client.get("universal_train") is None:
+                yield (
+                    f'federated.clients: "{client.get("id")}" has no universal_train and '
+                    "data.universal_train is null; set one of them."
+                )
+
+
+def _describe(fault: Any) -> str:
+    """Return ``dotted.path: what is wrong``, with the value and a likely key."""
+    path = ".".join(str(part) for part in fault["loc"] if "[" not in str(part))
+    value = fault["input"]
+    if fault["type"] == "extra_forbidden":
+        return f"{path}: unknown key.{_suggest(fault['loc'])}"
+    if fault["type"] == "missing":
+        return f"{path}: missing."
+    if fault["type"] == "string_pattern_mismatch":
+        return (
+            f"{path}: {value!r} is not a name. Expected letters, digits, '.', '_' and '-', "
+            "beginning with a letter or digit, at most 64."
+        )
+    if fault["type"] == "too_short":
+        return f"{path}: at least one is needed."
+    shown = "" if isinstance(value, dict | list) else f" (it is {value!r})"
+    return f"{path}: {fault['msg'][0].lower()}{fault['msg'][1:]}{shown}."
+
+
+def _suggest(loc: tuple[int | str, ...]) -> str:
+    """Name the most similar known key, first in the same section and then anywhere."""
+    here = ".".join(str(part) for part in loc[:-1] if not isinstance(part, int))
+    known = dict(_known_keys(Config))
+    siblings = [key for key, section in known.items() if section == here]
+    last = str(loc[-1])
+    matches = difflib.get_close_matches(last, [k.rsplit(".", 1)[-1] for k in siblings], n=1)
+    if matches:
+        return f' Did you mean "{matches[0]}"?'
+    elsewhere = [key for key in known if key.rsplit(".", 1)[-1] == last]
+    if elsewhere:
+        return f' It belongs at "{elsewhere[0]}".'
+    names = ", ".join(key.rsplit(".", 1)[-1] for key in siblings)
+    return f" Known here: {names}." if names else ""
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, dotted section) of every field below ``section``."""
+    for name, field in section.model_fields.items():
+        key = f"{prefix}.{field.alias or name}".lstrip(".")
+        yield key, prefix
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _known_keys(field.annotation, key)
+        elif field.annotation == list[ClientConfig]:
+            yield from _known_keys(ClientConfig, key)
+
+
+def _list_siblings(path: Path) -> str:
+    names = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+    return f" {path.parent} has: {', '.join(names)}." if names else ""
