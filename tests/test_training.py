@@ -5,9 +5,18 @@ import random
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedlora_app import training as training_module
-from fedlora_app.adapters import GLOBAL, LOCAL, activate, adapter_parameters, get_state, set_state
+from fedlora_app.adapters import (
+    GLOBAL,
+    LOCAL,
+    activate,
+    adapter_parameters,
+    attach_adapters,
+    get_state,
+    set_state,
+)
 from fedlora_app.config import TrainingConfig
 from fedlora_app.tokens import Example
 from fedlora_app.training import (
@@ -50,7 +59,19 @@ def changed(before, after) -> bool:
     return any(not torch.equal(before[key], after[key]) for key in before)
 
 
-def test_the_loss_is_that_of_transformers_on_answer_tokens(adapted):
+@pytest.fixture(params=["qwen2", "llama"])
+def architecture(request, adapted, adapters_config):
+    """The tiny Qwen2, and a Llama of its size (SmolLM2 is one)."""
+    if request.param == "qwen2":
+        return adapted
+    torch.manual_seed(3)
+    settings = dict(vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    base = LlamaForCausalLM(LlamaConfig(**settings, num_attention_heads=4)).eval()
+    return attach_adapters(base, adapters_config)
+
+
+def test_the_loss_is_that_of_transformers_on_answer_tokens(architecture):
+    adapted = architecture
     activate(adapted, (GLOBAL, LOCAL))
     for example in build_examples(5):
         labels = torch.tensor([example.input_ids])
