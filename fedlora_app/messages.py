@@ -25,7 +25,6 @@ TASK_RECORD = "task"
 METRIC_RECORD = "metrics"
 ABOUT_RECORD = "about"
 
-ABOUT_KEYS = frozenset({"client-id", "server-round", "dtype", "facts", "error"})
 DECLARED_METRICS = re.compile(
     r"""
     num-examples | update_norm | evaluation_seconds

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,9 +43,7 @@ class LoadedModel:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    device: torch.device
     fingerprint: str
-    load_seconds: float
     adapted: Any = None
     """The model with its adapters and their configuration, kept here so that both go together."""
 
@@ -66,15 +63,12 @@ def load_base_model(config: ModelConfig, root: Path) -> LoadedModel:
     key = config.model_dump_json() + str(root)
     if key not in _resident:
         _resident.clear()  # never two base models in memory
-        started = time.monotonic()
         model, tokenizer = _load(config, root), load_tokenizer(config, root)
         num_loads += 1
         _resident[key] = LoadedModel(
             model=model,
             tokenizer=tokenizer,
-            device=choose_device(),
             fingerprint=compute_fingerprint(config, root),
-            load_seconds=time.monotonic() - started,
         )
     return _resident[key]
 
