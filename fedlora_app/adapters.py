@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -148,6 +150,40 @@ def activate(model: AdaptedModel, active: Iterable[str], trainable: Iterable[str
             parameter.requires_grad_(True)
 
 
+@contextmanager
+def scaled_local(model: AdaptedModel, factor: float | torch.Tensor) -> Iterator[None]:
+    """Multiply what the local adapter adds by ``factor`` (lambda) while the block runs.
+
+    Args:
+        factor: a number, or one for each row of the batch as (B, 1, 1).
+    """
+    layers = _lora_layers(model)
+    before = [layer.scaling[LOCAL] for layer in layers]
+    for layer, scaling in zip(layers, before, strict=True):
+        layer.scaling[LOCAL] = factor * scaling
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling[LOCAL] = scaling
+
+
+def compute_overlap(model: AdaptedModel) -> torch.Tensor:
+    """Return how much the adapters' input subspaces overlap, a differentiable scalar.
+
+    The mean over modules of ||A_G A_L^T||^2 / (||A_G||^2 ||A_L||^2), all Frobenius: 0 when they
+    are orthogonal, at most 1. After O-LoRA (Wang et al. 2023, https://arxiv.org/abs/2310.14152,
+    equation 7), made scale-free so that a smaller adapter alone does not lower it.
+    """
+    overlaps = []
+    for layer in _lora_layers(model):
+        a_global = layer.lora_A[GLOBAL].weight.detach().float()  # (r_G, in)
+        a_local = layer.lora_A[LOCAL].weight.float()  # (r_L, in)
+        sizes = a_global.square().sum() * a_local.square().sum()
+        overlaps.append((a_global @ a_local.T).square().sum() / sizes)
+    return torch.stack(overlaps).mean()
+
+
 def base_only(model: AdaptedModel):
     """Return a context in which the base model answers alone."""
     return model.disable_adapter()
@@ -246,6 +282,10 @@ def _lora_config(config: AdapterConfig) -> LoraConfig:
         target_modules=config.target_modules,
         bias="none",
     )
+
+
+def _lora_layers(model: AdaptedModel) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def _parameters(model: AdaptedModel, name: str) -> AdapterState:

@@ -151,7 +151,8 @@ class Client:
         if LOCAL in plan.evaluated:
             facts["local_adapter"] = self._save_local(model, self._round_dir(server_round))
         is_final = server_round == self.config.federated.num_rounds
-        answering = [plan.evaluated if server_round > 0 else ()]
+        is_due = is_final or server_round % self.config.evaluation.interval == 0
+        answering = [plan.evaluated if server_round > 0 else ()] if is_due else []
         if is_final and plan.evaluated == BOTH:
             answering.append((GLOBAL,))
         started = time.monotonic()
@@ -163,6 +164,13 @@ class Client:
         if is_final and LOCAL in plan.evaluated:
             self._save_local(model, self.run_dir / "final" / "clients" / self.client_id)
         return metrics, facts
+
+    def evaluate(self, global_state: AdapterState, local_round: int) -> Metrics:
+        """Score the question sets with a round's adapters, without training."""
+        loaded, model = self._prepare(global_state, local_round)
+        files = load_client_files(self.config, self._own, self.root)
+        active = plan_round(self.config, self.config.federated.num_rounds).evaluated
+        return evaluate_client(self.config, self._own, files, loaded, model, active)
 
     @property
     def _own(self) -> ClientConfig:

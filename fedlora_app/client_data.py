@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.config import ClientConfig, Config
 from fedlora_app.data import DataError, RecordFile, load_conflicts, load_records
-from fedlora_app.evaluation import (
+from fedlora_app.evaluation.questions import (
     CONFLICT,
     LOCAL_SET,
     UNIVERSAL,
@@ -28,16 +28,19 @@ CACHE_DIR = Path(".cache", "tokens")
 
 @dataclass(frozen=True)
 class ClientFiles:
-    """A client's data files after validation. Test sets that are not named are None."""
+    """A client's data files after checking: what it trains on, and its question sets by name."""
 
     universal: RecordFile
     local: RecordFile
     tests: dict[str, RecordFile]
+    validations: dict[str, RecordFile] = field(default_factory=dict)
 
     @property
     def all(self) -> dict[str, RecordFile]:
         """Every file under the name of its role."""
-        return {"universal_train": self.universal, "local_train": self.local, **self.tests}
+        validations = {f"{name}_validation": file for name, file in self.validations.items()}
+        named = {"universal_train": self.universal, "local_train": self.local}
+        return named | self.tests | validations
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,32 @@ def load_client_files(config: Config, client: ClientConfig, root: Path) -> Clien
         LOCAL_SET: read(client.local_test),
         CONFLICT: read(config.data.conflict_test, load_own_conflicts),
     }
+    validations = {
+        UNIVERSAL: read(config.data.universal_validation),
+        LOCAL_SET: read(client.local_validation),
+        CONFLICT: read(config.data.conflict_validation, load_own_conflicts),
+    }
     if faults or universal is None or local is None:
         raise DataError("\n".join(faults))
-    return ClientFiles(
-        universal, local, {name: file for name, file in tests.items() if file is not None}
-    )
+    return ClientFiles(universal, local, _present(tests), _present(validations))
+
+
+def load_all_files(config: Config, root: Path) -> dict[str, ClientFiles]:
+    """Read and check every client's files, where one machine holds them all.
+
+    Raises:
+        DataError: with the faults of every client together.
+    """
+    faults: dict[str, None] = {}
+    files: dict[str, ClientFiles] = {}
+    for client_id in config.client_ids:
+        try:
+            files[client_id] = load_client_files(config, config.client(client_id), root)
+        except DataError as error:
+            faults[str(error)] = None
+    if faults:
+        raise DataError("\n".join(faults))
+    return files
 
 
 def tokenize_client_files(
@@ -115,7 +139,8 @@ def select_examples(
     if phase.data == "mixed":
         return universal + local
     rng = random.Random(derive_seed(config.experiment.seed, "replay", server_round, client_id))
-    return local + rng.sample(universal, _num_replayed(config, examples))
+    replayed = rng.sample(universal, _num_replayed(config, examples))
+    return local + [replace(example, is_replayed=True) for example in replayed]
 
 
 def count_phase_steps(config: Config, examples: ClientExamples, phase: Phase) -> int:
@@ -131,15 +156,18 @@ def count_phase_steps(config: Config, examples: ClientExamples, phase: Phase) ->
     return {"universal": universal, "local": local}.get(phase.data, universal + local)
 
 
-def build_question_sets(client: ClientConfig, files: ClientFiles) -> dict[str, list[Question]]:
-    """Return the client's question sets by name; empty ones are left out."""
+def build_question_sets(
+    client: ClientConfig, files: ClientFiles, *, validation: bool = False
+) -> dict[str, list[Question]]:
+    """Return the client's test (or validation) questions by set; empty ones are left out."""
     trained_facts = frozenset(record.fact for record in files.universal.records if record.fact)
     sets: dict[str, list[Question]] = {}
-    for name, file in files.tests.items():
+    for name, file in (files.validations if validation else files.tests).items():
         if name == CONFLICT:
             sets[name] = build_conflict_questions(file.records, client.id)
         else:
-            sets[name] = build_questions(file.records, trained_facts if name == UNIVERSAL else None)
+            facts = trained_facts if name == UNIVERSAL else None
+            sets[name] = build_questions(file.records, facts, client.id)
     return {name: questions for name, questions in sets.items() if questions}
 
 
@@ -147,6 +175,10 @@ def count_unscored_conflicts(client: ClientConfig, files: ClientFiles) -> int:
     """Return how many conflict records hold no answer of this client."""
     file = files.tests.get(CONFLICT)
     return sum(client.id not in record.answers for record in file.records) if file else 0
+
+
+def _present(files: dict[str, RecordFile | None]) -> dict[str, RecordFile]:
+    return {name: file for name, file in files.items() if file is not None}
 
 
 def _num_replayed(config: Config, examples: ClientExamples) -> int:

@@ -8,16 +8,11 @@ from typing import Any
 from fedlora_app.adapters import AdaptedModel
 from fedlora_app.client_data import ClientFiles, build_question_sets
 from fedlora_app.config import ClientConfig, Config
-from fedlora_app.evaluation import (
-    CONFLICT,
-    UNIVERSAL,
-    Question,
-    Score,
-    evaluate_questions,
-    summarise,
-)
+from fedlora_app.evaluation.metrics import Score, evaluate_questions, summarise
+from fedlora_app.evaluation.questions import CONFLICT, UNIVERSAL, UNIVERSAL_UNSEEN, Question
+from fedlora_app.gate import fit_gate
 from fedlora_app.model import LoadedModel
-from fedlora_app.rounds import Phase, adapters_label
+from fedlora_app.rounds import BOTH, Phase, adapters_label
 from fedlora_app.training import PhaseResult
 
 Metrics = dict[str, Any]
@@ -42,6 +37,10 @@ def evaluate_client(
         the facts that the client never saw, and for conflicts a verdict per record.
     """
     metrics: Metrics = {}
+    gate = None
+    if config.adapters.gate == "prompt" and tuple(active) == BOTH:
+        records = (files.local.records, files.universal.records)
+        gate = fit_gate(model, loaded.tokenizer, client.system_prompt, *records)
     for name, questions in build_question_sets(client, files).items():
         scores = evaluate_questions(
             model,
@@ -50,12 +49,13 @@ def evaluate_client(
             active=active,
             system_prompt=client.system_prompt,
             settings=config.evaluation,
+            gate=gate,
         )
         prefix = f"{adapters_label(active)}/{name}"
         metrics |= _prefixed(prefix, summarise(scores))
         if name == UNIVERSAL:
             unseen = [s for s, q in zip(scores, questions, strict=True) if q.is_unseen]
-            metrics |= _prefixed(f"{prefix}_unseen", summarise(unseen))
+            metrics |= _prefixed(f"{adapters_label(active)}/{UNIVERSAL_UNSEEN}", summarise(unseen))
         if name == CONFLICT:
             num_records = len(files.tests[name].records)
             metrics |= _prefixed(prefix, _verdicts(questions, scores, num_records))

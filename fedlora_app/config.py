@@ -6,7 +6,7 @@ A default stands here and nowhere else; ``conf/default.yaml`` spells all of them
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,7 +19,9 @@ class ConfigError(ValueError):
     """The configuration has faults; the message lists all of them."""
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Part of a configuration: unknown keys and wrong types are faults, nothing is coerced."""
+
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
@@ -29,14 +31,14 @@ class _Section(BaseModel):
     )
 
 
-class ExperimentConfig(_Section):
+class ExperimentConfig(Section):
     """What the run is called and what its randomness derives from."""
 
     name: str = Field("fedlora", pattern=SAFE_NAME)
     seed: int = Field(42, ge=0, lt=2**31)
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The frozen base model."""
 
     name: str = Field("Qwen/Qwen2.5-7B-Instruct", min_length=1)
@@ -49,7 +51,7 @@ class ModelConfig(_Section):
     trust_remote_code: bool = False
 
 
-class AdapterConfig(_Section):
+class AdapterConfig(Section):
     """One LoRA adapter."""
 
     rank: int = Field(16, ge=1, le=1024)
@@ -58,14 +60,17 @@ class AdapterConfig(_Section):
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
 
 
-class AdaptersConfig(_Section):
+class AdaptersConfig(Section):
     """The two adapters of a client."""
 
     global_: AdapterConfig = Field(default_factory=AdapterConfig, alias="global")
     local: AdapterConfig = Field(default_factory=AdapterConfig)
+    gate: Literal["none", "prompt"] = "none"
+    """prompt: weighs the local adapter, when it answers beside the global one, by how far the
+    question looks like the client's own training questions."""
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """What a client does in a round."""
 
     schedule: Literal["phased", "joint"] = "phased"
@@ -91,23 +96,31 @@ class TrainingConfig(_Section):
     global_weight_decay: float = Field(0.0, ge=0)
     local_weight_decay: float = Field(0.0, ge=0)
     """Keeps the local adapter small, so that it spoils less of what the global one knows."""
+    local_kl_weight: float = Field(0.0, ge=0)
+    """Holds the pair near the global adapter alone on replayed universal records: weight of
+    KL(global || global + local) per answer token, in the local phase of mode dual."""
+    local_orthogonality: float = Field(0.0, ge=0)
+    """Holds the two adapters' input subspaces apart: weight of their overlap (0 to 1, mean over
+    modules), in the local phase of mode dual."""
     max_grad_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: Literal["auto", True, False] = "auto"
     """auto: on for models of a billion parameters or more on a GPU."""
 
 
-class ClientConfig(_Section):
+class ClientConfig(Section):
     """One participating organisation. Its files are read on its own machine only."""
 
     id: str = Field(pattern=SAFE_NAME)
     system_prompt: str
     local_train: str = Field(min_length=1)
     local_test: str | None = None
+    local_validation: str | None = None
+    """What the scale of this client's local adapter is chosen on."""
     universal_train: str | None = None
     """This client's own share; data.universal_train otherwise."""
 
 
-class FederatedConfig(_Section):
+class FederatedConfig(Section):
     """Who takes part and how the server treats them."""
 
     mode: Mode = "dual"
@@ -126,24 +139,32 @@ class FederatedConfig(_Section):
         return self.min_clients or len(self.clients)
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Files that all clients share, Alpaca JSON or JSON Lines."""
 
     universal_train: str | None = "data/universal_train.json"
     universal_test: str | None = "data/universal_test.json"
     conflict_test: str | None = "data/conflict.json"
+    universal_validation: str | None = None
+    conflict_validation: str | None = None
     skip_invalid: bool = False
     """Drop and count invalid records instead of stopping."""
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """How the question sets are scored after every round."""
 
     batch_size: int = Field(32, ge=1)
     max_new_tokens: int = Field(128, ge=1)
+    interval: int = Field(1, ge=1)
+    """Evaluate after every so many rounds; round 0 and the last one are always evaluated."""
+    local_scales: list[Annotated[float, Field(ge=0)]] = Field(
+        default_factory=lambda: [0.25, 0.5, 0.75, 1.0, 1.25, 1.5], min_length=1
+    )
+    """Scales of the local adapter (lambda) tried on the validation questions."""
 
 
-class Config(_Section):
+class Config(Section):
     """A whole experiment."""
 
     experiment: ExperimentConfig = Field(default_factory=ExperimentConfig)

@@ -39,7 +39,7 @@ def load_config(path: Path, overrides: str = "", **settings: Any) -> Config:
     overridden, override_faults = parse_overrides(overrides)
     faults += override_faults
     for key, value in (changes | overridden).items():
-        if not _set_dotted(raw, key, value):
+        if not set_dotted(raw, key, value):
             faults.append(f'overrides: "{key}" leads nowhere; no section or list item is there.')
     return parse_config(raw, source=str(path), known_faults=faults)
 
@@ -93,7 +93,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _set_dotted(raw: dict[str, Any], dotted: str, value: Any) -> bool:
+def set_dotted(raw: dict[str, Any], dotted: str, value: Any) -> bool:
     """Set a value by its path; return False where the path meets no section or item."""
     *sections, key = dotted.split(".")
     node: Any = raw

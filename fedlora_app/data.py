@@ -3,8 +3,8 @@
 A training or test record is ``{"instruction", "input", "output"}``; a conflict record has
 ``answers: {client id: answer}`` in place of ``output``, or the keyword form
 ``evaluation_guide: {"<client id>_keywords": [...]}``, or both. ``fact`` (which rule the
-record is about) and ``distractors`` (wrong answers) are optional everywhere. Other fields
-are kept in the file and ignored.
+record is about), ``distractors`` (wrong answers) and ``evaluation_guide`` are optional
+everywhere. Other fields are kept in the file and ignored.
 """
 
 from __future__ import annotations
@@ -33,14 +33,19 @@ class Record:
     input: str = ""
     fact: str | None = None
     distractors: tuple[str, ...] = ()
+    keywords: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ConflictRecord:
-    """One question that the clients answer in different ways."""
+    """One question that the clients answer in different ways.
+
+    ``output`` is a gold answer of which the record does not say whose it is.
+    """
 
     instruction: str
     input: str = ""
+    output: str = ""
     answers: dict[str, str] = field(default_factory=dict)
     keywords: dict[str, tuple[str, ...]] = field(default_factory=dict)
     fact: str | None = None
@@ -149,17 +154,13 @@ def _parse_record(raw: dict[str, Any]) -> Record:
         input=_text(raw, "input"),
         fact=_optional_text(raw, "fact"),
         distractors=_texts(raw, "distractors"),
+        keywords=_keywords(raw),
     )
 
 
 def _parse_conflict(raw: dict[str, Any], client_ids: list[str]) -> ConflictRecord:
     answers = _mapping(raw, "answers")
-    guide = _mapping(raw, "evaluation_guide")
-    keywords = {
-        key.removesuffix(KEYWORD_SUFFIX): _texts(guide, key)
-        for key in guide
-        if key.endswith(KEYWORD_SUFFIX)
-    }
+    keywords = _keywords(raw)
     if not answers and not keywords:
         raise ValueError(
             'has neither "answers" nor an "evaluation_guide" with "<client id>_keywords".'
@@ -174,11 +175,21 @@ def _parse_conflict(raw: dict[str, Any], client_ids: list[str]) -> ConflictRecor
     return ConflictRecord(
         instruction=_text(raw, "instruction", required=True),
         input=_text(raw, "input"),
+        output=_text(raw, "output"),
         answers={client: _text(answers, client, required=True) for client in answers},
         keywords=keywords,
         fact=_optional_text(raw, "fact"),
         distractors=_texts(raw, "distractors"),
     )
+
+
+def _keywords(raw: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    guide = _mapping(raw, "evaluation_guide")
+    return {
+        key.removesuffix(KEYWORD_SUFFIX): _texts(guide, key)
+        for key in guide
+        if key.endswith(KEYWORD_SUFFIX)
+    }
 
 
 def _text(raw: dict[str, Any], key: str, required: bool = False) -> str:

@@ -30,7 +30,7 @@ DECLARED_METRICS = re.compile(
     num-examples | update_norm | evaluation_seconds
     | (universal|local)_(examples|truncated|dropped) | skipped_records | unscored_conflicts
     | train_(global|local|global\+local)/
-        (num_steps|num_examples|num_answer_tokens|train_loss|final_train_loss|seconds)
+        (num_steps|num_examples|num_answer_tokens|train_loss|final_train_loss|penalty|seconds)
     | (base|global|local|global\+local)/(universal|universal_unseen|local|conflict)/
         (n|n_ranked|exact_match|rank_accuracy|rank_accuracy_per_byte|margin_per_byte)
     | (base|global|local|global\+local)/conflict/(exact_match|ranked_first)_each
@@ -39,7 +39,7 @@ DECLARED_METRICS = re.compile(
 )
 DECLARED_FACTS = re.compile(
     r"device | process | base_model | local_adapter | sha256/(universal|local)_train"
-    r" | sha256/(universal|local|conflict)",
+    r" | sha256/(universal|local|conflict)(_validation)?",
     re.VERBOSE,
 )
 

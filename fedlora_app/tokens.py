@@ -29,6 +29,8 @@ class Example:
 
     input_ids: list[int]
     answer_start: int
+    is_replayed: bool = False
+    """A universal record among the local phase's."""
 
     @property
     def num_answer_tokens(self) -> int:

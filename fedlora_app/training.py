@@ -17,7 +17,15 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from fedlora_app.adapters import AdaptedModel, activate, adapter_parameters
+from fedlora_app.adapters import (
+    GLOBAL,
+    LOCAL,
+    AdaptedModel,
+    activate,
+    adapter_parameters,
+    compute_overlap,
+    scaled_local,
+)
 from fedlora_app.config import TrainingConfig
 from fedlora_app.seeds import derive_seed
 from fedlora_app.tokens import Example
@@ -44,6 +52,8 @@ class PhaseResult:
     num_answer_tokens: int
     train_loss: float
     final_train_loss: float
+    penalty: float
+    """What protects the global adapter's knowledge, with its weights; not part of the losses."""
     seconds: float
 
 
@@ -83,8 +93,9 @@ def train_phase(
     model.train()
     optimizer = _build_optimizer(model, training, {n: weight_decays[n] for n in trainable})
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    device = next(model.parameters()).device
-    losses: list[float] = []
+    protects_global = tuple(trainable) == (LOCAL,) and GLOBAL in active and _has_penalty(training)
+    step_losses: list[float] = []
+    penalties: list[float] = []
     num_answer_tokens = 0
     started = time.monotonic()
     batches = islice(_step_batches(examples, training, seed), num_steps)
@@ -93,13 +104,19 @@ def train_phase(
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate * schedule_factor(position, training)
         num_tokens = sum(example.num_answer_tokens for example in batch)
-        loss = 0.0
+        loss = penalty = 0.0
         for start in range(0, len(batch), training.batch_size):
             micro_batch = batch[start : start + training.batch_size]
-            log_likelihoods = answer_log_likelihoods(model, micro_batch, pad_token_id, device)
-            micro_loss = -torch.cat(log_likelihoods).sum() / num_tokens
-            micro_loss.backward()
+            losses, micro_penalty = _compute_losses(
+                model, micro_batch, training if protects_global else None, pad_token_id
+            )
+            micro_loss = losses.sum() / num_tokens
             loss += micro_loss.item()
+            if micro_penalty is not None:
+                share = len(micro_batch) / len(batch)
+                micro_loss = micro_loss + share * micro_penalty
+                penalty += share * micro_penalty.item()
+            micro_loss.backward()
         if not math.isfinite(loss):
             raise TrainingError(
                 f"The loss became {loss} at step {step + 1} of {num_steps}. Lower "
@@ -108,7 +125,8 @@ def train_phase(
         torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(loss)
+        step_losses.append(loss)
+        penalties.append(penalty)
         num_answer_tokens += num_tokens
         if progress is not None:
             progress(step + 1, num_steps, loss)
@@ -117,8 +135,9 @@ def train_phase(
         num_steps=num_steps,
         num_examples=len(examples),
         num_answer_tokens=num_answer_tokens,
-        train_loss=sum(losses) / len(losses),
-        final_train_loss=losses[-1],
+        train_loss=sum(step_losses) / len(step_losses),
+        final_train_loss=step_losses[-1],
+        penalty=sum(penalties) / len(penalties),
         seconds=time.monotonic() - started,
     )
 
@@ -148,11 +167,20 @@ def answer_log_likelihoods(
     token, so no mask is passed. The head is applied at answer positions only: logits for
     the whole prompt would need gigabytes with Qwen's 152,064 tokens.
     """
+    hidden, targets, counts = _answer_states(model, examples, pad_token_id, device)
+    losses = _token_losses(model.get_base_model().get_output_embeddings(), hidden, targets)
+    return list((-losses).split(counts))
+
+
+def _answer_states(
+    model: AdaptedModel, examples: Sequence[Example], pad_token_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Return the hidden states that predict answer tokens (N, D), those (N,), and their counts."""
     longest = max(len(example.input_ids) for example in examples)
     rows = [ex.input_ids + [pad_token_id] * (longest - len(ex.input_ids)) for ex in examples]
     input_ids = torch.tensor(rows, device=device)  # (B, T)
-    inner = model.get_base_model()
-    hidden = inner.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, D)
+    inner = model.get_base_model().base_model
+    hidden = inner(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, D)
     predicting = [
         hidden[row, example.answer_start - 1 : len(example.input_ids) - 1]
         for row, example in enumerate(examples)
@@ -161,8 +189,63 @@ def answer_log_likelihoods(
         input_ids[row, example.answer_start : len(example.input_ids)]
         for row, example in enumerate(examples)
     ]
-    losses = _token_losses(inner.get_output_embeddings(), torch.cat(predicting), torch.cat(targets))
-    return list((-losses).split([len(target) for target in targets]))
+    counts = [len(target) for target in targets]
+    return torch.cat(predicting), torch.cat(targets), counts
+
+
+def _has_penalty(training: TrainingConfig) -> bool:
+    return training.local_kl_weight > 0 or training.local_orthogonality > 0
+
+
+def _compute_losses(
+    model: AdaptedModel,
+    examples: Sequence[Example],
+    penalised: TrainingConfig | None,
+    pad_token_id: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the loss of every answer token, and what holds local off global's ground.
+
+    The KL term is a mean over the answer tokens of the replayed examples; its reference is
+    the same model with the local adapter at scale 0.
+    """
+    device = next(model.parameters()).device
+    head = model.get_base_model().get_output_embeddings()
+    hidden, targets, counts = _answer_states(model, examples, pad_token_id, device)
+    losses = _token_losses(head, hidden, targets)
+    if penalised is None:
+        return losses, None
+    penalty = torch.zeros((), device=device)
+    if penalised.local_orthogonality > 0:
+        penalty = penalty + penalised.local_orthogonality * compute_overlap(model)
+    replayed = [example for example in examples if example.is_replayed]
+    if penalised.local_kl_weight > 0 and replayed:
+        with torch.no_grad(), scaled_local(model, 0.0):
+            reference, _, _ = _answer_states(model, replayed, pad_token_id, device)
+        kept = [
+            part
+            for part, example in zip(hidden.split(counts), examples, strict=True)
+            if example.is_replayed
+        ]
+        divergence = _token_divergences(head, torch.cat(kept), reference).mean()
+        penalty = penalty + penalised.local_kl_weight * divergence
+    return losses, penalty
+
+
+def _token_divergences(
+    head: torch.nn.Module, hidden: torch.Tensor, reference: torch.Tensor
+) -> torch.Tensor:
+    """Return KL(reference || model) at every position, fp32, few rows of logits at a time."""
+
+    def divergences(rows: torch.Tensor, reference_rows: torch.Tensor) -> torch.Tensor:
+        log_probs = head(rows).float().log_softmax(-1)
+        reference_log_probs = head(reference_rows).float().log_softmax(-1)
+        losses = functional.kl_div(
+            log_probs, reference_log_probs, log_target=True, reduction="none"
+        )
+        return losses.sum(-1)
+
+    parts = zip(hidden.split(LOGIT_ROWS), reference.split(LOGIT_ROWS), strict=True)
+    return torch.cat([checkpoint(divergences, *part, use_reentrant=False) for part in parts])
 
 
 def _token_losses(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fedlora_app.adapters import (
     activate,
     adapter_parameters,
     attach_adapters,
+    compute_overlap,
     get_state,
     set_state,
 )
@@ -209,3 +211,63 @@ def test_the_schedule_rises_and_falls_over_the_whole_run(scheduler):
     assert schedule_factor(0.0, tiny) == 1.0
     constant = settings.model_copy(update={"lr_scheduler": "constant"})
     assert schedule_factor(0.9, constant) == 1.0
+
+
+def mark_replayed(examples: list[Example], count: int) -> list[Example]:
+    return [replace(ex, is_replayed=index < count) for index, ex in enumerate(examples)]
+
+
+def measure_divergence(model, examples) -> float:
+    """KL(global alone || pair) per answer token, by transformers' own logits."""
+    total, count = 0.0, 0
+    for example in examples:
+        ids = torch.tensor([example.input_ids])
+        span = slice(example.answer_start - 1, len(example.input_ids) - 1)
+        with torch.no_grad():
+            activate(model, (GLOBAL,))
+            reference = model(ids).logits[0, span].log_softmax(-1)
+            activate(model, (GLOBAL, LOCAL))
+            pair = model(ids).logits[0, span].log_softmax(-1)
+        total += (reference.exp() * (reference - pair)).sum().item()
+        count += reference.shape[0]
+    return total / count
+
+
+def test_the_kl_penalty_is_the_divergence_on_replayed_records(adapted):
+    examples = mark_replayed(build_examples(6), 3)
+    expected = measure_divergence(adapted, examples[:3])
+    settings = {"local_kl_weight": 2.0, "batch_size": 6, "gradient_accumulation_steps": 1}
+    result = train(adapted, examples, trainable=(LOCAL,), num_steps=1, settings=settings)
+    assert result.penalty == pytest.approx(2.0 * expected, rel=1e-4)
+
+
+def test_the_kl_penalty_keeps_the_pair_near_global(adapted):
+    start = get_state(adapted, LOCAL)
+    examples = mark_replayed(build_examples(8), 4)
+    divergences = {}
+    for weight in (0.0, 10.0):
+        set_state(adapted, LOCAL, start)
+        settings = {"local_kl_weight": weight}
+        train(adapted, examples, trainable=(LOCAL,), num_steps=30, settings=settings)
+        divergences[weight] = measure_divergence(adapted, examples[:4])
+    assert divergences[10.0] < 0.5 * divergences[0.0]
+
+
+def test_the_orthogonality_penalty_turns_local_away_from_global(adapted):
+    for module in adapted.modules():
+        if hasattr(module, "lora_A") and LOCAL in module.lora_A:
+            weights = module.lora_A[GLOBAL].weight.data
+            module.lora_A[LOCAL].weight.data = weights[:2].clone()
+    before = compute_overlap(adapted).item()
+    settings = {"local_orthogonality": 10.0}
+    result = train(adapted, build_examples(8), trainable=(LOCAL,), num_steps=40, settings=settings)
+    assert result.penalty > 0
+    assert compute_overlap(adapted).item() < 0.3 * before
+
+
+def test_penalties_touch_the_local_phase_only(adapted):
+    settings = {"local_kl_weight": 1.0, "local_orthogonality": 1.0}
+    examples = mark_replayed(build_examples(4), 4)
+    assert train(adapted, examples, settings=settings).penalty == 0
+    alone = train(adapted, examples, active=(LOCAL,), trainable=(LOCAL,), settings=settings)
+    assert alone.penalty == 0

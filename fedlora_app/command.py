@@ -1,0 +1,200 @@
+"""``fedlora``, the command for everything but training.
+
+Exit status 0 only if it did what was asked; 2 for what the user can mend.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fedlora_app.config import ConfigError
+from fedlora_app.data import DataError
+from fedlora_app.project import ProjectNotFoundError, find_project_root
+from fedlora_app.run_directory import RunDirectoryError
+
+INTERVAL_SECONDS = 5.0
+
+app = typer.Typer(
+    name="fedlora",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    help="Check, evaluate and compare what flwr run trains.",
+)
+
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help='A run directory, its name below results, or "latest".')
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+@app.command()
+def check(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The experiment's YAML.")],
+    overrides: Annotated[str, typer.Option(help='As in run-config: "training.replay=0.5".')] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Check a configuration, its data and its question sets, without any model.
+
+    Example: fedlora check conf/demo.yaml
+    """
+    from fedlora_app.client_data import load_all_files
+    from fedlora_app.config_file import load_config
+    from fedlora_app.evaluation.linter import describe_findings, lint
+
+    root = find_project_root(str(config.resolve()))
+    path = config if config.exists() else root / config
+    experiment = load_config(path, overrides)
+    findings = lint(experiment, load_all_files(experiment, root), root)
+    if as_json:
+        typer.echo(json.dumps([vars(finding) for finding in findings], ensure_ascii=False))
+    else:
+        typer.echo(f"{path}: the configuration and {len(experiment.client_ids)} clients' data.")
+        typer.echo(describe_findings(findings))
+    if any(finding.severity == "error" for finding in findings):
+        raise typer.Exit(2)
+
+
+@app.command()
+def evaluate(
+    run: RunName,
+    server_round: Annotated[
+        int | None, typer.Option("--round", min=0, help="A complete round; the last by default.")
+    ] = None,
+    membership: Annotated[
+        bool, typer.Option(help="Also infer which records the global adapter was trained on.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the whole evaluation protocol on a round of a run and write evaluation.json.
+
+    A stopped evaluation goes on where it was. Example: fedlora evaluate latest
+    """
+    from fedlora_app.evaluation.answering import open_round
+    from fedlora_app.evaluation.protocol import evaluate_round
+    from fedlora_app.evaluation.text import describe_evaluation
+    from fedlora_app.saved_run import find_run, load_run
+    from fedlora_app.storage import write_json
+
+    root = find_project_root()
+    saved = open_round(load_run(find_run(run, root)), root, server_round)
+    with _progress(quiet=as_json) as report:
+        evaluation = evaluate_round(saved, report, membership=membership)
+    path = saved.run.evaluation_path(saved.server_round)
+    write_json(path, evaluation)
+    if as_json:
+        typer.echo(json.dumps(evaluation, ensure_ascii=False))
+    else:
+        typer.echo(describe_evaluation(evaluation))
+        typer.echo(f"Written: {path}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Evaluated runs.")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare evaluated runs with the first one: differences, intervals, p-values.
+
+    Example: fedlora compare study-dual-seed42 study-fedavg-seed42
+    """
+    from fedlora_app.evaluation.comparison import compare_evaluations, describe_comparison
+    from fedlora_app.saved_run import find_run, load_run
+
+    root = find_project_root()
+    evaluations = {}
+    for name in runs:
+        run = load_run(find_run(name, root))
+        if run.evaluation is None:
+            raise RunDirectoryError(
+                f"{run.path} is not evaluated yet. Run: fedlora evaluate {name}"
+            )
+        evaluations[run.name] = run.evaluation
+    comparison = compare_evaluations(evaluations)
+    typer.echo(
+        json.dumps(comparison, ensure_ascii=False) if as_json else describe_comparison(comparison)
+    )
+
+
+@app.command()
+def study(
+    config: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's YAML.")],
+) -> None:
+    """Run and evaluate every variant and seed of a study, and write one summary table.
+
+    What is finished is not repeated. Example: fedlora study conf/study-demo.yaml
+    """
+    from fedlora_app.study import load_study, run_study
+
+    root = find_project_root(str(config.resolve()))
+    path = config if config.exists() else root / config
+    with _progress() as report:
+        text = run_study(load_study(path), root, report)
+    typer.echo(text)
+
+
+def main() -> None:
+    """Run the command; what the user can mend ends in one message and status 2."""
+    import transformers
+
+    from fedlora_app.adapters import AdapterError
+    from fedlora_app.model import ModelError
+
+    transformers.utils.logging.disable_progress_bar()
+
+    mendable = (
+        ConfigError,
+        DataError,
+        ModelError,
+        AdapterError,
+        RunDirectoryError,
+        ProjectNotFoundError,
+    )
+    try:
+        app()
+    except mendable as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("Stopped; the same command goes on from here.", err=True)
+        sys.exit(130)
+
+
+@contextmanager
+def _progress(*, quiet: bool = False) -> Iterator:
+    """Yield a callback that shows a bar on a terminal and a line now and then elsewhere."""
+    if sys.stderr.isatty() and not quiet:
+        from rich.console import Console
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+            task = bar.add_task("loading", total=None)
+            yield lambda what, done, total: bar.update(
+                task, description=what, completed=done, total=total
+            )
+        return
+    last = started = time.monotonic()
+
+    def report(what: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if quiet or now - last < INTERVAL_SECONDS:
+            return
+        last = now
+        left = (now - started) / max(done, 1) * (total - done)
+        typer.echo(f"{what}: {done}/{total} prompts, about {left:.0f} s left", err=True)
+
+    yield report
+
+
+if __name__ == "__main__":
+    main()

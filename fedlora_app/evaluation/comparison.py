@@ -1,0 +1,504 @@
+"""What ``fedlora compare`` prints: evaluated runs side by side, paired by question.
+
+In come the contents of two or more runs' ``evaluation.json``; the first is the reference. Out
+come their figures, the differences with intervals and tests, and every reason for which this is
+no like-for-like comparison.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fedlora_app.evaluation.intervals import mcnemar, over_seeds, paired_difference
+from fedlora_app.evaluation.questions import CONFLICT, LOCAL_SET, UNIVERSAL
+
+FORMAT = 1
+WIDTH = 100
+RANKING, EXACT_MATCH = "correct", "exact_match"
+SCORED_BY = {RANKING: "likelihood ranking", EXACT_MATCH: "greedy exact match"}
+NUM_NAMED = 3
+"""How many differing values a sentence names before it only counts them."""
+
+Key = tuple[str, int]
+"""Client and record: a question within its set."""
+
+
+@dataclass(frozen=True)
+class Topic:
+    """Some questions, and the summary's keys of how they went by ranking and exact match."""
+
+    label: str
+    question_set: str
+    ranking: str
+    exact_match: str
+    unseen_only: bool = False
+    every_client: bool = False
+    """A record counts once, and as right only if every client's own answer is."""
+
+    @property
+    def measures(self) -> dict[str, str]:
+        """The summary's key by the field of a question's row."""
+        return {RANKING: self.ranking, EXACT_MATCH: self.exact_match}
+
+
+UNSEEN_KEYS = ("universal_unseen_accuracy", "universal_unseen_exact_match")
+PASS_KEYS = ("conflict_pass_rate", "conflict_pass_rate_exact_match")
+TOPICS = (
+    Topic("universal", UNIVERSAL, "universal_accuracy", "universal_exact_match"),
+    Topic("universal, never seen", UNIVERSAL, *UNSEEN_KEYS, unseen_only=True),
+    Topic("local", LOCAL_SET, "local_accuracy", "local_exact_match"),
+    Topic("conflict, each client", CONFLICT, "conflict_accuracy", "conflict_exact_match"),
+    Topic("conflict, passed by all", CONFLICT, *PASS_KEYS, every_client=True),
+)
+FIGURES = {
+    **{topic.label: (topic.ranking, topic.exact_match) for topic in TOPICS},
+    "leakage (global alone minus base)": ("leakage", "leakage_exact_match"),
+}
+
+
+@dataclass(frozen=True)
+class EvaluatedRun:
+    """A run's name and the content of its ``evaluation.json``."""
+
+    name: str
+    evaluation: Mapping[str, Any]
+
+    @cached_property
+    def rows(self) -> dict[str, dict[Key, dict[str, Any]]]:
+        """The questions of every set as the clients answer them, adapters at full scale."""
+        sets: dict[str, dict[Key, dict[str, Any]]] = {}
+        for row in self.evaluation["questions"]:
+            if row["scale"] != 1.0:
+                continue
+            rows, key = sets.setdefault(row["question_set"], {}), (row["client"], row["record"])
+            if key in rows:
+                raise ValueError(
+                    f"{self.name}: evaluation.json holds record {key[1]} of {key[0]}'s "
+                    f"{row['question_set']} questions twice. Expected one row per question at "
+                    f"scale 1.0. Write it anew with: fedlora evaluate {self.name}"
+                )
+            rows[key] = row
+        return sets
+
+    def select(self, topic: Topic) -> dict[Key, dict[str, Any]]:
+        """Return the rows that belong to a topic."""
+        rows = self.rows.get(topic.question_set, {})
+        return {k: row for k, row in rows.items() if row["is_unseen"] or not topic.unseen_only}
+
+    def hashes(self, roles: Iterable[str]) -> dict[str, str]:
+        """Return the beginnings of the files' hashes by role and client."""
+        files = self.evaluation["files"]
+        pairs = [(role, client) for role in roles for client in files if role in files[client]]
+        return {f"{role} of {client} (sha256)": files[client][role][:12] for role, client in pairs}
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the adapters that a client answers with."""
+        sizes = self.evaluation["num_parameters"]
+        return sum(sizes[adapter] for adapter in self.evaluation["answering"].split("+"))
+
+    @property
+    def base_model(self) -> str:
+        """Name and beginning of the fingerprint."""
+        base = self.evaluation["base_model"]
+        return f"{base['name']} ({base['fingerprint'][:12]})"
+
+
+OTHER_PROMPTS = "have other system prompts"
+CONDITIONS: dict[str, Callable[[EvaluatedRun], dict[str, str]]] = {
+    "have other clients": lambda run: {"": f"({', '.join(sorted(run.evaluation['files']))})"},
+    "have other base models": lambda run: {"": run.base_model},
+    "have other training data": lambda run: run.hashes(("universal_train", "local_train")),
+    OTHER_PROMPTS: lambda run: {
+        f"for {client}": prompt for client, prompt in run.evaluation["system_prompts"].items()
+    },
+    "have other numbers of optimizer steps": lambda run: {"": f"{run.evaluation['num_steps']:,}"},
+}
+"""What has to be equal in a fair comparison, apart from the questions."""
+
+
+def compare_evaluations(evaluations: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Compare runs with the first of them; returns data that JSON can hold.
+
+    Args:
+        evaluations: each run's ``evaluation.json`` by the run's name.
+
+    Raises:
+        ValueError: fewer than two runs, or an evaluation that cannot be read.
+    """
+    reference, *others = runs = _read_runs(evaluations)
+    differences: list[dict[str, Any]] = []
+    faults: list[str] = []
+    notes: list[str] = []
+    for run in others:
+        faults += _find_other_conditions(reference, run)
+        notes += _note_other_size(reference, run)
+        for topic in TOPICS:
+            fault = _find_other_questions(reference, run, topic)
+            faults += [fault] if fault else []
+            differences += [] if fault else _compute_differences(reference, run, topic)
+    adjusted = adjust_holm([entry["p_value"] for entry in differences])
+    for entry, p_value in zip(differences, adjusted, strict=True):
+        entry["p_value_holm"] = p_value
+    groups, group_notes = group_by_mode(evaluations)
+    return {
+        "runs": [_dump_run(run) for run in runs],
+        "differences": differences,
+        "groups": groups,
+        "not_comparable": list(dict.fromkeys(faults)),
+        "notes": notes + group_notes,
+    }
+
+
+def group_by_mode(
+    evaluations: Mapping[str, dict[str, Any]],
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return means over the seeds of like runs, and notes on runs that were not averaged.
+
+    Alike are runs of one mode and number of parameters, trained and tested under the same
+    conditions. The n of a mean counts seeds.
+    """
+    alike: dict[str, list[EvaluatedRun]] = {}
+    for run in _read_runs(evaluations):
+        identity = [run.evaluation[k] for k in ("mode", "answering", "num_parameters", "files")]
+        conditions = [describe(run) for describe in CONDITIONS.values()]
+        alike.setdefault(json.dumps([identity, conditions], sort_keys=True), []).append(run)
+    groups, notes = [], []
+    for members in alike.values():
+        names = [run.name for run in members]
+        seeds = [run.evaluation["seed"] for run in members]
+        label = f"{members[0].evaluation['mode']}, {members[0].num_parameters:,} parameters"
+        if len(members) > len(set(seeds)):
+            notes.append(
+                f"{', '.join(names)} ({label}) share seeds ({', '.join(map(str, seeds))}), so no "
+                "mean over seeds is given for them."
+            )
+        elif len(members) > 1:
+            figures = _average([run.evaluation["summary"] for run in members])
+            groups.append({"label": label, "runs": names, "seeds": seeds, "figures": figures})
+    return groups, notes
+
+
+def adjust_holm(p_values: Sequence[float]) -> list[float]:
+    """Return the p-values adjusted for their number, in the order given.
+
+    Holm 1979, https://www.jstor.org/stable/4615733.
+    """
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted
+
+
+def describe_comparison(comparison: Mapping[str, Any]) -> str:
+    """Return the comparison as text: what speaks against it first, then the tables."""
+    runs, groups = comparison["runs"], comparison["groups"]
+    differences = comparison["differences"]
+    blocks = [_itemise("NOT LIKE FOR LIKE", comparison["not_comparable"])]
+    blocks.append(_render_runs(runs))
+    blocks.append(_render_figures("Percent right [95 % interval]", runs))
+    blocks.append(_render_keyword_rule(runs))
+    if groups:
+        title = "Means over seeds, percent right [95 % interval, Student's t]; n counts seeds"
+        names = [run["name"] for run in runs]
+        blocks.append(_render_figures(title, [_name_group(group, names) for group in groups]))
+    for name in dict.fromkeys(entry["run"] for entry in differences):
+        blocks.append(_render_differences([entry for entry in differences if entry["run"] == name]))
+    if differences:
+        blocks.append(textwrap.fill(_explain(len(differences)), WIDTH))
+    blocks.append(_itemise("Notes", comparison["notes"]))
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _read_runs(evaluations: Mapping[str, dict[str, Any]]) -> list[EvaluatedRun]:
+    if len(evaluations) < 2:
+        given = ", ".join(evaluations) or "none"
+        raise ValueError(
+            f"A comparison needs two or more different runs; given: {given}. Name another run."
+        )
+    for name, evaluation in evaluations.items():
+        if evaluation.get("format") != FORMAT:
+            raise ValueError(
+                f"{name}: evaluation.json has format {evaluation.get('format')!r}, expected "
+                f"{FORMAT}. Write it anew with: fedlora evaluate {name}"
+            )
+    return [EvaluatedRun(name, evaluation) for name, evaluation in evaluations.items()]
+
+
+def _dump_run(run: EvaluatedRun) -> dict[str, Any]:
+    keys = ("mode", "seed", "round", "answering", "num_steps")
+    return {
+        "name": run.name,
+        **{key: run.evaluation[key] for key in keys},
+        "num_parameters": run.num_parameters,
+        "figures": dict(run.evaluation["summary"]),
+    }
+
+
+def _average(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Average what all summaries have; a figure that one run has no value of has no mean."""
+    columns = {key: [s[key]["value"] for s in summaries if key in s] for key in summaries[0]}
+    return {
+        key: over_seeds([math.nan if value is None else value for value in values]).dump()
+        for key, values in columns.items()
+        if len(values) == len(summaries)
+    }
+
+
+def _compute_differences(
+    reference: EvaluatedRun, run: EvaluatedRun, topic: Topic
+) -> list[dict[str, Any]]:
+    """Return a topic's differences; a measure that nothing was scored by has none."""
+    differences = []
+    for field, measure in topic.measures.items():
+        outcomes = _pair_outcomes(reference, run, topic, field)
+        if not outcomes:
+            continue
+        clusters, ones, others = zip(*outcomes, strict=True)
+        test = mcnemar(ones, others)
+        differences.append(
+            {
+                "run": run.name,
+                "reference": reference.name,
+                "topic": topic.label,
+                "scored_by": SCORED_BY[field],
+                "measure": measure,
+                "difference": paired_difference(ones, others, clusters).dump(),
+                "p_value": test["p_value"],
+                "only_run": test["only_first"],
+                "only_reference": test["only_second"],
+                "n": test["n"],
+            }
+        )
+    return differences
+
+
+def _pair_outcomes(
+    reference: EvaluatedRun, run: EvaluatedRun, topic: Topic, field: str
+) -> list[tuple[str, bool, bool]]:
+    """Return (cluster, outcome of the run, of the reference) for all that was scored."""
+    ones, others = run.select(topic), reference.select(topic)
+    scored = [key for key, row in ones.items() if row[field] is not None]
+    units = [[key] for key in scored]
+    if topic.every_client:
+        records: dict[int, list[Key]] = {}
+        for key in scored:
+            records.setdefault(key[1], []).append(key)
+        # A record of one client alone is in conflict with nobody.
+        units = [keys for keys in records.values() if len(keys) > 1]
+    return [
+        (
+            ones[keys[0]]["fact"] or ones[keys[0]]["instruction"],
+            all(ones[key][field] for key in keys),
+            all(others[key][field] for key in keys),
+        )
+        for keys in units
+    ]
+
+
+def _find_other_conditions(reference: EvaluatedRun, run: EvaluatedRun) -> list[str]:
+    """Return a sentence for everything but the questions that two runs differ in."""
+    sentences = []
+    for claim, describe in CONDITIONS.items():
+        mark = '"' if claim == OTHER_PROMPTS else ""
+        contrast = _contrast(describe(reference), describe(run), mark)
+        if contrast:
+            sentences.append(f"{reference.name} and {run.name} {claim}: {contrast}.")
+    return sentences
+
+
+def _find_other_questions(reference: EvaluatedRun, run: EvaluatedRun, topic: Topic) -> str | None:
+    """Return why two runs cannot be paired on a topic, None where they can."""
+    names, name = f"{reference.name} and {run.name}", topic.question_set
+    sets = [_fingerprint_questions(r.rows.get(name, {})) for r in (reference, run)]
+    contrast = _contrast(reference.hashes([name]), run.hashes([name]))
+    if all(sets) and contrast:
+        return f"{names} have other {name} test files, so they are not paired: {contrast}."
+    if sets[0] != sets[1]:
+        return (
+            f"{names} were asked other {name} questions, so they are not paired: {len(sets[0])} "
+            f"and {len(sets[1])}, {len(sets[0] & sets[1])} in common."
+        )
+    unseen = [r.select(topic).keys() for r in (reference, run)]
+    if unseen[0] != unseen[1]:
+        return (
+            f"{names} had other facts that clients never saw, so they are not paired on these: "
+            f"{len(unseen[0])} and {len(unseen[1])} questions, {len(unseen[0] & unseen[1])} in "
+            "common."
+        )
+    return None
+
+
+def _fingerprint_questions(rows: Mapping[Key, dict[str, Any]]) -> set[tuple[Any, ...]]:
+    """Return what has to be equal for pairs: the questions and what each is scored by."""
+    return {
+        (key, row["instruction"], row[RANKING] is None, row[EXACT_MATCH] is None)
+        for key, row in rows.items()
+    }
+
+
+def _contrast(ones: Mapping[str, str], others: Mapping[str, str], mark: str = "") -> str:
+    """Name the values that differ; what only one side has is another sentence's matter."""
+    differing = [key for key in ones if key in others and ones[key] != others[key]]
+    parts = []
+    for key in differing[:NUM_NAMED]:
+        one, other = _shorten(ones[key], others[key])
+        parts.append(f"{key} {mark}{one}{mark} and {mark}{other}{mark}".strip())
+    left = len(differing) - NUM_NAMED
+    return "; ".join([*parts, f"{left} more"] if left > 0 else parts)
+
+
+def _shorten(one: str, other: str, width: int = 44) -> list[str]:
+    """Cut long texts to where they begin to differ."""
+    if max(len(one), len(other)) <= width:
+        return [one, other]
+    letters = enumerate(zip(one, other, strict=False))
+    start = next((i for i, pair in letters if len(set(pair)) > 1), min(len(one), len(other)))
+    start = max(0, start - width // 4)
+    return [
+        "..." * (start > 0) + text[start : start + width] + "..." * (start + width < len(text))
+        for text in (one, other)
+    ]
+
+
+def _note_other_size(reference: EvaluatedRun, run: EvaluatedRun) -> list[str]:
+    if run.num_parameters == reference.num_parameters:
+        return []
+    return [
+        f"{reference.name} answers with {reference.num_parameters:,} adapter parameters, "
+        f"{run.name} with {run.num_parameters:,}."
+    ]
+
+
+def _name_group(group: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Call a group by its members' numbers in the table of runs."""
+    numbers = ", ".join(str(names.index(name) + 1) for name in group["runs"])
+    return {**group, "name": f"{group['label']}: runs {numbers}"}
+
+
+def _render_runs(runs: list[dict[str, Any]]) -> str:
+    table = Table("", title="Runs; the first is the reference")
+    for heading in ("run", "mode"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("seed", "round", "steps", "parameters"):
+        table.add_column(heading, justify="right")
+    for number, run in enumerate(runs, 1):
+        counts = (f"{run[key]:,}" for key in ("num_steps", "num_parameters"))
+        words = (run["name"], run["mode"], str(run["seed"]), str(run["round"]))
+        table.add_row(str(number), *words, *counts)
+    return _render(table)
+
+
+def _render_figures(title: str, entries: list[dict[str, Any]]) -> str:
+    table = Table("", title=title)
+    for heading in (SCORED_BY[RANKING], "n", SCORED_BY[EXACT_MATCH], "n"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for label, keys in FIGURES.items():
+        rows = [[entry["figures"].get(key) for key in keys] for entry in entries]
+        if not any(figure and figure["n"] for row in rows for figure in row):
+            continue
+        table.add_section()
+        table.add_row(label)
+        for entry, row in zip(entries, rows, strict=True):
+            table.add_row(f"  {entry['name']}", *_format_figures(row))
+    return _render(table)
+
+
+def _render_keyword_rule(runs: list[dict[str, Any]]) -> str:
+    keys = ("keyword_pass_rate", "keyword_ceiling")
+    rows = {run["name"]: [run["figures"].get(key) for key in keys] for run in runs}
+    if not any(figure and figure["n"] for row in rows.values() for figure in row):
+        return ""
+    table = Table("", title="Keyword rule beside its ceiling, the pass rate of right answers, %")
+    for heading in ("passed", "n", "ceiling", "n"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, row in rows.items():
+        table.add_row(name, *_format_figures(row))
+    return _render(table)
+
+
+def _render_differences(entries: list[dict[str, Any]]) -> str:
+    """Return the table of one run's differences from the reference."""
+    run, reference = entries[0]["run"], entries[0]["reference"]
+    table = Table("", title=f"{run} minus {reference}, percentage points")
+    for heading in ("difference [95 %]", "only run", "only ref.", "n", "p", "p (Holm)"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for topic in dict.fromkeys(entry["topic"] for entry in entries):
+        table.add_section()
+        table.add_row(topic)
+        for entry in (entry for entry in entries if entry["topic"] == topic):
+            difference = _format_estimate(entry["difference"], "+.1f")
+            counts = (str(entry[key]) for key in ("only_run", "only_reference", "n"))
+            p_values = (_format_p(entry[key]) for key in ("p_value", "p_value_holm"))
+            table.add_row(f"  {entry['scored_by']}", difference, *counts, *p_values)
+    return _render(table)
+
+
+def _explain(num_tests: int) -> str:
+    return (
+        "Differences are over the same questions; their intervals resample whole facts. Only run "
+        "and only ref. count what one of the two alone got right. p is McNemar's exact test, "
+        f"which takes questions as independent; p (Holm) is adjusted for the {num_tests} tests "
+        "shown. They tell these trained models apart, not their methods: for that, train each "
+        "method with several seeds."
+    )
+
+
+def _format_figures(figures: Iterable[dict[str, Any] | None]) -> Iterable[str]:
+    for figure in figures:
+        yield from (_format_estimate(figure), str(figure["n"])) if figure else ("-", "")
+
+
+def _format_estimate(estimate: Mapping[str, Any], number: str = ".1f") -> str:
+    """Return "97.2 [93.1, 98.9]", a dash where there is no value."""
+    value, low, high = (estimate[key] for key in ("value", "low", "high"))
+    if value is None:
+        return "-"
+    interval = "" if low is None else f" [{100 * low:{number}}, {100 * high:{number}}]"
+    return f"{100 * value:{number}}{interval}"
+
+
+def _format_p(p_value: float) -> str:
+    return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
+
+
+def _itemise(heading: str, sentences: Sequence[str]) -> str:
+    lines = [
+        textwrap.fill(
+            sentence,
+            WIDTH,
+            initial_indent="- ",
+            subsequent_indent="  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for sentence in sentences
+    ]
+    return "\n".join([f"{heading}:", *lines]) if lines else ""
+
+
+def _render(table: Table) -> str:
+    table.title_justify = "left"
+    # Names of runs are not markup, and in a notebook the text is wanted, not a display.
+    console = Console(
+        file=io.StringIO(),
+        width=WIDTH,
+        color_system=None,
+        markup=False,
+        emoji=False,
+        force_jupyter=False,
+    )
+    console.print(table)
+    lines = console.file.getvalue().splitlines()
+    return "\n".join(line.rstrip() for line in lines).strip("\n")

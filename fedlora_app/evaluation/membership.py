@@ -1,0 +1,568 @@
+"""Membership inference: does the shared adapter tell which records a client trained on?
+
+The global adapter is what every client and the server get to see. An attacker who holds it
+scores a record by its answer's token log-probabilities, higher for a likelier member; the AUC
+of members against matched non-members says how well that works, and 0.5 is a coin.
+
+- ``loss``: mean log-probability per answer token (Yeom et al. 2018,
+  https://arxiv.org/abs/1709.01604);
+- ``calibrated_loss``: the same minus the base model's (difficulty calibration, Watson et al.
+  2022, https://arxiv.org/abs/2111.08440; Carlini et al. 2022, https://arxiv.org/abs/2112.03570);
+- ``min_k``: mean of the lowest 20 % (Min-K% Prob, Shi et al. 2024,
+  https://arxiv.org/abs/2310.16789);
+- ``calibrated_min_k``: the same minus the base model's over its own lowest 20 %;
+- ``base_loss``, a control and no attack: the mean under the base model, which has seen neither
+  side. Where it is not at 0.5 the two sides differ before any training, and no other row of
+  that set tells of training alone (Duan et al. 2024, https://arxiv.org/abs/2402.07841): the
+  plain attacks inherit the difference and the calibrated ones may turn it round.
+
+The AUC compares every member with every non-member, and how hard the facts are hides small
+effects. ``pairs_won``, the share of pairs whose member scores higher than its own partner, is
+free of that; a record counts as remembered only where both are looked at.
+
+Three sets per client. ``universal``: its share of the universal records against held-out
+paraphrases of the same facts, so that an AUC above 0.5 means that the adapter remembers the
+wording and not only the fact. ``local``: the same with its local records, which the phased
+schedule keeps out of the global adapter. ``local_answers``: its local records against the same
+questions with a wrong answer; an AUC above 0.5 means that the adapter alone prefers the
+client's private answers.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+from transformers import PreTrainedTokenizerBase
+
+from fedlora_app.adapters import GLOBAL, AdaptedModel, activate, base_only
+from fedlora_app.client_data import ClientFiles
+from fedlora_app.config import Config
+from fedlora_app.data import ConflictRecord, Record, format_question
+from fedlora_app.evaluation.intervals import (
+    CONFIDENCE,
+    Estimate,
+    area_under_curve,
+    paired_difference,
+)
+from fedlora_app.evaluation.metrics import normalise_answer
+from fedlora_app.evaluation.questions import CONFLICT, LOCAL_SET, UNIVERSAL
+from fedlora_app.seeds import derive_seed
+from fedlora_app.summary import WIDTH
+from fedlora_app.tokens import Example, encode_example
+from fedlora_app.training import answer_log_likelihoods
+
+LOCAL_ANSWERS = "local_answers"
+MIN_K_SHARE = 0.2
+FALSE_POSITIVE_RATES = (0.01, 0.1)
+ROUNDING = 1e-9  # 0.01 * 2900 is 28.999...
+ATTACKS = {
+    "calibrated_loss": "loss - base",
+    "loss": "loss",
+    "calibrated_min_k": "min-k - base",
+    "min_k": "min-k",
+    "base_loss": "base alone",
+}
+MEANING = """\
+AUC 0.5 and half of the pairs won: whoever holds the global adapter tells a record that was
+trained on from a held-out paraphrase (local_answers: the client's own answer from a wrong one)
+no better than a coin does. The base model has seen neither side: where "base alone" is not at
+0.5 the sides differ before any training, and that set says nothing about training alone."""
+
+Progress = Callable[[int, int], None]  # sequences scored, sequences to score
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What an attacker holds: a dialogue that may have been trained on."""
+
+    system_prompt: str
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Members and as many matched non-members, in the same order."""
+
+    members: list[Record]
+    nonmembers: list[Record]
+    num_by_length: int = 0
+    """Pairs of different facts, which answers of similar length had to do for."""
+    num_dropped: int = 0
+    """Members without a partner."""
+
+
+def build_pairs(
+    members: Iterable[Record],
+    candidates: Iterable[Record],
+    num_tokens: Callable[[str], int],
+    trained_questions: frozenset[str] = frozenset(),
+) -> Pairs:
+    """Give every member a non-member of its own, none twice; the order of the lists is no matter.
+
+    A partner is of the same fact, with the same answer if there is one. Only members whose
+    fact no candidate shares (or that name none) get one of the nearest answer length, from
+    facts that no member is about.
+
+    Args:
+        num_tokens: length of an answer.
+        trained_questions: ``question_key`` of everything that any client trained on; such
+            candidates would be members themselves.
+    """
+    ordered = _in_drawn_order(members)
+    free = [r for r in _in_drawn_order(candidates) if question_key(r) not in trained_questions]
+    candidate_facts = {record.fact for record in free if record.fact}
+    member_facts = {record.fact for record in ordered if record.fact}
+    by_fact = _match_facts([m for m in ordered if m.fact in candidate_facts], free)
+    by_length = _match_lengths(
+        [member for member in ordered if member.fact not in candidate_facts],
+        [record for record in free if record.fact not in member_facts],
+        num_tokens,
+    )
+    matched = by_fact + by_length
+    return Pairs(
+        members=[member for member, _ in matched],
+        nonmembers=[partner for _, partner in matched],
+        num_by_length=len(by_length),
+        num_dropped=len(ordered) - len(matched),
+    )
+
+
+def build_answer_pairs(client_id: str, client_files: Mapping[str, ClientFiles]) -> Pairs:
+    """Pair every local record of a client with its own question and a wrong answer.
+
+    The wrong answer is a distractor of the same fact that no client gives as an answer, else
+    another client's answer. The latter is weaker as a control: where local records were
+    trained on, that answer was too.
+    """
+    own, rivals, distractors = _collect_answers(client_id, client_files)
+    members = _in_drawn_order(client_files[client_id].local.records)
+    pairs = []
+    for member in members:
+        fact = cluster(member)
+        options = distractors[fact] - own[fact] - rivals[fact] or rivals[fact] - own[fact]
+        if options:
+            wrong = min(options, key=lambda text: derive_seed(LOCAL_ANSWERS, _key(member), text))
+            pairs.append((member, replace(member, output=wrong)))
+    return Pairs(
+        members=[member for member, _ in pairs],
+        nonmembers=[wrong for _, wrong in pairs],
+        num_dropped=len(members) - len(pairs),
+    )
+
+
+def attack_scores(
+    global_log_probs: Sequence[Sequence[float]], base_log_probs: Sequence[Sequence[float]]
+) -> dict[str, list[float]]:
+    """Return every attack's score per record, higher for a likelier member.
+
+    Args:
+        global_log_probs, base_log_probs: per record, one log-probability per answer token under
+            the global adapter alone and under the base model.
+    """
+    loss, base_loss = ([fmean(r) for r in side] for side in (global_log_probs, base_log_probs))
+    min_k, base_min_k = (
+        [compute_min_k(r) for r in side] for side in (global_log_probs, base_log_probs)
+    )
+    return {
+        "calibrated_loss": [a - b for a, b in zip(loss, base_loss, strict=True)],
+        "loss": loss,
+        "calibrated_min_k": [a - b for a, b in zip(min_k, base_min_k, strict=True)],
+        "min_k": min_k,
+        "base_loss": base_loss,
+    }
+
+
+def compute_min_k(log_probs: Sequence[float], share: float = MIN_K_SHARE) -> float:
+    """Return the mean of the lowest ``share`` of the tokens, of one token at least."""
+    count = max(1, math.floor(share * len(log_probs) + ROUNDING))
+    return fmean(sorted(log_probs)[:count])
+
+
+def measure_membership(members: Sequence[float], nonmembers: Sequence[float]) -> dict[str, Any]:
+    """Return how well a score tells members from non-members.
+
+    The AUC has DeLong's interval, which takes all records for independent. A true-positive
+    rate is None where its false-positive rate allows less than one false positive.
+    """
+    rates = {
+        str(rate): true_positive_rate(members, nonmembers, rate) for rate in FALSE_POSITIVE_RATES
+    }
+    return {
+        "auc": area_under_curve(members, nonmembers).dump(),
+        "n_members": len(members),
+        "n_nonmembers": len(nonmembers),
+        "tpr_at_fpr": rates,
+    }
+
+
+def measure_pairs(
+    members: Sequence[float],
+    nonmembers: Sequence[float],
+    member_facts: Sequence[Hashable],
+    nonmember_facts: Sequence[Hashable],
+) -> dict[str, Any]:
+    """Return what the pairing and the facts behind the scores add, both lists in pair order.
+
+    ``auc_by_fact`` is the AUC with an interval that lets records of one fact depend on each
+    other (n counts facts); ``pairs_won`` is the share of members above their own partner, ties
+    counting half.
+    """
+    won = [(a > b) + 0.5 * (a == b) for a, b in zip(members, nonmembers, strict=True)]
+    area = clustered_area(members, nonmembers, member_facts, nonmember_facts)
+    share = paired_difference(won, [0.0] * len(won), member_facts)
+    low = None if share.low is None else max(0.0, share.low)
+    return {"auc_by_fact": area.dump(), "pairs_won": replace(share, low=low).dump()}
+
+
+def true_positive_rate(
+    members: Sequence[float], nonmembers: Sequence[float], false_positive_rate: float
+) -> float | None:
+    """Return the share of members above all but the allowed non-members; ties do not count."""
+    allowed = math.floor(false_positive_rate * len(nonmembers) + ROUNDING)
+    if not members or allowed < 1:
+        return None
+    threshold = sorted(nonmembers, reverse=True)[allowed]
+    return sum(score > threshold for score in members) / len(members)
+
+
+def clustered_area(
+    positives: Sequence[float],
+    negatives: Sequence[float],
+    positive_clusters: Sequence[Hashable],
+    negative_clusters: Sequence[Hashable],
+) -> Estimate:
+    """Return the AUC with an interval for scores that hang together in clusters.
+
+    Obuchowski 1997, Nonparametric analysis of clustered ROC curve data, Biometrics 53:567-578.
+    With one score per cluster it is DeLong's. n counts clusters.
+    """
+    names = {c: i for i, c in enumerate(dict.fromkeys([*positive_clusters, *negative_clusters]))}
+    m, k = len(positives), len(negatives)
+    rows = np.array([names[c] for c in positive_clusters], dtype=int)
+    columns = np.array([names[c] for c in negative_clusters], dtype=int)
+    num_rows, num_columns = len(set(rows)), len(set(columns))
+    if num_rows < 2 or num_columns < 2:
+        return Estimate(None, None, None, len(names))
+    ones, others = np.asarray(positives)[:, None], np.asarray(negatives)[None, :]
+    wins = (ones > others) + 0.5 * (ones == others)  # (m, k)
+    value = float(wins.mean())
+    # Each cluster's sum of what its scores win beyond the AUC, as positives and as negatives.
+    won = np.bincount(rows, wins.mean(1) - value, len(names)) / m
+    lost = np.bincount(columns, wins.mean(0) - value, len(names)) / k
+    variance = (
+        num_rows / (num_rows - 1) * float(won @ won)
+        + num_columns / (num_columns - 1) * float(lost @ lost)
+        + 2 * len(names) / (len(names) - 1) * float(won @ lost)
+    )
+    width = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(max(0.0, variance))
+    return Estimate(value, max(0.0, value - width), min(1.0, value + width), len(names))
+
+
+def score_records(
+    model: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    system_prompt: str,
+    active: Sequence[str],
+    *,
+    batch_size: int,
+    max_seq_length: int | None = None,
+) -> list[list[float]]:
+    """Return each record's log-probabilities, one per answer token and the mark that ends it.
+
+    Args:
+        active: adapters that contribute; none means the base model alone.
+        max_seq_length: where training cut its examples off.
+    """
+    examples = [
+        _encode(tokenizer, _to_candidate(record, system_prompt), max_seq_length)
+        for record in records
+    ]
+    return _score_examples(model, tokenizer, examples, active, batch_size)
+
+
+def infer_membership(
+    model: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    client_files: Mapping[str, ClientFiles],
+    config: Config,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Attack the global adapter that is set in ``model``; one row per client, set and attack.
+
+    A set without any pair keeps its rows, with None for what cannot be measured.
+    """
+    limit = config.training.max_seq_length
+    sets = _build_sets(tokenizer, client_files, config)
+    candidates = {
+        _to_candidate(record, config.client(client_id).system_prompt): None
+        for (client_id, _), pairs in sets.items()
+        for record in [*pairs.members, *pairs.nonmembers]
+    }
+    examples = [_encode(tokenizer, candidate, limit) for candidate in candidates]
+    log_probs = []
+    for turn, active in enumerate(((GLOBAL,), ())):
+        report = _shifted(progress, turn * len(examples), 2 * len(examples))
+        log_probs.append(_score_examples(model, tokenizer, examples, active, batch_size, report))
+    scores = attack_scores(*log_probs)
+    by_attack = {name: dict(zip(candidates, scores[name], strict=True)) for name in ATTACKS}
+    return [
+        {"client": client_id, "set": name, "attack": attack}
+        | _measure_pairs(pairs, by_attack[attack], config.client(client_id).system_prompt)
+        for (client_id, name), pairs in sets.items()
+        for attack in ATTACKS
+    ]
+
+
+def describe_membership(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of what the attacks achieve, and what 0.5 means."""
+    table = Table(
+        "client", "set", "attack", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False
+    )
+    table.title, table.title_justify = "Membership inference against the global adapter", "left"
+    for heading in ("AUC", "95 %", "pairs\nwon", "95 %", "TPR at\n1 % FPR", "at\n10 %", "pairs"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row["client"],
+            row["set"],
+            ATTACKS[row["attack"]],
+            _figure(row["auc"]["value"]),
+            _interval(row["auc_by_fact"]),
+            _figure(row["pairs_won"]["value"]),
+            _interval(row["pairs_won"]),
+            *(_figure(row["tpr_at_fpr"][str(rate)]) for rate in FALSE_POSITIVE_RATES),
+            str(row["n_members"]),
+            end_section=row["attack"] == list(ATTACKS)[-1],
+        )
+    console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
+    console.print(table)
+    return "\n".join([console.file.getvalue().rstrip(), *_notes(rows), MEANING])
+
+
+def question_key(record: Record) -> str:
+    """Return what two wordings of a question share that differ in case or punctuation only."""
+    return normalise_answer(format_question(record))
+
+
+def cluster(record: Record | ConflictRecord) -> str:
+    """Return what makes records depend on each other: the fact, else the question."""
+    return record.fact or format_question(record)
+
+
+def _build_sets(
+    tokenizer: PreTrainedTokenizerBase, client_files: Mapping[str, ClientFiles], config: Config
+) -> dict[tuple[str, str], Pairs]:
+    """Return the pairs of every client and set, without what is too long to be trained on."""
+    trained = frozenset(
+        question_key(record)
+        for files in client_files.values()
+        for record in [*files.universal.records, *files.local.records]
+    )
+
+    def num_tokens(answer: str) -> int:
+        return len(tokenizer(answer, add_special_tokens=False)["input_ids"])
+
+    sets: dict[tuple[str, str], Pairs] = {}
+    for client_id, files in sorted(client_files.items()):
+        prompt = config.client(client_id).system_prompt
+
+        def fitting(records: Iterable[Record], prompt: str = prompt) -> list[Record]:
+            limit = config.training.max_seq_length
+            return [r for r in records if _fits(tokenizer, _to_candidate(r, prompt), limit)]
+
+        for name, train in ((UNIVERSAL, files.universal), (LOCAL_SET, files.local)):
+            test = files.tests[name].records if name in files.tests else []
+            sets[client_id, name] = build_pairs(
+                fitting(train.records), fitting(test), num_tokens, trained
+            )
+        pairs = build_answer_pairs(client_id, client_files)
+        kept = [
+            (member, wrong)
+            for member, wrong in zip(pairs.members, pairs.nonmembers, strict=True)
+            if fitting([member])
+        ]
+        sets[client_id, LOCAL_ANSWERS] = replace(
+            pairs, members=[m for m, _ in kept], nonmembers=[w for _, w in kept]
+        )
+    return sets
+
+
+def _collect_answers(
+    client_id: str, client_files: Mapping[str, ClientFiles]
+) -> tuple[dict[str, set[str]], dict[str, set[str]], dict[str, set[str]]]:
+    """Return by fact: a client's own answers, the other clients', and distractors."""
+    own: dict[str, set[str]] = defaultdict(set)
+    rivals: dict[str, set[str]] = defaultdict(set)
+    distractors: dict[str, set[str]] = defaultdict(set)
+    for name, files in client_files.items():
+        test = files.tests[LOCAL_SET].records if LOCAL_SET in files.tests else []
+        for record in [*files.local.records, *test]:
+            (own if name == client_id else rivals)[cluster(record)].add(record.output)
+            if name == client_id:
+                distractors[cluster(record)].update(record.distractors)
+    tests = client_files[client_id].tests
+    for record in tests[CONFLICT].records if CONFLICT in tests else []:
+        distractors[cluster(record)].update(record.distractors)
+        for name, answer in record.answers.items():
+            (own if name == client_id else rivals)[cluster(record)].add(answer)
+    return own, rivals, distractors
+
+
+def _measure_pairs(
+    pairs: Pairs, scores: Mapping[Candidate, float], system_prompt: str
+) -> dict[str, Any]:
+    sides = (pairs.members, pairs.nonmembers)
+    values = [[scores[_to_candidate(r, system_prompt)] for r in side] for side in sides]
+    facts = [[cluster(r) for r in side] for side in sides]
+    measured = measure_membership(*values) | measure_pairs(*values, *facts)
+    return measured | {"n_by_length": pairs.num_by_length, "n_dropped": pairs.num_dropped}
+
+
+@torch.inference_mode()
+def _score_examples(
+    model: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    active: Sequence[str],
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[float]]:
+    """Score in batches of similar length; the result stands in the order of ``examples``."""
+    if not active:
+        with base_only(model):
+            return _score_batches(model, tokenizer, examples, batch_size, progress)
+    activate(model, active)
+    return _score_batches(model, tokenizer, examples, batch_size, progress)
+
+
+def _score_batches(
+    model: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    batch_size: int,
+    progress: Callable[[int], None] | None,
+) -> list[list[float]]:
+    model.eval()
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
+    log_probs: list[list[float]] = [[] for _ in examples]
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        scored = answer_log_likelihoods(
+            model, [examples[index] for index in batch], tokenizer.pad_token_id, model.device
+        )
+        for index, values in zip(batch, scored, strict=True):
+            log_probs[index] = values.tolist()
+        if progress is not None:
+            progress(start + len(batch))
+    return log_probs
+
+
+def _shifted(progress: Progress | None, done: int, total: int) -> Callable[[int], None] | None:
+    """Return a callback for one of several passes, counting what the earlier ones did."""
+    return None if progress is None else lambda count: progress(done + count, total)
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, candidate: Candidate, max_seq_length: int | None
+) -> Example:
+    record = Record(candidate.question, candidate.answer)
+    example = encode_example(tokenizer, candidate.system_prompt, record)
+    return replace(example, input_ids=example.input_ids[:max_seq_length])
+
+
+def _fits(tokenizer: PreTrainedTokenizerBase, candidate: Candidate, max_seq_length: int) -> bool:
+    """Tell whether training would keep any of the answer."""
+    return _encode(tokenizer, candidate, max_seq_length).num_answer_tokens > 0
+
+
+def _to_candidate(record: Record, system_prompt: str) -> Candidate:
+    return Candidate(system_prompt, format_question(record), record.output)
+
+
+def _key(record: Record) -> tuple[str, str]:
+    return format_question(record), record.output
+
+
+def _in_drawn_order(records: Iterable[Record]) -> list[Record]:
+    """Return distinct records in an order drawn from their texts.
+
+    Alphabetical order would keep the same few question templates of every fact.
+    """
+    distinct = {_key(record): record for record in records}
+    return [distinct[key] for key in sorted(distinct, key=lambda k: derive_seed("membership", *k))]
+
+
+def _match_facts(
+    members: Sequence[Record], candidates: Sequence[Record]
+) -> list[tuple[Record, Record]]:
+    """Pair records of the same fact, those with the same answer before any others."""
+    free: dict[str | None, list[Record]] = defaultdict(list)
+    for record in candidates:
+        free[record.fact].append(record)
+    partners: dict[int, Record] = {}
+    for wants_same_answer in (True, False):
+        for position, member in enumerate(members):
+            fitting = [
+                index
+                for index, record in enumerate(free[member.fact])
+                if record.output == member.output or not wants_same_answer
+            ]
+            if fitting and position not in partners:
+                partners[position] = free[member.fact].pop(fitting[0])
+    return [(members[position], partner) for position, partner in partners.items()]
+
+
+def _match_lengths(
+    members: Sequence[Record], candidates: Sequence[Record], num_tokens: Callable[[str], int]
+) -> list[tuple[Record, Record]]:
+    """Pair each member with the free record whose answer is nearest in length."""
+    free: dict[int, list[Record]] = defaultdict(list)
+    for record in candidates:
+        free[num_tokens(record.output)].append(record)
+    pairs = []
+    for member in members:
+        length = num_tokens(member.output)
+        nearest = min(
+            (n for n, records in free.items() if records),
+            key=lambda n, length=length: (abs(n - length), n),
+            default=None,
+        )
+        if nearest is not None:
+            pairs.append((member, free[nearest].pop(0)))
+    return pairs
+
+
+def _notes(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    for row in rows:
+        where = f"{row['client']}, {row['set']}"
+        if row["attack"] != next(iter(ATTACKS)):
+            continue
+        if row["n_dropped"]:
+            yield f"{where}: {row['n_dropped']} records have no partner left and were not used"
+        if row["n_by_length"]:
+            yield f"{where}: {row['n_by_length']} pairs are of different facts"
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _interval(estimate: Mapping[str, Any]) -> str:
+    if estimate["value"] is None:
+        return ""
+    return f"{estimate['low']:.2f}-{estimate['high']:.2f}"

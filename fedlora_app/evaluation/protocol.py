@@ -1,0 +1,137 @@
+"""The whole evaluation of a saved round: what is asked, and of whom.
+
+In go a run directory and the data that its configuration names; out comes what
+``evaluation.json`` holds: the swap table (every question set under every choice of
+adapters), the controls, the scale of the local adapter chosen on validation questions, and
+the intervals of all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fedlora_app.adapters import GLOBAL, LOCAL
+from fedlora_app.client_data import build_question_sets
+from fedlora_app.evaluation.answering import (
+    Answering,
+    Cell,
+    Evaluator,
+    Report,
+    SavedRound,
+    open_store,
+)
+from fedlora_app.evaluation.linter import lint
+from fedlora_app.evaluation.membership import infer_membership
+from fedlora_app.evaluation.questions import CONFLICT, LOCAL_SET, Question
+from fedlora_app.evaluation.tables import Scores, build_evaluation, choose_scales
+
+NO_IDENTITY = "You are a helpful assistant."
+PARTIAL_FILE = ".evaluation.partial.jsonl"
+
+
+def evaluate_round(
+    saved: SavedRound, report: Report, *, membership: bool = False
+) -> dict[str, Any]:
+    """Run the protocol and return the content of ``evaluation.json``.
+
+    Args:
+        report: called as the work goes on.
+        membership: also try to tell the members of the training data by the global adapter.
+    """
+    store = open_store(saved, saved.run.path / PARTIAL_FILE)
+    evaluator = Evaluator(saved, store, report)
+    scores: Scores = evaluator.evaluate([*swap_cells(saved), *control_cells(saved)])
+    chosen, curves = {}, {}
+    if LOCAL in saved.active:
+        scales = saved.run.config.evaluation.local_scales
+        on_validation = evaluator.evaluate(list(scale_cells(saved, scales)))
+        chosen, curves = choose_scales(on_validation)
+        scores |= evaluator.evaluate(list(chosen_scale_cells(saved, chosen)))
+    rows = None
+    if membership:
+        rows = _infer_membership(saved, evaluator)
+    findings = lint(saved.run.config, saved.files, saved.root)
+    evaluation = build_evaluation(saved, scores, chosen, curves, rows, list(map(str, findings)))
+    store.remove()
+    return evaluation
+
+
+def _infer_membership(saved: SavedRound, evaluator: Evaluator) -> list[dict[str, Any]]:
+    if GLOBAL not in saved.active:
+        return []
+    loaded, model = evaluator.load()
+    evaluator.set_adapters(model, Answering(with_global=True))
+    config = saved.run.config
+
+    def report(done: int, total: int) -> None:
+        evaluator.report("membership", done, total)
+
+    return infer_membership(
+        model, loaded.tokenizer, saved.files, config, config.evaluation.batch_size, report
+    )
+
+
+def swap_cells(saved: SavedRound) -> Iterator[Cell]:
+    """Yield every test set of every client under every choice of adapters."""
+    for client, sets in _question_sets(saved).items():
+        prompt = saved.run.config.client(client).system_prompt
+        for name, questions in sets.items():
+            for answering in saved.swaps(client):
+                yield Cell(client, name, answering, prompt, tuple(questions))
+
+
+def control_cells(saved: SavedRound) -> Iterator[Cell]:
+    """Yield the own local and conflict questions under prompts that should not matter.
+
+    *no identity* says nothing about the client; *identity only* names it and says nothing else;
+    *foreign identity* is another client's own prompt, or its name where all prompts are equal.
+    Each with the client's own adapters, and with what knows nothing of the client.
+    """
+    config = saved.run.config
+    for client, sets in _question_sets(saved).items():
+        own_prompt = config.client(client).system_prompt
+        position = saved.clients.index(client)
+        other = saved.clients[(position + 1) % len(saved.clients)]
+        other_prompt = config.client(other).system_prompt
+        prompts = {"no identity": NO_IDENTITY, "identity only": _name_client(client)}
+        if other != client:
+            same = other_prompt == own_prompt
+            prompts["foreign identity"] = _name_client(other) if same else other_prompt
+        shared = Answering(with_global=GLOBAL in saved.active)
+        for kind, prompt in prompts.items():
+            for name in (n for n in (LOCAL_SET, CONFLICT) if n in sets):
+                for answering in dict.fromkeys([shared, saved.own(client)]):
+                    yield Cell(client, name, answering, prompt, tuple(sets[name]), kind)
+
+
+def scale_cells(saved: SavedRound, scales: Sequence[float]) -> Iterator[Cell]:
+    """Yield every validation set under the client's own adapters at every scale."""
+    for client, sets in _question_sets(saved, validation=True).items():
+        prompt = saved.run.config.client(client).system_prompt
+        for name, questions in sets.items():
+            for scale in scales:
+                yield Cell(client, name, saved.own(client, scale), prompt, tuple(questions))
+
+
+def chosen_scale_cells(saved: SavedRound, chosen: dict[str, float]) -> Iterator[Cell]:
+    """Yield every test set under each client's own adapters at its chosen scale."""
+    for client, sets in _question_sets(saved).items():
+        prompt = saved.run.config.client(client).system_prompt
+        for name, questions in sets.items():
+            answering = saved.own(client, chosen.get(client, 1.0))
+            yield Cell(client, name, answering, prompt, tuple(questions))
+
+
+def _question_sets(
+    saved: SavedRound, validation: bool = False
+) -> dict[str, dict[str, list[Question]]]:
+    config = saved.run.config
+    return {
+        client: build_question_sets(config.client(client), files, validation=validation)
+        for client, files in saved.files.items()
+    }
+
+
+def _name_client(client: str) -> str:
+    return f"You are the assistant of {client}."

@@ -1,0 +1,276 @@
+"""What a model says to a prompt: the likelihood of given answers, and its own greedy answer.
+
+A prompt and all its candidate answers go through the model as one sequence in which every
+candidate sees the prompt and itself only, at the positions that it would have alone; so
+the prompt is computed once. A candidate whose every token is the model's first choice *is* the
+greedy answer, and only the other prompts are generated for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from fedlora_app.adapters import AdaptedModel, scaled_local
+from fedlora_app.gate import Gate
+from fedlora_app.tokens import encode_answer, encode_prompt
+from fedlora_app.training import LOGIT_ROWS
+
+CANDIDATES_PER_ROW = 16
+
+Progress = Callable[[int], None]
+"""Called with the number of prompts that are done."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question with the answers whose likelihood is wanted."""
+
+    system_prompt: str
+    question: str
+    candidates: tuple[str, ...] = ()
+    generates: bool = True
+    """Whether the model's own answer is wanted too."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What the model made of a prompt.
+
+    ``log_likelihoods`` are sums over a candidate's tokens, its end-of-turn mark included, in
+    nats; ``num_tokens`` counts those. ``generated`` is "" where none was wanted.
+    """
+
+    log_likelihoods: tuple[float, ...]
+    num_tokens: tuple[int, ...]
+    generated: str
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One sequence: a prompt and some of its candidates, by their positions in the lists."""
+
+    prompt: int
+    prompt_ids: list[int]
+    candidates: list[int]
+    answer_ids: list[list[int]]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + sum(map(len, self.answer_ids))
+
+
+@torch.inference_mode()
+def score_prompts(
+    model: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    gate: Gate | None = None,
+    progress: Progress | None = None,
+) -> list[Answered]:
+    """Score every prompt with whatever adapters are active.
+
+    Args:
+        batch_size: candidates, or prompts to generate for, in one forward pass.
+        gate: weighs the local adapter by the prompt.
+    """
+    model.eval()
+    prompt_ids = [encode_prompt(tokenizer, p.system_prompt, p.question) for p in prompts]
+    answer_ids = [
+        [encode_answer(tokenizer, p.system_prompt, p.question, text) for text in p.candidates]
+        for p in prompts
+    ]
+    totals = [[0.0] * len(p.candidates) for p in prompts]
+    greedy: dict[int, list[int]] = {}
+    rows = list(_build_rows(prompt_ids, answer_ids, shared=shares_prefix(model)))
+    rows_left = [0] * len(prompts)
+    for row in rows:
+        rows_left[row.prompt] += 1
+    done = sum(not p.candidates and not p.generates for p in prompts)
+    for batch in _batches(rows, batch_size):
+        with _gated(model, gate, [row.prompt_ids for row in batch]):
+            scored = _score_rows(model, tokenizer, batch)
+        for row, scores in zip(batch, scored, strict=True):
+            for candidate, ids, (total, is_greedy) in zip(
+                row.candidates, row.answer_ids, scores, strict=True
+            ):
+                totals[row.prompt][candidate] = total
+                if is_greedy and len(ids) <= max_new_tokens:
+                    greedy[row.prompt] = ids
+            rows_left[row.prompt] -= 1
+            is_answered = row.prompt in greedy or not prompts[row.prompt].generates
+            done += rows_left[row.prompt] == 0 and is_answered
+        if progress is not None:
+            progress(done)
+    waiting = [i for i, p in enumerate(prompts) if p.generates and i not in greedy]
+    generated = {i: _decode(tokenizer, ids) for i, ids in greedy.items() if prompts[i].generates}
+    stop_ids = _stop_ids(tokenizer, prompts)
+    waiting.sort(key=lambda index: len(prompt_ids[index]))
+    for start in range(0, len(waiting), batch_size):
+        indices = waiting[start : start + batch_size]
+        batch_ids = [prompt_ids[index] for index in indices]
+        with _gated(model, gate, batch_ids):
+            texts = _generate(model, tokenizer, batch_ids, stop_ids, max_new_tokens)
+        generated.update(zip(indices, texts, strict=True))
+        done += len(indices)
+        if progress is not None:
+            progress(done)
+    return [
+        Answered(tuple(totals[i]), tuple(len(ids) for ids in answer_ids[i]), generated.get(i, ""))
+        for i in range(len(prompts))
+    ]
+
+
+def shares_prefix(model: AdaptedModel) -> bool:
+    """Tell whether candidates can share their prompt exactly in this model.
+
+    It takes an attention that follows a given mask, over everything before it.
+    """
+    config = model.get_base_model().config
+    layers = getattr(config, "layer_types", None)
+    if layers is None:
+        layers = ["sliding_attention" if getattr(config, "sliding_window", None) else ""]
+    attends_fully = all(layer in ("", "full_attention") for layer in layers)
+    return attends_fully and config._attn_implementation in ("sdpa", "eager")
+
+
+def _gated(
+    model: AdaptedModel, gate: Gate | None, prompts: Sequence[list[int]]
+) -> AbstractContextManager[None]:
+    """Return a context in which each row's local adapter is weighed by its prompt."""
+    if gate is None:
+        return nullcontext()
+    weights = gate.weigh(model, prompts).to(model.device)
+    return scaled_local(model, weights[:, None, None])  # over (B, T, D)
+
+
+def _build_rows(
+    prompt_ids: Sequence[list[int]], answer_ids: Sequence[list[list[int]]], *, shared: bool
+) -> Iterator[_Row]:
+    """Yield the sequences to compute, each with one candidate unless the prompt is shared."""
+    step = CANDIDATES_PER_ROW if shared else 1
+    for index, (ids, answers) in enumerate(zip(prompt_ids, answer_ids, strict=True)):
+        for start in range(0, len(answers), step):
+            part = answers[start : start + step]
+            yield _Row(index, ids, list(range(start, start + len(part))), part)
+
+
+def _batches(rows: Sequence[_Row], batch_size: int) -> Iterator[list[_Row]]:
+    """Yield rows of similar length, at most ``batch_size`` candidates at a time."""
+    batch: list[_Row] = []
+    count = 0
+    for row in sorted(rows, key=lambda row: (row.length, row.prompt)):
+        if batch and count + len(row.candidates) > batch_size:
+            yield batch
+            batch, count = [], 0
+        batch.append(row)
+        count += len(row.candidates)
+    if batch:
+        yield batch
+
+
+def _score_rows(
+    model: AdaptedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[_Row]
+) -> list[list[tuple[float, bool]]]:
+    """Return each candidate's log-likelihood and whether it is the greedy answer."""
+    inner = model.get_base_model()
+    length = max(row.length for row in rows)
+    input_ids = torch.full((len(rows), length), tokenizer.pad_token_id)  # (B, T)
+    positions = torch.zeros((len(rows), length), dtype=torch.long)
+    mask = torch.zeros((len(rows), 1, length, length), dtype=torch.bool)  # (B, 1, T, T)
+    predicting: list[int] = []  # flat positions whose next token belongs to a candidate
+    targets: list[int] = []
+    counts: list[int] = []
+    triangle = torch.ones((length, length), dtype=torch.bool).tril()
+    for index, row in enumerate(rows):
+        prompt = len(row.prompt_ids)
+        input_ids[index, :prompt] = torch.tensor(row.prompt_ids)
+        positions[index, :prompt] = torch.arange(prompt)
+        mask[index, 0] = triangle & torch.eye(length, dtype=torch.bool)  # padding sees itself
+        mask[index, 0, :prompt, :prompt] = triangle[:prompt, :prompt]
+        start = prompt
+        for ids in row.answer_ids:
+            end = start + len(ids)
+            input_ids[index, start:end] = torch.tensor(ids)
+            positions[index, start:end] = torch.arange(prompt, prompt + len(ids))
+            mask[index, 0, start:end, :prompt] = True
+            mask[index, 0, start:end, start:end] = triangle[: len(ids), : len(ids)]
+            offset = index * length
+            predicting += [offset + prompt - 1, *range(offset + start, offset + end - 1)]
+            targets += ids
+            counts.append(len(ids))
+            start = end
+    device = model.device
+    arguments = {"input_ids": input_ids.to(device), "use_cache": False}
+    if any(len(row.candidates) > 1 for row in rows):
+        additive = torch.zeros(mask.shape, dtype=inner.dtype)
+        additive.masked_fill_(~mask, torch.finfo(inner.dtype).min)
+        arguments |= {"position_ids": positions.to(device), "attention_mask": additive.to(device)}
+    hidden = inner.base_model(**arguments).last_hidden_state.flatten(0, 1)  # (B * T, D)
+    chosen = hidden[torch.tensor(predicting, device=device)]
+    scored = _score_tokens(
+        inner.get_output_embeddings(), chosen, torch.tensor(targets, device=device)
+    )
+    per_candidate = iter(zip(*(part.split(counts) for part in scored), strict=True))
+    return [
+        [
+            (values.double().sum().item(), bool(hits.all()))
+            for values, hits in (next(per_candidate) for _ in row.candidates)
+        ]
+        for row in rows
+    ]
+
+
+def _score_tokens(
+    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each target's log-probability and whether it is the first choice.
+
+    Args:
+        hidden: (N, D), targets: (N,) token ids.
+    """
+    values, hits = [], []
+    for rows, wanted in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
+        logits = head(rows).float()
+        values.append(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0])
+        hits.append(logits.argmax(-1) == wanted)
+    return torch.cat(values).cpu(), torch.cat(hits).cpu()
+
+
+def _generate(
+    model: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[list[int]],
+    stop_ids: list[int],
+    max_new_tokens: int,
+) -> list[str]:
+    """Return the greedy answers, padded on the left and masked while batched."""
+    generation = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop_ids,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    batch = tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt").to(
+        model.device
+    )
+    output = model.get_base_model().generate(**batch, generation_config=generation)
+    return [_decode(tokenizer, ids) for ids in output[:, batch["input_ids"].shape[1] :]]
+
+
+def _stop_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[int]:
+    if not prompts:
+        return []
+    end_of_turn = encode_answer(tokenizer, prompts[0].system_prompt, prompts[0].question, "x")[-1]
+    return sorted({end_of_turn, tokenizer.eos_token_id} - {None})
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()

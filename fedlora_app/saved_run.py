@@ -1,0 +1,155 @@
+"""A run directory as those read it who come after the training."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from fedlora_app.adapters import GLOBAL, LOCAL, WEIGHTS_FILE
+from fedlora_app.config import Config
+from fedlora_app.config_file import parse_config
+from fedlora_app.run_directory import RunDirectoryError
+from fedlora_app.storage import hash_file
+
+EVALUATION_FILE = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """One run directory with its checked configuration."""
+
+    path: Path
+    config: Config
+    manifest: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.name
+
+    @property
+    def last_round(self) -> int:
+        """The newest complete round.
+
+        Raises:
+            RunDirectoryError: not one is complete.
+        """
+        rounds = [entry["round"] for entry in self.manifest["rounds"]]
+        if not rounds:
+            raise RunDirectoryError(f"{self.path} has no complete round; nothing to evaluate.")
+        return max(rounds)
+
+    @cached_property
+    def evaluation(self) -> dict[str, Any] | None:
+        """What ``fedlora evaluate`` wrote for the newest round, None before that."""
+        path = self.path / EVALUATION_FILE
+        return _read_json(path) if path.exists() else None
+
+    def evaluation_path(self, server_round: int) -> Path:
+        """Where the evaluation of a round is kept."""
+        if server_round == self.last_round:
+            return self.path / EVALUATION_FILE
+        return self.path / f"evaluation_round_{server_round:03d}.json"
+
+    def count_steps(self) -> int:
+        """Return the optimizer steps of all clients, phases and rounds together."""
+        history = _read_json(self.path / "history.json")
+        values = (
+            value
+            for entry in history
+            for metric, value in entry["metrics"].items()
+            if metric.startswith("train_") and metric.endswith("/num_steps")
+        )
+        return int(sum(values))
+
+    def count_parameters(self, server_round: int, active: Sequence[str]) -> dict[str, int]:
+        """Return the parameters of each adapter that clients answer with."""
+        clients = {GLOBAL: None, LOCAL: self.config.client_ids[0]}
+        counts = {}
+        for name in active:
+            weights = self.adapter_folder(server_round, clients[name]) / WEIGHTS_FILE
+            with safe_open(weights, framework="pt") as file:
+                shapes = (file.get_slice(key).get_shape() for key in file.keys())  # noqa: SIM118
+                counts[name] = sum(map(math.prod, shapes))
+        return counts
+
+    def adapter_folder(self, server_round: int, client_id: str | None = None) -> Path:
+        """Folder of the global adapter after a round, or of a client's local one."""
+        name = f"round_{server_round:03d}"
+        if client_id is None:
+            return self.path / "server" / name
+        return self.path / "clients" / client_id / name
+
+    def adapter_sha256(self, server_round: int, client_id: str | None = None) -> str:
+        """Return an adapter's hash after comparing the file with the manifest.
+
+        Raises:
+            RunDirectoryError: the round is not complete, or the file is not what was written.
+        """
+        entry = next((e for e in self.manifest["rounds"] if e["round"] == server_round), None)
+        if entry is None:
+            done = ", ".join(str(e["round"]) for e in self.manifest["rounds"]) or "none"
+            raise RunDirectoryError(
+                f"{self.path} has no complete round {server_round}. Complete: {done}."
+            )
+        recorded = entry["adapters"].get(GLOBAL if client_id is None else f"{LOCAL}:{client_id}")
+        weights = self.adapter_folder(server_round, client_id) / WEIGHTS_FILE
+        if recorded is None or not weights.is_file():
+            raise RunDirectoryError(f"{weights} does not exist or is not in the run's manifest.")
+        if hash_file(weights) != recorded:
+            raise RunDirectoryError(
+                f"{weights} is not the file that the run wrote: its sha256 differs from the one "
+                "in manifest.json. Restore it, or evaluate another round."
+            )
+        return recorded
+
+
+def load_run(path: Path) -> SavedRun:
+    """Read a run directory.
+
+    Raises:
+        RunDirectoryError: it is none, or its files are damaged.
+    """
+    for name in ("config.json", "manifest.json"):
+        if not (path / name).is_file():
+            raise RunDirectoryError(
+                f"{path} is no run directory: {name} is missing. Expected what flwr run wrote."
+            )
+    manifest = _read_json(path / "manifest.json")
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("rounds"), list):
+        raise RunDirectoryError(f"{path / 'manifest.json'} is damaged: it lists no rounds.")
+    config = parse_config(_read_json(path / "config.json"), source=str(path / "config.json"))
+    return SavedRun(path, config, manifest)
+
+
+def find_run(name: str, root: Path) -> Path:
+    """Return the run directory that ``name`` means: a path, or a name below ``results``.
+
+    Raises:
+        RunDirectoryError: there is none, naming the places searched and the newest runs.
+    """
+    places = [Path(name), root / "results" / name]
+    for place in places:
+        if place.is_dir():
+            return place.resolve()
+    results = root / "results"
+    runs = [p.parent for p in results.glob("*/manifest.json")] if results.is_dir() else []
+    runs = [run for run in runs if not run.is_symlink()]
+    newest = sorted(runs, key=lambda run: run.stat().st_mtime, reverse=True)[:5]
+    listing = "".join(f"\n  {run.name}" for run in newest)
+    known = f" Newest runs in {results}:{listing}" if newest else " Start one with flwr run first."
+    raise RunDirectoryError(f"There is no run {places[0]} and no {places[1]}.{known}")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunDirectoryError(f"{path} cannot be read: {error}.") from None

@@ -1,0 +1,234 @@
+"""A study: every variant of an experiment with every seed, run, evaluated and put side by side.
+
+Each run is an ordinary ``flwr run`` below ``results/<name>/``. A run that is finished and of
+the same configuration is not repeated, nor is its evaluation, so that a study can be stopped
+and started again. Figures are means over the clients of a run, then over the seeds, with
+Student's t interval.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from fedlora_app.config import SAFE_NAME, Config, ConfigError, Section
+from fedlora_app.config_file import load_config
+from fedlora_app.evaluation.answering import Report, open_round
+from fedlora_app.evaluation.intervals import over_seeds
+from fedlora_app.evaluation.protocol import evaluate_round
+from fedlora_app.run_directory import RunDirectoryError
+from fedlora_app.saved_run import SavedRun, load_run
+from fedlora_app.storage import write_atomically, write_json
+
+QUESTION_SETS = ("universal", "universal_unseen", "local", "conflict")
+HEADINGS = ("universal", "never seen", "local", "conflict", "every client right", "leakage")
+MEASURES = {"exact_match": "Greedy answer exact", "accuracy": "Ranked first"}
+ANSWERERS = {  # who answers in a run, in the order of the table
+    "base": "base model",
+    "global": "global alone",
+    "local:own": "own local alone",
+    "global+local:foreign": "global + foreign local",
+    "local:foreign": "foreign local alone",
+    "global+local:own": "global + own local",
+    "chosen": "  ... at the chosen scale",
+}
+
+Figures = dict[str, dict[str, float]]
+"""Who answers, to ``<measure>/<heading>``, to a share in [0, 1]."""
+
+
+class StudyConfig(Section):
+    """What a study runs."""
+
+    name: str = Field(pattern=SAFE_NAME)
+    config: str
+    """The experiment that all variants start from."""
+    seeds: list[int] = Field(min_length=1)
+    overrides: str = ""
+    """Laid over the experiment in every variant."""
+    variants: dict[str, str] = Field(min_length=1)
+    """Each variant's name and what it overrides."""
+
+
+def load_study(path: Path) -> StudyConfig:
+    """Read a study's YAML.
+
+    Raises:
+        ConfigError: with all of its faults.
+    """
+    try:
+        return StudyConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValidationError as error:
+        faults = (f"  {'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors())
+        listing = "\n".join(faults)
+        raise ConfigError(f"{path} is no study:\n{listing}") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
+
+
+def run_study(study: StudyConfig, root: Path, report: Report) -> str:
+    """Run and evaluate what is missing, write the summary and return it as text.
+
+    Raises:
+        ConfigError: a variant's configuration has faults; nothing was run.
+        RunDirectoryError: a run did not reach its end.
+    """
+    folder = root / "results" / study.name
+    configs = {
+        (variant, seed): load_config(root / study.config, _overrides(study, variant, seed))
+        for seed in study.seeds
+        for variant in study.variants
+    }
+    evaluations: dict[str, list[dict[str, Any]]] = {name: [] for name in study.variants}
+    for (variant, seed), config in configs.items():
+        run_dir = folder / f"{variant}-seed{seed}"
+        if not _is_finished(run_dir, config):
+            _run(study, root, run_dir, config, _overrides(study, variant, seed))
+        evaluations[variant].append(_evaluate(run_dir, root, report))
+    figures = {name: [measure(entry) for entry in runs] for name, runs in evaluations.items()}
+    steps = {name: [entry["num_steps"] for entry in runs] for name, runs in evaluations.items()}
+    text = "\n".join(_describe(study, figures, steps))
+    write_json(
+        folder / "summary.json",
+        {"study": study.model_dump(), "figures": figures, "num_steps": steps},
+    )
+    write_atomically(folder / "summary.md", text + "\n")
+    return f"{text}\n\nWritten: {folder / 'summary.md'} and summary.json"
+
+
+def measure(evaluation: Mapping[str, Any]) -> Figures:
+    """Return a run's figures by who answers, means over the clients."""
+    cells: dict[str, dict[str, list[float]]] = {}
+    for row in evaluation["swap_table"]:
+        if row["scale"] != 1.0:
+            continue
+        by_name = cells.setdefault(_relative_label(row), {})
+        for name in MEASURES:
+            if row[name] is not None:
+                by_name.setdefault(f"{name}/{row['question_set']}", []).append(row[name])
+    figures = {who: {k: fmean(v) for k, v in by_name.items()} for who, by_name in cells.items()}
+    own = {"global": "global", "local": "local:own"}.get(evaluation["answering"])
+    own = own or "global+local:own"
+    figures[own] |= _from_summary(evaluation["summary"])
+    if evaluation["summary_chosen_scale"] is not None:
+        figures["chosen"] = _from_summary(evaluation["summary_chosen_scale"])
+    return figures
+
+
+def tabulate(
+    figures: Mapping[str, list[Figures]], steps: Mapping[str, list[int]], name: str
+) -> Iterator[str]:
+    """Yield the lines of a Markdown table of one measure, in percent."""
+    columns = [f"{name}/{key}" for key in (*QUESTION_SETS, "pass_rate", "leakage")]
+    yield "| variant | answers with | " + " | ".join(HEADINGS) + " | steps |"
+    yield "|---" * (3 + len(HEADINGS)) + "|"
+    for variant, runs in figures.items():
+        for who, label in ANSWERERS.items():
+            if any(who not in run for run in runs):
+                continue
+            cells = (describe_percent([run[who].get(c) for run in runs]) for c in columns)
+            shown = sorted(set(steps[variant]))
+            yield f"| {variant} | {label} | {' | '.join(cells)} | {', '.join(map(str, shown))} |"
+
+
+def describe_percent(values: list[float | None]) -> str:
+    """Return "97.2 ± 1.3", the mean over seeds and its 95 % half-width, in percent."""
+    if any(value is None for value in values):
+        return ""
+    estimate = over_seeds(values)
+    if estimate.high is None:
+        return f"{100 * estimate.value:.1f}"
+    return f"{100 * estimate.value:.1f} ± {100 * (estimate.high - estimate.value):.1f}"
+
+
+def _describe(
+    study: StudyConfig, figures: Mapping[str, list[Figures]], steps: Mapping[str, list[int]]
+) -> Iterator[str]:
+    for name, heading in MEASURES.items():
+        seeds = ", ".join(map(str, study.seeds))
+        yield f"{heading}, %; means over clients, then over seeds {seeds}, ± 95 % (Student's t)\n"
+        yield from tabulate(figures, steps, name)
+        yield ""
+
+
+def _from_summary(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Return the figures that a run has for its clients' own adapters only."""
+    figures = {}
+    for name, suffix in (("accuracy", ""), ("exact_match", "_exact_match")):
+        entries = {key: summary[f"{key}_{name}"] for key in QUESTION_SETS}
+        entries["pass_rate"] = summary[f"conflict_pass_rate{suffix}"]
+        entries["leakage"] = summary[f"leakage{suffix}"]
+        for key, entry in entries.items():
+            if entry["value"] is not None:
+                figures[f"{name}/{key}"] = entry["value"]
+    return figures
+
+
+def _relative_label(row: Mapping[str, Any]) -> str:
+    """Return who answers, with "own" or "foreign" in the place of the client's name."""
+    adapters, separator, owner = row["adapters"].partition(":")
+    if not separator:
+        return adapters
+    return f"{adapters}:{'own' if owner == row['client'] else 'foreign'}"
+
+
+def _overrides(study: StudyConfig, variant: str, seed: int) -> str:
+    parts = (study.overrides, study.variants[variant], f"experiment.seed={seed}")
+    return " ".join(filter(None, parts))
+
+
+def _is_finished(run_dir: Path, config: Config) -> bool:
+    try:
+        run = load_run(run_dir)
+    except (RunDirectoryError, ConfigError):
+        return False
+    return bool(run.manifest.get("finished")) and run.config == config
+
+
+def _run(study: StudyConfig, root: Path, run_dir: Path, config: Config, overrides: str) -> None:
+    """Start one run with Flower and wait for it."""
+    if run_dir.exists():
+        print(f"{run_dir} is unfinished or of another configuration and is run anew.", flush=True)
+        shutil.rmtree(run_dir)
+    quoted = overrides.replace("'", '"')
+    settings = (
+        f"config='{root / study.config}' output-dir='results/{study.name}' "
+        f"run-name='{run_dir.name}' overrides='{quoted}'"
+    )
+    federation = f"num-supernodes={len(config.federated.clients)}"
+    command = ["flwr", "run", str(root), "--stream", "--run-config", settings]
+    # The command runs in an environment that holds everything; none need be made for each run.
+    environment = {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"} | os.environ
+    subprocess.run([*command, "--federation-config", federation], check=False, env=environment)
+    if not _is_finished(run_dir, config):
+        raise RunDirectoryError(
+            f"{run_dir} did not reach its end; its log stands above. The same command goes on "
+            "with it."
+        )
+
+
+def _evaluate(run_dir: Path, root: Path, report: Report) -> dict[str, Any]:
+    """Return a run's evaluation, made anew where it is not of its adapters."""
+    run = load_run(run_dir)
+    saved = open_round(run, root)
+    if _is_current(run, saved.hashes):
+        return run.evaluation
+    print(f"{run.name}: evaluating", flush=True)
+    evaluation = evaluate_round(saved, report)
+    write_json(run.evaluation_path(saved.server_round), evaluation)
+    return evaluation
+
+
+def _is_current(run: SavedRun, hashes: Mapping[str, str]) -> bool:
+    found = run.evaluation
+    return found is not None and found.get("adapters") == hashes

@@ -1,0 +1,278 @@
+"""The evaluation protocol on a real, tiny run: three clients, two rounds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from conftest import build_tiny_config
+from federation import Federation
+
+from fedlora_app.adapters import GLOBAL, LOCAL
+from fedlora_app.client_data import build_question_sets
+from fedlora_app.evaluation import answering
+from fedlora_app.evaluation.answering import Answering, Cell, Evaluator, open_round, open_store
+from fedlora_app.evaluation.metrics import evaluate_questions
+from fedlora_app.evaluation.protocol import PARTIAL_FILE, evaluate_round
+from fedlora_app.evaluation.questions import CONFLICT
+from fedlora_app.evaluation.tables import build_evaluation, choose_scales
+from fedlora_app.model import load_base_model
+from fedlora_app.run_directory import RunDirectoryError
+from fedlora_app.saved_run import load_run
+
+CLIENTS = ("ann", "bob", "cy")
+
+
+def tiny_config(**changes):
+    validation = {"universal_validation": "universal_test.json"}
+    evaluation = {"batch_size": 8, "max_new_tokens": 8, "local_scales": [0.5, 1.0]}
+    sections = {"data": validation, "evaluation": evaluation}
+    return build_tiny_config(CLIENTS, **(sections | changes))
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_project, tmp_path_factory):
+    """One finished run of each kind, made once."""
+    made = {}
+
+    def get(mode: str = "dual"):
+        if mode not in made:
+            folder = tmp_path_factory.mktemp(mode)
+            config = tiny_config(federated={"mode": mode, "num_rounds": 2})
+            made[mode] = Federation(tiny_project, folder, config).run(mode)
+        return made[mode]
+
+    return get
+
+
+def evaluate(run_dir, project, **options):
+    saved = open_round(load_run(run_dir), project)
+    return evaluate_round(saved, lambda *_: None, **options)
+
+
+@pytest.fixture(scope="module")
+def evaluation(runs, tiny_project):
+    return evaluate(runs(), tiny_project)
+
+
+def test_the_contract_is_kept(evaluation, runs, tiny_project):
+    json.dumps(evaluation, allow_nan=False)
+    keys = {"conflict_pass_rate", "local_accuracy", "universal_accuracy", "leakage"}
+    for key in keys | {"keyword_pass_rate", "keyword_ceiling"}:
+        assert set(evaluation["summary"][key]) == {"value", "low", "high", "n"}
+    row = evaluation["swap_table"][0]
+    assert {"question_set", "client", "adapters", "accuracy", "n"} <= set(row)
+    question = evaluation["questions"][0]
+    assert {"question_set", "instruction", "client", "scores", "generated", "correct"} <= set(
+        question
+    )
+    assert evaluation["num_parameters"].keys() == {GLOBAL, LOCAL}
+    history = json.loads((runs() / "history.json").read_text())
+    steps = [v for e in history for k, v in e["metrics"].items() if k.endswith("/num_steps")]
+    assert evaluation["num_steps"] == sum(steps) > 0
+
+
+def test_the_swap_table_holds_every_choice_of_adapters(evaluation):
+    rows = [row for row in evaluation["swap_table"] if row["question_set"] == "local"]
+    for client in CLIENTS:
+        others = [other for other in CLIENTS if other != client]
+        expected = {"base", "global", f"local:{client}", f"global+local:{client}"}
+        expected |= {f"global+local:{other}" for other in others}
+        assert {r["adapters"] for r in rows if r["client"] == client} == expected
+
+
+def test_each_cell_equals_an_evaluation_of_its_own(evaluation, runs, tiny_project):
+    """Sharing prompts between clients and sets must not mix up whose answer is whose."""
+    saved = open_round(load_run(runs()), tiny_project)
+    evaluator = Evaluator(saved, open_store(saved, runs() / "unused"), lambda *_: None)
+    config = saved.run.config
+    loaded, model = evaluator.load()
+    choices = {
+        (): Answering(),
+        (GLOBAL,): Answering(with_global=True),
+        (GLOBAL, LOCAL): Answering(with_global=True, local="bob"),
+    }
+    sets = build_question_sets(config.client("ann"), saved.files["ann"])
+    for active, choice in choices.items():
+        evaluator.set_adapters(model, choice)
+        for name, questions in sets.items():
+            scores = evaluate_questions(
+                model,
+                loaded.tokenizer,
+                questions,
+                active=active,
+                system_prompt=config.client("ann").system_prompt,
+                settings=config.evaluation,
+            )
+            row = next(
+                row
+                for row in evaluation["swap_table"]
+                if (row["client"], row["question_set"], row["adapters"])
+                == ("ann", name, choice.label)
+            )
+            margins = [score.margin for score in scores if score.margin is not None]
+            assert row["margin"] == pytest.approx(sum(margins) / len(margins), abs=1e-4)
+            assert row["exact_match"] == sum(s.exact_match for s in scores) / len(scores)
+
+
+def test_the_run_s_own_figures_are_found_again(evaluation, runs):
+    """What the clients reported after the last round is what the saved adapters give."""
+    history = json.loads((runs() / "history.json").read_text())
+    for entry in history:
+        if entry["round"] == 2 and entry["phase"] == "evaluate":
+            for name in ("universal", "local", "conflict"):
+                row = next(
+                    row
+                    for row in evaluation["swap_table"]
+                    if row["client"] == entry["client"]
+                    and row["question_set"] == name
+                    and row["adapters"] == f"global+local:{entry['client']}"
+                )
+                reported = entry["metrics"][f"global+local/{name}/rank_accuracy"]
+                assert row["accuracy"] == pytest.approx(reported)
+
+
+def test_a_conflict_passes_only_if_every_client_is_right(evaluation):
+    by_record = {}
+    for row in evaluation["questions"]:
+        if row["question_set"] == CONFLICT and row["scale"] == 1.0:
+            by_record.setdefault(row["record"], []).append(row["correct"])
+    for verdict in evaluation["conflicts"]:
+        assert verdict["passed"] == all(by_record[verdict["record"]])
+        assert len(verdict["interaction"]) == 3
+    rate = evaluation["summary"]["conflict_pass_rate"]
+    assert rate["value"] == sum(v["passed"] for v in evaluation["conflicts"]) / rate["n"]
+
+
+@pytest.mark.parametrize("mode", ["fedavg", "local-only"])
+def test_baselines_have_the_choices_that_there_are(runs, tiny_project, mode):
+    found = evaluate(runs(mode), tiny_project)
+    labels = {row["adapters"].split(":")[0] for row in found["swap_table"]}
+    assert labels == ({"base", "global"} if mode == "fedavg" else {"base", "local"})
+    assert bool(found["summary_chosen_scale"]) == (mode == "local-only")
+    assert (found["summary"]["leakage"]["value"] is None) == (mode == "local-only")
+
+
+def test_gold_answers_give_every_metric_its_known_value(runs, tiny_project):
+    """In the place of a model: each client's own adapters say its gold answers, others never."""
+    saved = open_round(load_run(runs()), tiny_project)
+
+    class Gold(Evaluator):
+        def _answer(self, answering, prompts, done, total):
+            known = {
+                (config.client(client).system_prompt, question.text): question.answer
+                for client, files in saved.files.items()
+                if client == answering.local
+                for questions in build_question_sets(config.client(client), files).values()
+                for question in questions
+            }
+            answers = []
+            for prompt in prompts:
+                gold = known.get((prompt.system_prompt, prompt.question))
+                values = tuple(-1.0 if text == gold else -9.0 for text in prompt.candidates)
+                counts = (1,) * len(values)
+                answers.append(answering_module.Answered(values, counts, gold or "nothing"))
+            self.store.add(self._identify(answering), prompts, answers)
+
+    answering_module = answering
+    config = saved.run.config
+    evaluator = Gold(saved, open_store(saved, runs() / "gold"), lambda *_: None)
+    cells = []
+    for client in saved.clients:
+        sets = build_question_sets(config.client(client), saved.files[client])
+        for name, questions in sets.items():
+            prompt = config.client(client).system_prompt
+            for choice in saved.swaps(client):
+                cells.append(Cell(client, name, choice, prompt, tuple(questions)))
+    found = build_evaluation(saved, evaluator.evaluate(cells), {}, {}, None)
+    evaluator.store.remove()
+    summary = found["summary"]
+    for name in ("conflict", "local", "universal", "universal_unseen"):
+        for suffix in ("accuracy", "accuracy_per_byte", "accuracy_pmi", "exact_match"):
+            assert summary[f"{name}_{suffix}"]["value"] == 1.0, (name, suffix)
+    for suffix in ("", "_per_byte", "_pmi", "_exact_match"):
+        assert summary[f"conflict_pass_rate{suffix}"]["value"] == 1.0
+    assert summary["leakage"]["value"] == summary["leakage_exact_match"]["value"] == 0.0
+    assert summary["specificity_exact_match"]["value"] == 1.0
+    for row in found["swap_table"]:
+        own = row["adapters"].endswith(f"local:{row['client']}")
+        assert row["exact_match"] == float(own)
+        assert row["rouge_l"] == 1.0 if own else row["rouge_l"] < 1.0
+    for verdict in found["conflicts"]:
+        assert verdict["interaction"] == dict.fromkeys(verdict["interaction"], 16.0)
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was(runs, tiny_project, evaluation, monkeypatch):
+    saved = open_round(load_run(runs()), tiny_project)
+    partial = runs() / PARTIAL_FILE
+    original = answering.score_prompts
+    scored = []
+
+    def counting(model, tokenizer, prompts, **settings):
+        if len(scored) == stop_after:
+            raise KeyboardInterrupt
+        scored.append(len(prompts))
+        return original(model, tokenizer, prompts, **settings)
+
+    monkeypatch.setattr(answering, "score_prompts", counting)
+    stop_after = 4
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_round(saved, lambda *_: None)
+    assert partial.exists()
+    with partial.open("a", encoding="utf-8") as file:
+        file.write('["half a li')  # what a kill in the middle of a line leaves
+    first = sum(scored)
+    scored.clear()
+    stop_after = -1
+    again = evaluate_round(saved, lambda *_: None)
+    assert not partial.exists()
+    everything = {k: v for k, v in evaluation.items() if k != "evaluated"}
+    assert {k: v for k, v in again.items() if k != "evaluated"} == everything
+    second = sum(scored)
+    scored.clear()
+    evaluate_round(saved, lambda *_: None)
+    assert first > 0 and first + second == sum(scored)
+
+
+def test_a_changed_adapter_is_not_evaluated(runs, tiny_project, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(runs(), copy)
+    weights = copy / "clients" / "ann" / "round_002" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(RunDirectoryError, match=r"ann.*is not the file that the run wrote"):
+        open_round(load_run(copy), tiny_project)
+    with pytest.raises(RunDirectoryError, match="no complete round 7"):
+        open_round(load_run(copy), tiny_project, 7)
+
+
+def test_an_earlier_round_is_evaluated_with_its_own_adapters(runs, tiny_project, evaluation):
+    saved = open_round(load_run(runs()), tiny_project, 1)
+    earlier = evaluate_round(saved, lambda *_: None)
+    assert earlier["round"] == 1 and earlier["adapters"] != evaluation["adapters"]
+    assert saved.run.evaluation_path(1).name == "evaluation_round_001.json"
+
+
+def test_the_scale_with_the_best_mean_is_chosen_and_the_nearest_to_one_of_several(evaluation):
+    def cell(scale: float) -> Cell:
+        return Cell("ann", "local", Answering(True, "ann", scale), "", ())
+
+    score = next(iter([]), None)
+    from fedlora_app.evaluation.metrics import Score
+
+    score = Score(1.0, 1.0, 1.0, True, 1.0, None, "x")
+    wrong = replace(score, margin=-1.0, exact_match=False)
+    results = {
+        cell(0.25): [wrong, wrong],
+        cell(0.75): [score, score],
+        cell(1.5): [score, score],
+        cell(1.0): [score, wrong],
+    }
+    chosen, curves = choose_scales(results)
+    assert chosen == {"ann": 0.75}
+    assert [row["scale"] for row in curves["ann"]] == [0.25, 0.75, 1.0, 1.5]
+    assert [row["local"] for row in curves["ann"]] == [0.0, 1.0, 0.5, 1.0]
