@@ -9,7 +9,8 @@ from conftest import ROOT
 from fedlora_app.config import Config, ConfigError
 from fedlora_app.config_file import load_config, parse_config, parse_overrides
 
-CONFIGS = sorted((ROOT / "conf").glob("*.yaml"))
+STUDIES = sorted((ROOT / "conf").glob("study-*.yaml"))
+CONFIGS = sorted(set((ROOT / "conf").glob("*.yaml")) - set(STUDIES))
 ONE_CLIENT = {"clients": [{"id": "a", "system_prompt": "", "local_train": "a.json"}]}
 
 

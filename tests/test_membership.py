@@ -219,12 +219,23 @@ def test_a_member_gets_a_partner_of_its_fact_with_its_answer():
     assert pairs.nonmembers == [other_fact] and pairs.num_by_length == 1
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_the_same_answer_goes_before_any_other(seed):
+    rng = random.Random(seed)
+    members = [Record(draw_text(rng, 5), f"It is {n}.", fact="fee") for n in range(4)]
+    candidates = [Record(draw_text(rng, 6), f"It is {n}.", fact="fee") for n in range(4)]
+    pairs = build_pairs(members, candidates, count_words)
+    assert all(member.output == partner.output for member, partner in zip_pairs(pairs))
+    assert len(pairs.members) == 4
+
+
 def test_records_without_a_fact_are_matched_by_the_length_of_their_answers():
     members = [Record(f"Question {n}?", "word " * n) for n in (2, 7, 11)]
     candidates = [Record(f"Other {n}?", "else " * n) for n in (1, 6, 12, 30)]
     pairs = build_pairs(members, candidates, count_words)
     lengths = {count_words(m.output): count_words(c.output) for m, c in zip_pairs(pairs)}
     assert lengths == {2: 1, 7: 6, 11: 12}
+    assert build_pairs(members[2:], candidates, count_words).nonmembers == [candidates[2]]
     about_fee = Record("Fee?", "word word", fact="fee")
     partner = Record("Which fee?", "something else entirely", fact="fee")
     pairs = build_pairs([about_fee, members[0]], [partner], count_words)
@@ -269,6 +280,9 @@ def test_wrong_answers_are_distractors_that_no_client_gives():
     }
     assert all(m.instruction == w.instruction for m, w in zip_pairs(pairs))
     assert pairs.num_dropped == 1
+    asked = [replace(mine[0], instruction=f"How late on day {n}?") for n in range(16)]
+    files["ann"] = as_files(mine, asked, local_test=test)
+    assert {wrong.output for wrong in build_answer_pairs("ann", files).nonmembers} == {"Six."}
 
 
 def test_min_k_is_the_mean_of_the_lowest_fifth():
