@@ -7,6 +7,7 @@ can reach the next through the process they share.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from fedlora_app.adapters import (
     state_shapes,
 )
 from fedlora_app.client_data import (
+    ClientFiles,
     count_phase_steps,
     count_unscored_conflicts,
     load_client_files,
@@ -38,6 +40,7 @@ from fedlora_app.client_data import (
 from fedlora_app.client_evaluation import Metrics, evaluate_client, phase_metrics
 from fedlora_app.config import AdaptersConfig, ClientConfig, Config, ConfigError
 from fedlora_app.data import DataError
+from fedlora_app.evaluation.linter import Finding, describe_findings, lint
 from fedlora_app.model import LoadedModel, describe_device, load_base_model, load_tokenizer
 from fedlora_app.progress import progress_lines
 from fedlora_app.rounds import BOTH, Phase, plan_round, training_clients
@@ -67,16 +70,7 @@ class Client:
         Returns:
             Counts of examples, and facts: the device and the data files' hashes.
         """
-        faults: list[str] = []
-        if self.config.training.optimizer == "paged_adamw_8bit" and not torch.cuda.is_available():
-            faults.append(
-                "training.optimizer: paged_adamw_8bit needs a GPU and this client has none. "
-                "Set it to adamw."
-            )
-        if self._own_dir.exists():
-            faults.append(
-                f"{self._own_dir} exists already and is left as it is. Choose another run-name."
-            )
+        faults = self._impossible_settings()
         for client_id in self._data_owners():
             try:
                 load_client_files(self.config, self.config.client(client_id), self.root)
@@ -84,8 +78,9 @@ class Client:
                 faults.append(str(error))
         if faults:
             raise ConfigError("\n".join(faults))
-        tokenizer = load_tokenizer(self.config.model, self.root)
         files = load_client_files(self.config, self._own, self.root)
+        findings = self._lint(files)
+        tokenizer = load_tokenizer(self.config.model, self.root)
         examples = tokenize_client_files(self.config, self._own, files, tokenizer, self.root)
         counts = {
             "skipped_records": sum(file.num_skipped for file in files.all.values()),
@@ -96,7 +91,9 @@ class Client:
             counts[f"{name}_truncated"] = tokenized.num_truncated
             counts[f"{name}_dropped"] = tokenized.num_dropped
         facts = {f"sha256/{name}": file.sha256 for name, file in files.all.items()}
-        return counts, {**facts, "device": describe_device()}
+        # The texts of findings quote the data; they are printed here and stay here.
+        named = [{k: v for k, v in vars(f).items() if k != "text"} for f in findings]
+        return counts, {**facts, "device": describe_device(), "findings": json.dumps(named)}
 
     def global_shapes(self) -> dict[str, torch.Size]:
         """Return the shapes that a global adapter must have here."""
@@ -171,6 +168,33 @@ class Client:
         files = load_client_files(self.config, self._own, self.root)
         active = plan_round(self.config, self.config.federated.num_rounds).evaluated
         return evaluate_client(self.config, self._own, files, loaded, model, active)
+
+    def _impossible_settings(self) -> list[str]:
+        faults = []
+        if self.config.training.optimizer == "paged_adamw_8bit" and not torch.cuda.is_available():
+            faults.append(
+                "training.optimizer: paged_adamw_8bit needs a GPU and this client has none. "
+                "Set it to adamw."
+            )
+        if self._own_dir.exists():
+            faults.append(
+                f"{self._own_dir} exists already and is left as it is. Choose another run-name."
+            )
+        return faults
+
+    def _lint(self, files: ClientFiles) -> list[Finding]:
+        """Print what is wrong with the question sets; raise where that is an error."""
+        findings = lint(self.config, {self.client_id: files}, self.root)
+        if findings:
+            print(f"{self.client_id}:\n{describe_findings(findings)}", flush=True)
+        errors = [finding for finding in findings if finding.severity == "error"]
+        if errors and self.config.data.on_lint_error == "stop":
+            places = ", ".join(dict.fromkeys(f"{f.file}: {f.rule}" for f in errors))
+            raise DataError(
+                f"{self.client_id}: {len(errors)} errors in the question sets ({places}). See "
+                "them with: fedlora check CONFIG. Mend them, or set data.on_lint_error: warn."
+            )
+        return findings
 
     @property
     def _own(self) -> ClientConfig:

@@ -85,8 +85,9 @@ def evaluate(
     from fedlora_app.saved_run import find_run, load_run
     from fedlora_app.storage import write_json
 
-    root = find_project_root()
-    saved = open_round(load_run(find_run(run, root)), root, server_round)
+    run_dir = find_run(run, find_project_root())
+    root = find_project_root(str(run_dir / "config.json"))  # the checkout that it lies in
+    saved = open_round(load_run(run_dir), root, server_round)
     with _progress(quiet=as_json) as report:
         evaluation = evaluate_round(saved, report, membership=membership)
     path = saved.run.evaluation_path(saved.server_round)
@@ -105,7 +106,7 @@ def compare(
 ) -> None:
     """Compare evaluated runs with the first one: differences, intervals, p-values.
 
-    Example: fedlora compare study-dual-seed42 study-fedavg-seed42
+    Example: fedlora compare study-demo/dual-seed42 study-demo/fedavg-seed42
     """
     from fedlora_app.evaluation.comparison import compare_evaluations, describe_comparison
     from fedlora_app.saved_run import find_run, load_run
@@ -114,11 +115,15 @@ def compare(
     evaluations = {}
     for name in runs:
         run = load_run(find_run(name, root))
+        if run.name in evaluations:
+            raise RunDirectoryError(f"{run.name} is given twice; name different runs.")
         if run.evaluation is None:
             raise RunDirectoryError(
                 f"{run.path} is not evaluated yet. Run: fedlora evaluate {name}"
             )
         evaluations[run.name] = run.evaluation
+    if len(evaluations) < 2:
+        raise RunDirectoryError("One run has nothing to be compared with; name two or more.")
     comparison = compare_evaluations(evaluations)
     typer.echo(
         json.dumps(comparison, ensure_ascii=False) if as_json else describe_comparison(comparison)
@@ -183,14 +188,17 @@ def _progress(*, quiet: bool = False) -> Iterator:
             )
         return
     last = started = time.monotonic()
+    first: tuple[int, int] = (0, 0)  # what was done, of how many, when the clock was started
 
     def report(what: str, done: int, total: int) -> None:
-        nonlocal last
+        nonlocal last, started, first
         now = time.monotonic()
+        if first[1] != total:
+            first, started = (done, total), now
         if quiet or now - last < INTERVAL_SECONDS:
             return
         last = now
-        left = (now - started) / max(done, 1) * (total - done)
+        left = (now - started) / max(done - first[0], 1) * (total - done)
         typer.echo(f"{what}: {done}/{total} prompts, about {left:.0f} s left", err=True)
 
     yield report

@@ -94,7 +94,7 @@ class TrainingConfig(Section):
     """Where cosine and linear schedules end, relative to learning_rate."""
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     global_weight_decay: float = Field(0.0, ge=0)
-    local_weight_decay: float = Field(0.0, ge=0)
+    local_weight_decay: float = Field(10.0, ge=0)
     """Keeps the local adapter small, so that it spoils less of what the global one knows."""
     local_kl_weight: float = Field(0.0, ge=0)
     """Holds the pair near the global adapter alone on replayed universal records: weight of
@@ -149,6 +149,8 @@ class DataConfig(Section):
     conflict_validation: str | None = None
     skip_invalid: bool = False
     """Drop and count invalid records instead of stopping."""
+    on_lint_error: Literal["stop", "warn"] = "stop"
+    """What an error in the question sets does, such as a test question that is trained on."""
 
 
 class EvaluationConfig(Section):

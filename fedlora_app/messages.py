@@ -38,7 +38,7 @@ DECLARED_METRICS = re.compile(
     re.VERBOSE,
 )
 DECLARED_FACTS = re.compile(
-    r"device | process | base_model | local_adapter | sha256/(universal|local)_train"
+    r"device | process | findings | base_model | local_adapter | sha256/(universal|local)_train"
     r" | sha256/(universal|local|conflict)(_validation)?",
     re.VERBOSE,
 )

@@ -140,10 +140,10 @@ def find_run(name: str, root: Path) -> Path:
         if place.is_dir():
             return place.resolve()
     results = root / "results"
-    runs = [p.parent for p in results.glob("*/manifest.json")] if results.is_dir() else []
-    runs = [run for run in runs if not run.is_symlink()]
+    found = [*results.glob("*/manifest.json"), *results.glob("*/*/manifest.json")]
+    runs = [path.parent for path in found if not path.parent.is_symlink()]
     newest = sorted(runs, key=lambda run: run.stat().st_mtime, reverse=True)[:5]
-    listing = "".join(f"\n  {run.name}" for run in newest)
+    listing = "".join(f"\n  {run.relative_to(results)}" for run in newest)
     known = f" Newest runs in {results}:{listing}" if newest else " Start one with flwr run first."
     raise RunDirectoryError(f"There is no run {places[0]} and no {places[1]}.{known}")
 

@@ -73,9 +73,7 @@ def main(grid: Grid, context: Context) -> None:
         experiment=json.dumps(config.dump()),
     )
     check_ins = meet_clients(paced, config, task, context.run_config)
-    reports = {
-        client: {**reply.metrics, **reply.facts} for client, (_, reply) in sorted(check_ins.items())
-    }
+    reports = {client: _read_report(reply) for client, (_, reply) in sorted(check_ins.items())}
     base_commit = getattr(model.get_base_model().config, "_commit_hash", None)
     run = RunDirectory.create(settings.run_dir, config, settings.root, reports, base_commit)
     shapes = {name: state_shapes(model, name) for name in (GLOBAL, LOCAL)}
@@ -199,6 +197,12 @@ def wait_for_nodes(grid: PacedGrid, num_clients: int, run_config: dict[str, Any]
             reported = time.monotonic()
             print(f"Waiting for {num_clients - len(node_ids)} more SuperNodes.", flush=True)
         time.sleep(1)
+
+
+def _read_report(reply: Reply) -> dict[str, Any]:
+    """Return what a client said of itself, with its list of findings about the data."""
+    findings = json.loads(reply.facts.get("findings", "[]"))
+    return {**reply.metrics, **reply.facts, "findings": findings}
 
 
 @contextmanager

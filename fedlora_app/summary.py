@@ -61,6 +61,8 @@ def describe_start(
 def describe_round(server_round: int, num_rounds: int, reports: Reports, seconds: float) -> str:
     """Return the one line that a round leaves in the log; figures are means over clients."""
     label = next(iter(_labels(reports)), None)
+    if label is None:
+        return f"round {server_round}/{num_rounds} not evaluated ({seconds:.1f} s)"
     parts = []
     for name, heading in COLUMNS.items():
         values = [r[k] for r in reports.values() if (k := f"{label}/{name}/exact_match") in r]
@@ -159,6 +161,10 @@ def _notes(report: dict[str, Any], max_seq_length: int) -> Iterable[str]:
             )
         if report[f"{name}_dropped"]:
             yield f"{report[f'{name}_dropped']} {name} examples were dropped as too long"
+    if report["findings"]:
+        yield (
+            f"{len(report['findings'])} findings about its question sets; fedlora check tells them"
+        )
     if report["unscored_conflicts"]:
         yield f"{report['unscored_conflicts']} conflict records have no answer of it to score"
     if report["skipped_records"]:

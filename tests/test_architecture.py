@@ -9,20 +9,26 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "fedlora_app"
-MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in PACKAGE.rglob("*.py")
+    if path.stem != "__init__" and path.parent.name != "demo"
+}
 FLOWER_EDGE = {"client_app", "server_app", "strategy", "grid", "messages"}
 LAYERS = [
     {"project", "seeds", "storage", "build_hook", "config"},
     {"config_file"},
-    {"data", "run_directory"},
-    {"model", "tokens", "aggregation", "adapters"},
-    {"rounds", "training"},
-    {"evaluation", "summary"},
+    {"data", "run_directory", "evaluation.keywords", "evaluation.intervals"},
+    {"model", "tokens", "aggregation", "adapters", "evaluation.questions"},
+    {"rounds", "training", "gate", "saved_run", "evaluation.comparison"},
+    {"evaluation.scoring", "summary"},
+    {"evaluation.metrics"},
     {"client_data", "progress"},
-    {"client_evaluation"},
-    {"client", "messages"},
-    {"grid", "strategy"},
-    {"client_app", "server_app"},
+    {"client_evaluation", "evaluation.linter", "evaluation.membership", "evaluation.answering"},
+    {"client", "messages", "evaluation.tables"},
+    {"grid", "strategy", "evaluation.protocol", "evaluation.text"},
+    {"client_app", "server_app", "study"},
+    {"command"},
 ]
 
 
@@ -44,7 +50,7 @@ def uses(path: Path, library: str) -> bool:
 def test_imports_run_downwards(name):
     level = next(i for i, layer in enumerate(LAYERS) if name in layer)
     allowed = set().union(*LAYERS[: level + 1])
-    own = {n.split(".")[1] for n in imported(MODULES[name]) if n.startswith("fedlora_app.")}
+    own = {n.removeprefix("fedlora_app.") for n in imported(MODULES[name])}
     assert own & set(MODULES) <= allowed
 
 

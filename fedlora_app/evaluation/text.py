@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -12,17 +13,29 @@ from rich.table import Table
 from fedlora_app.evaluation.membership import describe_membership
 
 WIDTH = 100
+MAX_CLIENTS = 4  # more are shown as their mean; evaluation.json has them all
+SET_HEADINGS = {
+    "universal": "universal",
+    "universal_unseen": "never seen",
+    "local": "local",
+    "conflict": "conflict",
+}
 FIGURES = {
     "conflict_pass_rate": "conflict, every client right",
     "conflict_{}": "conflict, per client",
     "local_{}": "local",
     "universal_{}": "universal",
     "universal_unseen_{}": "universal, facts never seen",
-    "leakage": "leakage, local (global - base)",
+    "leakage": "leakage, local",
     "leakage_conflict": "leakage, conflict",
-    "specificity": "specificity, local (own - foreign)",
+    "specificity": "specificity, local",
     "specificity_conflict": "specificity, conflict",
 }
+
+LEGEND = """\
+Ranked first: the right answer is the most likely candidate (raw; per byte; relative to its
+likelihood without the question, which says little where answers repeat the question's topic).
+Leakage: global alone minus the base model. Specificity: own minus foreign local adapter."""
 
 Row = dict[str, Any]
 
@@ -34,10 +47,14 @@ def describe_evaluation(evaluation: Row) -> str:
         f"with {evaluation['answering']}"
     )
     blocks = [title, _render(_figure_table(evaluation["summary"], "Local adapter as trained"))]
-    if evaluation["summary_chosen_scale"]:
-        scales = ", ".join(f"{c} {e['chosen']:g}" for c, e in evaluation["scales"].items())
-        heading = f"Local adapter at the scale chosen on validation questions ({scales})"
+    chosen = {client: entry["chosen"] for client, entry in evaluation["scales"].items()}
+    if chosen and set(chosen.values()) == {1.0}:
+        blocks.append("The scale chosen on the validation questions is 1 for every client.")
+    elif chosen:
+        scales = ", ".join(f"{client} {scale:g}" for client, scale in chosen.items())
+        heading = f"At the scale chosen on validation questions ({scales})"
         blocks.append(_render(_figure_table(evaluation["summary_chosen_scale"], heading)))
+    blocks.append(LEGEND)
     blocks.append(_render(_swap_table(evaluation["swap_table"])))
     if evaluation["scales"]:
         blocks.append(_render(_scale_table(evaluation["scales"])))
@@ -84,22 +101,51 @@ def _figure_names(key: str) -> list[str]:
 
 def _swap_table(rows: Iterable[Row]) -> Table:
     """Return question sets by adapters: ranked first / exact, in percent."""
-    rows = [row for row in rows if row["scale"] == 1.0]
-    choices = dict.fromkeys(row["adapters"] for row in rows)
     table = Table(title="Swap table: ranked first / greedy answer exact, %", title_justify="left")
     table.add_column("questions of")
-    sets = dict.fromkeys((row["client"], row["question_set"], row["n_generated"]) for row in rows)
-    found = {(row["client"], row["question_set"], row["adapters"]): row for row in rows}
-    names = dict.fromkeys(name for _, name, _ in sets)
+    table.add_column("answered by")
+    cells, clients = _gather([row for row in rows if row["scale"] == 1.0], ("adapters",))
+    names = dict.fromkeys(name for _, _, name in cells)
     for name in names:
-        table.add_column(name, justify="right")
-    for client in dict.fromkeys(client for client, _, _ in sets):
-        for choice in choices:
-            cells = [_pair(found.get((client, name, choice))) for name in names]
-            if any(cells):
-                table.add_row(f"{client}: {choice}", *cells)
+        table.add_column(SET_HEADINGS[name], justify="right")
+    for client in clients:
+        for who in sorted({who for c, who, _ in cells if c == client}, key=_place):
+            pairs = (_pair(cells.get((client, who, name))) for name in names)
+            table.add_row(client, who[0], *pairs)
         table.add_section()
     return table
+
+
+def _gather(
+    rows: Iterable[Row], keys: Sequence[str]
+) -> tuple[dict[tuple[str, tuple[str, ...], str], list[Row]], list[str]]:
+    """Return rows by client, by ``keys`` and by question set; many clients become one."""
+    rows = list(rows)
+    clients = list(dict.fromkeys(row["client"] for row in rows))
+    are_many = len(clients) > MAX_CLIENTS
+    cells: dict[tuple[str, tuple[str, ...], str], list[Row]] = {}
+    for row in rows:
+        labelled = row | {"adapters": _describe_adapters(row, name_others=not are_many)}
+        client = f"mean of {len(clients)}" if are_many else row["client"]
+        key = (client, tuple(labelled[key] for key in keys), row["question_set"])
+        cells.setdefault(key, []).append(row)
+    return cells, list(dict.fromkeys(client for client, _, _ in cells))
+
+
+def _describe_adapters(row: Row, *, name_others: bool) -> str:
+    """Return who answers as seen from the client that is asked."""
+    adapters, _, owner = row["adapters"].partition(":")
+    if not owner:
+        return {"base": "base model", "global": "global alone"}[adapters]
+    whose = f"{owner}'s" if name_others else "a foreign"
+    whose = "own" if owner == row["client"] else whose
+    return f"global + {whose} local" if adapters.startswith("global") else f"{whose} local alone"
+
+
+def _place(who: tuple[str, ...]) -> tuple[int, tuple[str, ...]]:
+    """Return where a choice of adapters stands in a table: the base first, foreign ones last."""
+    order = ("base model", "global alone", "own local alone", "global + own local")
+    return (order.index(who[-1]) if who[-1] in order else len(order), who)
 
 
 def _scale_table(scales: dict[str, Row]) -> Table:
@@ -109,22 +155,31 @@ def _scale_table(scales: dict[str, Row]) -> Table:
     names = [name for name in ("universal", "local", "conflict") if _has(scales, name)]
     for name in names:
         table.add_column(name, justify="right")
-    for client, entry in scales.items():
+    shown = list(scales.items())[:MAX_CLIENTS]
+    for client, entry in shown:
         for row in entry["curve"]:
             mark = "  <- chosen" if row["scale"] == entry["chosen"] else ""
             cells = [f"{_percent(row[n])} / {_percent(row[f'{n}_exact_match'])}" for n in names]
             table.add_row(f"{client}, {row['scale']:g}{mark}", *cells)
         table.add_section()
+    if len(shown) < len(scales):
+        table.caption = f"and {len(scales) - len(shown)} more clients in evaluation.json"
     return table
 
 
 def _control_table(rows: Iterable[Row]) -> Table:
-    table = Table(title="Controls: other system prompts", title_justify="left")
-    for heading in ("client", "prompt", "adapters", "questions", "ranked first / exact, %", "n"):
-        table.add_column(heading, justify="right" if heading[0] in "rn" else "left")
-    for row in rows:
-        cells = [row[key] for key in ("client", "prompt", "adapters", "question_set")]
-        table.add_row(*cells, _pair(row), str(row["n_generated"]))
+    title = "Controls, other system prompts: ranked first / greedy answer exact, %"
+    table = Table(title=title, title_justify="left")
+    cells, clients = _gather(rows, ("prompt", "adapters"))
+    names = dict.fromkeys(name for _, _, name in cells)
+    for heading in ("questions of", "prompt", "answered by"):
+        table.add_column(heading)
+    for name in names:
+        table.add_column(SET_HEADINGS[name], justify="right")
+    for client in clients:
+        for who in dict.fromkeys(who for c, who, _ in cells if c == client):
+            table.add_row(client, *who, *(_pair(cells.get((client, who, n))) for n in names))
+        table.add_section()
     return table
 
 
@@ -132,8 +187,15 @@ def _has(scales: dict[str, Row], name: str) -> bool:
     return any(name in row for entry in scales.values() for row in entry["curve"])
 
 
-def _pair(row: Row | None) -> str:
-    return "" if row is None else f"{_percent(row['accuracy'])} / {_percent(row['exact_match'])}"
+def _pair(rows: list[Row] | None) -> str:
+    """Return the means of several rows' ranking and exact match."""
+    if not rows:
+        return ""
+    values = []
+    for key in ("accuracy", "exact_match"):
+        present = [row[key] for row in rows if row[key] is not None]
+        values.append(_percent(fmean(present) if present else None))
+    return " / ".join(values)
 
 
 def _interval(entry: Row | None) -> str:
@@ -144,7 +206,7 @@ def _interval(entry: Row | None) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
+    return "" if value is None else f"{100 * value:.1f}".replace("100.0", "100")
 
 
 def _render(table: Table) -> str:
