@@ -133,6 +133,9 @@ def compare(
 @app.command()
 def study(
     config: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's YAML.")],
+    output_dir: Annotated[
+        Path, typer.Option(help="Where its folder goes, relative to the project.")
+    ] = Path("results"),
 ) -> None:
     """Run and evaluate every variant and seed of a study, and write one summary table.
 
@@ -143,7 +146,7 @@ def study(
     root = find_project_root(str(config.resolve()))
     path = config if config.exists() else root / config
     with _progress() as report:
-        text = run_study(load_study(path), root, report)
+        text = run_study(load_study(path), root, (root / output_dir).resolve(), report)
     typer.echo(text)
 
 

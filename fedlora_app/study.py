@@ -24,6 +24,7 @@ from fedlora_app.config_file import load_config
 from fedlora_app.evaluation.answering import Report, open_round
 from fedlora_app.evaluation.intervals import over_seeds
 from fedlora_app.evaluation.protocol import evaluate_round
+from fedlora_app.project import find_project_root
 from fedlora_app.run_directory import RunDirectoryError
 from fedlora_app.saved_run import SavedRun, load_run
 from fedlora_app.storage import write_atomically, write_json
@@ -76,25 +77,29 @@ def load_study(path: Path) -> StudyConfig:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
 
 
-def run_study(study: StudyConfig, root: Path, report: Report) -> str:
+def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) -> str:
     """Run and evaluate what is missing, write the summary and return it as text.
+
+    Args:
+        root: the checkout that runs, and to which the study's config is relative.
 
     Raises:
         ConfigError: a variant's configuration has faults; nothing was run.
         RunDirectoryError: a run did not reach its end.
     """
-    folder = root / "results" / study.name
+    folder = output_dir / study.name
     configs = {
         (variant, seed): load_config(root / study.config, _overrides(study, variant, seed))
         for seed in study.seeds
         for variant in study.variants
     }
+    data_root = find_project_root(str(root / study.config))  # as the run itself finds it
     evaluations: dict[str, list[dict[str, Any]]] = {name: [] for name in study.variants}
     for (variant, seed), config in configs.items():
         run_dir = folder / f"{variant}-seed{seed}"
         if not _is_finished(run_dir, config):
             _run(study, root, run_dir, config, _overrides(study, variant, seed))
-        evaluations[variant].append(_evaluate(run_dir, root, report))
+        evaluations[variant].append(_evaluate(run_dir, data_root, report))
     figures = {name: [measure(entry) for entry in runs] for name, runs in evaluations.items()}
     steps = {name: [entry["num_steps"] for entry in runs] for name, runs in evaluations.items()}
     text = "\n".join(_describe(study, figures, steps))
@@ -202,7 +207,7 @@ def _run(study: StudyConfig, root: Path, run_dir: Path, config: Config, override
         shutil.rmtree(run_dir)
     quoted = overrides.replace("'", '"')
     settings = (
-        f"config='{root / study.config}' output-dir='results/{study.name}' "
+        f"config='{root / study.config}' output-dir='{run_dir.parent}' "
         f"run-name='{run_dir.name}' overrides='{quoted}'"
     )
     federation = f"num-supernodes={len(config.federated.clients)}"

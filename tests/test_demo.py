@@ -10,7 +10,7 @@ from fedlora_app.adapters import attach_adapters
 from fedlora_app.client_data import build_question_sets, load_client_files
 from fedlora_app.config_file import load_config
 from fedlora_app.demo.data import CITIES, NUM_SHARED_FACTS, generate
-from fedlora_app.evaluation import evaluate_questions, normalise_answer, summarise
+from fedlora_app.evaluation.metrics import evaluate_questions, normalise_answer, summarise
 from fedlora_app.model import load_base_model
 
 DATA = ROOT / "data" / "demo"

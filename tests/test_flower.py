@@ -146,6 +146,43 @@ def test_a_bad_configuration_is_one_clear_error(flower, tiny_experiment):
     assert "federated.mode" in output and "training.epoch: unknown key" in output
 
 
+@pytest.mark.slow
+def test_a_study_runs_what_is_missing_and_evaluates_it(flower, tiny_experiment, tmp_path):
+    path = tmp_path / "study.yaml"
+    study = {
+        "name": "tiny-study",
+        "config": str(tiny_experiment),
+        "seeds": [1],
+        "overrides": "federated.num_rounds=1",
+        "variants": {"pair": "", "one": "federated.mode=fedavg"},
+    }
+    path.write_text(json.dumps(study))
+    folder = tmp_path / "results" / "tiny-study"
+
+    def run() -> str:
+        result = subprocess.run(
+            [BIN / "fedlora", "study", path, "--output-dir", tmp_path / "results"],
+            env=flower.env | {"FEDLORA_PROJECT_DIR": str(ROOT)},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    output = run()
+    assert "| pair | global + own local |" in output and "| one | global alone |" in output
+    assert json.loads((folder / "summary.json").read_text())["figures"].keys() == {"pair", "one"}
+    kept = (folder / "pair-seed1" / "manifest.json").stat().st_mtime_ns
+    evaluated = (folder / "pair-seed1" / "evaluation.json").stat().st_mtime_ns
+    manifest = json.loads((folder / "one-seed1" / "manifest.json").read_text())
+    (folder / "one-seed1" / "manifest.json").write_text(json.dumps(manifest | {"finished": None}))
+    assert "one-seed1 is unfinished" in run()  # as after a stop in the middle of that run
+    assert (folder / "pair-seed1" / "manifest.json").stat().st_mtime_ns == kept
+    assert (folder / "pair-seed1" / "evaluation.json").stat().st_mtime_ns == evaluated
+
+
 @pytest.mark.deployment
 def test_the_same_app_on_a_superlink_with_two_supernodes(flower, tiny_experiment, tmp_path):
     port, started = free_port(), []

@@ -204,13 +204,14 @@ def test_area_under_curve_is_the_share_of_pairs_in_order():
     assert area_under_curve(positives, negatives).value == pytest.approx(statistic / (40 * 23))
 
 
-def test_delongs_interval_agrees_with_a_bootstrap():
+@pytest.mark.parametrize(("m", "spread", "k", "other_spread"), [(120, 1, 80, 2), (80, 2, 120, 1)])
+def test_delongs_interval_agrees_with_a_bootstrap(m, spread, k, other_spread):
     rng = np.random.default_rng(7)
-    positives, negatives = rng.normal(1, 1, 120), rng.normal(0, 2, 80)
+    positives, negatives = rng.normal(1, spread, m), rng.normal(0, other_spread, k)
     estimate = area_under_curve(positives, negatives)
     areas = []
     for _ in range(2000):
-        drawn = rng.choice(positives, 120), rng.choice(negatives, 80)
+        drawn = rng.choice(positives, m), rng.choice(negatives, k)
         areas.append((drawn[0][:, None] > drawn[1][None, :]).mean())
     low, high = np.quantile(areas, [0.025, 0.975])
     assert estimate.low == pytest.approx(low, abs=0.01)

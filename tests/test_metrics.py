@@ -173,7 +173,8 @@ def test_without_a_known_answer_only_the_keyword_rule_applies():
     says = score_answer(question, Answered((), (), "No fine, but a course."), {})
     assert (says.exact_match, says.rouge_l, says.margin, says.ranked_first) == (None,) * 4
     assert says.keyword is True and says.generated == "No fine, but a course."
-    assert score_answer(question, Answered((), (), "A fine.")).keyword is False
+    for wrong in ("A fine.", "A course and a fine.", "No course."):
+        assert score_answer(question, Answered((), (), wrong)).keyword is False
 
 
 @pytest.mark.parametrize(

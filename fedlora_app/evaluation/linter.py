@@ -61,7 +61,7 @@ CJK_RUN = re.compile(f"[{CJK}]+")
 HIRAGANA_ONLY = re.compile(r"[\u3040-\u309f]+")
 TOKEN = re.compile(f"[{CJK}]|[^\\s{CJK}]+")
 SPACED_WORD = re.compile(f"[^\\s{CJK}]+")
-NUMBER = re.compile(r"\d+|[零〇一二三四五六七八九十百千万萬亿億两兩]+")
+NUMBER = re.compile(r"\d+")
 CJK_GAP = re.compile(f"(?<=[{CJK}]) | (?=[{CJK}])")
 MINUS_SIGN = re.compile(r"(?<!\w)[-\u2212](?=\d)")
 # Punctuation by Unicode's categories that is part of what is asked ("50 %", "C#", "R&D").
@@ -518,7 +518,7 @@ def _match_nearly(ones: Sequence[str], others: Sequence[str]) -> Iterator[tuple[
     the same numbers and words but for fillers and spelling. Without that, one phrasing about
     two matters ("a dog licence", "a cat licence") would pass for a copy.
     """
-    blocks: dict[tuple[frozenset[str], ...], list[str]] = defaultdict(list)
+    blocks: dict[frozenset[str], list[str]] = defaultdict(list)
     for other in others:
         blocks[_outline(other)].append(other)
     for one in ones:
@@ -530,11 +530,10 @@ def _match_nearly(ones: Sequence[str], others: Sequence[str]) -> Iterator[tuple[
 
 
 @lru_cache(maxsize=CACHED_TEXTS)
-def _outline(text: str) -> tuple[frozenset[str], ...]:
+def _outline(text: str) -> frozenset[str]:
     """Return what two questions that ask the same must have in common, for a quick search."""
     tokens = [token for token in TOKEN.findall(text) if not _is_filler(token)]
-    starts = (t[:SPELLING_START] if len(t) >= SPELLING_MIN_LENGTH else t for t in tokens)
-    return frozenset(NUMBER.findall(text)), frozenset(starts)
+    return frozenset(t[:SPELLING_START] if len(t) >= SPELLING_MIN_LENGTH else t for t in tokens)
 
 
 def _find_similar(text: str, others: Sequence[str]) -> dict[str, float]:
@@ -575,9 +574,7 @@ def _is_filler(token: str) -> bool:
 def _has_variant(word: str, others: Iterable[str]) -> bool:
     """Tell whether a spelling of the word is among others."""
     return len(word) >= SPELLING_MIN_LENGTH and any(
-        other[:SPELLING_START] == word[:SPELLING_START]
-        and fuzz.ratio(word, other) >= SPELLING_RATIO
-        for other in others
+        fuzz.ratio(word, other) >= SPELLING_RATIO for other in others
     )
 
 

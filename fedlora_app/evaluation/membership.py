@@ -66,7 +66,6 @@ from fedlora_app.training import answer_log_likelihoods
 LOCAL_ANSWERS = "local_answers"
 MIN_K_SHARE = 0.2
 FALSE_POSITIVE_RATES = (0.01, 0.1)
-ROUNDING = 1e-9  # 0.01 * 2900 is 28.999...
 ATTACKS = {
     "calibrated_loss": "loss - base",
     "loss": "loss",
@@ -187,7 +186,7 @@ def attack_scores(
 
 def compute_min_k(log_probs: Sequence[float], share: float = MIN_K_SHARE) -> float:
     """Return the mean of the lowest ``share`` of the tokens, of one token at least."""
-    count = max(1, math.floor(share * len(log_probs) + ROUNDING))
+    count = max(1, math.floor(share * len(log_probs)))
     return fmean(sorted(log_probs)[:count])
 
 
@@ -231,7 +230,7 @@ def true_positive_rate(
     members: Sequence[float], nonmembers: Sequence[float], false_positive_rate: float
 ) -> float | None:
     """Return the share of members above all but the allowed non-members; ties do not count."""
-    allowed = math.floor(false_positive_rate * len(nonmembers) + ROUNDING)
+    allowed = math.floor(false_positive_rate * len(nonmembers))
     if not members or allowed < 1:
         return None
     threshold = sorted(nonmembers, reverse=True)[allowed]
