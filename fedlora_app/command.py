@@ -108,7 +108,8 @@ def compare(
 
     Example: fedlora compare study-demo/dual-seed42 study-demo/fedavg-seed42
     """
-    from fedlora_app.evaluation.comparison import compare_evaluations, describe_comparison
+    from fedlora_app.evaluation.comparison import compare_evaluations
+    from fedlora_app.evaluation.comparison_text import describe_comparison
     from fedlora_app.saved_run import find_run, load_run
 
     root = find_project_root()

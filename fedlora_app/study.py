@@ -8,9 +8,11 @@ Student's t interval.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
@@ -29,6 +31,7 @@ from fedlora_app.run_directory import RunDirectoryError
 from fedlora_app.saved_run import SavedRun, load_run
 from fedlora_app.storage import write_atomically, write_json
 
+POLL_SECONDS = 5.0
 QUESTION_SETS = ("universal", "universal_unseen", "local", "conflict")
 HEADINGS = ("universal", "never seen", "local", "conflict", "every client right", "leakage")
 MEASURES = {"exact_match": "Greedy answer exact", "accuracy": "Ranked first"}
@@ -211,15 +214,44 @@ def _run(study: StudyConfig, root: Path, run_dir: Path, config: Config, override
         f"run-name='{run_dir.name}' overrides='{quoted}'"
     )
     federation = f"num-supernodes={len(config.federated.clients)}"
-    command = ["flwr", "run", str(root), "--stream", "--run-config", settings]
+    command = ["flwr", "run", str(root), "--run-config", settings]
     # The command runs in an environment that holds everything; none need be made for each run.
     environment = {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"} | os.environ
-    subprocess.run([*command, "--federation-config", federation], check=False, env=environment)
+    started = _call_flower([*command, "--federation-config", federation], environment)
+    run_id = str(started["run-id"])
+    # The log's stream may end before a run in which nothing is printed for some minutes.
+    subprocess.run(["flwr", "log", run_id, "--stream"], check=False, env=environment)
+    while not _has_ended(run_id, environment):
+        time.sleep(POLL_SECONDS)
     if not _is_finished(run_dir, config):
         raise RunDirectoryError(
             f"{run_dir} did not reach its end; its log stands above. The same command goes on "
             "with it."
         )
+
+
+def _has_ended(run_id: str, environment: Mapping[str, str]) -> bool:
+    found = _call_flower(["flwr", "list", "--run-id", run_id], environment)
+    return all(run["status"].startswith("finished") for run in found["runs"])
+
+
+def _call_flower(command: list[str], environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return what one of Flower's commands answers in JSON."""
+    done = subprocess.run(
+        [*command, "--format", "json"],
+        check=False,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        answer = {}
+    if not answer.get("success"):
+        reason = answer.get("error-message") or done.stdout.strip() or "no reason given"
+        raise RunDirectoryError(f"{' '.join(command[:2])} failed: {reason}")
+    return answer
 
 
 def _evaluate(run_dir: Path, root: Path, report: Report) -> dict[str, Any]:

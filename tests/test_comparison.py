@@ -11,9 +11,9 @@ import pytest
 from fedlora_app.evaluation.comparison import (
     adjust_holm,
     compare_evaluations,
-    describe_comparison,
     group_by_mode,
 )
+from fedlora_app.evaluation.comparison_text import describe_comparison
 from fedlora_app.evaluation.intervals import paired_difference
 
 CLIENTS = ("north", "river")

@@ -347,6 +347,8 @@ def test_a_question_that_says_the_answer():
     harmless = rivals("The fine is ten.", "The fine is two.", question="How high is the fine?")
     other = rivals("Yes.", "No.", question="Is it so?")
     assert check(clean(local=file("t.json", harmless))) == []
+    alone = replace(telling, distractors=())
+    assert check(clean(local=file("t.json", alone))) == [], "no candidate to tell it from"
     [finding] = check(clean(local=file("t.json", other, telling)))
     assert (finding.severity, finding.rule, finding.record) == ("warning", "telling-question", 2)
     assert '"fine"' in finding.text and "1 of 2" in finding.text

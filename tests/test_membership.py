@@ -12,13 +12,11 @@ from fedlora_app.adapters import GLOBAL, activate, build_initial_state, set_stat
 from fedlora_app.client_data import ClientFiles, load_client_files
 from fedlora_app.config import TrainingConfig
 from fedlora_app.data import ConflictRecord, Record, RecordFile, format_question
-from fedlora_app.evaluation.intervals import area_under_curve
+from fedlora_app.evaluation.intervals import area_under_curve, clustered_area
+from fedlora_app.evaluation.matching import build_answer_pairs, build_pairs
 from fedlora_app.evaluation.membership import (
     ATTACKS,
     attack_scores,
-    build_answer_pairs,
-    build_pairs,
-    clustered_area,
     compute_min_k,
     describe_membership,
     infer_membership,

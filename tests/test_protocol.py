@@ -17,7 +17,6 @@ from fedlora_app.evaluation.metrics import evaluate_questions
 from fedlora_app.evaluation.protocol import PARTIAL_FILE, evaluate_round
 from fedlora_app.evaluation.questions import CONFLICT
 from fedlora_app.evaluation.tables import build_evaluation, choose_scales
-from fedlora_app.model import load_base_model
 from fedlora_app.run_directory import RunDirectoryError
 from fedlora_app.saved_run import load_run
 

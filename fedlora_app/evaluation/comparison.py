@@ -7,23 +7,17 @@ no like-for-like comparison.
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from fedlora_app.evaluation.intervals import mcnemar, over_seeds, paired_difference
 from fedlora_app.evaluation.questions import CONFLICT, LOCAL_SET, UNIVERSAL
 
 FORMAT = 1
-WIDTH = 100
 RANKING, EXACT_MATCH = "correct", "exact_match"
 SCORED_BY = {RANKING: "likelihood ranking", EXACT_MATCH: "greedy exact match"}
 NUM_NAMED = 3
@@ -201,26 +195,6 @@ def adjust_holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def describe_comparison(comparison: Mapping[str, Any]) -> str:
-    """Return the comparison as text: what speaks against it first, then the tables."""
-    runs, groups = comparison["runs"], comparison["groups"]
-    differences = comparison["differences"]
-    blocks = [_itemise("NOT LIKE FOR LIKE", comparison["not_comparable"])]
-    blocks.append(_render_runs(runs))
-    blocks.append(_render_figures("Percent right [95 % interval]", runs))
-    blocks.append(_render_keyword_rule(runs))
-    if groups:
-        title = "Means over seeds, percent right [95 % interval, Student's t]; n counts seeds"
-        names = [run["name"] for run in runs]
-        blocks.append(_render_figures(title, [_name_group(group, names) for group in groups]))
-    for name in dict.fromkeys(entry["run"] for entry in differences):
-        blocks.append(_render_differences([entry for entry in differences if entry["run"] == name]))
-    if differences:
-        blocks.append(textwrap.fill(_explain(len(differences)), WIDTH))
-    blocks.append(_itemise("Notes", comparison["notes"]))
-    return "\n\n".join(block for block in blocks if block)
-
-
 def _read_runs(evaluations: Mapping[str, dict[str, Any]]) -> list[EvaluatedRun]:
     if len(evaluations) < 2:
         given = ", ".join(evaluations) or "none"
@@ -379,126 +353,3 @@ def _note_other_size(reference: EvaluatedRun, run: EvaluatedRun) -> list[str]:
         f"{reference.name} answers with {reference.num_parameters:,} adapter parameters, "
         f"{run.name} with {run.num_parameters:,}."
     ]
-
-
-def _name_group(group: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """Call a group by its members' numbers in the table of runs."""
-    numbers = ", ".join(str(names.index(name) + 1) for name in group["runs"])
-    return {**group, "name": f"{group['label']}: runs {numbers}"}
-
-
-def _render_runs(runs: list[dict[str, Any]]) -> str:
-    table = Table("", title="Runs; the first is the reference")
-    for heading in ("run", "mode"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("seed", "round", "steps", "parameters"):
-        table.add_column(heading, justify="right")
-    for number, run in enumerate(runs, 1):
-        counts = (f"{run[key]:,}" for key in ("num_steps", "num_parameters"))
-        words = (run["name"], run["mode"], str(run["seed"]), str(run["round"]))
-        table.add_row(str(number), *words, *counts)
-    return _render(table)
-
-
-def _render_figures(title: str, entries: list[dict[str, Any]]) -> str:
-    table = Table("", title=title)
-    for heading in (SCORED_BY[RANKING], "n", SCORED_BY[EXACT_MATCH], "n"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for label, keys in FIGURES.items():
-        rows = [[entry["figures"].get(key) for key in keys] for entry in entries]
-        if not any(figure and figure["n"] for row in rows for figure in row):
-            continue
-        table.add_section()
-        table.add_row(label)
-        for entry, row in zip(entries, rows, strict=True):
-            table.add_row(f"  {entry['name']}", *_format_figures(row))
-    return _render(table)
-
-
-def _render_keyword_rule(runs: list[dict[str, Any]]) -> str:
-    keys = ("keyword_pass_rate", "keyword_ceiling")
-    rows = {run["name"]: [run["figures"].get(key) for key in keys] for run in runs}
-    if not any(figure and figure["n"] for row in rows.values() for figure in row):
-        return ""
-    table = Table("", title="Keyword rule beside its ceiling, the pass rate of right answers, %")
-    for heading in ("passed", "n", "ceiling", "n"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, row in rows.items():
-        table.add_row(name, *_format_figures(row))
-    return _render(table)
-
-
-def _render_differences(entries: list[dict[str, Any]]) -> str:
-    """Return the table of one run's differences from the reference."""
-    run, reference = entries[0]["run"], entries[0]["reference"]
-    table = Table("", title=f"{run} minus {reference}, percentage points")
-    for heading in ("difference [95 %]", "only run", "only ref.", "n", "p", "p (Holm)"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for topic in dict.fromkeys(entry["topic"] for entry in entries):
-        table.add_section()
-        table.add_row(topic)
-        for entry in (entry for entry in entries if entry["topic"] == topic):
-            difference = _format_estimate(entry["difference"], "+.1f")
-            counts = (str(entry[key]) for key in ("only_run", "only_reference", "n"))
-            p_values = (_format_p(entry[key]) for key in ("p_value", "p_value_holm"))
-            table.add_row(f"  {entry['scored_by']}", difference, *counts, *p_values)
-    return _render(table)
-
-
-def _explain(num_tests: int) -> str:
-    return (
-        "Differences are over the same questions; their intervals resample whole facts. Only run "
-        "and only ref. count what one of the two alone got right. p is McNemar's exact test, "
-        f"which takes questions as independent; p (Holm) is adjusted for the {num_tests} tests "
-        "shown. They tell these trained models apart, not their methods: for that, train each "
-        "method with several seeds."
-    )
-
-
-def _format_figures(figures: Iterable[dict[str, Any] | None]) -> Iterable[str]:
-    for figure in figures:
-        yield from (_format_estimate(figure), str(figure["n"])) if figure else ("-", "")
-
-
-def _format_estimate(estimate: Mapping[str, Any], number: str = ".1f") -> str:
-    """Return "97.2 [93.1, 98.9]", a dash where there is no value."""
-    value, low, high = (estimate[key] for key in ("value", "low", "high"))
-    if value is None:
-        return "-"
-    interval = "" if low is None else f" [{100 * low:{number}}, {100 * high:{number}}]"
-    return f"{100 * value:{number}}{interval}"
-
-
-def _format_p(p_value: float) -> str:
-    return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
-
-
-def _itemise(heading: str, sentences: Sequence[str]) -> str:
-    lines = [
-        textwrap.fill(
-            sentence,
-            WIDTH,
-            initial_indent="- ",
-            subsequent_indent="  ",
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        for sentence in sentences
-    ]
-    return "\n".join([f"{heading}:", *lines]) if lines else ""
-
-
-def _render(table: Table) -> str:
-    table.title_justify = "left"
-    # Names of runs are not markup, and in a notebook the text is wanted, not a display.
-    console = Console(
-        file=io.StringIO(),
-        width=WIDTH,
-        color_system=None,
-        markup=False,
-        emoji=False,
-        force_jupyter=False,
-    )
-    console.print(table)
-    lines = console.file.getvalue().splitlines()
-    return "\n".join(line.rstrip() for line in lines).strip("\n")

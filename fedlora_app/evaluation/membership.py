@@ -32,38 +32,39 @@ from __future__ import annotations
 
 import io
 import math
-from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
 from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.adapters import GLOBAL, AdaptedModel, activate, base_only
 from fedlora_app.client_data import ClientFiles
 from fedlora_app.config import Config
-from fedlora_app.data import ConflictRecord, Record, format_question
+from fedlora_app.data import Record, format_question
 from fedlora_app.evaluation.intervals import (
-    CONFIDENCE,
-    Estimate,
     area_under_curve,
+    clustered_area,
     paired_difference,
 )
-from fedlora_app.evaluation.metrics import normalise_answer
-from fedlora_app.evaluation.questions import CONFLICT, LOCAL_SET, UNIVERSAL
-from fedlora_app.seeds import derive_seed
+from fedlora_app.evaluation.matching import (
+    LOCAL_ANSWERS,
+    Pairs,
+    build_answer_pairs,
+    build_pairs,
+    cluster,
+    question_key,
+)
+from fedlora_app.evaluation.questions import LOCAL_SET, UNIVERSAL
 from fedlora_app.summary import WIDTH
 from fedlora_app.tokens import Example, encode_example
 from fedlora_app.training import answer_log_likelihoods
 
-LOCAL_ANSWERS = "local_answers"
 MIN_K_SHARE = 0.2
 FALSE_POSITIVE_RATES = (0.01, 0.1)
 ATTACKS = {
@@ -89,77 +90,6 @@ class Candidate:
     system_prompt: str
     question: str
     answer: str
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Members and as many matched non-members, in the same order."""
-
-    members: list[Record]
-    nonmembers: list[Record]
-    num_by_length: int = 0
-    """Pairs of different facts, which answers of similar length had to do for."""
-    num_dropped: int = 0
-    """Members without a partner."""
-
-
-def build_pairs(
-    members: Iterable[Record],
-    candidates: Iterable[Record],
-    num_tokens: Callable[[str], int],
-    trained_questions: frozenset[str] = frozenset(),
-) -> Pairs:
-    """Give every member a non-member of its own, none twice; the order of the lists is no matter.
-
-    A partner is of the same fact, with the same answer if there is one. Only members whose
-    fact no candidate shares (or that name none) get one of the nearest answer length, from
-    facts that no member is about.
-
-    Args:
-        num_tokens: length of an answer.
-        trained_questions: ``question_key`` of everything that any client trained on; such
-            candidates would be members themselves.
-    """
-    ordered = _in_drawn_order(members)
-    free = [r for r in _in_drawn_order(candidates) if question_key(r) not in trained_questions]
-    candidate_facts = {record.fact for record in free if record.fact}
-    member_facts = {record.fact for record in ordered if record.fact}
-    by_fact = _match_facts([m for m in ordered if m.fact in candidate_facts], free)
-    by_length = _match_lengths(
-        [member for member in ordered if member.fact not in candidate_facts],
-        [record for record in free if record.fact not in member_facts],
-        num_tokens,
-    )
-    matched = by_fact + by_length
-    return Pairs(
-        members=[member for member, _ in matched],
-        nonmembers=[partner for _, partner in matched],
-        num_by_length=len(by_length),
-        num_dropped=len(ordered) - len(matched),
-    )
-
-
-def build_answer_pairs(client_id: str, client_files: Mapping[str, ClientFiles]) -> Pairs:
-    """Pair every local record of a client with its own question and a wrong answer.
-
-    The wrong answer is a distractor of the same fact that no client gives as an answer, else
-    another client's answer. The latter is weaker as a control: where local records were
-    trained on, that answer was too.
-    """
-    own, rivals, distractors = _collect_answers(client_id, client_files)
-    members = _in_drawn_order(client_files[client_id].local.records)
-    pairs = []
-    for member in members:
-        fact = cluster(member)
-        options = distractors[fact] - own[fact] - rivals[fact] or rivals[fact] - own[fact]
-        if options:
-            wrong = min(options, key=lambda text: derive_seed(LOCAL_ANSWERS, _key(member), text))
-            pairs.append((member, replace(member, output=wrong)))
-    return Pairs(
-        members=[member for member, _ in pairs],
-        nonmembers=[wrong for _, wrong in pairs],
-        num_dropped=len(members) - len(pairs),
-    )
 
 
 def attack_scores(
@@ -230,44 +160,13 @@ def true_positive_rate(
     members: Sequence[float], nonmembers: Sequence[float], false_positive_rate: float
 ) -> float | None:
     """Return the share of members above all but the allowed non-members; ties do not count."""
-    allowed = math.floor(false_positive_rate * len(nonmembers))
+    allowed = math.floor(
+        round(false_positive_rate * len(nonmembers), 9)
+    )  # 0.01 * 2900 is 28.999...
     if not members or allowed < 1:
         return None
     threshold = sorted(nonmembers, reverse=True)[allowed]
     return sum(score > threshold for score in members) / len(members)
-
-
-def clustered_area(
-    positives: Sequence[float],
-    negatives: Sequence[float],
-    positive_clusters: Sequence[Hashable],
-    negative_clusters: Sequence[Hashable],
-) -> Estimate:
-    """Return the AUC with an interval for scores that hang together in clusters.
-
-    Obuchowski 1997, Nonparametric analysis of clustered ROC curve data, Biometrics 53:567-578.
-    With one score per cluster it is DeLong's. n counts clusters.
-    """
-    names = {c: i for i, c in enumerate(dict.fromkeys([*positive_clusters, *negative_clusters]))}
-    m, k = len(positives), len(negatives)
-    rows = np.array([names[c] for c in positive_clusters], dtype=int)
-    columns = np.array([names[c] for c in negative_clusters], dtype=int)
-    num_rows, num_columns = len(set(rows)), len(set(columns))
-    if num_rows < 2 or num_columns < 2:
-        return Estimate(None, None, None, len(names))
-    ones, others = np.asarray(positives)[:, None], np.asarray(negatives)[None, :]
-    wins = (ones > others) + 0.5 * (ones == others)  # (m, k)
-    value = float(wins.mean())
-    # Each cluster's sum of what its scores win beyond the AUC, as positives and as negatives.
-    won = np.bincount(rows, wins.mean(1) - value, len(names)) / m
-    lost = np.bincount(columns, wins.mean(0) - value, len(names)) / k
-    variance = (
-        num_rows / (num_rows - 1) * float(won @ won)
-        + num_columns / (num_columns - 1) * float(lost @ lost)
-        + 2 * len(names) / (len(names) - 1) * float(won @ lost)
-    )
-    width = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(max(0.0, variance))
-    return Estimate(value, max(0.0, value - width), min(1.0, value + width), len(names))
 
 
 def score_records(
@@ -353,16 +252,6 @@ def describe_membership(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([console.file.getvalue().rstrip(), *_notes(rows), MEANING])
 
 
-def question_key(record: Record) -> str:
-    """Return what two wordings of a question share that differ in case or punctuation only."""
-    return normalise_answer(format_question(record))
-
-
-def cluster(record: Record | ConflictRecord) -> str:
-    """Return what makes records depend on each other: the fact, else the question."""
-    return record.fact or format_question(record)
-
-
 def _build_sets(
     tokenizer: PreTrainedTokenizerBase, client_files: Mapping[str, ClientFiles], config: Config
 ) -> dict[tuple[str, str], Pairs]:
@@ -399,27 +288,6 @@ def _build_sets(
             pairs, members=[m for m, _ in kept], nonmembers=[w for _, w in kept]
         )
     return sets
-
-
-def _collect_answers(
-    client_id: str, client_files: Mapping[str, ClientFiles]
-) -> tuple[dict[str, set[str]], dict[str, set[str]], dict[str, set[str]]]:
-    """Return by fact: a client's own answers, the other clients', and distractors."""
-    own: dict[str, set[str]] = defaultdict(set)
-    rivals: dict[str, set[str]] = defaultdict(set)
-    distractors: dict[str, set[str]] = defaultdict(set)
-    for name, files in client_files.items():
-        test = files.tests[LOCAL_SET].records if LOCAL_SET in files.tests else []
-        for record in [*files.local.records, *test]:
-            (own if name == client_id else rivals)[cluster(record)].add(record.output)
-            if name == client_id:
-                distractors[cluster(record)].update(record.distractors)
-    tests = client_files[client_id].tests
-    for record in tests[CONFLICT].records if CONFLICT in tests else []:
-        distractors[cluster(record)].update(record.distractors)
-        for name, answer in record.answers.items():
-            (own if name == client_id else rivals)[cluster(record)].add(answer)
-    return own, rivals, distractors
 
 
 def _measure_pairs(
@@ -491,59 +359,6 @@ def _fits(tokenizer: PreTrainedTokenizerBase, candidate: Candidate, max_seq_leng
 
 def _to_candidate(record: Record, system_prompt: str) -> Candidate:
     return Candidate(system_prompt, format_question(record), record.output)
-
-
-def _key(record: Record) -> tuple[str, str]:
-    return format_question(record), record.output
-
-
-def _in_drawn_order(records: Iterable[Record]) -> list[Record]:
-    """Return distinct records in an order drawn from their texts.
-
-    Alphabetical order would keep the same few question templates of every fact.
-    """
-    distinct = {_key(record): record for record in records}
-    return [distinct[key] for key in sorted(distinct, key=lambda k: derive_seed("membership", *k))]
-
-
-def _match_facts(
-    members: Sequence[Record], candidates: Sequence[Record]
-) -> list[tuple[Record, Record]]:
-    """Pair records of the same fact, those with the same answer before any others."""
-    free: dict[str | None, list[Record]] = defaultdict(list)
-    for record in candidates:
-        free[record.fact].append(record)
-    partners: dict[int, Record] = {}
-    for wants_same_answer in (True, False):
-        for position, member in enumerate(members):
-            fitting = [
-                index
-                for index, record in enumerate(free[member.fact])
-                if record.output == member.output or not wants_same_answer
-            ]
-            if fitting and position not in partners:
-                partners[position] = free[member.fact].pop(fitting[0])
-    return [(members[position], partner) for position, partner in partners.items()]
-
-
-def _match_lengths(
-    members: Sequence[Record], candidates: Sequence[Record], num_tokens: Callable[[str], int]
-) -> list[tuple[Record, Record]]:
-    """Pair each member with the free record whose answer is nearest in length."""
-    free: dict[int, list[Record]] = defaultdict(list)
-    for record in candidates:
-        free[num_tokens(record.output)].append(record)
-    pairs = []
-    for member in members:
-        length = num_tokens(member.output)
-        nearest = min(
-            (n for n, records in free.items() if records),
-            key=lambda n, length=length: (abs(n - length), n),
-            default=None,
-        )
-        if nearest is not None:
-            pairs.append((member, free[nearest].pop(0)))
-    return pairs
 
 
 def _notes(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
