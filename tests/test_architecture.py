@@ -18,7 +18,7 @@ FLOWER_EDGE = {"client_app", "server_app", "strategy", "grid", "messages"}
 LAYERS = [
     {"project", "seeds", "storage", "build_hook", "config"},
     {"config_file"},
-    {"data", "run_directory", "evaluation.keywords", "evaluation.intervals"},
+    {"data", "run_directory", "evaluation.keywords", "evaluation.intervals", "evaluation.wording"},
     {"model", "tokens", "aggregation", "adapters", "evaluation.questions"},
     {
         "rounds",

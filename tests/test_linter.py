@@ -17,13 +17,11 @@ from fedlora_app.data import ConflictRecord, Record, RecordFile, load_conflicts,
 from fedlora_app.evaluation.linter import (
     MAX_LINES_PER_RULE,
     Finding,
-    content_words,
     describe_findings,
-    dominant_script,
     keyword_ceiling,
     lint,
-    normalise_question,
 )
+from fedlora_app.evaluation.wording import content_words, dominant_script, normalise_question
 
 PROJECT = Path("/project")
 

@@ -8,18 +8,16 @@ An *error* makes a result wrong, a *warning* makes it worth less than it looks.
 from __future__ import annotations
 
 import math
-import re
 import statistics
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rapidfuzz import fuzz, process
 from scipy import stats
 
 from fedlora_app.config import ClientConfig, Config
@@ -33,62 +31,27 @@ from fedlora_app.evaluation.questions import (
     build_conflict_questions,
     build_questions,
 )
+from fedlora_app.evaluation.wording import (
+    SHORT_HAN_TEXT,
+    content_words,
+    dominant_script,
+    match_nearly,
+    most_common,
+    normalise_question,
+)
 
 if TYPE_CHECKING:
     from fedlora_app.client_data import ClientFiles
 
 Severity = Literal["error", "warning"]
 
-NEAR_DUPLICATE_RATIO = 85  # percent of the characters of both questions
-SPELLING_RATIO = 80  # percent; above it two words may be one word's forms or a slip of the pen
-SPELLING_MIN_LENGTH = 4
-SPELLING_START = 2  # letters in which such words agree, unlike "legal" and "illegal"
-NEAR_CANDIDATES = 20  # most similar training questions looked at per question
 MIN_KEYWORD_CEILING = 0.9
 MIN_PROMPT_SHARE = 0.05
 LENGTH_P_VALUE = 0.001
 MIN_LENGTH_CLUSTERS = 10
 MAX_SCRIPT_SHARE = 0.1
-MIN_KANA_SHARE = 0.1  # of the Chinese characters and kana of a Japanese text
-SHORT_HAN_TEXT = 10  # letters; a Japanese name or term may be this long without any kana
-CJK_WEIGHT = 3  # letters of an alphabet that a Chinese character or kana stands for
 MAX_WORDS_SHOWN = 5
-CACHED_TEXTS = 20_000
 MAX_LINES_PER_RULE = 20  # of one file; further findings are counted only
-
-CJK = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-CJK_RUN = re.compile(f"[{CJK}]+")
-HIRAGANA_ONLY = re.compile(r"[\u3040-\u309f]+")
-TOKEN = re.compile(f"[{CJK}]|[^\\s{CJK}]+")
-SPACED_WORD = re.compile(f"[^\\s{CJK}]+")
-NUMBER = re.compile(r"\d+")
-CJK_GAP = re.compile(f"(?<=[{CJK}]) | (?=[{CJK}])")
-MINUS_SIGN = re.compile(r"(?<!\w)[-\u2212](?=\d)")
-# Punctuation by Unicode's categories that is part of what is asked ("50 %", "C#", "R&D").
-MEANINGFUL_PUNCTUATION = frozenset("%‰#&@*/")
-# Words that say nothing about the matter. Negations are not among them: they turn an answer.
-FILLER_WORDS = """
-a about am an and any are as at be been by did do does for from had has have he her here him
-his i if in into is it its me my of on or our please she so tell than that the their them then
-there these they this those to us was we were with you your s ll re ve
-als am an auf aus bei bitte das dem den der des die ein eine einem einen einer es für ich ihr
-im in ist man mit oder sein sich sie sind und von zu zum zur
-au aux avec ce ces dans de des du elle en est et il ils je la le les leur par pour sa se ses
-son sont sur un une vous
-al con de del el ella en es esta este la las le lo los más o para por se ser son su sus un y
-"""
-# Nothing about the matter either, but two questions that differ in one ask different things.
-ASKING_WORDS = """
-can could how may might must shall should what when where which who whom whose why will would
-kann wann warum was welche welcher welches wer wie wird wo
-comment où pourquoi quand que quel quelle qui quoi
-como cómo cuál cuándo dónde por qué que quién
-"""
-FILLERS = frozenset(FILLER_WORDS.split())
-STOP_WORDS = FILLERS | frozenset(ASKING_WORDS.split())
-FILLER_CHARACTERS = frozenset(
-    "的了吗嗎呢啊吧呀嘛请請问問您你我们們是在就都也和与與及之所对對为為这這那个個"
-)
 
 
 @dataclass(frozen=True)
@@ -179,9 +142,10 @@ def lint(
     for client in clients:
         findings += find_repeated_questions(client)
         findings += find_foreign_scripts(client)
-        for file in [*client.training, *client.question_files]:
-            findings += find_duplicates(file)
+        for file in client.training:
+            findings += find_duplicates(file, contradiction="warning")
         for file in client.question_files:
+            findings += find_duplicates(file, contradiction="error")
             findings += find_keyword_clashes(file)
             findings += find_unknown_keyword_owners(file, config.client_ids)
             findings += find_low_keyword_ceiling(file, client.config.id)
@@ -233,18 +197,6 @@ def keyword_ceiling(
     return sum(outcomes), len(outcomes)
 
 
-def normalise_question(text: str) -> str:
-    """Return the text for comparison: NFKC, case folded, without punctuation.
-
-    Spaces beside Chinese characters and kana go as well: whether a comma stood there must not
-    matter. A text of nothing but punctuation stays as it is.
-    """
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    signed = MINUS_SIGN.sub("\u2212", folded)  # category Sm, unlike the hyphen
-    words = "".join(map(_blank_punctuation, signed)).split()
-    return CJK_GAP.sub("", " ".join(words)) or folded.strip()
-
-
 def find_repeated_questions(client: _Client) -> Iterator[Finding]:
     """Find test and validation questions that were trained on or chosen on."""
     for trained in client.training:
@@ -257,8 +209,12 @@ def find_repeated_questions(client: _Client) -> Iterator[Finding]:
             yield from _compare(file, chosen, "test-in-validation", "warning")
 
 
-def find_duplicates(file: _File) -> Iterator[Finding]:
-    """Find questions that a file asks twice, with one answer or with two."""
+def find_duplicates(file: _File, contradiction: Severity) -> Iterator[Finding]:
+    """Find questions that a file asks twice, with one answer or with two.
+
+    Args:
+        contradiction: how bad two answers are; instruction data may well have several.
+    """
     for position, question in enumerate(file.questions):
         first = file.first_positions[question]
         if first == position:
@@ -267,7 +223,7 @@ def find_duplicates(file: _File) -> Iterator[Finding]:
             text = f"asks the same as record {first + 1} and has the same answer. Remove one."
             yield file.finding("warning", "duplicate", position, text)
             continue
-        severity: Severity = "warning" if file.kind == CONFLICT else "error"
+        severity = "warning" if file.kind == CONFLICT else contradiction
         text = f"asks the same as record {first + 1} but has another answer. Keep the right one."
         yield file.finding(severity, "contradiction", position, text)
 
@@ -435,37 +391,6 @@ def find_foreign_scripts(client: _Client) -> Iterator[Finding]:
                 yield file.finding("warning", "script", different[0], text)
 
 
-@lru_cache(maxsize=CACHED_TEXTS)
-def content_words(text: str) -> frozenset[str]:
-    """Return the words that say something; of Chinese and Japanese the character pairs."""
-    folded = normalise_question(text)
-    words = {word for word in SPACED_WORD.findall(folded) if word not in STOP_WORDS}
-    for run in CJK_RUN.findall(folded):
-        pairs = [run[i : i + 2] for i in range(max(1, len(run) - 1))]
-        words |= {
-            pair
-            for pair in pairs
-            if not HIRAGANA_ONLY.fullmatch(pair) and not FILLER_CHARACTERS.issuperset(pair)
-        }
-    return frozenset(words)
-
-
-@lru_cache(maxsize=CACHED_TEXTS)
-def dominant_script(text: str) -> str | None:
-    """Return the script of most of a text (Latin, Han, Kana, Cyrillic, ...), None if none is.
-
-    Chinese characters among kana are Japanese and count as Kana.
-    """
-    letters = unicodedata.normalize("NFKC", text)
-    counts = Counter(filter(None, map(_script, letters)))
-    japanese = counts["Han"] + counts["Kana"]
-    if japanese and counts["Kana"] >= MIN_KANA_SHARE * japanese:
-        counts["Kana"], counts["Han"] = japanese, 0
-    for script in ("Han", "Kana"):
-        counts[script] *= CJK_WEIGHT
-    return max(counts, key=counts.__getitem__) if counts.total() else None
-
-
 def _collect(config: Config, files: Mapping[str, ClientFiles], root: Path | None) -> list[_Client]:
     known: dict[tuple[Path, str], _File] = {}
 
@@ -503,85 +428,11 @@ def _compare(file: _File, other: _File, rule: str, severity: Severity) -> Iterat
             continue
         text = f"the question also stands in {other.place(found)}. Remove one of the two."
         yield file.finding(severity, rule, position, text)
-    for question, twin in _match_nearly(list(rest), list(other.first_positions)):
+    for question, twin in match_nearly(list(rest), list(other.first_positions)):
         place = other.place(other.first_positions[twin])
         for position in rest[question]:
             text = f"nearly the same question stands in {place}. Remove one of the two."
             yield file.finding("warning", f"near-{rule}", position, text)
-
-
-def _match_nearly(ones: Sequence[str], others: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield questions with the most similar of the others that asks the same.
-
-    Similar is what shares 85 % of the characters, words in their order or sorted: Chinese has
-    no words to sort, and a slip of the pen is a character anywhere. Asking the same is having
-    the same numbers and words but for fillers and spelling. Without that, one phrasing about
-    two matters ("a dog licence", "a cat licence") would pass for a copy.
-    """
-    blocks: dict[frozenset[str], list[str]] = defaultdict(list)
-    for other in others:
-        blocks[_outline(other)].append(other)
-    for one in ones:
-        block = blocks.get(_outline(one), [])
-        similar = _find_similar(one, block) if block else {}
-        twin = next((other for other in similar if _asks_the_same(one, other)), None)
-        if twin is not None:
-            yield one, twin
-
-
-@lru_cache(maxsize=CACHED_TEXTS)
-def _outline(text: str) -> frozenset[str]:
-    """Return what two questions that ask the same must have in common, for a quick search."""
-    tokens = [token for token in TOKEN.findall(text) if not _is_filler(token)]
-    return frozenset(t[:SPELLING_START] if len(t) >= SPELLING_MIN_LENGTH else t for t in tokens)
-
-
-def _find_similar(text: str, others: Sequence[str]) -> dict[str, float]:
-    """Return the most similar of the others with their percentages, best first."""
-    best: dict[str, float] = {}
-    for arrange in (str, _sort_words):
-        found = process.extract(
-            arrange(text),
-            [arrange(other) for other in others],
-            scorer=fuzz.ratio,
-            score_cutoff=NEAR_DUPLICATE_RATIO,
-            limit=NEAR_CANDIDATES,
-        )
-        for _, percentage, index in found:
-            best[others[index]] = max(percentage, best.get(others[index], 0))
-    return dict(sorted(best.items(), key=lambda item: -item[1]))
-
-
-def _sort_words(text: str) -> str:
-    return " ".join(sorted(text.split()))
-
-
-def _asks_the_same(one: str, other: str) -> bool:
-    """Tell whether two questions differ in fillers and spelling only."""
-    if sorted(NUMBER.findall(one)) != sorted(NUMBER.findall(other)):
-        return False
-    ones, others = Counter(TOKEN.findall(one)), Counter(TOKEN.findall(other))
-    only_one, only_other = list(ones - others), list(others - ones)
-    return all(_is_filler(w) or _has_variant(w, only_other) for w in only_one) and all(
-        _is_filler(w) or _has_variant(w, only_one) for w in only_other
-    )
-
-
-def _is_filler(token: str) -> bool:
-    return token in FILLERS or token in FILLER_CHARACTERS
-
-
-def _has_variant(word: str, others: Iterable[str]) -> bool:
-    """Tell whether a spelling of the word is among others."""
-    return len(word) >= SPELLING_MIN_LENGTH and any(
-        fuzz.ratio(word, other) >= SPELLING_RATIO for other in others
-    )
-
-
-@cache
-def _blank_punctuation(character: str) -> str:
-    is_punctuation = unicodedata.category(character).startswith("P")
-    return " " if is_punctuation and character not in MEANINGFUL_PUNCTUATION else character
 
 
 def _answers(record: Record | ConflictRecord) -> dict[str, str]:
@@ -671,23 +522,9 @@ def _find_silent_clients(file: _File, client_ids: Sequence[str]) -> Iterator[Fin
             yield file.finding("warning", "silent-client", None, text)
 
 
-@cache
-def _script(character: str) -> str | None:
-    if not character.isalpha():
-        return None
-    name = re.split(r"[ -]", unicodedata.name(character, "MODIFIER"))[0]
-    named = {"CJK": "Han", "IDEOGRAPHIC": "Han", "HIRAGANA": "Kana", "KATAKANA": "Kana"}
-    return None if name == "MODIFIER" else named.get(name, name.title())
-
-
-def _most_common(scripts: Iterable[str | None]) -> str | None:
-    counts = Counter(filter(None, scripts)).most_common(1)
-    return counts[0][0] if counts else None
-
-
 def _trained_script(client: _Client, kind: str) -> str | None:
     files = [file for file in client.training if file.kind == kind]
-    return _most_common(dominant_script(record.output) for f in files for record in f.records)
+    return most_common(dominant_script(record.output) for f in files for record in f.records)
 
 
 def _find_mismatches(answers: Sequence[str], expected: Sequence[str | None]) -> list[int]:
