@@ -61,8 +61,7 @@ def answered_as(question: Question, index: int) -> Answered:
     """A model for which the candidate at ``index`` is likeliest by far, and which says it."""
     values = [-500.0 - position for position in range(len(question.candidates))]
     values[index] = -1.0
-    sizes = tuple(len(text.encode()) for text in question.candidates)
-    return Answered(tuple(values), sizes, question.candidates[index])
+    return Answered(tuple(values), question.candidates[index])
 
 
 def scored_as(question: Question, index: int):
@@ -112,7 +111,7 @@ QUESTION = Question("q", ("A long right answer.", "No."))
 
 def score(*log_likelihoods, candidates=QUESTION.candidates, **arguments):
     question = replace(QUESTION, candidates=candidates)
-    answered = Answered(tuple(log_likelihoods), (1,) * len(candidates), "")
+    answered = Answered(tuple(log_likelihoods), "")
     return score_answer(question, answered, **arguments)
 
 
@@ -170,11 +169,11 @@ def test_a_question_without_a_rival_is_not_ranked():
 
 def test_without_a_known_answer_only_the_keyword_rule_applies():
     question = Question("q", (), own_keywords=("course",), other_keywords=("fine",))
-    says = score_answer(question, Answered((), (), "No fine, but a course."), {})
+    says = score_answer(question, Answered((), "No fine, but a course."), {})
     assert (says.exact_match, says.rouge_l, says.margin, says.ranked_first) == (None,) * 4
     assert says.keyword is True and says.generated == "No fine, but a course."
     for wrong in ("A fine.", "A course and a fine.", "No course."):
-        assert score_answer(question, Answered((), (), wrong)).keyword is False
+        assert score_answer(question, Answered((), wrong)).keyword is False
 
 
 @pytest.mark.parametrize(
@@ -270,7 +269,7 @@ def test_the_summary_holds_means_over_what_was_scored():
         score(-5.0, -4.5, candidates=("Yes, of course.", "No.")),
         score(-1.0, candidates=("Here.",)),
     )
-    keyword_only = score_answer(Question("q", (), own_keywords=("k",)), Answered((), (), "k"))
+    keyword_only = score_answer(Question("q", (), own_keywords=("k",)), Answered((), "k"))
     summary = summarise([first, second, alone, keyword_only, replace(first, exact_match=True)])
     assert (summary["n"], summary["n_ranked"]) == (5, 3)
     assert summary["exact_match"] == 1 / 4
@@ -282,7 +281,7 @@ def test_the_summary_holds_means_over_what_was_scored():
 
 def test_the_summary_leaves_out_what_nothing_was_scored_for():
     assert summarise([]) == {}
-    keyword_only = score_answer(Question("q", (), own_keywords=("k",)), Answered((), (), "k"))
+    keyword_only = score_answer(Question("q", (), own_keywords=("k",)), Answered((), "k"))
     assert summarise([keyword_only]) == {"n": 1}
     assert summarise([score(-1.0, candidates=("Here.",))]) == {"n": 1, "exact_match": 0.0}
 

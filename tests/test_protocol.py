@@ -170,8 +170,7 @@ def test_gold_answers_give_every_metric_its_known_value(runs, tiny_project):
             for prompt in prompts:
                 gold = known.get((prompt.system_prompt, prompt.question))
                 values = tuple(-1.0 if text == gold else -9.0 for text in prompt.candidates)
-                counts = (1,) * len(values)
-                answers.append(answering_module.Answered(values, counts, gold or "nothing"))
+                answers.append(answering_module.Answered(values, gold or "nothing"))
             self.store.add(self._identify(answering), prompts, answers)
 
     answering_module = answering

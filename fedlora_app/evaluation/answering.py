@@ -158,8 +158,8 @@ class ScoreStore:
             for prompt, answer in zip(prompts, answers, strict=True):
                 key = _store_key(who, prompt)
                 self._scores[key] = answer
-                row = [self._context, *key, answer.log_likelihoods, answer.num_tokens]
-                file.write(json.dumps([*row, answer.generated], ensure_ascii=False) + "\n")
+                row = [self._context, *key, answer.log_likelihoods, answer.generated]
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def remove(self) -> None:
         """Delete the file: the evaluation is complete."""
@@ -167,11 +167,11 @@ class ScoreStore:
 
     def _read(self, line: str) -> None:
         try:
-            context, who, prompt, values, counts, generated = json.loads(line)
+            context, who, prompt, values, generated = json.loads(line)
         except ValueError:
             return
         if context == self._context:
-            self._scores[(who, prompt)] = Answered(tuple(values), tuple(counts), generated)
+            self._scores[(who, prompt)] = Answered(tuple(values), generated)
 
 
 @dataclass
@@ -262,7 +262,6 @@ class Evaluator:
             order = [prompt.candidates.index(text) for text in question.candidates]
             sorted_back = Answered(
                 tuple(answered.log_likelihoods[i] for i in order),
-                tuple(answered.num_tokens[i] for i in order),
                 answered.generated,
             )
             scores.append(score_answer(question, sorted_back, unconditional))

@@ -42,11 +42,10 @@ class Answered:
     """What the model made of a prompt.
 
     ``log_likelihoods`` are sums over a candidate's tokens, its end-of-turn mark included, in
-    nats; ``num_tokens`` counts those. ``generated`` is "" where none was wanted.
+    nats. ``generated`` is "" where none was wanted.
     """
 
     log_likelihoods: tuple[float, ...]
-    num_tokens: tuple[int, ...]
     generated: str
 
 
@@ -122,10 +121,7 @@ def score_prompts(
         done += len(indices)
         if progress is not None:
             progress(done)
-    return [
-        Answered(tuple(totals[i]), tuple(len(ids) for ids in answer_ids[i]), generated.get(i, ""))
-        for i in range(len(prompts))
-    ]
+    return [Answered(tuple(totals[i]), generated.get(i, "")) for i in range(len(prompts))]
 
 
 def shares_prefix(model: AdaptedModel) -> bool:
