@@ -457,6 +457,27 @@ class TestCheckIn:
         with pytest.raises(ValueError, match="names 'cy', which is no client. Clients: ann, bob"):
             Federation(tiny_project, tmp_path, config).run()
 
+    def test_an_error_in_the_question_sets_stops_the_run(self, tiny_project, tmp_path, capsys):
+        config = build_tiny_config(data={"on_lint_error": "stop"})
+        with pytest.raises(ValueError) as caught:
+            Federation(tiny_project, tmp_path, config).run()
+        text = str(caught.value)
+        assert "ann_local.json: test-in-training" in text and "fedlora check" in text
+        assert "red rule" not in text and "ann says" not in text  # what the file holds stays
+        assert "error: ann_local.json, record 1" in capsys.readouterr().out
+        assert not (tmp_path / "run").exists()
+
+    def test_findings_are_in_the_manifest_without_their_texts(self, federation):
+        run = federation.run()
+        manifest = json.loads((run / "manifest.json").read_text())
+        findings = manifest["clients"]["ann"]["findings"]
+        assert {"severity": "error", "rule": "test-in-training", "file": "ann_local.json"} in [
+            {k: v for k, v in finding.items() if k != "record"} for finding in findings
+        ]
+        sent = federation.grids[-1].bytes_received()
+        assert b"test-in-training" in sent
+        assert b"red rule" not in sent and b"also stands" not in sent
+
     def test_two_nodes_that_are_one_client(self, federation):
         from fedlora_app import client_app
 
