@@ -140,9 +140,10 @@ def tabulate(
     columns = [f"{name}/{key}" for key in (*QUESTION_SETS, "pass_rate", "leakage")]
     yield "| variant | answers with | " + " | ".join(HEADINGS) + " | steps |"
     yield "|---" * (3 + len(HEADINGS)) + "|"
-    for variant, runs in figures.items():
+    for position, (variant, runs) in enumerate(figures.items()):
         for who, label in ANSWERERS.items():
-            if any(who not in run for run in runs):
+            is_repeated = who == "base" and position > 0  # the same in every variant
+            if is_repeated or any(who not in run for run in runs):
                 continue
             cells = (describe_percent([run[who].get(c) for run in runs]) for c in columns)
             shown = sorted(set(steps[variant]))
