@@ -157,7 +157,7 @@ def scaled_local(model: AdaptedModel, factor: float | torch.Tensor) -> Iterator[
     Args:
         factor: a number, or one for each row of the batch as (B, 1, 1).
     """
-    layers = _lora_layers(model)
+    layers = _lora_layers(model, LOCAL)
     before = [layer.scaling[LOCAL] for layer in layers]
     for layer, scaling in zip(layers, before, strict=True):
         layer.scaling[LOCAL] = factor * scaling
@@ -176,12 +176,12 @@ def compute_overlap(model: AdaptedModel) -> torch.Tensor:
     equation 7), made scale-free so that a smaller adapter alone does not lower it.
     """
     overlaps = []
-    for layer in _lora_layers(model):
+    for layer in _lora_layers(model, GLOBAL, LOCAL):
         a_global = layer.lora_A[GLOBAL].weight.detach().float()  # (r_G, in)
         a_local = layer.lora_A[LOCAL].weight.float()  # (r_L, in)
         sizes = a_global.square().sum() * a_local.square().sum()
         overlaps.append((a_global @ a_local.T).square().sum() / sizes)
-    return torch.stack(overlaps).mean()
+    return torch.stack(overlaps).mean() if overlaps else torch.zeros((), device=model.device)
 
 
 def base_only(model: AdaptedModel):
@@ -284,8 +284,10 @@ def _lora_config(config: AdapterConfig) -> LoraConfig:
     )
 
 
-def _lora_layers(model: AdaptedModel) -> list[LoraLayer]:
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+def _lora_layers(model: AdaptedModel, *names: str) -> list[LoraLayer]:
+    """Return the modules that hold all of these adapters."""
+    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
+    return [layer for layer in layers if set(names) <= set(layer.scaling)]
 
 
 def _parameters(model: AdaptedModel, name: str) -> AdapterState:

@@ -248,10 +248,10 @@ class Client:
             selected += select_examples(self.config, client_id, examples, phase, server_round)
             num_steps += count_phase_steps(self.config, examples, phase)
         training, num_rounds = self.config.training, self.config.federated.num_rounds
-        weight_decays = {
-            GLOBAL: training.global_weight_decay,
-            LOCAL: training.local_weight_decay,
-        }
+        # Where the local adapter stands alone there is no global one that it could spoil.
+        is_beside = GLOBAL in phase.active
+        local_decay = training.local_weight_decay if is_beside else training.global_weight_decay
+        weight_decays = {GLOBAL: training.global_weight_decay, LOCAL: local_decay}
         return train_phase(
             model,
             selected,

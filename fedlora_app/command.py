@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -83,7 +84,6 @@ def evaluate(
     from fedlora_app.evaluation.protocol import evaluate_round
     from fedlora_app.evaluation.text import describe_evaluation
     from fedlora_app.saved_run import find_run, load_run
-    from fedlora_app.storage import write_json
 
     run_dir = find_run(run, find_project_root())
     root = find_project_root(str(run_dir / "config.json"))  # the checkout that it lies in
@@ -91,11 +91,12 @@ def evaluate(
     with _progress(quiet=as_json) as report:
         evaluation = evaluate_round(saved, report, membership=membership)
     path = saved.run.evaluation_path(saved.server_round)
-    write_json(path, evaluation)
     if as_json:
         typer.echo(json.dumps(evaluation, ensure_ascii=False))
     else:
         typer.echo(describe_evaluation(evaluation))
+        if membership and not evaluation["membership"]:
+            typer.echo("Nothing is shared in this mode, so no membership was inferred.")
         typer.echo(f"Written: {path}")
 
 
@@ -169,11 +170,17 @@ def main() -> None:
         ProjectNotFoundError,
     )
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
+    except click.ClickException as error:  # a mistyped command or option
+        error.show()
+        sys.exit(error.exit_code)
     except mendable as error:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except OSError as error:
+        typer.echo(f"Error: {error.filename or 'The disk'}: {error.strerror}.", err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
         typer.echo("Stopped; the same command goes on from here.", err=True)
         sys.exit(130)
 

@@ -95,7 +95,8 @@ class TrainingConfig(Section):
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     global_weight_decay: float = Field(0.0, ge=0)
     local_weight_decay: float = Field(10.0, ge=0)
-    """Keeps the local adapter small, so that it spoils less of what the global one knows."""
+    """Keeps the local adapter small, so that it spoils less of what the global one knows. In mode
+    local-only, where there is none, global_weight_decay holds."""
     local_kl_weight: float = Field(0.0, ge=0)
     """Holds the pair near the global adapter alone on replayed universal records: weight of
     KL(global || global + local) per answer token, in the local phase of mode dual."""

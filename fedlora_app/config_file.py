@@ -127,6 +127,12 @@ def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:
     lowered = [name.lower() for name in ids]
     for name in sorted({i for i in ids if lowered.count(i.lower()) > 1 and ids.count(i) == 1}):
         yield f'federated.clients: the id "{name}" differs from another only in case.'
+    training = raw.get("training") if isinstance(raw.get("training"), dict) else {}
+    if training.get("local_kl_weight") and training.get("replay") == 0:
+        yield (
+            "training.local_kl_weight: it acts on replayed records and training.replay is 0. "
+            "Set replay above 0."
+        )
     min_clients = federated.get("min_clients")
     if isinstance(min_clients, int) and min_clients > len(clients):
         yield (

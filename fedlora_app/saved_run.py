@@ -58,12 +58,13 @@ class SavedRun:
             return self.path / EVALUATION_FILE
         return self.path / f"evaluation_round_{server_round:03d}.json"
 
-    def count_steps(self) -> int:
-        """Return the optimizer steps of all clients, phases and rounds together."""
+    def count_steps(self, server_round: int) -> int:
+        """Return the optimizer steps of all clients and phases up to a round."""
         history = _read_json(self.path / "history.json")
         values = (
             value
             for entry in history
+            if entry["round"] <= server_round
             for metric, value in entry["metrics"].items()
             if metric.startswith("train_") and metric.endswith("/num_steps")
         )

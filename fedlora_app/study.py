@@ -12,25 +12,29 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError
 
+from fedlora_app.client_data import load_all_files
 from fedlora_app.config import SAFE_NAME, Config, ConfigError, Section
 from fedlora_app.config_file import load_config
-from fedlora_app.evaluation.answering import Report, open_round
+from fedlora_app.evaluation.answering import Report, SavedRound, open_round
 from fedlora_app.evaluation.intervals import over_seeds
 from fedlora_app.evaluation.protocol import evaluate_round
+from fedlora_app.evaluation.tables import FORMAT
 from fedlora_app.project import find_project_root
 from fedlora_app.run_directory import RunDirectoryError
-from fedlora_app.saved_run import SavedRun, load_run
+from fedlora_app.saved_run import load_run
 from fedlora_app.storage import write_atomically, write_json
 
+FLWR = str(Path(sys.executable).with_name("flwr"))  # of this environment, whatever PATH says
 POLL_SECONDS = 5.0
 QUESTION_SETS = ("universal", "universal_unseen", "local", "conflict")
 HEADINGS = ("universal", "never seen", "local", "conflict", "every client right", "leakage")
@@ -58,7 +62,7 @@ class StudyConfig(Section):
     seeds: list[int] = Field(min_length=1)
     overrides: str = ""
     """Laid over the experiment in every variant."""
-    variants: dict[str, str] = Field(min_length=1)
+    variants: dict[Annotated[str, Field(pattern=SAFE_NAME)], str] = Field(min_length=1)
     """Each variant's name and what it overrides."""
 
 
@@ -100,8 +104,13 @@ def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) 
     evaluations: dict[str, list[dict[str, Any]]] = {name: [] for name in study.variants}
     for (variant, seed), config in configs.items():
         run_dir = folder / f"{variant}-seed{seed}"
-        if not _is_finished(run_dir, config):
+        if not _is_finished(run_dir, config, data_root):
             _run(study, root, run_dir, config, _overrides(study, variant, seed))
+            if not _is_finished(run_dir, config, data_root):
+                raise RunDirectoryError(
+                    f"{run_dir} did not reach its end; its log stands above. The same command "
+                    "goes on with it."
+                )
         evaluations[variant].append(_evaluate(run_dir, data_root, report))
     figures = {name: [measure(entry) for entry in runs] for name, runs in evaluations.items()}
     steps = {name: [entry["num_steps"] for entry in runs] for name, runs in evaluations.items()}
@@ -116,20 +125,17 @@ def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) 
 
 def measure(evaluation: Mapping[str, Any]) -> Figures:
     """Return a run's figures by who answers, means over the clients."""
-    cells: dict[str, dict[str, list[float]]] = {}
+    rows: dict[str, list[Mapping[str, Any]]] = {}
     for row in evaluation["swap_table"]:
-        if row["scale"] != 1.0:
-            continue
-        by_name = cells.setdefault(_relative_label(row), {})
-        for name in MEASURES:
-            if row[name] is not None:
-                by_name.setdefault(f"{name}/{row['question_set']}", []).append(row[name])
-    figures = {who: {k: fmean(v) for k, v in by_name.items()} for who, by_name in cells.items()}
+        if row["scale"] == 1.0:
+            rows.setdefault(_relative_label(row), []).append(row)
+    figures = {who: _average(found) for who, found in rows.items()}
     own = {"global": "global", "local": "local:own"}.get(evaluation["answering"])
     own = own or "global+local:own"
-    figures[own] |= _from_summary(evaluation["summary"])
+    figures.setdefault(own, {}).update(_from_summary(evaluation["summary"]))
     if evaluation["summary_chosen_scale"] is not None:
-        figures["chosen"] = _from_summary(evaluation["summary_chosen_scale"])
+        figures["chosen"] = _average(_chosen_rows(evaluation))
+        figures["chosen"] |= _from_summary(evaluation["summary_chosen_scale"])
     return figures
 
 
@@ -170,13 +176,33 @@ def _describe(
         yield ""
 
 
+def _average(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the means of several clients' rows by measure and question set."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        for name in MEASURES:
+            if row[name] is not None:
+                values.setdefault(f"{name}/{row['question_set']}", []).append(row[name])
+    return {key: fmean(found) for key, found in values.items()}
+
+
+def _chosen_rows(evaluation: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the clients' rows under their own adapters at the scale that was chosen."""
+    own = f"{evaluation['answering']}:own"
+    for row in evaluation["swap_table"]:
+        scale = evaluation["scales"].get(row["client"], {}).get("chosen", 1.0)
+        if row["scale"] == scale and _relative_label(row) == own:
+            yield row
+
+
 def _from_summary(summary: Mapping[str, Any]) -> dict[str, float]:
     """Return the figures that a run has for its clients' own adapters only."""
     figures = {}
     for name, suffix in (("accuracy", ""), ("exact_match", "_exact_match")):
-        entries = {key: summary[f"{key}_{name}"] for key in QUESTION_SETS}
-        entries["pass_rate"] = summary[f"conflict_pass_rate{suffix}"]
-        entries["leakage"] = summary[f"leakage{suffix}"]
+        entries = {
+            "pass_rate": summary[f"conflict_pass_rate{suffix}"],
+            "leakage": summary[f"leakage{suffix}"],
+        }
         for key, entry in entries.items():
             if entry["value"] is not None:
                 figures[f"{name}/{key}"] = entry["value"]
@@ -196,18 +222,26 @@ def _overrides(study: StudyConfig, variant: str, seed: int) -> str:
     return " ".join(filter(None, parts))
 
 
-def _is_finished(run_dir: Path, config: Config) -> bool:
+def _is_finished(run_dir: Path, config: Config, data_root: Path) -> bool:
+    """Tell whether a run of this configuration and of the files as they are now has ended."""
     try:
         run = load_run(run_dir)
     except (RunDirectoryError, ConfigError):
         return False
-    return bool(run.manifest.get("finished")) and run.config == config
+    if not run.manifest.get("finished") or run.config != config:
+        return False
+    return all(
+        run.manifest["clients"][client].get(f"sha256/{name}") == file.sha256
+        for client, files in load_all_files(config, data_root).items()
+        for name, file in files.all.items()
+    )
 
 
 def _run(study: StudyConfig, root: Path, run_dir: Path, config: Config, overrides: str) -> None:
     """Start one run with Flower and wait for it."""
     if run_dir.exists():
-        print(f"{run_dir} is unfinished or of another configuration and is run anew.", flush=True)
+        why = "unfinished, or of another configuration or data"
+        print(f"{run_dir} is {why}, and is run anew.", flush=True)
         shutil.rmtree(run_dir)
     quoted = overrides.replace("'", '"')
     settings = (
@@ -215,24 +249,23 @@ def _run(study: StudyConfig, root: Path, run_dir: Path, config: Config, override
         f"run-name='{run_dir.name}' overrides='{quoted}'"
     )
     federation = f"num-supernodes={len(config.federated.clients)}"
-    command = ["flwr", "run", str(root), "--run-config", settings]
+    command = [FLWR, "run", str(root), "--run-config", settings]
     # The command runs in an environment that holds everything; none need be made for each run.
     environment = {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"} | os.environ
     started = _call_flower([*command, "--federation-config", federation], environment)
     run_id = str(started["run-id"])
-    # The log's stream may end before a run in which nothing is printed for some minutes.
-    subprocess.run(["flwr", "log", run_id, "--stream"], check=False, env=environment)
-    while not _has_ended(run_id, environment):
-        time.sleep(POLL_SECONDS)
-    if not _is_finished(run_dir, config):
-        raise RunDirectoryError(
-            f"{run_dir} did not reach its end; its log stands above. The same command goes on "
-            "with it."
-        )
+    try:
+        # The log's stream may end before a run in which nothing is printed for some minutes.
+        subprocess.run([FLWR, "log", run_id, "--stream"], check=False, env=environment)
+        while not _has_ended(run_id, environment):
+            time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:  # the run would go on without us
+        subprocess.run([FLWR, "stop", run_id], check=False, env=environment)
+        raise
 
 
 def _has_ended(run_id: str, environment: Mapping[str, str]) -> bool:
-    found = _call_flower(["flwr", "list", "--run-id", run_id], environment)
+    found = _call_flower([FLWR, "list", "--run-id", run_id], environment)
     return all(run["status"].startswith("finished") for run in found["runs"])
 
 
@@ -251,7 +284,7 @@ def _call_flower(command: list[str], environment: Mapping[str, str]) -> dict[str
         answer = {}
     if not answer.get("success"):
         reason = answer.get("error-message") or done.stdout.strip() or "no reason given"
-        raise RunDirectoryError(f"{' '.join(command[:2])} failed: {reason}")
+        raise RunDirectoryError(f"flwr {command[1]} failed: {reason}")
     return answer
 
 
@@ -259,14 +292,15 @@ def _evaluate(run_dir: Path, root: Path, report: Report) -> dict[str, Any]:
     """Return a run's evaluation, made anew where it is not of its adapters."""
     run = load_run(run_dir)
     saved = open_round(run, root)
-    if _is_current(run, saved.hashes):
+    if _is_current(run.evaluation, saved):
         return run.evaluation
     print(f"{run.name}: evaluating", flush=True)
-    evaluation = evaluate_round(saved, report)
-    write_json(run.evaluation_path(saved.server_round), evaluation)
-    return evaluation
+    return evaluate_round(saved, report)
 
 
-def _is_current(run: SavedRun, hashes: Mapping[str, str]) -> bool:
-    found = run.evaluation
-    return found is not None and found.get("adapters") == hashes
+def _is_current(evaluation: Mapping[str, Any] | None, saved: SavedRound) -> bool:
+    """Tell whether an evaluation is of these adapters and of the files as they are now."""
+    if evaluation is None or evaluation.get("format") != FORMAT:
+        return False
+    files = {c: {n: f.sha256 for n, f in fs.all.items()} for c, fs in saved.files.items()}
+    return evaluation["adapters"] == saved.hashes and evaluation["files"] == files

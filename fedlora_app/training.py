@@ -117,9 +117,9 @@ def train_phase(
                 micro_loss = micro_loss + share * micro_penalty
                 penalty += share * micro_penalty.item()
             micro_loss.backward()
-        if not math.isfinite(loss):
+        if not math.isfinite(loss + penalty):
             raise TrainingError(
-                f"The loss became {loss} at step {step + 1} of {num_steps}. Lower "
+                f"The loss became {loss + penalty} at step {step + 1} of {num_steps}. Lower "
                 f"training.learning_rate (it is {training.learning_rate:g})."
             )
         torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)

@@ -17,12 +17,15 @@ from fedlora_app.adapters import (
     attach_adapters,
     base_only,
     build_initial_state,
+    compute_overlap,
     get_state,
     load_adapter,
     save_adapter,
+    scaled_local,
     set_state,
     state_shapes,
 )
+from fedlora_app.config import AdaptersConfig
 
 INPUT_IDS = torch.arange(1, 13).reshape(2, 6)
 
@@ -202,3 +205,20 @@ class TestRefusals:
         (folder / "adapter_config.json").write_text(json.dumps([1]))
         with pytest.raises(AdapterError, match="is damaged"):
             load_adapter(folder, adapted, LOCAL, "tiny")
+
+
+def test_adapters_may_sit_on_different_modules(tiny_model):
+    """What scales local, or measures the overlap, looks only where the adapters are."""
+    config = AdaptersConfig.model_validate(
+        {"global": {"rank": 2}, "local": {"rank": 2, "target_modules": ["q_proj"]}}
+    )
+    model = attach_adapters(tiny_model, config)
+    assert 0 <= compute_overlap(model).item() <= 1
+    activate(model, (GLOBAL, LOCAL))
+    scales = {}
+    with scaled_local(model, 0.5):
+        for name, module in model.named_modules():
+            if hasattr(module, "lora_A") and LOCAL in module.scaling:
+                scales[name] = module.scaling[LOCAL]
+    assert scales and all("q_proj" in name for name in scales)
+    assert set(scales.values()) == {0.5 * config.local.alpha / 2}

@@ -150,3 +150,9 @@ def test_the_dump_reads_back_equal():
     config = load_config(ROOT / "conf" / "demo.yaml")
     assert parse_config(config.dump()) == config
     assert isinstance(config, Config)
+
+
+def test_a_penalty_that_could_not_act_is_a_fault():
+    raw = {"training": {"local_kl_weight": 1.0, "replay": 0}, "federated": ONE_CLIENT}
+    with pytest.raises(ConfigError, match="local_kl_weight: it acts on replayed records"):
+        parse_config(raw)

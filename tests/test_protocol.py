@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,8 @@ from fedlora_app.evaluation.metrics import evaluate_questions
 from fedlora_app.evaluation.protocol import PARTIAL_FILE, evaluate_round
 from fedlora_app.evaluation.questions import CONFLICT
 from fedlora_app.evaluation.tables import build_evaluation, choose_scales
+from fedlora_app.evaluation.text import describe_evaluation
+from fedlora_app.model import ModelError
 from fedlora_app.run_directory import RunDirectoryError
 from fedlora_app.saved_run import load_run
 
@@ -246,8 +249,6 @@ def test_a_stopped_evaluation_goes_on_where_it_was(runs, tiny_project, evaluated
 
 
 def test_a_changed_adapter_is_not_evaluated(runs, tiny_project, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(runs(), copy)
     weights = copy / "clients" / "ann" / "round_002" / "adapter_model.safetensors"
@@ -286,3 +287,37 @@ def test_the_scale_with_the_best_mean_is_chosen_and_the_nearest_to_one_of_severa
     assert chosen == {"ann": 0.75}
     assert [row["scale"] for row in curves["ann"]] == [0.25, 0.75, 1.0, 1.5]
     assert [row["local"] for row in curves["ann"]] == [0.0, 1.0, 0.5, 1.0]
+
+
+def test_another_base_model_is_refused(runs, tiny_project, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(runs(), copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["base_model"]["fingerprint"] = "0" * 64
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ModelError, match="is not the one that the run was trained on"):
+        evaluate(copy, tiny_project)
+
+
+def test_a_client_without_validation_questions_stays_at_scale_1(tiny_project, tmp_path):
+    clients = tiny_config().dump()["federated"]["clients"]
+    clients[0]["local_validation"] = "ann_local.json"
+    config = tiny_config(
+        data={"universal_validation": None}, federated={"clients": clients, "num_rounds": 1}
+    )
+    found = evaluate(Federation(tiny_project, tmp_path, config).run("some"), tiny_project)
+    assert set(found["scales"]) == {"ann"}
+    assert found["summary_chosen_scale"]["local_accuracy"]["n"] > 0
+    assert "own local" in describe_evaluation(found)
+
+
+def test_a_changed_data_file_is_noted(runs, tiny_project, evaluation):
+    path = tiny_project / "universal_test.json"
+    content = path.read_text()
+    try:
+        path.write_text(content + "\n")
+        found = evaluate(runs(), tiny_project)
+    finally:
+        path.write_text(content)
+    assert any("universal_test.json (universal of ann) was changed" in n for n in found["notes"])
+    assert not any("was changed" in note for note in evaluation["notes"])

@@ -28,11 +28,19 @@ from fedlora_app.adapters import (
     set_state,
 )
 from fedlora_app.client_data import ClientFiles, load_all_files
+from fedlora_app.config import ModelConfig
 from fedlora_app.evaluation.metrics import Score, score_answer
 from fedlora_app.evaluation.questions import Question
 from fedlora_app.evaluation.scoring import CANDIDATES_PER_ROW, Answered, Prompt, score_prompts
 from fedlora_app.gate import Gate, fit_gate
-from fedlora_app.model import LoadedModel, load_base_model
+from fedlora_app.model import (
+    LoadedModel,
+    ModelError,
+    compute_dtype,
+    describe_device,
+    load_base_model,
+    uses_4bit,
+)
 from fedlora_app.rounds import plan_round
 from fedlora_app.saved_run import SavedRun
 
@@ -132,6 +140,12 @@ def open_round(run: SavedRun, root: Path, server_round: int | None = None) -> Sa
     return SavedRound(run, chosen, root, hashes, load_all_files(config, root))
 
 
+def describe_precision(config: ModelConfig) -> str:
+    """Return what scores were computed on: the device and the numbers' precision."""
+    bits = "4-bit, " if uses_4bit(config) else ""
+    return f"{bits}{compute_dtype(config)}, {describe_device()}"
+
+
 class ScoreStore:
     """Scores by adapters and prompt, kept in a file so that a stopped evaluation goes on.
 
@@ -201,6 +215,13 @@ class Evaluator:
         """Return the base model, and with its adapters' modules on it."""
         config = self.saved.run.config
         loaded = load_base_model(config.model, self.saved.root)
+        recorded = self.saved.run.manifest["base_model"].get("fingerprint", loaded.fingerprint)
+        if loaded.fingerprint != recorded:
+            raise ModelError(
+                f"The base model {config.model.name} is not the one that the run was trained on: "
+                f"its fingerprint is {loaded.fingerprint[:12]}, in manifest.json {recorded[:12]}. "
+                "Restore the weight files, or set model.revision."
+            )
         if loaded.adapted is None or loaded.adapted[0] != config.adapters:
             loaded.adapted = (config.adapters, attach_adapters(loaded.model, config.adapters))
         return loaded, loaded.adapted[1]
@@ -290,6 +311,8 @@ class Evaluator:
         """Return an adapter of the round, read once."""
         key = client or ""
         if key not in self._states:
+            if client is not None:  # one local adapter at a time; there may be many clients
+                self._states = {k: v for k, v in self._states.items() if k == ""}
             folder = self.saved.run.adapter_folder(self.saved.server_round, client)
             name = self.saved.run.config.model.name
             role = GLOBAL if client is None else LOCAL
@@ -301,7 +324,9 @@ def open_store(saved: SavedRound, path: Path) -> ScoreStore:
     """Return the scores that a stopped evaluation of this run left, or none."""
     config = saved.run.config
     settings = [config.model.model_dump(), config.evaluation.max_new_tokens, config.adapters.gate]
-    settings.append(saved.run.manifest["base_model"])
+    settings += [saved.run.manifest["base_model"], describe_precision(config.model)]
+    if config.adapters.gate != "none":  # a gate is fitted to the training prompts
+        settings += [(f.universal.sha256, f.local.sha256) for f in saved.files.values()]
     text = json.dumps(settings, sort_keys=True)
     return ScoreStore(path, hashlib.sha256(text.encode()).hexdigest()[:16])
 

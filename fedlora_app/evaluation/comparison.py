@@ -159,12 +159,13 @@ def group_by_mode(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Return means over the seeds of like runs, and notes on runs that were not averaged.
 
-    Alike are runs of one mode and number of parameters, trained and tested under the same
-    conditions. The n of a mean counts seeds.
+    Alike are runs of one mode, number of parameters and settings, trained and tested under the
+    same conditions. The n of a mean counts seeds.
     """
     alike: dict[str, list[EvaluatedRun]] = {}
     for run in _read_runs(evaluations):
-        identity = [run.evaluation[k] for k in ("mode", "answering", "num_parameters", "files")]
+        names = ("mode", "answering", "num_parameters", "files", "settings")
+        identity = [run.evaluation.get(name) for name in names]
         conditions = [describe(run) for describe in CONDITIONS.values()]
         alike.setdefault(json.dumps([identity, conditions], sort_keys=True), []).append(run)
     groups, notes = [], []

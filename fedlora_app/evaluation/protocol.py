@@ -25,6 +25,7 @@ from fedlora_app.evaluation.linter import lint
 from fedlora_app.evaluation.membership import infer_membership
 from fedlora_app.evaluation.questions import CONFLICT, LOCAL_SET, Question
 from fedlora_app.evaluation.tables import Scores, build_evaluation, choose_scales
+from fedlora_app.storage import write_json
 
 NO_IDENTITY = "You are a helpful assistant."
 PARTIAL_FILE = ".evaluation.partial.jsonl"
@@ -33,7 +34,7 @@ PARTIAL_FILE = ".evaluation.partial.jsonl"
 def evaluate_round(
     saved: SavedRound, report: Report, *, membership: bool = False
 ) -> dict[str, Any]:
-    """Run the protocol and return the content of ``evaluation.json``.
+    """Run the protocol, write ``evaluation.json`` and return what it holds.
 
     Args:
         report: called as the work goes on.
@@ -53,13 +54,14 @@ def evaluate_round(
         rows = _infer_membership(saved, evaluator)
     findings = lint(saved.run.config, saved.files, saved.root)
     evaluation = build_evaluation(saved, scores, chosen, curves, rows, list(map(str, findings)))
+    write_json(saved.run.evaluation_path(saved.server_round), evaluation)
     store.remove()
     return evaluation
 
 
 def _infer_membership(saved: SavedRound, evaluator: Evaluator) -> list[dict[str, Any]]:
     if GLOBAL not in saved.active:
-        return []
+        return []  # nothing is shared
     loaded, model = evaluator.load()
     evaluator.set_adapters(model, Answering(with_global=True))
     config = saved.run.config

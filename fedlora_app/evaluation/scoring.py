@@ -21,6 +21,7 @@ from fedlora_app.tokens import encode_answer, encode_prompt
 from fedlora_app.training import LOGIT_ROWS
 
 CANDIDATES_PER_ROW = 16
+MAX_BATCH_TOKENS = 16_384  # padding included; the attention mask grows with a row's square
 
 Progress = Callable[[int], None]
 """Called with the number of prompts that are done."""
@@ -88,7 +89,8 @@ def score_prompts(
     ]
     totals = [[0.0] * len(p.candidates) for p in prompts]
     greedy: dict[int, list[int]] = {}
-    rows = list(_build_rows(prompt_ids, answer_ids, shared=shares_prefix(model)))
+    per_row = min(CANDIDATES_PER_ROW, batch_size) if shares_prefix(model) else 1
+    rows = list(_build_rows(prompt_ids, answer_ids, per_row))
     rows_left = [0] * len(prompts)
     for row in rows:
         rows_left[row.prompt] += 1
@@ -148,13 +150,12 @@ def _gated(
 
 
 def _build_rows(
-    prompt_ids: Sequence[list[int]], answer_ids: Sequence[list[list[int]]], *, shared: bool
+    prompt_ids: Sequence[list[int]], answer_ids: Sequence[list[list[int]]], per_row: int
 ) -> Iterator[_Row]:
-    """Yield the sequences to compute, each with one candidate unless the prompt is shared."""
-    step = CANDIDATES_PER_ROW if shared else 1
+    """Yield the sequences to compute, each a prompt with up to ``per_row`` of its candidates."""
     for index, (ids, answers) in enumerate(zip(prompt_ids, answer_ids, strict=True)):
-        for start in range(0, len(answers), step):
-            part = answers[start : start + step]
+        for start in range(0, len(answers), per_row):
+            part = answers[start : start + per_row]
             yield _Row(index, ids, list(range(start, start + len(part))), part)
 
 
@@ -163,7 +164,9 @@ def _batches(rows: Sequence[_Row], batch_size: int) -> Iterator[list[_Row]]:
     batch: list[_Row] = []
     count = 0
     for row in sorted(rows, key=lambda row: (row.length, row.prompt)):
-        if batch and count + len(row.candidates) > batch_size:
+        is_full = count + len(row.candidates) > batch_size
+        is_full |= (len(batch) + 1) * row.length > MAX_BATCH_TOKENS
+        if batch and is_full:
             yield batch
             batch, count = [], 0
         batch.append(row)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from statistics import fmean
 from typing import Any
 
 from fedlora_app.adapters import GLOBAL, LOCAL
-from fedlora_app.evaluation.answering import Answering, Cell, SavedRound
+from fedlora_app.config import Config
+from fedlora_app.evaluation.answering import Answering, Cell, SavedRound, describe_precision
 from fedlora_app.evaluation.intervals import NOTHING, Estimate, paired_difference, proportion
 from fedlora_app.evaluation.linter import keyword_ceiling
 from fedlora_app.evaluation.metrics import Score, compute_interaction
@@ -64,13 +67,15 @@ def build_evaluation(
         "mode": config.federated.mode,
         "seed": config.experiment.seed,
         "round": saved.server_round,
+        "settings": _hash_settings(config),
         "evaluated": datetime.now(UTC).isoformat(timespec="seconds"),
+        "computed_on": describe_precision(config.model),
         "base_model": run.manifest["base_model"],
         "adapters": saved.hashes,
         "answering": adapters_label(saved.active),
         "files": {c: {n: f.sha256 for n, f in fs.all.items()} for c, fs in saved.files.items()},
         "system_prompts": {c: config.client(c).system_prompt for c in saved.clients},
-        "num_steps": run.count_steps(),
+        "num_steps": run.count_steps(saved.server_round),
         "num_parameters": run.count_parameters(saved.server_round, saved.active),
         "summary": summarise_scores(saved, scores, as_trained),
         "summary_chosen_scale": summarise_scores(saved, scores, chosen) if chosen else None,
@@ -81,9 +86,16 @@ def build_evaluation(
         "conflicts": list(_conflict_rows(saved, scores, as_trained)),
         "membership": membership,
         "questions": list(_question_rows(saved, scores, [as_trained, chosen])),
-        "notes": list(_notes(saved, chosen)),
+        "notes": [*_notes(saved, chosen), *_data_notes(saved)],
         "warnings": list(warnings),
     }
+
+
+def _hash_settings(config: Config) -> str:
+    """Return a hash of how the run was trained, which runs that differ in the seed share."""
+    raw = config.dump()
+    chosen = {name: raw[name] for name in ("model", "adapters", "training", "federated")}
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
 def choose_scales(on_validation: Scores) -> tuple[dict[str, float], dict[str, list[Row]]]:
@@ -125,7 +137,8 @@ def summarise_scores(
         for name in (LOCAL_SET, CONFLICT):
             key = RATES[suffix] if name == LOCAL_SET else f"_{name}{RATES[suffix]}"
             summary[f"leakage{key}"] = _leakage(saved, scores, name, suffix)
-            summary[f"specificity{key}"] = _specificity(saved, scores, scales, name, suffix)
+            if set(scales.values()) == {1.0}:  # the foreign adapters answered at no other scale
+                summary[f"specificity{key}"] = _specificity(saved, scores, scales, name, suffix)
     summary |= _keyword_figures(saved, scores, scales)
     return {name: estimate.dump() for name, estimate in summary.items()}
 
@@ -134,7 +147,7 @@ def _own(
     saved: SavedRound, scores: Scores, client: str, name: str, scales: Mapping[str, float]
 ) -> list[tuple[Question, Score]]:
     """Return a client's questions with their scores under its own adapters at its scale."""
-    return _find(scores, client, name, saved.own(client, scales[client]))
+    return _find(scores, client, name, saved.own(client, scales.get(client, 1.0)))
 
 
 def _find(
@@ -157,6 +170,8 @@ def _conflicts(
     found: dict[int, dict[str, tuple[Question, Score]]] = {}
     for client in saved.clients:
         for question, score in _own(saved, scores, client, CONFLICT, scales):
+            if question.answer is None:  # keywords only: nothing to rank or to match
+                continue
             found.setdefault(question.record, {})[client] = (question, score)
     return {record: by_client for record, by_client in found.items() if len(by_client) > 1}
 
@@ -394,6 +409,15 @@ def _notes(saved: SavedRound, chosen: Mapping[str, float]) -> Iterator[str]:
             "All clients have the same system prompt, so nothing in it can give an answer away; "
             "the control with a foreign identity names the other client instead."
         )
+
+
+def _data_notes(saved: SavedRound) -> Iterator[str]:
+    """Yield the files that are not those that the run was trained or tested with."""
+    for client, files in saved.files.items():
+        recorded = saved.run.manifest.get("clients", {}).get(client, {})
+        for name, file in files.all.items():
+            if recorded.get(f"sha256/{name}", file.sha256) != file.sha256:
+                yield f"{file.path.name} ({name} of {client}) was changed since the run."
 
 
 def _share(results: Sequence[Score], suffix: str) -> float | None:

@@ -159,7 +159,8 @@ def _scale_table(scales: dict[str, Row]) -> Table:
     for client, entry in shown:
         for row in entry["curve"]:
             mark = "  <- chosen" if row["scale"] == entry["chosen"] else ""
-            cells = [f"{_percent(row[n])} / {_percent(row[f'{n}_exact_match'])}" for n in names]
+            pairs = ((row.get(name), row.get(f"{name}_exact_match")) for name in names)
+            cells = (" / ".join(map(_percent, pair)).strip(" /") for pair in pairs)
             table.add_row(f"{client}, {row['scale']:g}{mark}", *cells)
         table.add_section()
     if len(shown) < len(scales):
