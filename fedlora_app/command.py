@@ -23,6 +23,7 @@ from fedlora_app.project import ProjectNotFoundError, find_project_root
 from fedlora_app.run_directory import RunDirectoryError
 
 INTERVAL_SECONDS = 5.0
+INTERRUPTED = 130  # what Typer makes of Ctrl-C
 
 app = typer.Typer(
     name="fedlora",
@@ -170,7 +171,10 @@ def main() -> None:
         ProjectNotFoundError,
     )
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        status = app(standalone_mode=False) or 0
+        if status == INTERRUPTED:
+            typer.echo("Stopped; the same command goes on from here.", err=True)
+        sys.exit(status)
     except click.ClickException as error:  # a mistyped command or option
         error.show()
         sys.exit(error.exit_code)
@@ -180,9 +184,6 @@ def main() -> None:
     except OSError as error:
         typer.echo(f"Error: {error.filename or 'The disk'}: {error.strerror}.", err=True)
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
-        typer.echo("Stopped; the same command goes on from here.", err=True)
-        sys.exit(130)
 
 
 @contextmanager

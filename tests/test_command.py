@@ -77,6 +77,18 @@ def test_what_the_user_can_mend_ends_in_one_message_and_status_2(fedlora, argume
     assert status == 2 and message in err and "Traceback" not in err
 
 
+def test_ctrl_c_says_that_the_work_is_kept(fedlora, project, monkeypatch):
+    from fedlora_app.evaluation import answering
+
+    def interrupt(*args, **settings):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answering, "score_prompts", interrupt)
+        status, _, err = fedlora("evaluate", project / "results" / "pair")
+    assert status == 130 and "the same command goes on from here" in err
+
+
 def test_a_round_that_is_not_complete_is_an_error(fedlora, project):
     status, _, err = fedlora("evaluate", project / "results" / "pair", "--round", "5")
     assert status == 2 and "has no complete round 5. Complete: 0, 1." in err
