@@ -15,7 +15,7 @@ from fedlora_app.client_data import build_question_sets
 from fedlora_app.evaluation import answering
 from fedlora_app.evaluation.answering import Answering, Cell, Evaluator, open_round, open_store
 from fedlora_app.evaluation.metrics import evaluate_questions
-from fedlora_app.evaluation.protocol import PARTIAL_FILE, evaluate_round
+from fedlora_app.evaluation.protocol import PARTIAL_FILE, evaluate_round, find_cut_answers
 from fedlora_app.evaluation.questions import CONFLICT
 from fedlora_app.evaluation.tables import build_evaluation, choose_scales
 from fedlora_app.evaluation.text import describe_evaluation
@@ -309,6 +309,15 @@ def test_a_client_without_validation_questions_stays_at_scale_1(tiny_project, tm
     assert set(found["scales"]) == {"ann"}
     assert found["summary_chosen_scale"]["local_accuracy"]["n"] > 0
     assert "own local" in describe_evaluation(found)
+
+
+def test_answers_that_generation_cuts_off_are_noted(runs, tiny_project, evaluation, tokenizer):
+    saved = open_round(load_run(runs()), tiny_project)
+    assert any("right answers are longer" in note for note in evaluation["notes"])  # limit 4
+    settings = saved.run.config.evaluation.model_copy(update={"max_new_tokens": 100})
+    config = saved.run.config.model_copy(update={"evaluation": settings})
+    roomy = replace(saved, run=replace(saved.run, config=config))
+    assert find_cut_answers(roomy, tokenizer) == []
 
 
 def test_a_changed_data_file_is_noted(runs, tiny_project, evaluation):

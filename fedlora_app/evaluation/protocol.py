@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from fedlora_app.adapters import GLOBAL, LOCAL
 from fedlora_app.client_data import build_question_sets
 from fedlora_app.evaluation.answering import (
@@ -26,6 +28,7 @@ from fedlora_app.evaluation.membership import infer_membership
 from fedlora_app.evaluation.questions import CONFLICT, LOCAL_SET, Question
 from fedlora_app.evaluation.tables import Scores, build_evaluation, choose_scales
 from fedlora_app.storage import write_json
+from fedlora_app.tokens import encode_answer
 
 NO_IDENTITY = "You are a helpful assistant."
 PARTIAL_FILE = ".evaluation.partial.jsonl"
@@ -54,6 +57,7 @@ def evaluate_round(
         rows = _infer_membership(saved, evaluator)
     findings = lint(saved.run.config, saved.files, saved.root)
     evaluation = build_evaluation(saved, scores, chosen, curves, rows, list(map(str, findings)))
+    evaluation["notes"] += find_cut_answers(saved, evaluator.load()[0].tokenizer)
     write_json(saved.run.evaluation_path(saved.server_round), evaluation)
     store.remove()
     return evaluation
@@ -72,6 +76,26 @@ def _infer_membership(saved: SavedRound, evaluator: Evaluator) -> list[dict[str,
     return infer_membership(
         model, loaded.tokenizer, saved.files, config, config.evaluation.batch_size, report
     )
+
+
+def find_cut_answers(saved: SavedRound, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return a note on gold answers that generation cuts off, so that none can match exactly."""
+    config = saved.run.config
+    limit = config.evaluation.max_new_tokens
+    num_answers = num_cut = 0
+    for client, sets in _question_sets(saved).items():
+        prompt = config.client(client).system_prompt
+        for question in (q for questions in sets.values() for q in questions if q.candidates):
+            num_answers += 1
+            # The end-of-turn mark need not be generated for the text to be whole.
+            length = len(encode_answer(tokenizer, prompt, question.text, question.answer)) - 1
+            num_cut += length > limit
+    if not num_cut:
+        return []
+    return [
+        f"{num_cut} of {num_answers} right answers are longer than evaluation.max_new_tokens = "
+        f"{limit}: what is generated is cut off and cannot match them exactly. Raise the limit."
+    ]
 
 
 def swap_cells(saved: SavedRound) -> Iterator[Cell]:
