@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -503,3 +504,45 @@ class TestCheckIn:
         config = build_tiny_config(training={"max_seq_length": 40}, data={"skip_invalid": True})
         Federation(tiny_project, tmp_path, config).run()
         assert "examples were cut at 40 tokens" in capsys.readouterr().out
+
+
+def test_rounds_between_evaluations_are_trained_and_not_evaluated(tiny_project, tmp_path, capsys):
+    config = build_tiny_config(
+        federated={"num_rounds": 3},
+        evaluation={"batch_size": 8, "max_new_tokens": 4, "interval": 2},
+    )
+    run = Federation(tiny_project, tmp_path, config).run()
+    history = json.loads((run / "history.json").read_text())
+    scored = {
+        entry["round"]
+        for entry in history
+        if any(name.endswith("/exact_match") for name in entry["metrics"])
+    }
+    trained = {entry["round"] for entry in history if entry["phase"] == "local"}
+    assert scored == {0, 2, 3} and trained == {1, 2, 3}
+    assert "round 1/3 not evaluated" in capsys.readouterr().out
+
+
+def test_the_ablation_trains_local_adapters_as_the_run_itself_did(federation, tmp_path):
+    """So its figures are those of whole runs, at the price of their local phases."""
+    from fedlora_app.adapters import WEIGHTS_FILE
+    from fedlora_app.client import Client
+    from fedlora_app.demo.ablation import load_global_states, retrain
+
+    run = federation.run()
+    states = load_global_states(run, federation.config, federation.project)
+    for name in ("ann", "bob"):
+        client = Client(federation.config, name, tmp_path / "again", federation.project)
+        retrain(client, states)
+        path = Path("clients", name, "round_002", WEIGHTS_FILE)
+        assert (tmp_path / "again" / path).read_bytes() == (run / path).read_bytes()
+
+
+def test_the_ablation_refuses_other_runs(tiny_project, tmp_path):
+    from fedlora_app.config import ConfigError
+    from fedlora_app.demo.ablation import ablate
+
+    config = build_tiny_config(federated={"mode": "fedavg", "num_rounds": 1})
+    run = Federation(tiny_project, tmp_path, config).run()
+    with pytest.raises(ConfigError, match="is no phased run of mode dual"):
+        ablate(run, tiny_project, "training.replay=0")

@@ -12,7 +12,7 @@ from federation import Federation
 
 from fedlora_app.adapters import GLOBAL, LOCAL
 from fedlora_app.client_data import build_question_sets
-from fedlora_app.evaluation import answering
+from fedlora_app.evaluation import answering, protocol
 from fedlora_app.evaluation.answering import Answering, Cell, Evaluator, open_round, open_store
 from fedlora_app.evaluation.metrics import evaluate_questions
 from fedlora_app.evaluation.protocol import PARTIAL_FILE, evaluate_round, find_cut_answers
@@ -330,3 +330,26 @@ def test_a_changed_data_file_is_noted(runs, tiny_project, evaluation):
         path.write_text(content)
     assert any("universal_test.json (universal of ann) was changed" in n for n in found["notes"])
     assert not any("was changed" in note for note in evaluation["notes"])
+
+
+def test_specificity_is_measured_at_the_chosen_scale_too(runs, tiny_project, monkeypatch):
+    """Own and foreign adapters at one scale; nothing is left out where it is not 1."""
+    monkeypatch.setattr(
+        protocol,
+        "choose_scales",
+        lambda scores: (dict.fromkeys(CLIENTS, 0.5), {c: [] for c in CLIENTS}),
+    )
+    found = evaluate(runs(), tiny_project)
+    rows = [row for row in found["swap_table"] if row["scale"] == 0.5]
+    assert {row["adapters"] for row in rows if row["client"] == "ann"} == {
+        f"global+local:{client}" for client in CLIENTS
+    }
+    own, foreign = [], []
+    for row in rows:
+        if row["question_set"] == "local":
+            side = own if row["adapters"].endswith(f":{row['client']}") else foreign
+            side.append((row["client"], row["accuracy"] * row["n"], row["n"]))
+    total = sum(n for _, _, n in own)
+    expected = (sum(v for _, v, _ in own) - sum(v for _, v, _ in foreign) / 2) / total
+    entry = found["summary_chosen_scale"]["specificity"]
+    assert entry["n"] == total and entry["value"] == pytest.approx(expected)

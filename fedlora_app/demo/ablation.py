@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -22,11 +22,11 @@ import transformers
 
 from fedlora_app.adapters import GLOBAL, AdapterState, attach_adapters, load_adapter
 from fedlora_app.client import Client
-from fedlora_app.config import Config
+from fedlora_app.client_evaluation import Metrics
+from fedlora_app.config import Config, ConfigError
 from fedlora_app.config_file import parse_config, parse_overrides, set_dotted
 from fedlora_app.model import build_empty_model
 from fedlora_app.project import find_project_root
-from fedlora_app.rounds import plan_round
 from fedlora_app.storage import write_json
 from fedlora_app.study import describe_percent
 
@@ -76,8 +76,8 @@ def ablate(run_dir: Path, root: Path, overrides: str) -> Figures:
     for key, value in changes.items():
         set_dotted(recorded, key, value)
     config = parse_config(recorded, source=str(run_dir))
-    if plan_round(config, 1).train is None or config.training.schedule != "phased":
-        raise ValueError(f"{run_dir} is no phased run of mode dual.")
+    if config.federated.mode != "dual" or config.training.schedule != "phased":
+        raise ConfigError(f"{run_dir} is no phased run of mode dual. Expected the runs of one.")
     config = config.model_copy(
         update={"evaluation": config.evaluation.model_copy(update={"interval": 10**6})}
     )
@@ -86,22 +86,33 @@ def ablate(run_dir: Path, root: Path, overrides: str) -> Figures:
     shutil.rmtree(work_dir, ignore_errors=True)
     sums: dict[str, list[float]] = {}
     for client_id in config.client_ids:
-        metrics: Figures = {}
-        for part in ("validation", "test"):
-            asked = use_validation_files(config) if part == "validation" else config
-            client = Client(asked, client_id, work_dir, root)
-            if part == "validation":
-                for server_round, state in enumerate(states[1:], start=1):
-                    local_round = server_round - 1 if server_round > 1 else -1
-                    metrics, _ = client.personalise(server_round, state, local_round)
-                sums.setdefault("steps", []).append(metrics["train_local/num_steps"])
-            else:
-                metrics = client.evaluate(states[-1], config.federated.num_rounds)
+        asked = Client(use_validation_files(config), client_id, work_dir, root)
+        chosen_by = retrain(asked, states)
+        sums.setdefault("steps", []).append(chosen_by["train_local/num_steps"])
+        tested = Client(config, client_id, work_dir, root)
+        reported = tested.evaluate(states[-1], config.federated.num_rounds)
+        for part, metrics in (("validation", chosen_by), ("test", reported)):
             for name in QUESTION_SETS:
-                key = f"global+local/{name}/exact_match"
-                sums.setdefault(f"{part}/{name}", []).append(metrics[key])
+                value = metrics[f"global+local/{name}/exact_match"]
+                sums.setdefault(f"{part}/{name}", []).append(value)
     shutil.rmtree(work_dir)
     return {name: sum(values) / len(values) for name, values in sums.items()}
+
+
+def retrain(client: Client, states: Sequence[AdapterState]) -> Metrics:
+    """Train a client's local adapter from scratch against the global one of every round.
+
+    Args:
+        states: the global adapter after every round, the initial one first.
+
+    Returns:
+        The last round's metrics.
+    """
+    metrics: Metrics = {}
+    for server_round, state in enumerate(states[1:], start=1):
+        local_round = server_round - 1 if server_round > 1 else -1  # -1: a fresh one
+        metrics, _ = client.personalise(server_round, state, local_round)
+    return metrics
 
 
 def load_global_states(run_dir: Path, config: Config, root: Path) -> list[AdapterState]:

@@ -104,14 +104,14 @@ class SavedRound:
         """Return what that client answers with."""
         return Answering(GLOBAL in self.active, client if LOCAL in self.active else None, scale)
 
-    def foreign(self, client: str) -> list[Answering]:
+    def foreign(self, client: str, scale: float = 1.0) -> list[Answering]:
         """Return the client's adapters with other clients' local ones in the place of its own."""
         if LOCAL not in self.active:
             return []
         others = self.clients
         position = others.index(client)
         ring = (others[position + 1 :] + others[:position])[:NUM_FOREIGN]
-        return [Answering(GLOBAL in self.active, other) for other in ring]
+        return [Answering(GLOBAL in self.active, other, scale) for other in ring]
 
     def swaps(self, client: str) -> list[Answering]:
         """Return every choice of adapters that the swap table tries on a client's questions."""

@@ -141,12 +141,13 @@ def scale_cells(saved: SavedRound, scales: Sequence[float]) -> Iterator[Cell]:
 
 
 def chosen_scale_cells(saved: SavedRound, chosen: dict[str, float]) -> Iterator[Cell]:
-    """Yield every test set under each client's own adapters at its chosen scale."""
+    """Yield every test set at each client's chosen scale, with its own and foreign adapters."""
     for client, sets in _question_sets(saved).items():
         prompt = saved.run.config.client(client).system_prompt
         for name, questions in sets.items():
-            answering = saved.own(client, chosen.get(client, 1.0))
-            yield Cell(client, name, answering, prompt, tuple(questions))
+            scale = chosen.get(client, 1.0)
+            for answering in (saved.own(client, scale), *saved.foreign(client, scale)):
+                yield Cell(client, name, answering, prompt, tuple(questions))
 
 
 def _question_sets(

@@ -28,6 +28,7 @@ FORMAT = 1
 
 Scores = dict[Cell, list[Score]]
 Row = dict[str, Any]
+Pairs = list[tuple[Question, Score]]
 Outcome = Callable[[Score], bool | None]
 
 # Suffix of a figure's name to what it counts. Ranking by raw likelihood is the primary measure.
@@ -137,22 +138,19 @@ def summarise_scores(
         for name in (LOCAL_SET, CONFLICT):
             key = RATES[suffix] if name == LOCAL_SET else f"_{name}{RATES[suffix]}"
             summary[f"leakage{key}"] = _leakage(saved, scores, name, suffix)
-            if set(scales.values()) == {1.0}:  # the foreign adapters answered at no other scale
-                summary[f"specificity{key}"] = _specificity(saved, scores, scales, name, suffix)
+            summary[f"specificity{key}"] = _specificity(saved, scores, scales, name, suffix)
     summary |= _keyword_figures(saved, scores, scales)
     return {name: estimate.dump() for name, estimate in summary.items()}
 
 
 def _own(
     saved: SavedRound, scores: Scores, client: str, name: str, scales: Mapping[str, float]
-) -> list[tuple[Question, Score]]:
+) -> Pairs:
     """Return a client's questions with their scores under its own adapters at its scale."""
     return _find(scores, client, name, saved.own(client, scales.get(client, 1.0)))
 
 
-def _find(
-    scores: Scores, client: str, name: str, answering: Answering
-) -> list[tuple[Question, Score]]:
+def _find(scores: Scores, client: str, name: str, answering: Answering) -> Pairs:
     """Return the questions of a set under a choice of adapters and the client's own prompt."""
     wanted = UNIVERSAL if name == UNIVERSAL_UNSEEN else name
     for cell, results in scores.items():
@@ -186,37 +184,28 @@ def _leakage(saved: SavedRound, scores: Scores, name: str, suffix: str) -> Estim
     """Return how much more global alone is right than the base, on what is a client's own."""
     if GLOBAL not in saved.active:
         return NOTHING
-    return _difference(
-        (
-            (client, _find(scores, client, name, Answering(with_global=True)), [base])
-            for client in saved.clients
-            for base in [_find(scores, client, name, Answering())]
-        ),
-        suffix,
-    )
+    compared = []
+    for client in saved.clients:
+        shared = _find(scores, client, name, Answering(with_global=True))
+        compared.append((client, shared, [_find(scores, client, name, Answering())]))
+    return _difference(compared, suffix)
 
 
 def _specificity(
     saved: SavedRound, scores: Scores, scales: Mapping[str, float], name: str, suffix: str
 ) -> Estimate:
     """Return how much more a client's own local adapter is right than the others' ones."""
-    return _difference(
-        (
-            (
-                client,
-                _own(saved, scores, client, name, scales),
-                [_find(scores, client, name, foreign) for foreign in saved.foreign(client)],
-            )
-            for client in saved.clients
-            if saved.foreign(client)
-        ),
-        suffix,
-    )
+    compared = []
+    for client in saved.clients:
+        foreign = saved.foreign(client, scales.get(client, 1.0))
+        if foreign:
+            own = _own(saved, scores, client, name, scales)
+            rivals = [_find(scores, client, name, answering) for answering in foreign]
+            compared.append((client, own, rivals))
+    return _difference(compared, suffix)
 
 
-def _difference(
-    compared: Iterator[tuple[str, list, list[list]]] | Sequence, suffix: str
-) -> Estimate:
+def _difference(compared: Sequence[tuple[str, Pairs, list[Pairs]]], suffix: str) -> Estimate:
     """Return the paired difference of a set of questions against the mean of several others."""
     outcome = OUTCOMES[suffix]
     ones, others, clusters = [], [], []
