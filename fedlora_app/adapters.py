@@ -31,15 +31,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from transformers import PreTrainedModel
 
-from fedlora_app.config import AdapterConfig, AdaptersConfig
+from fedlora_app.config import GLOBAL, LOCAL, AdapterConfig, AdaptersConfig
+from fedlora_app.model import LoadedModel
 from fedlora_app.seeds import derive_seed
-from fedlora_app.storage import hash_file, replace_folder
-
-GLOBAL = "global"
-LOCAL = "local"
+from fedlora_app.storage import WEIGHTS_FILE, hash_file, replace_folder
 
 CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 ROLE_KEY = "fedlora_role"
 
 AdapterState = dict[str, torch.Tensor]
@@ -65,6 +62,13 @@ def attach_adapters(base: PreTrainedModel, config: AdaptersConfig) -> AdaptedMod
     model.add_adapter(LOCAL, _lora_config(config.local))
     model.requires_grad_(False)
     return model
+
+
+def attach_once(loaded: LoadedModel, config: AdaptersConfig) -> AdaptedModel:
+    """Return a resident base with its adapters' modules, made once per process and shape."""
+    if loaded.adapted is None or loaded.adapted[0] != config:
+        loaded.adapted = (config, attach_adapters(loaded.model, config))
+    return loaded.adapted[1]
 
 
 def detach_adapters(base: PreTrainedModel) -> None:

@@ -17,11 +17,9 @@ import torch
 
 from fedlora_app import model as model_module
 from fedlora_app.adapters import (
-    GLOBAL,
-    LOCAL,
     AdaptedModel,
     AdapterState,
-    attach_adapters,
+    attach_once,
     build_initial_state,
     get_state,
     load_adapter,
@@ -38,7 +36,7 @@ from fedlora_app.client_data import (
     tokenize_client_files,
 )
 from fedlora_app.client_evaluation import Metrics, evaluate_client, phase_metrics
-from fedlora_app.config import AdaptersConfig, ClientConfig, Config, ConfigError
+from fedlora_app.config import GLOBAL, LOCAL, ClientConfig, Config, ConfigError
 from fedlora_app.data import DataError
 from fedlora_app.evaluation.linter import Finding, describe_findings, lint
 from fedlora_app.model import LoadedModel, describe_device, load_base_model, load_tokenizer
@@ -98,7 +96,7 @@ class Client:
     def global_shapes(self) -> dict[str, torch.Size]:
         """Return the shapes that a global adapter must have here."""
         loaded = load_base_model(self.config.model, self.root)
-        return state_shapes(_attach_once(loaded, self.config.adapters), GLOBAL)
+        return state_shapes(attach_once(loaded, self.config.adapters), GLOBAL)
 
     def train(
         self, server_round: int, global_state: AdapterState, local_round: int
@@ -219,7 +217,7 @@ class Client:
     ) -> tuple[LoadedModel, AdaptedModel]:
         """Set both adapters from scratch; ``local_round`` below 0 means a fresh local one."""
         loaded = load_base_model(self.config.model, self.root)
-        model = _attach_once(loaded, self.config.adapters)
+        model = attach_once(loaded, self.config.adapters)
         if local_round < 0:
             seed = derive_seed(self.config.experiment.seed, "initial", self.client_id)
             local_state = build_initial_state(model, LOCAL, seed)
@@ -265,10 +263,3 @@ class Client:
             pad_token_id=loaded.tokenizer.pad_token_id,
             progress=progress_lines(f"{self.client_id}, round {server_round}, {phase.name}"),
         )
-
-
-def _attach_once(loaded: LoadedModel, config: AdaptersConfig) -> AdaptedModel:
-    """Return the base with the adapters' modules on it, made once per process and shape."""
-    if loaded.adapted is None or loaded.adapted[0] != config:
-        loaded.adapted = (config, attach_adapters(loaded.model, config))
-    return loaded.adapted[1]

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+GLOBAL = "global"
+LOCAL = "local"
 SAFE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 Mode = Literal["dual", "fedavg", "local-only", "centralized"]

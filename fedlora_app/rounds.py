@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fedlora_app.adapters import GLOBAL, LOCAL
-from fedlora_app.config import Config
+from fedlora_app.config import GLOBAL, LOCAL, Config
 
 BASE = "base"
 BOTH = (GLOBAL, LOCAL)

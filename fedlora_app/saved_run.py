@@ -12,11 +12,11 @@ from typing import Any
 
 from safetensors import safe_open
 
-from fedlora_app.adapters import GLOBAL, LOCAL, WEIGHTS_FILE
-from fedlora_app.config import Config
+from fedlora_app.config import GLOBAL, LOCAL, Config
 from fedlora_app.config_file import parse_config
+from fedlora_app.rounds import plan_round
 from fedlora_app.run_directory import RunDirectoryError
-from fedlora_app.storage import hash_file
+from fedlora_app.storage import WEIGHTS_FILE, hash_file
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -45,6 +45,11 @@ class SavedRun:
         if not rounds:
             raise RunDirectoryError(f"{self.path} has no complete round; nothing to evaluate.")
         return max(rounds)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The adapters that a client answers with in this run's mode."""
+        return plan_round(self.config, self.config.federated.num_rounds).evaluated
 
     @cached_property
     def evaluation(self) -> dict[str, Any] | None:
@@ -76,7 +81,7 @@ class SavedRun:
         counts = {}
         for name in active:
             weights = self.adapter_folder(server_round, clients[name]) / WEIGHTS_FILE
-            with safe_open(weights, framework="pt") as file:
+            with safe_open(weights, framework="np") as file:
                 shapes = (file.get_slice(key).get_shape() for key in file.keys())  # noqa: SIM118
                 counts[name] = sum(map(math.prod, shapes))
         return counts

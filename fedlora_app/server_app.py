@@ -18,8 +18,8 @@ from typing import Any
 from flwr.app import ArrayRecord, Context, MessageType, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from fedlora_app.adapters import GLOBAL, LOCAL, attach_adapters, build_initial_state, state_shapes
-from fedlora_app.config import Config, ConfigError
+from fedlora_app.adapters import attach_adapters, build_initial_state, state_shapes
+from fedlora_app.config import GLOBAL, LOCAL, Config, ConfigError
 from fedlora_app.config_file import load_config
 from fedlora_app.grid import PacedGrid, build_message
 from fedlora_app.messages import MessageError, Reply, Task, build_task_content, read_reply

@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+WEIGHTS_FILE = "adapter_model.safetensors"
+"""What holds the tensors in a PEFT folder."""
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file's content in one step; a crash leaves the old one."""

@@ -17,8 +17,6 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from fedlora_app.adapters import (
-    GLOBAL,
-    LOCAL,
     AdaptedModel,
     AdapterError,
     AdapterState,
@@ -26,7 +24,7 @@ from fedlora_app.adapters import (
     state_shapes,
 )
 from fedlora_app.aggregation import AggregationError, WeightedMean
-from fedlora_app.config import Config
+from fedlora_app.config import GLOBAL, LOCAL, Config
 from fedlora_app.grid import build_message
 from fedlora_app.messages import (
     MessageError,

@@ -10,8 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fedlora_app.adapters import GLOBAL, LOCAL
-from fedlora_app.config import Config
+from fedlora_app.config import GLOBAL, LOCAL, Config
 from fedlora_app.rounds import plan_round, training_clients
 
 WIDTH = 100

@@ -18,15 +18,13 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from fedlora_app.adapters import (
-    GLOBAL,
-    LOCAL,
     AdaptedModel,
     activate,
     adapter_parameters,
     compute_overlap,
     scaled_local,
 )
-from fedlora_app.config import TrainingConfig
+from fedlora_app.config import GLOBAL, LOCAL, TrainingConfig
 from fedlora_app.seeds import derive_seed
 from fedlora_app.tokens import Example
 

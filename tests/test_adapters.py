@@ -9,8 +9,6 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from fedlora_app.adapters import (
-    GLOBAL,
-    LOCAL,
     AdapterError,
     activate,
     adapter_parameters,
@@ -25,7 +23,7 @@ from fedlora_app.adapters import (
     set_state,
     state_shapes,
 )
-from fedlora_app.config import AdaptersConfig
+from fedlora_app.config import GLOBAL, LOCAL, AdaptersConfig
 
 INPUT_IDS = torch.arange(1, 13).reshape(2, 6)
 

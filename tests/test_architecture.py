@@ -17,11 +17,10 @@ MODULES = {
 FLOWER_EDGE = {"client_app", "server_app", "strategy", "grid", "messages"}
 LAYERS = [
     {"project", "seeds", "storage", "build_hook", "config"},
-    {"config_file"},
+    {"config_file", "rounds"},
     {"data", "run_directory", "evaluation.keywords", "evaluation.intervals", "evaluation.wording"},
     {"model", "tokens", "aggregation", "adapters", "evaluation.questions"},
     {
-        "rounds",
         "training",
         "gate",
         "saved_run",
@@ -29,10 +28,10 @@ LAYERS = [
         "evaluation.comparison_text",
     },
     {"evaluation.scoring", "summary"},
-    {"evaluation.metrics"},
+    {"evaluation.metrics", "evaluation.score_store"},
     {"client_data", "progress"},
-    {"client_evaluation", "evaluation.linter", "evaluation.matching", "evaluation.answering"},
-    {"evaluation.membership"},
+    {"client_evaluation", "evaluation.linter", "evaluation.matching", "saved_model"},
+    {"evaluation.membership", "evaluation.answering"},
     {"client", "messages", "evaluation.tables"},
     {"grid", "strategy", "evaluation.protocol", "evaluation.text"},
     {"client_app", "server_app", "study"},

@@ -525,9 +525,9 @@ def test_rounds_between_evaluations_are_trained_and_not_evaluated(tiny_project, 
 
 def test_the_ablation_trains_local_adapters_as_the_run_itself_did(federation, tmp_path):
     """So its figures are those of whole runs, at the price of their local phases."""
-    from fedlora_app.adapters import WEIGHTS_FILE
     from fedlora_app.client import Client
     from fedlora_app.demo.ablation import load_global_states, retrain
+    from fedlora_app.storage import WEIGHTS_FILE
 
     run = federation.run()
     states = load_global_states(run, federation.config, federation.project)

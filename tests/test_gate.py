@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedlora_app.adapters import GLOBAL, LOCAL, activate, scaled_local
+from fedlora_app.adapters import activate, scaled_local
+from fedlora_app.config import GLOBAL, LOCAL
 from fedlora_app.data import Record
 from fedlora_app.evaluation.scoring import Prompt, score_prompts
 from fedlora_app.gate import compute_features, fit_gate

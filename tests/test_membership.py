@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import build_tiny_config, build_tiny_model
 
-from fedlora_app.adapters import GLOBAL, activate, build_initial_state, set_state
+from fedlora_app.adapters import activate, build_initial_state, set_state
 from fedlora_app.client_data import ClientFiles, load_client_files
-from fedlora_app.config import TrainingConfig
+from fedlora_app.config import GLOBAL, TrainingConfig
 from fedlora_app.data import ConflictRecord, Record, RecordFile, format_question
 from fedlora_app.evaluation.intervals import area_under_curve, clustered_area
 from fedlora_app.evaluation.matching import build_answer_pairs, build_pairs

@@ -7,8 +7,8 @@ import torch
 from transformers import GenerationConfig
 
 from fedlora_app import model as model_module
-from fedlora_app.adapters import GLOBAL, LOCAL, adapter_parameters, attach_adapters, get_state
-from fedlora_app.config import ModelConfig, TrainingConfig
+from fedlora_app.adapters import adapter_parameters, attach_adapters, get_state
+from fedlora_app.config import GLOBAL, LOCAL, ModelConfig, TrainingConfig
 from fedlora_app.model import (
     ModelError,
     build_empty_model,

@@ -10,10 +10,10 @@ import pytest
 from conftest import build_tiny_config
 from federation import Federation
 
-from fedlora_app.adapters import GLOBAL, LOCAL
 from fedlora_app.client_data import build_question_sets
+from fedlora_app.config import GLOBAL, LOCAL
 from fedlora_app.evaluation import answering, protocol
-from fedlora_app.evaluation.answering import Answering, Cell, Evaluator, open_round, open_store
+from fedlora_app.evaluation.answering import Cell, Evaluator, open_round, open_store
 from fedlora_app.evaluation.metrics import evaluate_questions
 from fedlora_app.evaluation.protocol import PARTIAL_FILE, evaluate_round, find_cut_answers
 from fedlora_app.evaluation.questions import CONFLICT
@@ -21,6 +21,7 @@ from fedlora_app.evaluation.tables import build_evaluation, choose_scales
 from fedlora_app.evaluation.text import describe_evaluation
 from fedlora_app.model import ModelError
 from fedlora_app.run_directory import RunDirectoryError
+from fedlora_app.saved_model import Answering
 from fedlora_app.saved_run import load_run
 
 CLIENTS = ("ann", "bob", "cy")
@@ -103,7 +104,7 @@ def test_each_cell_equals_an_evaluation_of_its_own(evaluation, runs, tiny_projec
     saved = open_round(load_run(runs()), tiny_project)
     evaluator = Evaluator(saved, open_store(saved, runs() / "unused"), lambda *_: None)
     config = saved.run.config
-    loaded, model = evaluator.load()
+    loaded, _ = evaluator.model.load()
     choices = {
         (): Answering(),
         (GLOBAL,): Answering(with_global=True),
@@ -111,16 +112,19 @@ def test_each_cell_equals_an_evaluation_of_its_own(evaluation, runs, tiny_projec
     }
     sets = build_question_sets(config.client("ann"), saved.files["ann"])
     for active, choice in choices.items():
-        evaluator.set_adapters(model, choice)
-        for name, questions in sets.items():
-            scores = evaluate_questions(
-                model,
-                loaded.tokenizer,
-                questions,
-                active=active,
-                system_prompt=config.client("ann").system_prompt,
-                settings=config.evaluation,
-            )
+        with evaluator.model.answering(choice) as (model, _):
+            scored = {
+                name: evaluate_questions(
+                    model,
+                    loaded.tokenizer,
+                    questions,
+                    active=active,
+                    system_prompt=config.client("ann").system_prompt,
+                    settings=config.evaluation,
+                )
+                for name, questions in sets.items()
+            }
+        for name, scores in scored.items():
             row = next(
                 row
                 for row in evaluation["swap_table"]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import build_tiny_model
 
-from fedlora_app.adapters import GLOBAL, LOCAL, activate, attach_adapters, base_only
-from fedlora_app.config import EvaluationConfig
+from fedlora_app.adapters import activate, attach_adapters, base_only
+from fedlora_app.config import GLOBAL, LOCAL, EvaluationConfig
 from fedlora_app.evaluation import scoring
 from fedlora_app.evaluation.metrics import evaluate_questions
 from fedlora_app.evaluation.questions import Question

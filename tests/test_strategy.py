@@ -8,7 +8,8 @@ from conftest import build_tiny_config, build_tiny_model
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlora_app.adapters import GLOBAL, attach_adapters, build_initial_state, state_shapes
+from fedlora_app.adapters import attach_adapters, build_initial_state, state_shapes
+from fedlora_app.config import GLOBAL
 from fedlora_app.messages import Task, build_reply
 from fedlora_app.run_directory import RunDirectory
 from fedlora_app.strategy import GlobalAdapterFedAvg

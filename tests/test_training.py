@@ -10,8 +10,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedlora_app import training as training_module
 from fedlora_app.adapters import (
-    GLOBAL,
-    LOCAL,
     activate,
     adapter_parameters,
     attach_adapters,
@@ -19,7 +17,7 @@ from fedlora_app.adapters import (
     get_state,
     set_state,
 )
-from fedlora_app.config import TrainingConfig
+from fedlora_app.config import GLOBAL, LOCAL, TrainingConfig
 from fedlora_app.tokens import Example
 from fedlora_app.training import (
     TrainingError,

@@ -20,10 +20,10 @@ from pathlib import Path
 import datasets
 import transformers
 
-from fedlora_app.adapters import GLOBAL, AdapterState, attach_adapters, load_adapter
+from fedlora_app.adapters import AdapterState, attach_adapters, load_adapter
 from fedlora_app.client import Client
 from fedlora_app.client_evaluation import Metrics
-from fedlora_app.config import Config, ConfigError
+from fedlora_app.config import GLOBAL, Config, ConfigError
 from fedlora_app.config_file import parse_config, parse_overrides, set_dotted
 from fedlora_app.model import build_empty_model
 from fedlora_app.project import find_project_root

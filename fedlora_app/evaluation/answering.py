@@ -11,37 +11,17 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedlora_app.adapters import (
-    GLOBAL,
-    LOCAL,
-    AdaptedModel,
-    AdapterState,
-    activate,
-    attach_adapters,
-    base_only,
-    load_adapter,
-    scaled_local,
-    set_state,
-)
 from fedlora_app.client_data import ClientFiles, load_all_files
-from fedlora_app.config import ModelConfig
+from fedlora_app.config import GLOBAL, LOCAL, ModelConfig
 from fedlora_app.evaluation.metrics import Score, score_answer
 from fedlora_app.evaluation.questions import Question
+from fedlora_app.evaluation.score_store import ScoreStore
 from fedlora_app.evaluation.scoring import CANDIDATES_PER_ROW, Answered, Prompt, score_prompts
-from fedlora_app.gate import Gate, fit_gate
-from fedlora_app.model import (
-    LoadedModel,
-    ModelError,
-    compute_dtype,
-    describe_device,
-    load_base_model,
-    uses_4bit,
-)
-from fedlora_app.rounds import plan_round
+from fedlora_app.model import compute_dtype, describe_device, uses_4bit
+from fedlora_app.saved_model import Answering, SavedModel
 from fedlora_app.saved_run import SavedRun
 
 NUM_FOREIGN = 3  # other clients' local adapters tried per client, of however many there are
@@ -49,22 +29,6 @@ CHUNK = 256  # prompts between two writes of the scores that a stopped evaluatio
 
 Report = Callable[[str, int, int], None]
 """Called with who answers, how many prompts are done, and how many there are in all."""
-
-
-@dataclass(frozen=True)
-class Answering:
-    """Which adapters answer: the global one or not, and whose local one, at which scale."""
-
-    with_global: bool = False
-    local: str | None = None
-    scale: float = 1.0
-
-    @property
-    def label(self) -> str:
-        """``base``, ``global``, ``local:<id>`` or ``global+local:<id>``."""
-        parts = [GLOBAL] if self.with_global else []
-        parts += [f"{LOCAL}:{self.local}"] if self.local else []
-        return "+".join(parts) or "base"
 
 
 @dataclass(frozen=True)
@@ -93,7 +57,7 @@ class SavedRound:
     @property
     def active(self) -> tuple[str, ...]:
         """What a client answers with in this mode."""
-        return plan_round(self.run.config, self.run.config.federated.num_rounds).evaluated
+        return self.run.active
 
     @property
     def clients(self) -> list[str]:
@@ -131,11 +95,10 @@ def open_round(run: SavedRun, root: Path, server_round: int | None = None) -> Sa
     """
     chosen = run.last_round if server_round is None else server_round
     config = run.config
-    active = plan_round(config, config.federated.num_rounds).evaluated
     hashes = {}
-    if GLOBAL in active:
+    if GLOBAL in run.active:
         hashes[GLOBAL] = run.adapter_sha256(chosen)
-    if LOCAL in active:
+    if LOCAL in run.active:
         hashes |= {f"{LOCAL}:{c}": run.adapter_sha256(chosen, c) for c in config.client_ids}
     return SavedRound(run, chosen, root, hashes, load_all_files(config, root))
 
@@ -146,48 +109,6 @@ def describe_precision(config: ModelConfig) -> str:
     return f"{bits}{compute_dtype(config)}, {describe_device()}"
 
 
-class ScoreStore:
-    """Scores by adapters and prompt, kept in a file so that a stopped evaluation goes on.
-
-    Args:
-        path: JSON Lines beside the run; a last line that a stop has cut is dropped.
-        context: what scores depend on beside adapters and prompt; others are ignored.
-    """
-
-    def __init__(self, path: Path, context: str) -> None:
-        self._path = path
-        self._context = context
-        self._scores: dict[tuple[str, ...], Answered] = {}
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                self._read(line)
-
-    def get(self, who: str, prompt: Prompt) -> Answered | None:
-        """Return a prompt's score under the adapters ``who``."""
-        return self._scores.get(_store_key(who, prompt))
-
-    def add(self, who: str, prompts: Sequence[Prompt], answers: Sequence[Answered]) -> None:
-        """Keep scores, in memory and in the file."""
-        with self._path.open("a", encoding="utf-8") as file:
-            for prompt, answer in zip(prompts, answers, strict=True):
-                key = _store_key(who, prompt)
-                self._scores[key] = answer
-                row = [self._context, *key, answer.log_likelihoods, answer.generated]
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    def remove(self) -> None:
-        """Delete the file: the evaluation is complete."""
-        self._path.unlink(missing_ok=True)
-
-    def _read(self, line: str) -> None:
-        try:
-            context, who, prompt, values, generated = json.loads(line)
-        except ValueError:
-            return
-        if context == self._context:
-            self._scores[(who, prompt)] = Answered(tuple(values), generated)
-
-
 @dataclass
 class Evaluator:
     """Scores cells with a round's adapters; the base model is loaded at the first need."""
@@ -195,8 +116,12 @@ class Evaluator:
     saved: SavedRound
     store: ScoreStore
     report: Report
-    _states: dict[str, AdapterState] = field(default_factory=dict)
-    _gates: dict[str, Gate] = field(default_factory=dict)
+    model: SavedModel = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Name the adapters that are to answer; nothing is loaded yet."""
+        saved = self.saved
+        self.model = SavedModel(saved.run, saved.server_round, saved.root)
 
     def evaluate(self, cells: Sequence[Cell]) -> dict[Cell, list[Score]]:
         """Score every question of every cell, with PMI against an empty question."""
@@ -211,31 +136,6 @@ class Evaluator:
             done += len(prompts)
         return {cell: self._collect(cell) for cell in cells}
 
-    def load(self) -> tuple[LoadedModel, AdaptedModel]:
-        """Return the base model, and with its adapters' modules on it."""
-        config = self.saved.run.config
-        loaded = load_base_model(config.model, self.saved.root)
-        recorded = self.saved.run.manifest["base_model"].get("fingerprint", loaded.fingerprint)
-        if loaded.fingerprint != recorded:
-            raise ModelError(
-                f"The base model {config.model.name} is not the one that the run was trained on: "
-                f"its fingerprint is {loaded.fingerprint[:12]}, in manifest.json {recorded[:12]}. "
-                "Restore the weight files, or set model.revision."
-            )
-        if loaded.adapted is None or loaded.adapted[0] != config.adapters:
-            loaded.adapted = (config.adapters, attach_adapters(loaded.model, config.adapters))
-        return loaded, loaded.adapted[1]
-
-    def set_adapters(self, model: AdaptedModel, answering: Answering) -> None:
-        """Fill and activate the adapters that are to answer."""
-        if answering.with_global:
-            set_state(model, GLOBAL, self._state(model, None))
-        if answering.local is not None:
-            set_state(model, LOCAL, self._state(model, answering.local))
-        names = (GLOBAL,) * answering.with_global + (LOCAL,) * (answering.local is not None)
-        if names:
-            activate(model, names)
-
     def _answer(self, answering: Answering, prompts: list[Prompt], done: int, total: int) -> None:
         who = self._identify(answering)
         missing = [prompt for prompt in prompts if self.store.get(who, prompt) is None]
@@ -243,23 +143,16 @@ class Evaluator:
         if not missing:
             return
         self.report(answering.label, done, total)
-        loaded, model = self.load()
-        self.set_adapters(model, answering)
-        gate = self._gate(loaded, model, answering)
+        loaded, _ = self.model.load()
         settings = self.saved.run.config.evaluation
         missing.sort(key=lambda prompt: len(prompt.question) + sum(map(len, prompt.candidates)))
-        for start in range(0, len(missing), CHUNK):
-            chunk = missing[start : start + CHUNK]
-            answered_before = done + start
+        with self.model.answering(answering) as (model, gate):
+            for start in range(0, len(missing), CHUNK):
+                chunk = missing[start : start + CHUNK]
 
-            def report(count: int, before: int = answered_before) -> None:
-                self.report(answering.label, before + count, total)
+                def report(count: int, before: int = done + start) -> None:
+                    self.report(answering.label, before + count, total)
 
-            with ExitStack() as stack:
-                if answering.label == "base":
-                    stack.enter_context(base_only(model))
-                if answering.local is not None:
-                    stack.enter_context(scaled_local(model, answering.scale))
                 answers = score_prompts(
                     model,
                     loaded.tokenizer,
@@ -269,7 +162,7 @@ class Evaluator:
                     gate=gate,
                     progress=report,
                 )
-            self.store.add(who, chunk, answers)
+                self.store.add(who, chunk, answers)
 
     def _collect(self, cell: Cell) -> list[Score]:
         who = self._identify(cell.answering)
@@ -296,29 +189,6 @@ class Evaluator:
             parts += [hashes[f"{LOCAL}:{answering.local}"], f"{answering.scale:g}"]
         return f"{answering.label} {'+'.join(parts)}"
 
-    def _gate(self, loaded: LoadedModel, model: AdaptedModel, answering: Answering) -> Gate | None:
-        """Return the gate of the local adapter's owner, fitted to its own prompts once."""
-        config, owner = self.saved.run.config, answering.local
-        if config.adapters.gate == "none" or owner is None or not answering.with_global:
-            return None
-        if owner not in self._gates:
-            files, prompt = self.saved.files[owner], config.client(owner).system_prompt
-            records = (files.local.records, files.universal.records)
-            self._gates[owner] = fit_gate(model, loaded.tokenizer, prompt, *records)
-        return self._gates[owner]
-
-    def _state(self, model: AdaptedModel, client: str | None) -> AdapterState:
-        """Return an adapter of the round, read once."""
-        key = client or ""
-        if key not in self._states:
-            if client is not None:  # one local adapter at a time; there may be many clients
-                self._states = {k: v for k, v in self._states.items() if k == ""}
-            folder = self.saved.run.adapter_folder(self.saved.server_round, client)
-            name = self.saved.run.config.model.name
-            role = GLOBAL if client is None else LOCAL
-            self._states[key] = load_adapter(folder, model, role, name)
-        return self._states[key]
-
 
 def open_store(saved: SavedRound, path: Path) -> ScoreStore:
     """Return the scores that a stopped evaluation of this run left, or none."""
@@ -342,9 +212,3 @@ def _ask_nothing(cell: Cell) -> Iterator[Prompt]:
     for start in range(0, len(texts), CANDIDATES_PER_ROW):
         group = tuple(texts[start : start + CANDIDATES_PER_ROW])
         yield Prompt(cell.system_prompt, "", group, generates=False)
-
-
-def _store_key(who: str, prompt: Prompt) -> tuple[str, str]:
-    parts = [prompt.system_prompt, prompt.question, prompt.candidates, prompt.generates]
-    content = json.dumps(parts)
-    return who, hashlib.sha256(content.encode()).hexdigest()

@@ -43,9 +43,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from fedlora_app.adapters import GLOBAL, AdaptedModel, activate, base_only
+from fedlora_app.adapters import AdaptedModel, activate, base_only
 from fedlora_app.client_data import ClientFiles
-from fedlora_app.config import Config
+from fedlora_app.config import GLOBAL, Config
 from fedlora_app.data import Record, format_question
 from fedlora_app.evaluation.intervals import (
     area_under_curve,

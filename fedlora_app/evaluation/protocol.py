@@ -13,10 +13,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fedlora_app.adapters import GLOBAL, LOCAL
 from fedlora_app.client_data import build_question_sets
+from fedlora_app.config import GLOBAL, LOCAL
 from fedlora_app.evaluation.answering import (
-    Answering,
     Cell,
     Evaluator,
     Report,
@@ -27,6 +26,7 @@ from fedlora_app.evaluation.linter import lint
 from fedlora_app.evaluation.membership import infer_membership
 from fedlora_app.evaluation.questions import CONFLICT, LOCAL_SET, Question
 from fedlora_app.evaluation.tables import Scores, build_evaluation, choose_scales
+from fedlora_app.saved_model import Answering
 from fedlora_app.storage import write_json
 from fedlora_app.tokens import encode_answer
 
@@ -57,7 +57,7 @@ def evaluate_round(
         rows = _infer_membership(saved, evaluator)
     findings = lint(saved.run.config, saved.files, saved.root)
     evaluation = build_evaluation(saved, scores, chosen, curves, rows, list(map(str, findings)))
-    evaluation["notes"] += find_cut_answers(saved, evaluator.load()[0].tokenizer)
+    evaluation["notes"] += find_cut_answers(saved, evaluator.model.load()[0].tokenizer)
     write_json(saved.run.evaluation_path(saved.server_round), evaluation)
     store.remove()
     return evaluation
@@ -66,16 +66,16 @@ def evaluate_round(
 def _infer_membership(saved: SavedRound, evaluator: Evaluator) -> list[dict[str, Any]]:
     if GLOBAL not in saved.active:
         return []  # nothing is shared
-    loaded, model = evaluator.load()
-    evaluator.set_adapters(model, Answering(with_global=True))
+    loaded, _ = evaluator.model.load()
     config = saved.run.config
 
     def report(done: int, total: int) -> None:
         evaluator.report("membership", done, total)
 
-    return infer_membership(
-        model, loaded.tokenizer, saved.files, config, config.evaluation.batch_size, report
-    )
+    with evaluator.model.answering(Answering(with_global=True)) as (model, _):
+        return infer_membership(
+            model, loaded.tokenizer, saved.files, config, config.evaluation.batch_size, report
+        )
 
 
 def find_cut_answers(saved: SavedRound, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -9,9 +9,8 @@ from datetime import UTC, datetime
 from statistics import fmean
 from typing import Any
 
-from fedlora_app.adapters import GLOBAL, LOCAL
-from fedlora_app.config import Config
-from fedlora_app.evaluation.answering import Answering, Cell, SavedRound, describe_precision
+from fedlora_app.config import GLOBAL, LOCAL, Config
+from fedlora_app.evaluation.answering import Cell, SavedRound, describe_precision
 from fedlora_app.evaluation.intervals import NOTHING, Estimate, paired_difference, proportion
 from fedlora_app.evaluation.linter import keyword_ceiling
 from fedlora_app.evaluation.metrics import Score, compute_interaction
@@ -23,6 +22,7 @@ from fedlora_app.evaluation.questions import (
     Question,
 )
 from fedlora_app.rounds import adapters_label
+from fedlora_app.saved_model import Answering
 
 FORMAT = 1
 

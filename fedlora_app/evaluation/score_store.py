@@ -1,0 +1,58 @@
+"""Scores that are kept as they come, so that a stopped evaluation goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedlora_app.evaluation.scoring import Answered, Prompt
+
+
+class ScoreStore:
+    """Scores by adapters and prompt, kept in a file so that a stopped evaluation goes on.
+
+    Args:
+        path: JSON Lines beside the run; a last line that a stop has cut is dropped.
+        context: what scores depend on beside adapters and prompt; others are ignored.
+    """
+
+    def __init__(self, path: Path, context: str) -> None:
+        self._path = path
+        self._context = context
+        self._scores: dict[tuple[str, ...], Answered] = {}
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                self._read(line)
+
+    def get(self, who: str, prompt: Prompt) -> Answered | None:
+        """Return a prompt's score under the adapters ``who``."""
+        return self._scores.get(_store_key(who, prompt))
+
+    def add(self, who: str, prompts: Sequence[Prompt], answers: Sequence[Answered]) -> None:
+        """Keep scores, in memory and in the file."""
+        with self._path.open("a", encoding="utf-8") as file:
+            for prompt, answer in zip(prompts, answers, strict=True):
+                key = _store_key(who, prompt)
+                self._scores[key] = answer
+                row = [self._context, *key, answer.log_likelihoods, answer.generated]
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def remove(self) -> None:
+        """Delete the file: the evaluation is complete."""
+        self._path.unlink(missing_ok=True)
+
+    def _read(self, line: str) -> None:
+        try:
+            context, who, prompt, values, generated = json.loads(line)
+        except ValueError:
+            return
+        if context == self._context:
+            self._scores[(who, prompt)] = Answered(tuple(values), generated)
+
+
+def _store_key(who: str, prompt: Prompt) -> tuple[str, str]:
+    parts = [prompt.system_prompt, prompt.question, prompt.candidates, prompt.generates]
+    content = json.dumps(parts)
+    return who, hashlib.sha256(content.encode()).hexdigest()

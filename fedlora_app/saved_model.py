@@ -1,0 +1,125 @@
+"""A saved round's adapters on the base model, to be asked: whose answer, and at which scale.
+
+In go a run directory and a choice of its adapters; out comes the model that answers so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedlora_app.adapters import (
+    AdaptedModel,
+    AdapterState,
+    activate,
+    attach_once,
+    base_only,
+    load_adapter,
+    scaled_local,
+    set_state,
+)
+from fedlora_app.client_data import load_client_files
+from fedlora_app.config import GLOBAL, LOCAL
+from fedlora_app.gate import Gate, fit_gate
+from fedlora_app.model import LoadedModel, ModelError, load_base_model
+from fedlora_app.saved_run import SavedRun
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Which adapters answer: the global one or not, and whose local one, at which scale."""
+
+    with_global: bool = False
+    local: str | None = None
+    scale: float = 1.0
+
+    @property
+    def label(self) -> str:
+        """``base``, ``global``, ``local:<id>`` or ``global+local:<id>``."""
+        parts = [GLOBAL] if self.with_global else []
+        parts += [f"{LOCAL}:{self.local}"] if self.local else []
+        return "+".join(parts) or "base"
+
+
+@dataclass
+class SavedModel:
+    """The base model with the adapters of one round; loaded at the first need."""
+
+    run: SavedRun
+    server_round: int
+    root: Path
+    _states: dict[str, AdapterState] = field(default_factory=dict)
+    _gates: dict[str, Gate] = field(default_factory=dict)
+
+    def own(self, client: str, scale: float = 1.0) -> Answering:
+        """Return what that client answers with."""
+        active = self.run.active
+        return Answering(GLOBAL in active, client if LOCAL in active else None, scale)
+
+    def load(self) -> tuple[LoadedModel, AdaptedModel]:
+        """Return the base model, and with its adapters' modules on it.
+
+        Raises:
+            ModelError: it is not there, or not the one that the run was trained on.
+        """
+        config = self.run.config
+        loaded = load_base_model(config.model, self.root)
+        recorded = self.run.manifest["base_model"].get("fingerprint", loaded.fingerprint)
+        if loaded.fingerprint != recorded:
+            raise ModelError(
+                f"The base model {config.model.name} is not the one that the run was trained on: "
+                f"its fingerprint is {loaded.fingerprint[:12]}, in manifest.json {recorded[:12]}. "
+                "Restore the weight files, or set model.revision."
+            )
+        return loaded, attach_once(loaded, config.adapters)
+
+    @contextmanager
+    def answering(self, who: Answering) -> Iterator[tuple[AdaptedModel, Gate | None]]:
+        """Have exactly these adapters answer while the block runs.
+
+        Yields:
+            The model, and the gate that its local adapter is to be weighed by, if there is one.
+        """
+        loaded, model = self.load()
+        names = []
+        if who.with_global:
+            names.append(GLOBAL)
+            set_state(model, GLOBAL, self.state(None))
+        if who.local is not None:
+            names.append(LOCAL)
+            set_state(model, LOCAL, self.state(who.local))
+        with ExitStack() as stack:
+            if names:
+                activate(model, names)
+            else:
+                stack.enter_context(base_only(model))
+            if who.local is not None:
+                stack.enter_context(scaled_local(model, who.scale))
+            yield model, self._gate(loaded, model, who)
+
+    def state(self, client: str | None) -> AdapterState:
+        """Return a client's local adapter, or the global one with None; read and checked once."""
+        key = client or ""
+        if key not in self._states:
+            if client is not None:  # one local adapter at a time; there may be many clients
+                self._states = {k: v for k, v in self._states.items() if k == ""}
+            self.run.adapter_sha256(self.server_round, client)
+            folder = self.run.adapter_folder(self.server_round, client)
+            role = GLOBAL if client is None else LOCAL
+            _, model = self.load()
+            self._states[key] = load_adapter(folder, model, role, self.run.config.model.name)
+        return self._states[key]
+
+    def _gate(self, loaded: LoadedModel, model: AdaptedModel, who: Answering) -> Gate | None:
+        """Return the gate of the local adapter's owner, fitted to its own prompts once."""
+        config, owner = self.run.config, who.local
+        if config.adapters.gate == "none" or owner is None or not who.with_global:
+            return None
+        if owner not in self._gates:
+            client = config.client(owner)
+            files = load_client_files(config, client, self.root)
+            records = (files.local.records, files.universal.records)
+            self._gates[owner] = fit_gate(model, loaded.tokenizer, client.system_prompt, *records)
+        return self._gates[owner]
