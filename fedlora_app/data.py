@@ -71,7 +71,7 @@ def load_records(path: Path, *, skip_invalid: bool = False) -> RecordFile:
     Raises:
         DataError: naming file, record number (from 1) and field of every fault.
     """
-    return _load(path, _parse_record, skip_invalid)
+    return _load(path, parse_record, skip_invalid)
 
 
 def load_conflicts(
@@ -92,7 +92,7 @@ def format_question(record: Record | ConflictRecord) -> str:
 
 
 def _load(path: Path, parse: Callable[[dict[str, Any]], T], skip_invalid: bool) -> RecordFile:
-    raw_records, sha256 = _read(path)
+    raw_records, sha256 = read_json_records(path)
     records: list[T] = []
     faults: list[str] = []
     for number, raw in enumerate(raw_records, start=1):
@@ -115,7 +115,7 @@ def _load(path: Path, parse: Callable[[dict[str, Any]], T], skip_invalid: bool) 
     return RecordFile(path, sha256, records, num_skipped=len(faults))
 
 
-def _read(path: Path) -> tuple[list[Any], str]:
+def read_json_records(path: Path) -> tuple[list[Any], str]:
     """Return the raw records of a JSON list or of JSON Lines, and the file's sha256."""
     try:
         content = path.read_bytes()
@@ -147,7 +147,12 @@ def _read(path: Path) -> tuple[list[Any], str]:
     return records, sha256
 
 
-def _parse_record(raw: dict[str, Any]) -> Record:
+def parse_record(raw: dict[str, Any]) -> Record:
+    """Return a checked Alpaca record.
+
+    Raises:
+        ValueError: saying which field is wrong, to be put behind a file's name.
+    """
     return Record(
         instruction=_text(raw, "instruction", required=True),
         output=_text(raw, "output", required=True),

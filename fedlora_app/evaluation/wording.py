@@ -123,6 +123,26 @@ def match_nearly(ones: Sequence[str], others: Sequence[str]) -> Iterator[tuple[s
             yield one, twin
 
 
+def group_nearly(questions: Iterable[str]) -> Iterator[list[str]]:
+    """Yield the distinct questions in groups, each with all that ask nearly the same.
+
+    Goes from question to question: one that ``match_nearly`` would pair with any of a group
+    belongs to it, however unlike the others it is.
+    """
+    blocks: dict[tuple[frozenset[str], tuple[str, ...]], list[str]] = defaultdict(list)
+    for question in dict.fromkeys(questions):
+        blocks[_outline(question), _find_numbers(question)].append(question)
+    for left in blocks.values():
+        while left:
+            group = [left.pop(0)]
+            for one in group:  # which grows meanwhile
+                similar = _find_similar(one, left, limit=None) if left else {}
+                twins = {other for other in similar if _asks_the_same(one, other)}
+                group += [other for other in left if other in twins]
+                left = [other for other in left if other not in twins]
+            yield group
+
+
 @lru_cache(maxsize=CACHED_TEXTS)
 def _outline(text: str) -> frozenset[str]:
     """Return what two questions that ask the same must have in common, for a quick search."""
@@ -130,7 +150,9 @@ def _outline(text: str) -> frozenset[str]:
     return frozenset(t[:SPELLING_START] if len(t) >= SPELLING_MIN_LENGTH else t for t in tokens)
 
 
-def _find_similar(text: str, others: Sequence[str]) -> dict[str, float]:
+def _find_similar(
+    text: str, others: Sequence[str], limit: int | None = NEAR_CANDIDATES
+) -> dict[str, float]:
     """Return the most similar of the others with their percentages, best first."""
     best: dict[str, float] = {}
     for arrange in (str, _sort_words):
@@ -139,7 +161,7 @@ def _find_similar(text: str, others: Sequence[str]) -> dict[str, float]:
             [arrange(other) for other in others],
             scorer=fuzz.ratio,
             score_cutoff=NEAR_DUPLICATE_RATIO,
-            limit=NEAR_CANDIDATES,
+            limit=limit,
         )
         for _, percentage, index in found:
             best[others[index]] = max(percentage, best.get(others[index], 0))
@@ -152,13 +174,23 @@ def _sort_words(text: str) -> str:
 
 def _asks_the_same(one: str, other: str) -> bool:
     """Tell whether two questions differ in fillers and spelling only."""
-    if sorted(NUMBER.findall(one)) != sorted(NUMBER.findall(other)):
+    if _find_numbers(one) != _find_numbers(other):
         return False
-    ones, others = Counter(TOKEN.findall(one)), Counter(TOKEN.findall(other))
+    ones, others = _count_tokens(one), _count_tokens(other)
     only_one, only_other = list(ones - others), list(others - ones)
     return all(_is_filler(w) or _has_variant(w, only_other) for w in only_one) and all(
         _is_filler(w) or _has_variant(w, only_one) for w in only_other
     )
+
+
+@lru_cache(maxsize=CACHED_TEXTS)
+def _find_numbers(text: str) -> tuple[str, ...]:
+    return tuple(sorted(NUMBER.findall(text)))
+
+
+@lru_cache(maxsize=CACHED_TEXTS)
+def _count_tokens(text: str) -> Counter[str]:
+    return Counter(TOKEN.findall(text))
 
 
 def _is_filler(token: str) -> bool:
