@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -38,6 +39,8 @@ from fedlora_app.storage import WEIGHTS_FILE, hash_file, replace_folder
 
 CONFIG_FILE = "adapter_config.json"
 ROLE_KEY = "fedlora_role"
+PLAIN = "default"
+"""PEFT's own name for an only adapter."""
 
 AdapterState = dict[str, torch.Tensor]
 AdaptedModel = PeftModel
@@ -46,6 +49,28 @@ AdaptedModel = PeftModel
 
 class AdapterError(ValueError):
     """An adapter does not fit: other names, shapes, rank or base, or a damaged file."""
+
+
+@dataclass(frozen=True)
+class PlainAdapter:
+    """One adapter of scaling 1 with the same rank at every module."""
+
+    state: AdapterState
+    rank: int
+    target_modules: list[str]
+    base_revision: str | None = None
+
+    @property
+    def peft_config(self) -> LoraConfig:
+        """Return what PEFT and multi-LoRA servers are told about it."""
+        return LoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=self.rank,
+            lora_alpha=self.rank,
+            target_modules=self.target_modules,
+            bias="none",
+            revision=self.base_revision,
+        )
 
 
 def attach_adapters(base: PreTrainedModel, config: AdaptersConfig) -> AdaptedModel:
@@ -206,25 +231,41 @@ def save_adapter(
 
     The folder loads with ``PeftModel.from_pretrained(base, folder)``.
     """
-    shapes = state_shapes(model, name)
-    check_state(state, shapes, f"{folder}")
-    config = model.peft_config[name].to_dict()
-    config |= {
-        "base_model_name_or_path": base_name,
-        "inference_mode": True,
-        "target_modules": sorted(model.peft_config[name].target_modules),
-    }
-    weights = save(
-        {key: state[key].contiguous() for key in shapes},
-        metadata={ROLE_KEY: name},  # one entry only: safetensors orders several at random
-    )
+    check_state(state, state_shapes(model, name), f"{folder}")
     with replace_folder(folder) as partial:
-        (partial / CONFIG_FILE).write_text(
-            json.dumps(config, indent=2, sort_keys=True, default=_jsonable) + "\n",
-            encoding="utf-8",
-        )
-        (partial / WEIGHTS_FILE).write_bytes(weights)
+        _write_peft_files(partial, model.peft_config[name], state, base_name, {ROLE_KEY: name})
     return hash_file(folder / WEIGHTS_FILE)
+
+
+def save_plain_adapter(folder: Path, adapter: PlainAdapter, base_name: str) -> None:
+    """Write the two files of a PEFT folder, as PEFT itself would, into an existing folder."""
+    _write_peft_files(folder, adapter.peft_config, adapter.state, base_name, {"format": "pt"})
+
+
+def merge_into_base(base: PreTrainedModel, adapter: PlainAdapter) -> None:
+    """Add what an adapter adds to the base model's weights, and leave nothing else on it.
+
+    One module after the other, each sum in fp32 and cast once.
+
+    Raises:
+        AdapterError: a module's weights are also the input embedding's.
+    """
+    detach_adapters(base)
+    model = get_peft_model(base, adapter.peft_config, adapter_name=PLAIN)
+    shapes = state_shapes(model, PLAIN)
+    check_state(adapter.state, shapes, "the adapter to merge")
+    set_peft_model_state_dict(model, adapter.state, adapter_name=PLAIN)
+    embedding = base.get_input_embeddings().weight
+    for layer in _lora_layers(model, PLAIN):
+        weight = layer.get_base_layer().weight
+        if weight is embedding:
+            raise AdapterError(
+                "The adapter changes the output layer, whose weights are also the input "
+                "embedding's, so they cannot be merged. Export the adapter instead."
+            )
+        merged = weight.data.float() + layer.get_delta_weight(PLAIN).detach().float()
+        weight.data.copy_(merged)
+    detach_adapters(base)
 
 
 def load_adapter(folder: Path, model: AdaptedModel, name: str, base_name: str) -> AdapterState:
@@ -258,6 +299,30 @@ def load_adapter(folder: Path, model: AdaptedModel, name: str, base_name: str) -
         )
     check_state(state, state_shapes(model, name), str(folder))
     return state
+
+
+def _write_peft_files(
+    folder: Path,
+    config: LoraConfig,
+    state: AdapterState,
+    base_name: str,
+    metadata: dict[str, str],
+) -> None:
+    """Write configuration and weights, the same bytes for the same values.
+
+    Args:
+        metadata: one entry only, because safetensors orders several at random.
+    """
+    content = config.to_dict() | {
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "target_modules": sorted(config.target_modules),
+    }
+    (folder / CONFIG_FILE).write_text(
+        json.dumps(content, indent=2, sort_keys=True, default=_jsonable) + "\n", encoding="utf-8"
+    )
+    tensors = {key: state[key].contiguous() for key in sorted(state)}
+    (folder / WEIGHTS_FILE).write_bytes(save(tensors, metadata=metadata))
 
 
 def _check_targets(base: PreTrainedModel, config: AdaptersConfig) -> None:

@@ -73,6 +73,19 @@ def load_base_model(config: ModelConfig, root: Path) -> LoadedModel:
     return _resident[key]
 
 
+def load_unquantised_model(config: ModelConfig, root: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the base model on the CPU, a copy of its own that may be changed.
+
+    Whatever the configuration says of its quantisation and dtype.
+
+    Raises:
+        ModelError: it is not there.
+    """
+    _resident.clear()  # never two base models in memory
+    kwargs = {"dtype": dtype, "device_map": {"": "cpu"}, "use_safetensors": True}
+    return _from_pretrained(AutoModelForCausalLM, config, root, **kwargs).eval()
+
+
 def load_tokenizer(config: ModelConfig, root: Path) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer, which must bring a chat template."""
     tokenizer = _from_pretrained(AutoTokenizer, config, root)

@@ -5,6 +5,7 @@ In go a run directory and a choice of its adapters; out comes the model that ans
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from fedlora_app.adapters import (
     set_state,
 )
 from fedlora_app.client_data import load_client_files
-from fedlora_app.config import GLOBAL, LOCAL
+from fedlora_app.config import GLOBAL, LOCAL, ConfigError
 from fedlora_app.gate import Gate, fit_gate
 from fedlora_app.model import LoadedModel, ModelError, load_base_model
 from fedlora_app.saved_run import SavedRun
@@ -54,8 +55,21 @@ class SavedModel:
     _gates: dict[str, Gate] = field(default_factory=dict)
 
     def own(self, client: str, scale: float = 1.0) -> Answering:
-        """Return what that client answers with."""
+        """Return what that client answers with.
+
+        Raises:
+            ConfigError: there is no such client, or the scale is impossible or has no effect.
+        """
         active = self.run.active
+        self.run.config.client(client)
+        if not (math.isfinite(scale) and scale >= 0):
+            raise ConfigError(f"The scale (lambda) is {scale}; expected a number from 0 up.")
+        if LOCAL not in active and scale != 1.0:
+            mode = self.run.config.federated.mode
+            raise ConfigError(
+                f"The scale (lambda) {scale:g} has no effect: in mode {mode} there is no local "
+                "adapter. Leave it out."
+            )
         return Answering(GLOBAL in active, client if LOCAL in active else None, scale)
 
     def load(self) -> tuple[LoadedModel, AdaptedModel]:
@@ -64,16 +78,19 @@ class SavedModel:
         Raises:
             ModelError: it is not there, or not the one that the run was trained on.
         """
-        config = self.run.config
-        loaded = load_base_model(config.model, self.root)
-        recorded = self.run.manifest["base_model"].get("fingerprint", loaded.fingerprint)
-        if loaded.fingerprint != recorded:
+        loaded = load_base_model(self.run.config.model, self.root)
+        self.check_base(loaded.fingerprint)
+        return loaded, attach_once(loaded, self.run.config.adapters)
+
+    def check_base(self, fingerprint: str) -> None:
+        """Raise ``ModelError`` unless a base model is the one that the run was trained on."""
+        recorded = self.run.manifest["base_model"].get("fingerprint", fingerprint)
+        if fingerprint != recorded:
             raise ModelError(
-                f"The base model {config.model.name} is not the one that the run was trained on: "
-                f"its fingerprint is {loaded.fingerprint[:12]}, in manifest.json {recorded[:12]}. "
-                "Restore the weight files, or set model.revision."
+                f"The base model {self.run.config.model.name} is not the one that the run was "
+                f"trained on: its fingerprint is {fingerprint[:12]}, in manifest.json "
+                f"{recorded[:12]}. Restore the weight files, or set model.revision."
             )
-        return loaded, attach_once(loaded, config.adapters)
 
     @contextmanager
     def answering(self, who: Answering) -> Iterator[tuple[AdaptedModel, Gate | None]]:
@@ -105,12 +122,16 @@ class SavedModel:
         if key not in self._states:
             if client is not None:  # one local adapter at a time; there may be many clients
                 self._states = {k: v for k, v in self._states.items() if k == ""}
-            self.run.adapter_sha256(self.server_round, client)
-            folder = self.run.adapter_folder(self.server_round, client)
-            role = GLOBAL if client is None else LOCAL
             _, model = self.load()
-            self._states[key] = load_adapter(folder, model, role, self.run.config.model.name)
+            self._states[key] = self.read_state(client, model)
         return self._states[key]
+
+    def read_state(self, client: str | None, model: AdaptedModel) -> AdapterState:
+        """Read an adapter and check its file and its shapes; ``model`` may have no weights."""
+        self.run.adapter_sha256(self.server_round, client)
+        folder = self.run.adapter_folder(self.server_round, client)
+        role = GLOBAL if client is None else LOCAL
+        return load_adapter(folder, model, role, self.run.config.model.name)
 
     def _gate(self, loaded: LoadedModel, model: AdaptedModel, who: Answering) -> Gate | None:
         """Return the gate of the local adapter's owner, fitted to its own prompts once."""

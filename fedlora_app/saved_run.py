@@ -57,6 +57,12 @@ class SavedRun:
         path = self.path / EVALUATION_FILE
         return _read_json(path) if path.exists() else None
 
+    def find_evaluation(self, server_round: int) -> dict[str, Any] | None:
+        """Return what ``fedlora evaluate`` wrote for a round, None if it did not."""
+        path = self.evaluation_path(server_round)
+        found = _read_json(path) if path.exists() else None
+        return found if found and found.get("round") == server_round else None
+
     def evaluation_path(self, server_round: int) -> Path:
         """Where the evaluation of a round is kept."""
         if server_round == self.last_round:
@@ -117,12 +123,13 @@ class SavedRun:
         return recorded
 
 
-def load_run(path: Path) -> SavedRun:
+def load_run(path: Path | str) -> SavedRun:
     """Read a run directory.
 
     Raises:
         RunDirectoryError: it is none, or its files are damaged.
     """
+    path = Path(path).resolve()  # "latest" is a link
     for name in ("config.json", "manifest.json"):
         if not (path / name).is_file():
             raise RunDirectoryError(

@@ -45,7 +45,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        for path in partial.iterdir():
+        for path in (path for path in partial.rglob("*") if path.is_file()):
             with path.open("r+b") as file:
                 os.fsync(file.fileno())
         if folder.exists():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from fedlora_app.data import DataError, Record, RecordFile, format_question
 from fedlora_app.model import ModelError
 
 CACHE_FORMAT = 1
+
+Turn = tuple[str, str]
+"""A question of a conversation, and the answer that it got."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +51,29 @@ class TokenizedFile:
     num_dropped: int
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, system_prompt: str, question: str) -> str:
-    """Return the dialogue's text up to where the answer begins."""
-    messages = _messages(system_prompt, question)
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str,
+    question: str,
+    earlier: Sequence[Turn] = (),
+) -> str:
+    """Return the dialogue's text up to where the answer begins.
+
+    Args:
+        earlier: what was asked and answered before; nothing in training and evaluation.
+    """
+    messages = _messages(system_prompt, question, earlier)
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, system_prompt: str, question: str
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str,
+    question: str,
+    earlier: Sequence[Turn] = (),
 ) -> list[int]:
     """Return the token ids of ``render_prompt``."""
-    return _encode(tokenizer, render_prompt(tokenizer, system_prompt, question))
+    return _encode(tokenizer, render_prompt(tokenizer, system_prompt, question, earlier))
 
 
 def encode_answer(
@@ -126,9 +142,14 @@ def tokenize_file(
     )
 
 
-def _messages(system_prompt: str, question: str) -> list[dict[str, str]]:
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    return [*system, {"role": "user", "content": question}]
+def _messages(
+    system_prompt: str, question: str, earlier: Sequence[Turn] = ()
+) -> list[dict[str, str]]:
+    said = [("system", system_prompt)] if system_prompt else []
+    for asked, answered in earlier:
+        said += [("user", asked), ("assistant", answered)]
+    said.append(("user", question))
+    return [{"role": role, "content": content} for role, content in said]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from fedlora_app.adapters import AdaptedModel, scaled_local
 from fedlora_app.gate import Gate
@@ -124,6 +125,30 @@ def score_prompts(
         if progress is not None:
             progress(done)
     return [Answered(tuple(totals[i]), generated.get(i, "")) for i in range(len(prompts))]
+
+
+@torch.inference_mode()
+def generate_answer(
+    model: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[int],
+    *,
+    max_new_tokens: int,
+    gate: Gate | None = None,
+    gate_ids: list[int] | None = None,
+    streamer: BaseStreamer | None = None,
+) -> str:
+    """Return the greedy answer to one prompt, of a conversation for instance.
+
+    Args:
+        gate: weighs the local adapter by the prompt, or by ``gate_ids`` if they are given.
+        streamer: is given the prompt's tokens and then each new one.
+    """
+    model.eval()
+    stop_ids = _stop_ids(tokenizer, [Prompt("", "?")])
+    with _gated(model, gate, [gate_ids or prompt_ids]):
+        (text,) = _generate(model, tokenizer, [prompt_ids], stop_ids, max_new_tokens, streamer)
+    return text
 
 
 def shares_prefix(model: AdaptedModel) -> bool:
@@ -249,6 +274,7 @@ def _generate(
     prompt_ids: list[list[int]],
     stop_ids: list[int],
     max_new_tokens: int,
+    streamer: BaseStreamer | None = None,
 ) -> list[str]:
     """Return the greedy answers, padded on the left and masked while batched."""
     generation = GenerationConfig(
@@ -260,7 +286,9 @@ def _generate(
     batch = tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt").to(
         model.device
     )
-    output = model.get_base_model().generate(**batch, generation_config=generation)
+    output = model.get_base_model().generate(
+        **batch, generation_config=generation, streamer=streamer
+    )
     return [_decode(tokenizer, ids) for ids in output[:, batch["input_ids"].shape[1] :]]
 
 
