@@ -1,5 +1,10 @@
-"""Federated fine-tuning with two LoRA adapters per client: one shared, one private."""
+"""Federated fine-tuning with two LoRA adapters per client: one shared, one private.
 
+For notebooks the package offers what reads and draws runs: ``load_run``, ``load_history`` and the
+``plot_*`` functions of ``report.plots``. None of them needs torch.
+"""
+
+import importlib
 import warnings
 
 __version__ = "0.1.0"
@@ -7,3 +12,27 @@ __version__ = "0.1.0"
 # Notices to the libraries' own developers, which would bury what a run has to say.
 warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.jit")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.modeling_utils")
+
+_PLOTS = (
+    "plot_accuracy",
+    "plot_aggregation_error",
+    "plot_foreign_adapters",
+    "plot_local_scale",
+    "plot_loss",
+    "plot_memory",
+    "plot_seconds",
+    "plot_swap_table",
+    "plot_traffic",
+    "plot_update_norm",
+)
+_HOMES = dict.fromkeys(_PLOTS, "fedlora_app.report.plots")
+_HOMES |= {"load_history": "fedlora_app.report.history", "load_run": "fedlora_app.saved_run"}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> object:
+    """Import what is asked for, and nothing before that."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

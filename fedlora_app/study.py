@@ -30,6 +30,7 @@ from fedlora_app.evaluation.intervals import over_seeds
 from fedlora_app.evaluation.protocol import evaluate_round
 from fedlora_app.evaluation.tables import FORMAT
 from fedlora_app.project import find_project_root
+from fedlora_app.report.page import REPORT_FILE, write_comparison, write_report
 from fedlora_app.run_directory import RunDirectoryError
 from fedlora_app.saved_run import load_run
 from fedlora_app.storage import write_atomically, write_json
@@ -120,7 +121,11 @@ def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) 
         {"study": study.model_dump(), "figures": figures, "num_steps": steps},
     )
     write_atomically(folder / "summary.md", text + "\n")
-    return f"{text}\n\nWritten: {folder / 'summary.md'} and summary.json"
+    runs = [folder / f"{variant}-seed{seed}" for variant, seed in configs]
+    for run in runs:
+        write_report(run)
+    page = write_comparison(runs, folder / REPORT_FILE)
+    return f"{text}\n\nWritten: {folder / 'summary.md'} and summary.json\nReport: {page}"
 
 
 def measure(evaluation: Mapping[str, Any]) -> Figures:

@@ -1,0 +1,280 @@
+"""The report: one page per run, and one that puts several runs side by side.
+
+A page opens from disk without a network: style, script and plots are in it. Everything that comes
+from data is escaped, and the page's policy lets no other script run.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup
+
+from fedlora_app.evaluation.comparison import compare_evaluations
+from fedlora_app.evaluation.intervals import Estimate
+from fedlora_app.report import plots
+from fedlora_app.report.figures import EXACT, RANKED, Figures, measure_run
+from fedlora_app.report.history import load_history
+from fedlora_app.report.pieces import Pieces, read_pieces
+from fedlora_app.report.sections import SHAPE_ERRORS, Plotter, Section, Table, build_sections
+from fedlora_app.report.template import MACROS, PAGE, SCRIPT, STYLE
+from fedlora_app.report.verdict import format_p, judge_run, judge_runs
+from fedlora_app.storage import write_atomically
+
+REPORT_FILE = "report.html"
+PLOTS_FOLDER = "plots"
+ANSWERS_WITH = {"dual": "global+local:own", "local-only": "local:own"}  # the others: global
+ALL_CLIENTS = "conflict, every client"
+MEANS = {
+    "conflict_pass_rate_exact_match": ALL_CLIENTS,
+    "conflict_exact_match": "conflict",
+    "local_exact_match": "local",
+    "universal_unseen_exact_match": "universal, never seen",
+    "universal_exact_match": "universal",
+    "leakage_exact_match": "leakage",
+}
+
+
+def write_report(run_dir: Path, output: Path | None = None) -> Path:
+    """Write one run's report, and its plots beside it, and return the page's path.
+
+    Raises:
+        RunDirectoryError: there is nothing of a run in the folder.
+    """
+    run = read_pieces(run_dir.resolve())
+    output = output or run.path / REPORT_FILE
+    figures = _measure(run)
+    verdict = judge_run(figures, [str(c.get("system_prompt")) for c in run.clients])
+    sections = build_sections(run, Plotter(output.parent / PLOTS_FOLDER))
+    _write_page(
+        output,
+        title=f"{run.name}: {verdict.headline}",
+        kicker=_describe(run),
+        verdict=verdict,
+        table=_figure_table(figures.values(), ANSWERS_WITH.get(run.mode, "global")),
+        facts=list(_facts(run)),
+        problems=run.problems,
+        sections=sections,
+    )
+    return output
+
+
+def write_comparison(run_dirs: Sequence[Path], output: Path) -> Path:
+    """Write a page on several runs, whose own reports stand in their folders.
+
+    Raises:
+        RunDirectoryError: there is nothing of a run in one of the folders.
+    """
+    runs = [read_pieces(path.resolve()) for path in run_dirs]
+    figures = {run.name: _measure(run) for run in runs}
+    own = {
+        run.name: found
+        for run in runs
+        if (found := figures[run.name].get(ANSWERS_WITH.get(run.mode, "global")))
+    }
+    evaluations = {run.name: run.evaluation for run in runs if run.evaluation is not None}
+    verdict = judge_runs(own, {run.name: run.mode for run in runs}, evaluations)
+    labels = {name: f"{_mode_of(runs, name)}: {name}" for name in own}
+    _write_page(
+        output,
+        title=f"{len(runs)} runs: {verdict.headline}",
+        kicker=f"{len(runs)} runs side by side",
+        verdict=verdict,
+        table=_figure_table(own.values(), "", labels=list(labels.values())),
+        facts=[],
+        problems=[f"{run.name}: {problem}" for run in runs for problem in run.problems],
+        sections=[
+            _show_runs(runs, output),
+            *_show_differences(evaluations),
+            *_show_curves(runs, output),
+        ],
+    )
+    return output
+
+
+def _write_page(output: Path, **content: Any) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    digest = hashlib.sha256(SCRIPT.encode()).digest()
+    for section in content["sections"]:
+        section.plots = [
+            {"svg": _inline(p.svg), "missing": p.missing, "caption": p.caption}
+            for p in section.plots
+        ]
+    page = environment.from_string(MACROS + PAGE).render(
+        style=Markup(STYLE),
+        script=Markup(SCRIPT),
+        script_hash=base64.b64encode(digest).decode(),
+        footer="Proportions carry Wilson's 95 % interval. Written by fedlora report.",
+        **content,
+    )
+    write_atomically(output, page)
+
+
+def _inline(svg: str) -> Markup:
+    """Return an SVG for the page: scaled to its column, in the page's own colours."""
+    svg = svg[svg.index("<svg") :] if svg else ""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1 role=\"img\"", svg, count=1)
+    for index, colour in enumerate(plots.SERIES):
+        svg = svg.replace(colour, f"var(--s{index})")
+    svg = svg.replace(plots.INK, "var(--ink)").replace(plots.FAINT, "var(--line)")
+    return Markup(svg)  # matplotlib escapes the texts in it
+
+
+def _measure(run: Pieces) -> dict[str, Figures]:
+    try:
+        return measure_run(run.history, run.evaluation)
+    except SHAPE_ERRORS as error:
+        run.problems.append(f"history.json or evaluation.json hold something unexpected: {error!r}")
+        return {}
+
+
+def _figure_table(
+    figures: Sequence[Figures], best: str, labels: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Return the table of the first screen: exact matches with interval, and ranking."""
+    figures = list(figures)
+    sets = reversed(plots.QUESTION_SETS)  # what the method is for comes first
+    columns = [n for n in sets if any(f.share(n).n for f in figures)]
+    has_passes = any(f.passed().n for f in figures)
+    rows = []
+    for index, entry in enumerate(figures):
+        cells = [_cell(entry.passed(EXACT), entry.passed(RANKED))] if has_passes else []
+        cells += [_cell(entry.share(n), entry.share(n, RANKED)) for n in columns]
+        label = labels[index] if labels else entry.label
+        rows.append({"label": label, "cells": cells, "best": entry.who == best})
+    headings = ["", *[ALL_CLIENTS] * has_passes, *(plots.QUESTION_SETS[n] for n in columns)]
+    caption = (
+        "Test questions answered word for word [95 % interval], and with the right answer ranked "
+        "first among its candidates"
+    )
+    return {"headings": headings, "rows": rows, "caption": caption}
+
+
+def _cell(exact: Estimate, ranked: Estimate) -> dict[str, str] | None:
+    if not exact.n and not ranked.n:
+        return None
+    main = interval = second = ""
+    if exact.n:
+        main = f"{100 * exact.value:.1f} %"
+        interval = f"[{100 * exact.low:.0f}, {100 * exact.high:.0f}] n {exact.n}"
+    if ranked.n:
+        second = f"ranked {100 * ranked.value:.1f} %"
+    return {"main": main, "interval": interval, "second": second}
+
+
+def _describe(run: Pieces) -> str:
+    base = (run.config.get("model") or {}).get("name", "unknown base model")
+    seed = (run.config.get("experiment") or {}).get("seed", "?")
+    return (
+        f"{run.name}: mode {run.mode}, {run.num_rounds} rounds, {len(run.clients)} clients, seed "
+        f"{seed}, base {base}"
+    )
+
+
+def _facts(run: Pieces) -> Any:
+    done = "none" if run.last_round is None else run.last_round
+    yield "complete rounds", f"{done} of {run.num_rounds}"
+    seconds = sum(entry.get("seconds", 0) for entry in run.manifest.get("rounds", []))
+    yield "time of all rounds", f"{seconds / 60:.1f} min"
+    yield "started", str(run.manifest.get("started", "unknown"))
+    yield "commit", str(run.manifest.get("git_commit") or "unknown")[:12]
+
+
+def _mode_of(runs: Sequence[Pieces], name: str) -> str:
+    return next(run.mode for run in runs if run.name == name)
+
+
+def _show_runs(runs: Sequence[Pieces], output: Path) -> Section:
+    rows = []
+    for run in runs:
+        report = run.path / REPORT_FILE
+        link: Any = run.name
+        if report.exists():
+            href = Path(os.path.relpath(report, output.parent)).as_posix()
+            link = {"href": href, "text": run.name}
+        seed = (run.config.get("experiment") or {}).get("seed", "")
+        adapters = run.config.get("adapters") or {}
+        ranks = "/".join(str((adapters.get(k) or {}).get("rank", "?")) for k in ("global", "local"))
+        schedule = (run.config.get("training") or {}).get("schedule", "")
+        done = f"{run.last_round} of {run.num_rounds}"
+        rows.append((link, run.mode, schedule, ranks, seed, done))
+    headings = ("run", "mode", "schedule", "ranks global/local", "seed", "rounds")
+    return Section("runs", "The runs", tables=[Table(headings, rows)])
+
+
+def _show_differences(evaluations: Mapping[str, dict[str, Any]]) -> list[Section]:
+    """Return what ``fedlora compare`` tells, where two or more runs are evaluated."""
+    if len(evaluations) < 2:
+        return []
+    section = Section("differences", "Differences")
+    try:
+        compared = compare_evaluations(evaluations)
+        reference = compared["runs"][0]["name"]
+        rows = [
+            (
+                *(entry[key] for key in ("run", "topic", "scored_by")),
+                _points(entry["difference"]),
+                entry["n"],
+                format_p(entry["p_value_holm"]),
+            )
+            for entry in compared["differences"]
+        ]
+        groups = [
+            (group["label"], len(group["seeds"]), *(_percent(group["figures"], n) for n in MEANS))
+            for group in compared["groups"]
+        ]
+        section.text += [*compared["not_comparable"], *compared["notes"]]
+    except SHAPE_ERRORS as error:
+        section.text.append(f"The runs cannot be compared: {error}")
+        return [section]
+    if groups:
+        headings = ("alike", "seeds", *MEANS.values())
+        caption = "Means over seeds of like runs, percent word for word, with Student's t interval"
+        section.tables.append(Table(headings, groups, caption))
+    if rows:
+        headings = ("run", "questions", "scored by", "difference", "n", "p (Holm)")
+        caption = f"Run minus {reference}, percentage points with 95 % interval"
+        section.tables.append(Table(headings, rows, caption))
+    return [section]
+
+
+def _points(estimate: Mapping[str, float | None]) -> str:
+    if estimate["low"] is None:
+        return "" if estimate["value"] is None else f"{100 * estimate['value']:+.1f}"
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(
+        *(100 * estimate[k] for k in ("value", "low", "high"))
+    )
+
+
+def _percent(figures: Mapping[str, Mapping[str, float | None]], name: str) -> str:
+    entry = figures.get(name) or {}
+    if entry.get("value") is None:
+        return ""
+    if entry.get("low") is None:
+        return f"{100 * entry['value']:.1f}"
+    half = (entry["high"] - entry["low"]) / 2
+    return f"{100 * entry['value']:.1f} ± {100 * half:.1f}"
+
+
+def _show_curves(runs: Sequence[Pieces], output: Path) -> list[Section]:
+    section = Section("curves", "Side by side", ["A line is the mean over a run's clients."])
+    plotter = Plotter(output.parent / f"{output.stem}_{PLOTS_FOLDER}")
+    history = load_history(*(run.path for run in runs if run.history))
+    for name in plots.QUESTION_SETS:
+        section.plots.append(
+            plotter.draw(f"accuracy_{name}", lambda name=name: plots.plot_accuracy(history, name))
+        )
+    for make in (plots.plot_seconds, plots.plot_traffic):
+        name = make.__name__.removeprefix("plot_")
+        section.plots.append(plotter.draw(name, lambda make=make: make(history)))
+    return [section]

@@ -1,0 +1,380 @@
+"""The plots of runs, each one a matplotlib figure. Needs no torch.
+
+Curves take the table of ``load_history``, the others an ``evaluation.json``. One run is drawn with
+a line per client, several runs with a line per run, the mean over its clients. Every figure
+is small enough to be read on a phone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from io import BytesIO, StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib import rc_context
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.axes import Axes
+
+INK, FAINT = "#24292f", "#d0d7de"
+SERIES = ("#0969da", "#cf222e", "#1a7f37", "#8250df", "#bc4c00", "#1b7c83", "#bf3989", "#6e7781")
+MOST_LINES = len(SERIES)  # more of them are drawn faint, with their mean
+MOST_CELLS = 150  # a heat map of more has no figures in it
+SIZE = (4.6, 3.0)  # inches
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 3.5,
+    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's own font
+}
+QUESTION_SETS = {
+    "universal": "universal",
+    "universal_unseen": "universal, never seen",
+    "local": "local",
+    "conflict": "conflict",
+}
+PHASES = {"global": "global phase", "local": "local phase", "global+local": "joint phase"}
+MEASURES = {
+    "exact_match": "greedy answer matches exactly",
+    "rank_accuracy": "right answer ranked first",
+}
+ANSWERERS = {
+    "base": "base model",
+    "global": "global alone",
+    "local:own": "own local alone",
+    "global+local:own": "global + own local",
+    "global+local:foreign": "global + another's local",
+    "local:foreign": "another's local alone",
+}
+HEAT = LinearSegmentedColormap.from_list("heat", ["#f6f8fa", "#54aeff", "#0a3069"])
+
+
+class Drawing(Figure):
+    """A figure that notebooks show by itself, whether or not they use pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        image = BytesIO()
+        with rc_context(STYLE):
+            self.savefig(image, format="png", dpi=110)
+        return image.getvalue()
+
+
+Plot = Callable[..., Figure]
+
+
+class NothingToPlotError(ValueError):
+    """What the plot shows was not recorded; the message says how it would be."""
+
+
+def _styled(plot: Plot) -> Plot:
+    """Draw in this module's style without changing that of others."""
+
+    @wraps(plot)
+    def draw(*args: Any, **settings: Any) -> Figure:
+        with rc_context(STYLE):
+            return plot(*args, **settings)
+
+    return draw
+
+
+@_styled
+def plot_accuracy(
+    history: pandas.DataFrame, question_set: str = "conflict", measure: str = "exact_match"
+) -> Figure:
+    """Draw a question set's accuracy by round, from the base model's in round 0.
+
+    Args:
+        measure: ``exact_match`` or ``rank_accuracy``.
+    """
+    ending = f"/{question_set}/{measure}"
+    rows = history[history["metric"].str.endswith(ending) & (history["phase"] == "evaluate")]
+    answering = rows["metric"].str.removesuffix(ending)
+    # In the last round the global adapter is tried alone beside the pair; the pair is the curve.
+    is_aside = (answering == "global") & rows.duplicated(["run", "round", "client"], keep=False)
+    title = f"{QUESTION_SETS[question_set]} questions"
+    figure, axes = _plot_curves(rows[~is_aside], title, MEASURES[measure])
+    aside = rows[is_aside]
+    if not aside.empty:
+        mean = aside["value"].mean()
+        axes.plot([aside["round"].max()], [mean], "x", color=INK, label="global alone", zorder=5)
+        axes.legend(fontsize=7)
+    axes.set_ylim(-0.03, 1.03)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    return figure
+
+
+@_styled
+def plot_loss(history: pandas.DataFrame, phase: str = "global") -> Figure:
+    """Draw a phase's mean training loss by round; ``phase`` as in the history's column."""
+    rows = _select(history, f"train_{phase}/train_loss")
+    figure, axes = _plot_curves(rows, f"{PHASES[phase]}: training loss", "nats per answer token")
+    if not rows.empty and rows["value"].min() > 0:
+        axes.set_yscale("log")
+    return figure
+
+
+@_styled
+def plot_update_norm(history: pandas.DataFrame) -> Figure:
+    """Draw how far each client moves the global adapter, the norm of its update."""
+    rows = _select(history, "update_norm")
+    return _plot_curves(rows, "norm of the update that is sent", from_zero=True)[0]
+
+
+@_styled
+def plot_aggregation_error(history: pandas.DataFrame) -> Figure:
+    """Draw how far averaging A and B apart is from averaging their products, relatively."""
+    rows = _select(history, "aggregation_error")
+    title = "aggregation error: averaging A and B apart"
+    figure, axes = _plot_curves(rows, title, label="of the mean's product", from_zero=True)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    return figure
+
+
+@_styled
+def plot_traffic(history: pandas.DataFrame) -> Figure:
+    """Draw the bytes that all clients receive and send in a round."""
+    rows = history[history["metric"].isin(["bytes_down", "bytes_up"])]
+    names = {"bytes_down": "server to clients", "bytes_up": "clients to server"}
+    sums = rows.groupby(["run", "metric", "round"], as_index=False)["value"].sum()
+    several = sums["run"].nunique() > 1
+    parts = sums["metric"].map(names)
+    sums["client"] = sums["run"] + ": " + parts if several else parts
+    sums["run"] = ""
+    figure, axes = _plot_curves(sums, "traffic of a round, all clients", from_zero=True)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
+    return figure
+
+
+@_styled
+def plot_seconds(history: pandas.DataFrame) -> Figure:
+    """Draw the time of each part of a round, the sum over the clients (they take turns)."""
+    names = {"evaluation_seconds": "evaluation", "aggregation_seconds": "aggregation"}
+    names |= {f"train_{phase}/seconds": label for phase, label in PHASES.items()}
+    rows = history[history["metric"].isin(names)]
+    sums = rows.groupby(["run", "metric", "round"], as_index=False)["value"].sum()
+    sums["client"] = sums["metric"].map(names)
+    title = "seconds of a round, all clients"
+    if sums["run"].nunique() > 1:
+        sums = sums.groupby(["run", "round"], as_index=False)["value"].sum()
+        sums["client"] = "sum"
+    return _plot_curves(sums, title, from_zero=True)[0]
+
+
+@_styled
+def plot_memory(history: pandas.DataFrame) -> Figure:
+    """Draw the peak memory of a client's process: of the GPU, or resident on a CPU."""
+    rows = history[history["metric"].str.endswith("peak_memory_bytes")]
+    columns = ["run", "client", "round"]
+    highest = rows.groupby(columns, as_index=False)["value"].max()
+    figure, axes = _plot_curves(highest, "peak memory of the client's process", from_zero=True)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
+    return figure
+
+
+@_styled
+def plot_swap_table(evaluation: dict[str, Any], measure: str = "exact_match") -> Figure:
+    """Draw which adapters answer which questions, means over the clients."""
+    values: dict[tuple[str, str], list[float]] = {}
+    for row in evaluation["swap_table"]:
+        if row["scale"] == 1.0 and row[measure] is not None:
+            key = (relative_label(row), row["question_set"])
+            values.setdefault(key, []).append(row[measure])
+    rows = [who for who in ANSWERERS if any(who == key[0] for key in values)]
+    columns = [name for name in QUESTION_SETS if any(name == key[1] for key in values)]
+    means = [[_mean(values.get((who, name))) for name in columns] for who in rows]
+    title = "who answers what, mean over clients"
+    labels = [QUESTION_SETS[name].replace(", ", ",\n") for name in columns]
+    return _plot_heat(means, [ANSWERERS[who] for who in rows], labels, title)
+
+
+@_styled
+def plot_foreign_adapters(
+    evaluation: dict[str, Any], question_set: str = "local", measure: str = "exact_match"
+) -> Figure:
+    """Draw each client's questions (rows) under each client's local adapter (columns)."""
+    values = {}
+    for row in evaluation["swap_table"]:
+        owner = row["adapters"].partition(":")[2]
+        is_pair = row["adapters"].startswith(("global+local:", "local:"))
+        if is_pair and row["scale"] == 1.0 and row["question_set"] == question_set:
+            key = (row["client"], owner)
+            if row["adapters"].startswith("global") or key not in values:
+                values[key] = row[measure]
+    clients = sorted({client for client, _ in values})
+    table = [[values.get((client, owner)) for owner in clients] for client in clients]
+    title = f"{QUESTION_SETS[question_set]}: questions of (row), local adapter of (column)"
+    return _plot_heat(table, clients, clients, title)
+
+
+@_styled
+def plot_local_scale(evaluation: dict[str, Any], measure: str = "exact_match") -> Figure:
+    """Draw validation accuracy by the scale of the local adapter (lambda), means over clients."""
+    scales = evaluation["scales"]
+    if not scales:
+        raise NothingToPlotError(
+            "No scale of the local adapter was tried: this mode has none, or there are no "
+            "validation files (data.conflict_validation, a client's local_validation)."
+        )
+    ending = "" if measure == "accuracy" else f"_{measure}"
+    figure, axes = _figure("validation questions by scale of the local adapter")
+    for colour, name in zip(SERIES, ("universal", "local", "conflict"), strict=False):
+        points: dict[float, list[float]] = {}
+        for entry in scales.values():
+            for point in entry["curve"]:
+                value = point.get(name + ending)
+                if value is not None:
+                    points.setdefault(point["scale"], []).append(value)
+        if points:
+            xs = sorted(points)
+            axes.plot(xs, [_mean(points[x]) for x in xs], "o-", color=colour, label=name)
+    for chosen in sorted({entry["chosen"] for entry in scales.values()}):
+        axes.axvline(chosen, color=INK, linewidth=0.8, linestyle=":")
+        axes.annotate("chosen", (chosen, 0.02), fontsize=7, rotation=90, ha="right")
+    axes.set_xlabel("scale (lambda)")
+    axes.set_ylim(-0.03, 1.03)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.legend()
+    return figure
+
+
+def relative_label(row: dict[str, Any]) -> str:
+    """Return who answers, with "own" or "foreign" in the place of the client's name."""
+    adapters, separator, owner = row["adapters"].partition(":")
+    if not separator:
+        return adapters
+    return f"{adapters}:{'own' if owner == row['client'] else 'foreign'}"
+
+
+def render_svg(figure: Figure, name: str) -> str:
+    """Return a figure as SVG text, the same bytes for the same figure.
+
+    Args:
+        name: unique among the figures of a page, because an SVG's inner ids derive from it.
+    """
+    text = StringIO()
+    with rc_context(STYLE | {"svg.hashsalt": name}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    return text.getvalue()
+
+
+def save_plot(figure: Figure, folder: Path, name: str) -> str:
+    """Write ``<name>.png`` and ``<name>.svg`` and return the SVG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    svg = render_svg(figure, name)
+    (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
+    figure.set_layout_engine("none")  # what the first rendering found still holds
+    with rc_context(STYLE):
+        figure.savefig(folder / f"{name}.png", dpi=144, metadata={"Software": None})
+    return svg
+
+
+def format_bytes(value: float) -> str:
+    """Return "1.4 MB" and the like, in powers of ten."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def _plot_curves(
+    rows: pandas.DataFrame, title: str, label: str = "", from_zero: bool = False
+) -> tuple[Figure, Axes]:
+    """Draw value by round: a line per client of one run, or per run."""
+    if rows.empty:
+        raise NothingToPlotError(f"Not recorded in this run: {title}.")
+    figure, axes = _figure(title)
+    by = "run" if rows["run"].nunique() > 1 else "client"
+    table = rows.pivot_table(index="round", columns=by, values="value", aggfunc="mean")
+    if len(table.columns) <= MOST_LINES:
+        for colour, name in zip(SERIES, table.columns, strict=False):
+            # An underscore at its beginning would keep a name out of the legend.
+            shown = f" {name}" if str(name).startswith("_") else str(name)
+            axes.plot(table.index, table[name], "o-", color=colour, label=shown)
+        if len(table.columns) > 1 or by == "run":
+            axes.legend()
+    else:
+        for name in table.columns:
+            axes.plot(table.index, table[name], color=SERIES[0], alpha=0.25, linewidth=0.6)
+        mean = f"mean of {len(table.columns)} {by}s"
+        axes.plot(table.index, table.mean(axis=1), color=SERIES[1], label=mean)
+        axes.legend()
+    axes.set_xlabel("round")
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if from_zero:
+        axes.set_ylim(bottom=0)
+    return figure, axes
+
+
+def _plot_heat(
+    values: Sequence[Sequence[float | None]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+) -> Figure:
+    if not rows or not columns:
+        raise NothingToPlotError(f"Not in this evaluation: {title}.")
+    table = [[float("nan") if v is None else v for v in row] for row in values]
+    annotated = len(rows) * len(columns) <= MOST_CELLS
+    height = 1.1 + 0.32 * len(rows) if annotated else 4.4
+    figure, axes = _figure(title, height)
+    axes.pcolormesh(table, cmap=HEAT, vmin=0, vmax=1, edgecolors="face", linewidth=0.2)
+    axes.grid(False)
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if not annotated:
+        axes.set_xlabel(f"{len(columns)} clients")
+        axes.set_ylabel(f"{len(rows)} clients")
+        return figure
+    axes.set_xticks([i + 0.5 for i in range(len(columns))], columns)
+    if max(len(line) for name in columns for line in name.split("\n")) * len(columns) > 60:
+        axes.tick_params(axis="x", rotation=60)
+    axes.set_yticks([i + 0.5 for i in range(len(rows))], rows)
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            if value is not None:
+                colour = "#ffffff" if value > 0.6 else "#1f2328"
+                text = f"{100 * value:.0f}"
+                axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", color=colour)
+    return figure
+
+
+def _figure(title: str, height: float = SIZE[1]) -> tuple[Figure, Axes]:
+    figure = Drawing(figsize=(SIZE[0], height), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title)
+    return figure, axes
+
+
+def _select(history: pandas.DataFrame, metric: str) -> pandas.DataFrame:
+    return history[history["metric"] == metric]
+
+
+def _mean(values: Iterable[float] | None) -> float | None:
+    values = list(values or [])
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,284 @@
+"""The sections of a run's report: what each shows, or why it cannot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from fedlora_app.report import plots
+from fedlora_app.report.history import load_history
+from fedlora_app.report.pieces import Pieces
+from fedlora_app.run_directory import RunDirectoryError
+
+MOST_ANSWERS = 6000  # rows of the conflict questions on a page; about 500 bytes each
+SHAPE_ERRORS = (KeyError, TypeError, ValueError, IndexError, AttributeError)
+"""What a file of another shape than expected raises when it is read."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawn figure, or why it is not there."""
+
+    svg: str = ""
+    missing: str = ""
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headings and rows of text."""
+
+    headings: tuple[str, ...]
+    rows: list[tuple[Any, ...]]
+    caption: str = ""
+
+
+@dataclass
+class Section:
+    """A part of the page; the lists of what it does not have stay empty."""
+
+    id: str
+    title: str
+    text: list[str] = field(default_factory=list)
+    plots: list[Plot] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    questions: list[dict[str, Any]] = field(default_factory=list)
+    clients: list[str] = field(default_factory=list)
+    code: list[tuple[str, str]] = field(default_factory=list)
+    details: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Plotter:
+    """Draws figures, keeps them as PNG and SVG in ``folder``, and hands out the SVG."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def draw(self, name: str, make: Callable[[], Figure], caption: str = "") -> Plot:
+        """Return the figure that ``make`` draws, or what keeps it from being drawn."""
+        try:
+            figure = make()
+        except plots.NothingToPlotError as error:
+            return Plot(missing=str(error))
+        except SHAPE_ERRORS as error:
+            return Plot(missing=f"{name} cannot be drawn from what the files hold: {error!r}.")
+        return Plot(plots.save_plot(figure, self.folder, name), caption=caption)
+
+
+def build_sections(run: Pieces, plotter: Plotter) -> list[Section]:
+    """Return all sections of one run's report."""
+    makers = (_show_answers, _show_training, _show_conflicts, _show_costs, _show_data)
+    sections = [_guard(make, run, plotter) for make in (*makers, _show_provenance)]
+    return [section for section in sections if section is not None]
+
+
+def _guard(
+    make: Callable[[Pieces, Plotter], Section | None], run: Pieces, plotter: Plotter
+) -> Section | None:
+    try:
+        return make(run, plotter)
+    except (*SHAPE_ERRORS, RunDirectoryError) as error:
+        name = make.__name__.removeprefix("_show_")
+        text = f"This part cannot be shown: the files hold something unexpected ({error!r})."
+        return Section(name, name.capitalize(), [text])
+
+
+def _show_answers(run: Pieces, plotter: Plotter) -> Section:
+    section = Section("answers", "Who answers what")
+    evaluation = run.evaluation
+    if evaluation is None:
+        section.text.append(
+            "Which adapter carries which answer, how another client's local adapter does, and "
+            "which scale of the local adapter is best, stands here after: "
+            f"fedlora evaluate {run.name}"
+        )
+        return section
+    section.text.append(
+        "Greedy answers that match exactly, in percent. Knowledge sits in an adapter when answers "
+        "come with it and go without it."
+    )
+    section.plots.append(plotter.draw("swap_table", lambda: plots.plot_swap_table(evaluation)))
+    for name in ("local", "conflict"):
+        has = any(row["question_set"] == name for row in evaluation["swap_table"])
+        if has and "local" in evaluation["answering"]:
+            section.plots.append(
+                plotter.draw(
+                    f"foreign_adapters_{name}",
+                    lambda name=name: plots.plot_foreign_adapters(evaluation, name),
+                    "Everything beside the diagonal is another client's adapter in its place.",
+                )
+            )
+    if "local" in evaluation["answering"]:
+        section.plots.append(
+            plotter.draw("local_scale", lambda: plots.plot_local_scale(evaluation))
+        )
+    section.text += list(evaluation.get("notes", []))
+    return section
+
+
+def _show_training(run: Pieces, plotter: Plotter) -> Section:
+    section = Section("training", "Training")
+    history = load_history(run.path)
+    scored = [
+        name
+        for name in plots.QUESTION_SETS
+        if history["metric"].str.endswith(f"/{name}/exact_match").any()
+    ]
+    for name in scored:
+        section.plots.append(
+            plotter.draw(f"accuracy_{name}", lambda name=name: plots.plot_accuracy(history, name))
+        )
+    for phase in plots.PHASES:
+        if (history["metric"] == f"train_{phase}/train_loss").any():
+            section.plots.append(
+                plotter.draw(
+                    f"loss_{phase.replace('+', '_')}",
+                    lambda phase=phase: plots.plot_loss(history, phase),
+                )
+            )
+    if run.mode != "local-only":
+        for make in (plots.plot_update_norm, plots.plot_aggregation_error):
+            name = make.__name__.removeprefix("plot_")
+            section.plots.append(plotter.draw(name, lambda make=make: make(history)))
+    return section
+
+
+def _show_costs(run: Pieces, plotter: Plotter) -> Section:
+    section = Section("costs", "What it cost")
+    history = load_history(run.path)
+    captions = {
+        plots.plot_seconds: "Clients take turns on one device, so their times add up.",
+        plots.plot_traffic: "Contents of all messages; local adapters are in none of them.",
+        plots.plot_memory: "Allocated on the GPU, or on a CPU the process's high-water mark.",
+    }
+    for make, caption in captions.items():
+        name = make.__name__.removeprefix("plot_")
+        section.plots.append(plotter.draw(name, lambda make=make: make(history), caption))
+    return section
+
+
+def _show_conflicts(run: Pieces, plotter: Plotter) -> Section | None:
+    section = Section("conflicts", "Conflict questions")
+    if run.evaluation is None:
+        section.text.append(
+            "Each question with every client's answer stands here after: "
+            f"fedlora evaluate {run.name}"
+        )
+        return section
+    rows: dict[int, dict[str, dict[str, Any]]] = {}
+    for row in run.evaluation["questions"]:
+        if row["question_set"] == "conflict":
+            rows.setdefault(row["record"], {}).setdefault(row["client"], row)
+    if not rows:
+        section.text.append("This run has no conflict questions.")
+        return section
+    questions = [_describe_question(by_client) for by_client in rows.values()]
+    questions.sort(key=lambda question: question["status"] == "passed")  # failed ones first
+    num_shown = max(1, MOST_ANSWERS // max(len(by_client) for by_client in rows.values()))
+    section.questions = questions[:num_shown]
+    section.clients = sorted({client for by_client in rows.values() for client in by_client})
+    section.text.append(
+        "One question, another right answer for each client. Log-likelihoods are sums over the "
+        "answer's tokens; a word-for-word answer counts as passed."
+    )
+    if len(questions) > num_shown:
+        section.text.append(
+            f"{num_shown} of {len(questions)} questions are shown, failed ones first; "
+            "evaluation.json holds all of them."
+        )
+    return section
+
+
+def _describe_question(by_client: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    answers = [_describe_answer(client, row) for client, row in sorted(by_client.items())]
+    failed = [answer["client"] for answer in answers if answer["status"] == "failed"]
+    return {
+        "text": next(iter(by_client.values()))["instruction"],
+        "status": "failed" if failed else "passed",
+        "failed": " ".join(failed),
+        "answers": answers,
+    }
+
+
+def _describe_answer(client: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    candidates, values = row["candidates"], row["scores"]["log_likelihoods"]
+    ranked = sorted(zip(values, candidates, strict=True), reverse=True)
+    own = next((value for value, text in ranked if text == row["gold"]), None)
+    other = next(((value, text) for value, text in ranked if text != row["gold"]), None)
+    verdicts = (row["exact_match"], row["keyword"], row["correct"])
+    passed = next((verdict for verdict in verdicts if verdict is not None), False)
+    return {
+        "client": client,
+        "status": "passed" if passed else "failed",
+        "gold": row["gold"] or "(by keywords)",
+        "said": row["generated"] if row["generated"] is not None else "(not generated)",
+        "own": "" if own is None else f"{own:.2f}",
+        "rival": "" if other is None else other[1],
+        "other": "" if other is None else f"{other[0]:.2f}",
+    }
+
+
+def _show_data(run: Pieces, plotter: Plotter) -> Section:
+    section = Section("data", "Data")
+    reported = run.manifest.get("clients") or {}
+    counts = ("universal_examples", "local_examples")
+    rows = [
+        (client, *(report.get(name, "") for name in counts), report.get("device", ""))
+        for client, report in sorted(reported.items())
+    ]
+    headings = ("client", "universal examples", "local examples", "device")
+    section.tables.append(Table(headings, rows, "What the clients trained on"))
+    found = [
+        (client, finding.get("severity"), finding.get("rule"), finding.get("file"), record)
+        for client, report in sorted(reported.items())
+        for finding in report.get("findings") or []
+        for record in [finding.get("record", "")]
+    ]
+    if found:
+        headings = ("client", "severity", "rule", "file", "record")
+        section.tables.append(
+            Table(headings, found, "Findings at check-in; fedlora check CONFIG quotes the records")
+        )
+    warnings = list((run.evaluation or {}).get("warnings", []))
+    if warnings:
+        rows = [(warning,) for warning in warnings]
+        section.tables.append(Table(("warning",), rows, "Findings at the evaluation"))
+    if not found and not warnings:
+        section.text.append("fedlora check found nothing wrong with the question sets.")
+    return section
+
+
+def _show_provenance(run: Pieces, plotter: Plotter) -> Section:
+    section = Section("provenance", "Provenance")
+    section.code.append(
+        ("The same run again, in a checkout of the same commit:", describe_command(run))
+    )
+    rows = list(_flatten({k: v for k, v in run.manifest.items() if k not in ("rounds", "clients")}))
+    section.tables.append(Table(("manifest", ""), rows))
+    section.details.append(("Configuration", json.dumps(run.config, indent=2, ensure_ascii=False)))
+    hashes = json.dumps(run.manifest.get("rounds", []), indent=1, ensure_ascii=False)
+    section.details.append(("Rounds with the hashes of their adapters", hashes))
+    return section
+
+
+def describe_command(run: Pieces) -> str:
+    """Return the command that repeats a run, from the configuration that it kept."""
+    place = f"{run.path.parent.name}/{run.name}" if run.path.parent.name != "results" else run.name
+    config = f"results/{place}/config.json"
+    federation = ""
+    if len(run.clients) != 2:  # Flower's default
+        federation = f' --federation-config "num-supernodes={len(run.clients)}"'
+    return f"flwr run . --stream{federation} --run-config \"config='{config}'\""
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, entry in value.items():
+        if isinstance(entry, Mapping):
+            yield from _flatten(entry, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", "" if entry is None else str(entry)

@@ -1,0 +1,208 @@
+"""The report: what its first screen says, and that no run and no text can break it."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from conftest import build_tiny_config
+from federation import Federation
+from synthetic import write_run
+
+from fedlora_app.evaluation.intervals import proportion
+from fedlora_app.report import plots
+from fedlora_app.report.figures import EXACT, RANKED, Figures, measure_run
+from fedlora_app.report.history import read_history
+from fedlora_app.report.page import write_comparison, write_report
+from fedlora_app.report.verdict import BOTH, judge_run, judge_runs
+from fedlora_app.run_directory import RunDirectoryError
+from fedlora_app.summary import collect_reports, conflict_passes
+
+
+class Page(HTMLParser):
+    """Collects what a page would fetch, its tags and its text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.words: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href", "data", "action")]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def read(path) -> Page:
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def figures(who: str, right: int, n: int = 48, ranked: int | None = None) -> Figures:
+    def share(count):
+        return proportion([True] * count + [False] * (n - count))
+
+    return Figures(
+        who, {}, {EXACT: share(right), RANKED: share(right if ranked is None else ranked)}
+    )
+
+
+def test_a_page_fetches_nothing_and_runs_only_its_own_script(tmp_path):
+    path = write_report(write_run(tmp_path / "run"))
+    page, html = read(path), path.read_text()
+    assert all(link.startswith("#") for link in page.links)
+    assert not re.search(r"@import|url\((?!#)", html)
+    assert "default-src 'none'" in html and "script-src 'sha256-" in html
+    assert page.tags.count("script") == 1 and "unsafe-inline'; script" in html
+
+
+def test_the_first_screen_says_what_the_evaluation_holds(tmp_path):
+    run = write_run(tmp_path / "run")
+    page = read(write_report(run))
+    rate = json.loads((run / "evaluation.json").read_text())["summary"]["conflict_pass_rate"]
+    right = round(rate["value"] * rate["n"])
+    assert f"to {right} of {rate['n']} conflict questions" in page.text
+    assert f"95 % interval {100 * rate['low']:.0f} to {100 * rate['high']:.0f}" in page.text
+    assert "num-supernodes=3" in page.text and "config='results/" in page.text
+    for name in ("answers", "training", "conflicts", "costs", "data", "provenance"):
+        assert f"#{name}" in page.links
+
+
+def test_plots_are_kept_as_png_and_svg(tmp_path):
+    folder = write_report(write_run(tmp_path / "run")).parent / "plots"
+    names = {path.stem for path in folder.glob("*.png")}
+    assert names == {path.stem for path in folder.glob("*.svg")}
+    assert {"swap_table", "foreign_adapters_local", "local_scale", "accuracy_conflict"} <= names
+    assert {"loss_global", "update_norm", "aggregation_error", "traffic", "seconds"} <= names
+
+
+def test_text_from_data_is_escaped(tmp_path):
+    evil = "<script>alert({})</script><img src=x onerror=alert(1)>&amp; $x$"
+    run = write_run(tmp_path / "run", question=evil)
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["name"] = "<b>model</b></script>"
+    (run / "config.json").write_text(json.dumps(config))
+    page = read(write_report(run))
+    assert page.tags.count("script") == 1 and "img" not in page.tags
+    assert "<script>alert(3)</script>" in page.text and "<b>model</b>" in page.text
+
+
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Figures are made and not rendered, which takes most of a report's time."""
+    monkeypatch.setattr(plots, "save_plot", lambda figure, folder, name: "<svg></svg>")
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "manifest.json", "history.json", "evaluation.json"]
+)
+def test_a_damaged_run_still_has_a_report(tmp_path, unrendered, name):
+    other = write_run(tmp_path / "other", num_conflicts=3)
+    for number, content in enumerate([None, "", "[1, 2", '{"rounds": 5}', "[]", "{}"]):
+        run = write_run(tmp_path / f"run{number}", num_conflicts=3)
+        if content is None:
+            (run / name).unlink()
+        else:
+            (run / name).write_text(content)
+        text = read(write_report(run)).text
+        assert name in text or "evaluation" in text or "Not recorded" in text
+    comparison = write_comparison([run, other], tmp_path / "both.html")
+    assert "2 runs side by side" in read(comparison).text
+
+
+@pytest.mark.parametrize("key", ["swap_table", "questions", "summary", "scales", "answering"])
+@pytest.mark.parametrize("value", [None, [5], {"a": 1}])
+def test_an_evaluation_of_another_shape_does_not_stop_the_report(tmp_path, unrendered, key, value):
+    run = write_run(tmp_path / "run", num_conflicts=2)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").write_text(json.dumps(evaluation | {key: value}))
+    assert "Training" in read(write_report(run)).text
+
+
+def test_a_run_that_stopped_says_so(tmp_path):
+    run = write_run(tmp_path / "run", evaluated=False)
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest |= {"finished": None, "rounds": manifest["rounds"][:2]}
+    manifest["rounds"][1]["failures"] = {"client-01": "out of memory"}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    text = read(write_report(run)).text
+    assert "The run has not finished: of 4 rounds round 1 the last complete." in text
+    assert "Round 1 went on without client-01: out of memory" in text
+    assert "Not evaluated yet" in text and "fedlora evaluate run" in text
+
+
+def test_a_folder_without_a_run_is_an_error(tmp_path):
+    with pytest.raises(RunDirectoryError, match="is no run directory"):
+        write_report(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_large_run_gives_a_page_under_10_megabytes(tmp_path):
+    run = write_run(tmp_path / "run", num_clients=50, num_rounds=100, num_conflicts=300)
+    assert write_report(run).stat().st_size < 10e6
+    assert "120 of 300 questions are shown" in read(run / "report.html").text
+
+
+def test_a_comparison_links_the_runs_and_says_what_differs(tmp_path):
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", mode="fedavg", right=0.2)]
+    for run in runs:
+        write_report(run)
+    page = read(write_comparison(runs, tmp_path / "report.html"))
+    assert "Two adapters beat one averaged adapter." in page.text
+    assert {"a/report.html", "b/report.html"} <= set(page.links)
+    assert "b answers with 100 adapter parameters" in page.text
+
+
+def test_a_real_run_is_reported_before_and_after_its_evaluation(tiny_project, tmp_path):
+    config = build_tiny_config(("ann", "bob", "cy"), federated={"num_rounds": 1})
+    run = Federation(tiny_project, tmp_path / "results", config).run("run")
+    found = measure_run(read_history(run), None)
+    passes = conflict_passes(collect_reports(read_history(run)), "global+local")
+    assert found[BOTH].passed().value == sum(passes) / len(passes)
+    assert {"base", "global", BOTH} == set(found)
+    text = read(write_report(run)).text
+    assert "Not evaluated yet" in text and "conflict questions" in text
+
+
+@pytest.mark.parametrize(
+    ("two", "one", "prompts", "headline"),
+    [
+        (48, 0, ["a", "a"], "Two adapters beat one."),
+        (48, 0, ["a", "b"], "Two adapters beat the shared one alone."),
+        (2, 1, ["a", "a"], "No difference between two adapters and one could be told."),
+        (0, 48, ["a", "b"], "Two adapters do worse than the shared one alone."),
+    ],
+)
+def test_the_verdict_says_no_more_than_the_numbers(two, one, prompts, headline):
+    found = {BOTH: figures(BOTH, two), "global": figures("global", one)}
+    verdict = judge_run(found, prompts)
+    assert verdict.headline == headline
+    assert f"{two} of 48 conflict questions" in verdict.sentence
+    assert any("mode='fedavg'" in c for c in verdict.caveats) == (len(set(prompts)) > 1)
+
+
+def test_without_conflict_questions_there_is_no_verdict():
+    assert judge_run({}, ["a"]).headline == "No verdict."
+    assert judge_run({BOTH: Figures(BOTH)}, ["a"]).headline == "No verdict."
+    assert judge_runs({"a": figures(BOTH, 48)}, {"a": "dual"}, {}).headline == "No verdict."
+
+
+def test_several_seeds_are_judged_by_their_spread():
+    def judge(two, one):
+        found = {f"t{i}": figures(BOTH, value) for i, value in enumerate(two)}
+        found |= {f"o{i}": figures("global", value) for i, value in enumerate(one)}
+        modes = {name: "dual" if name[0] == "t" else "fedavg" for name in found}
+        return judge_runs(found, modes, {})
+
+    assert judge([48, 47, 46], [0, 1, 0]).headline == "Two adapters beat one."
+    assert judge([48, 10, 0], [0, 20, 40]).headline.startswith("No difference")
+    assert "2 runs" in judge([48, 47], [0]).sentence
