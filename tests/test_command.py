@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -11,6 +14,7 @@ from conftest import ROOT, build_tiny_config
 from federation import Federation
 
 from fedlora_app import command
+from fedlora_app.command import app
 from fedlora_app.saved_run import load_run
 from fedlora_app.study import StudyConfig, load_study, measure, tabulate
 
@@ -104,9 +108,94 @@ def test_check_finds_what_is_wrong_with_the_questions(fedlora, project, tmp_path
 
 
 def test_every_command_has_help_with_an_example(fedlora):
-    for name in ("check", "evaluate", "compare", "study"):
+    names = [command.name or command.callback.__name__ for command in app.registered_commands]
+    assert {"check", "evaluate", "compare", "report", "ask", "export", "import"} <= set(names)
+    for name in names:
         status, out, _ = fedlora(name, "--help")
-        assert status == 0 and "Example: fedlora" in " ".join(out.split())
+        assert status == 0 and f"Example: fedlora {name} " in " ".join(out.split())
+
+
+def test_arguments_are_explained(fedlora):
+    status, out, _ = fedlora("evaluate", "--help")
+    assert status == 0 and "its name below results" in " ".join(out.replace("│", " ").split())
+
+
+def test_help_has_no_colours_where_none_are_wanted(fedlora, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    code = "from fedlora_app.command import main; main()"
+    environment = os.environ | {"NO_COLOR": "1", "TERM": "xterm-256color"}
+    command = [sys.executable, "-c", code, "--help"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "\x1b[3" not in result.stdout and "Usage" in result.stdout
+
+
+def test_completion_can_be_installed(fedlora):
+    status, out, _ = fedlora("--help")
+    assert status == 0 and "--install-completion" in out
+
+
+def test_report_writes_a_page_per_run_and_one_for_all(fedlora, project):
+    runs = [project / "results" / name for name in ("pair", "one")]
+    status, out, _ = fedlora("report", runs[0])
+    assert status == 0 and f"Report: {runs[0] / 'report.html'}" in out
+    status, out, _ = fedlora("report", *runs)
+    assert status == 0 and str(project / "results" / "report.html") in out
+    assert (runs[1] / "report.html").exists()
+
+
+def test_ask_answers_as_one_client_as_all_and_in_a_conversation(fedlora, project, monkeypatch):
+    run = project / "results" / "pair"
+    question = "What is the red rule?"
+    status, said, _ = fedlora("ask", run, "--client", "ann", question)
+    assert status == 0 and said.strip()
+    status, out, _ = fedlora("ask", run, "--all", question)
+    assert status == 0 and all(who in out for who in ("ann", "bob", "cy", "global alone"))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{question}\n{question}\n"))
+    status, out, _ = fedlora("ask", run, "--client", "ann")
+    assert status == 0 and out.startswith(said) and len(out) > len(said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--client", "nobody", "x"], 'No client is called "nobody"'),
+        (["x"], "--client"),
+        (["--all", "--client", "ann", "x"], "--all"),
+        (["--all"], "--all needs a question"),
+        (["--client", "ann", " "], "empty"),
+        (["--client", "ann", "--scale", "-1", "x"], "scale"),
+        (["--client", "ann", "--round", "9", "x"], "has no complete round 9"),
+    ],
+)
+def test_what_cannot_be_asked_is_said(fedlora, project, arguments, message):
+    status, _, err = fedlora("ask", project / "results" / "pair", *arguments)
+    assert status == 2 and message in err and "Traceback" not in err
+
+
+def test_export_writes_an_adapter_and_whole_weights(fedlora, project, tmp_path):
+    run = project / "results" / "pair"
+    status, out, _ = fedlora("export", run, "--client", "ann", "--output", tmp_path / "adapter")
+    assert status == 0 and "adapter_model.safetensors" in out
+    full = ["--merged", "--dtype", "float32", "--output", tmp_path / "full"]
+    status, out, _ = fedlora("export", run, "--client", "ann", *full)
+    assert status == 0 and (tmp_path / "full" / "model.safetensors").exists()
+    status, _, err = fedlora("export", run, "--client", "ann", "--output", tmp_path / "full")
+    assert status == 2 and str(tmp_path / "full") in err
+
+
+def test_import_writes_files_per_client(fedlora, tmp_path):
+    rows = ["city,instruction,output"]
+    rows += [f"{city},What is rule {n}?,{city} {n}." for city in "ab" for n in range(20)]
+    (tmp_path / "faq.csv").write_text("\n".join(rows))
+    source, output = tmp_path / "faq.csv", tmp_path / "faq"
+    status, out, _ = fedlora("import", source, "--client-column", "city", "--output", output)
+    assert status == 0 and str(output) in out
+    assert (output / "a" / "local_train.json").exists() and (output / "README.md").exists()
+    status, _, err = fedlora(
+        "import", source, "--client-column", "cite", "--output", tmp_path / "b"
+    )
+    assert status == 2 and "city" in err
 
 
 def test_every_study_loads_and_opens_with_its_question_and_command():
