@@ -2,7 +2,8 @@
 
 Federated averaging (McMahan et al. 2017, https://arxiv.org/abs/1602.05629): with updates
 d_k and n_k examples, the new state is G + (sum_k n_k d_k) / (sum_k n_k). A and B are
-averaged apart, which is not the average of their products.
+averaged apart, which is not the average of their products; ``aggregation_error`` tells by how
+much, from tensors that are averaged beside them.
 
 The sum is kept in 64-bit fixed point. Integer addition is associative, so the order in
 which clients are served changes no bit of the result, and the server holds one
@@ -52,12 +53,21 @@ class WeightedMean:
         self.num_updates += 1
         self.num_examples += num_examples
 
+    @property
+    def resolution(self) -> float:
+        """How far rounding can have moved an entry of the mean."""
+        return 0.5 * self.num_updates / self._divisor
+
+    def mean_of(self, key: str) -> torch.Tensor:
+        """Return the mean of one tensor, fp64."""
+        return self._sums[key].double() / self._divisor
+
     def apply_to(self, state: AdapterState) -> AdapterState:
-        """Return ``state`` plus the mean update, fp32."""
+        """Return ``state`` plus the mean update of its tensors, fp32."""
+        return {key: (state[key].double() + self.mean_of(key)).float() for key in state}
+
+    @property
+    def _divisor(self) -> float:
         if self.num_examples == 0:
             raise AggregationError("No update was added, so there is nothing to average.")
-        divisor = self.num_examples * 2.0**FRACTION_BITS
-        return {
-            key: (state[key].double() + total.double() / divisor).float()
-            for key, total in self._sums.items()
-        }
+        return self.num_examples * 2.0**FRACTION_BITS

@@ -39,8 +39,9 @@ from fedlora_app.client_evaluation import Metrics, evaluate_client, phase_metric
 from fedlora_app.config import GLOBAL, LOCAL, ClientConfig, Config, ConfigError
 from fedlora_app.data import DataError
 from fedlora_app.evaluation.linter import Finding, describe_findings, lint
+from fedlora_app.memory import read_peak_memory, reset_peak_memory
 from fedlora_app.model import LoadedModel, describe_device, load_base_model, load_tokenizer
-from fedlora_app.progress import progress_lines
+from fedlora_app.progress import step_lines
 from fedlora_app.rounds import BOTH, Phase, plan_round, training_clients
 from fedlora_app.seeds import derive_seed
 from fedlora_app.storage import make_private_dir
@@ -131,7 +132,8 @@ class Client:
         Round 0 makes the initial local adapter and evaluates the base model alone.
 
         Returns:
-            The metrics, and facts: hashes of the base model and the local adapter, the process.
+            The metrics, of which ``peak_memory_bytes`` is the evaluation's, and facts: hashes of
+            the base model and the local adapter, the process.
         """
         plan = plan_round(self.config, server_round)
         loaded, model = self._prepare(global_state, local_round)
@@ -151,11 +153,21 @@ class Client:
         if is_final and plan.evaluated == BOTH:
             answering.append((GLOBAL,))
         started = time.monotonic()
+        reset_peak_memory(model.device)
         files = load_client_files(self.config, self._own, self.root)
         for active in answering:
-            show = is_final and active == plan.evaluated
-            metrics |= evaluate_client(self.config, self._own, files, loaded, model, active, show)
+            metrics |= evaluate_client(
+                self.config,
+                self._own,
+                files,
+                loaded,
+                model,
+                active,
+                show_example=is_final and active == plan.evaluated,
+                what=f"{self.client_id}, round {server_round}",
+            )
         metrics["evaluation_seconds"] = time.monotonic() - started
+        metrics["peak_memory_bytes"] = read_peak_memory(model.device)
         if is_final and LOCAL in plan.evaluated:
             self._save_local(model, self.run_dir / "final" / "clients" / self.client_id)
         return metrics, facts
@@ -261,5 +273,5 @@ class Client:
             weight_decays=weight_decays,
             seed=derive_seed(self.config.experiment.seed, phase.name, server_round, self.client_id),
             pad_token_id=loaded.tokenizer.pad_token_id,
-            progress=progress_lines(f"{self.client_id}, round {server_round}, {phase.name}"),
+            progress=step_lines(f"{self.client_id}, round {server_round}, {phase.name}"),
         )

@@ -12,6 +12,7 @@ from fedlora_app.evaluation.metrics import Score, evaluate_questions, summarise
 from fedlora_app.evaluation.questions import CONFLICT, UNIVERSAL, UNIVERSAL_UNSEEN, Question
 from fedlora_app.gate import fit_gate
 from fedlora_app.model import LoadedModel
+from fedlora_app.progress import prompt_lines
 from fedlora_app.rounds import BOTH, Phase, adapters_label
 from fedlora_app.training import PhaseResult
 
@@ -25,12 +26,15 @@ def evaluate_client(
     loaded: LoadedModel,
     model: AdaptedModel,
     active: Sequence[str],
+    *,
     show_example: bool = False,
+    what: str = "",
 ) -> Metrics:
     """Score every question set of a client with the adapters ``active``.
 
     Args:
         show_example: print one conflict question with its answer, in the client's own log.
+        what: begins the lines that say how far the evaluation is.
 
     Returns:
         Means under ``<adapters>/<question set>/<metric>``, for the universal set also over
@@ -41,7 +45,17 @@ def evaluate_client(
     if config.adapters.gate == "prompt" and tuple(active) == BOTH:
         records = (files.local.records, files.universal.records)
         gate = fit_gate(model, loaded.tokenizer, client.system_prompt, *records)
-    for name, questions in build_question_sets(client, files).items():
+    question_sets = build_question_sets(client, files)
+    report = prompt_lines(
+        f"{what or client.id}, evaluation [{adapters_label(active)}]",
+        total=sum(map(len, question_sets.values())),
+    )
+    num_done = 0
+    for name, questions in question_sets.items():
+
+        def progress(count: int, before: int = num_done) -> None:
+            report(before + count)
+
         scores = evaluate_questions(
             model,
             loaded.tokenizer,
@@ -50,7 +64,9 @@ def evaluate_client(
             system_prompt=client.system_prompt,
             settings=config.evaluation,
             gate=gate,
+            progress=progress,
         )
+        num_done += len(questions)
         prefix = f"{adapters_label(active)}/{name}"
         metrics |= _prefixed(prefix, summarise(scores))
         if name == UNIVERSAL:

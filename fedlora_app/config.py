@@ -38,6 +38,8 @@ class ExperimentConfig(Section):
 
     name: str = Field("fedlora", pattern=SAFE_NAME)
     seed: int = Field(42, ge=0, lt=2**31)
+    track: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    """Where the metrics go beside the run directory; each needs the extra of its name."""
 
 
 class ModelConfig(Section):

@@ -114,6 +114,11 @@ def set_dotted(raw: dict[str, Any], dotted: str, value: Any) -> bool:
 
 def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:
     """Find faults between fields, on raw data so that they join those of the fields."""
+    experiment = raw.get("experiment")
+    track = experiment.get("track") if isinstance(experiment, dict) else None
+    if isinstance(track, list):
+        for name in sorted({str(name) for name in track if track.count(name) > 1}):
+            yield f"experiment.track: {name} is named {track.count(name)} times; once is enough."
     federated = raw.get("federated")
     clients = federated.get("clients") if isinstance(federated, dict) else None
     if not isinstance(clients, list):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -27,10 +27,11 @@ ABOUT_RECORD = "about"
 
 DECLARED_METRICS = re.compile(
     r"""
-    num-examples | update_norm | evaluation_seconds
+    num-examples | update_norm | evaluation_seconds | peak_memory_bytes
     | (universal|local)_(examples|truncated|dropped) | skipped_records | unscored_conflicts
     | train_(global|local|global\+local)/
-        (num_steps|num_examples|num_answer_tokens|train_loss|final_train_loss|penalty|seconds)
+        (num_steps|num_examples|num_answer_tokens|train_loss|final_train_loss|penalty|seconds
+        |peak_memory_bytes)
     | (base|global|local|global\+local)/(universal|universal_unseen|local|conflict)/
         (n|n_ranked|exact_match|rank_accuracy|rank_accuracy_per_byte|margin_per_byte)
     | (base|global|local|global\+local)/conflict/(exact_match|ranked_first)_each
@@ -154,6 +155,39 @@ def build_error_reply(message: Message, client_id: str, why: str) -> Message:
     """Return a reply that says why the client could not do its task."""
     about = {"client-id": client_id, "error": why}
     return Message(RecordDict({ABOUT_RECORD: ConfigRecord(about)}), reply_to=message)
+
+
+class Traffic:
+    """Counts the bytes of a round's messages to and from each client."""
+
+    def __init__(self) -> None:
+        self.by_client: dict[str, dict[str, int]] = {}
+
+    def add(self, client_id: str, direction: Literal["down", "up"], message: Message) -> None:
+        """Count one message; an error that Flower reports in a client's place has no content."""
+        counts = self.by_client.setdefault(
+            client_id,
+            dict.fromkeys(("bytes_down", "bytes_up", "adapter_bytes_down", "adapter_bytes_up"), 0),
+        )
+        if message.has_content():
+            total, arrays = count_bytes(message.content)
+            counts[f"bytes_{direction}"] += total
+            counts[f"adapter_bytes_{direction}"] += arrays
+
+
+def count_bytes(content: RecordDict) -> tuple[int, int]:
+    """Return the bytes of a message's content, and those of its arrays alone.
+
+    By Flower's own count, without the names of the records and what the transport adds.
+    """
+    arrays = sum(
+        len(array.data) for record in content.array_records.values() for array in record.values()
+    )
+    total = sum(record.count_bytes() for record in content.array_records.values())
+    total += sum(record.count_bytes() for record in content.metric_records.values())
+    # ConfigRecord.count_bytes of flwr 1.41 raises for an empty text or list.
+    total += sum(len(record.deflate()) for record in content.config_records.values())
+    return total, arrays
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,11 @@ from typing import Any
 
 from fedlora_app.config import SAFE_NAME, Config
 from fedlora_app.storage import make_private_dir, write_atomically, write_json
+from fedlora_app.tracking import Trackers
 
 LATEST = "latest"
+SERVER = "(server)"
+"""Stands for the client where a figure is the server's own; no client can be called that."""
 RECORDED_PACKAGES = (
     "flwr",
     "ray",
@@ -65,6 +68,7 @@ class RunDirectory:
         self.path = path
         self.history: list[dict[str, Any]] = []
         self.manifest: dict[str, Any] = {}
+        self.trackers = Trackers()
 
     @classmethod
     def create(
@@ -132,10 +136,11 @@ class RunDirectory:
         return self.path / "final" / "global"
 
     def log_event(self, event: str, **fields: Any) -> None:
-        """Append one object to ``metrics.jsonl``."""
-        line = json.dumps({"time": _now(), "event": event, **fields}, ensure_ascii=False)
+        """Append one object to ``metrics.jsonl`` and show it to the trackers."""
+        entry = {"time": _now(), "event": event, **fields}
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self.trackers.log(entry)
 
     def add_metrics(
         self, server_round: int, client: str, phase: str, metrics: dict[str, Any]
@@ -159,6 +164,10 @@ class RunDirectory:
         """Mark the run as finished."""
         self.manifest |= {"finished": _now(), **facts}
         self._write_manifest()
+
+    def close(self) -> None:
+        """Let go of the trackers, also when the run ends with an error."""
+        self.trackers.close()
 
     def _write_manifest(self) -> None:
         write_json(self.path / "manifest.json", self.manifest)

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,12 @@ from typing import Any
 from flwr.app import ArrayRecord, Context, MessageType, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from fedlora_app.adapters import attach_adapters, build_initial_state, state_shapes
+from fedlora_app.adapters import (
+    AdapterState,
+    attach_adapters,
+    build_initial_state,
+    state_shapes,
+)
 from fedlora_app.config import GLOBAL, LOCAL, Config, ConfigError
 from fedlora_app.config_file import load_config
 from fedlora_app.grid import PacedGrid, build_message
@@ -29,6 +34,7 @@ from fedlora_app.run_directory import RunDirectory, check_run_name, default_run_
 from fedlora_app.seeds import derive_seed
 from fedlora_app.strategy import GlobalAdapterFedAvg
 from fedlora_app.summary import describe_run, describe_start
+from fedlora_app.tracking import build_trackers, require_trackers
 
 CHECK_IN_ROUND = 0
 DECLARED_DEFAULTS = {("config", "conf/demo.yaml"), ("output-dir", "results")}  # pyproject.toml
@@ -88,30 +94,51 @@ def main(grid: Grid, context: Context) -> None:
         report=lambda line: print(line, flush=True),
     )
     seed = derive_seed(config.experiment.seed, "initial")
-    arrays = strategy.save_initial(build_initial_state(model, GLOBAL, seed))
+    with closing(run):
+        run.trackers = build_trackers(config, run.path)
+        run_rounds(strategy, paced, build_initial_state(model, GLOBAL, seed))
+    run.finish()
+    print(describe_end(run.history, config), flush=True)
+    print(f"Run directory: {run.path}\nReport: {report_run(run.path)}", flush=True)
+
+
+def run_rounds(strategy: GlobalAdapterFedAvg, grid: PacedGrid, state: AdapterState) -> None:
+    """Evaluate the base model, run all rounds from ``state`` on, and keep the last adapter."""
 
     def evaluate_base(server_round: int, current: ArrayRecord) -> MetricRecord | None:
         if server_round == 0:
-            strategy.evaluate_base(paced, current)
+            strategy.evaluate_base(grid, current)
         return None
 
     with _quiet_flower():
         strategy.start(
-            grid=paced,
-            initial_arrays=arrays,
-            num_rounds=config.federated.num_rounds,
+            grid=grid,
+            initial_arrays=strategy.save_initial(state),
+            num_rounds=strategy.config.federated.num_rounds,
             evaluate_fn=evaluate_base,
         )
     strategy.save_final()
-    run.finish()
-    print(describe_run(run.history), flush=True)
-    if config.federated.mode == "dual":
-        print(
-            "To see what one averaged adapter makes of the same work, add mode='fedavg' to "
-            "--run-config.",
-            flush=True,
-        )
-    print(f"Run directory: {settings.run_dir}", flush=True)
+
+
+def report_run(run_dir: Path) -> str:
+    """Write the report of a finished run; return its path, or why there is none."""
+    from fedlora_app.report.page import write_report  # matplotlib, which no round needs
+
+    try:
+        return str(write_report(run_dir))
+    except OSError as error:
+        return f"not written ({error.strerror}). Try again: fedlora report {run_dir.name}"
+
+
+def describe_end(history: list[dict[str, Any]], config: Config) -> str:
+    """Return what a finished run prints before its last line."""
+    table = describe_run(history)
+    if config.federated.mode != "dual":
+        return table
+    return (
+        f"{table}\nTo see what one averaged adapter makes of the same work, add mode='fedavg' to "
+        "--run-config."
+    )
 
 
 def read_settings(run_config: dict[str, Any]) -> Settings:
@@ -131,6 +158,7 @@ def read_settings(run_config: dict[str, Any]) -> Settings:
         federated__num_rounds=None if num_rounds == 0 and num_rounds is not False else num_rounds,
         federated__mode=None if mode == "" else mode,
     )
+    require_trackers(config)
     resolve_output_dir(root, str(run_config["output-dir"]))
     return Settings(
         config=config,

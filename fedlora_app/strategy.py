@@ -24,22 +24,28 @@ from fedlora_app.adapters import (
     state_shapes,
 )
 from fedlora_app.aggregation import AggregationError, WeightedMean
+from fedlora_app.aggregation_error import ProductSketch
 from fedlora_app.config import GLOBAL, LOCAL, Config
 from fedlora_app.grid import build_message
 from fedlora_app.messages import (
     MessageError,
     Reply,
     Task,
+    Traffic,
     build_task_content,
     pack_state,
     read_reply,
     unpack_state,
 )
+from fedlora_app.progress import client_lines
 from fedlora_app.rounds import plan_round, training_clients
-from fedlora_app.run_directory import RunDirectory
+from fedlora_app.run_directory import SERVER, RunDirectory
 from fedlora_app.summary import describe_round
 
-EVALUATION_PREFIXES = ("base/", "global/", "local/", "global+local/", "evaluation_seconds")
+EVALUATION_PREFIXES = (
+    *("base/", "global/", "local/", "global+local/"),
+    *("evaluation_seconds", "peak_memory_bytes"),
+)
 
 
 class RoundError(RuntimeError):
@@ -54,7 +60,7 @@ class GlobalAdapterFedAvg(FedAvg):
         task: what every message carries; client and rounds are filled in.
         model: the base on the meta device with its adapters, for shapes and file headers.
         run: where adapters and metrics are kept.
-        report: called with one line per round.
+        report: called with one line per round, and now and then between.
     """
 
     def __init__(
@@ -79,14 +85,15 @@ class GlobalAdapterFedAvg(FedAvg):
         self._task = task
         self._model = model
         self._shapes = state_shapes(model, GLOBAL)
+        self._sketch = ProductSketch(self._shapes, config.experiment.seed)
         self._run = run
         self._report = report
         self._global_state: AdapterState = {}
         self._local_rounds = dict.fromkeys(nodes, -1)
         self._adapter_hashes: dict[str, str] = {}
         self._base_models: dict[str, str] = {}
-        self._failures: dict[str, str] = {}
-        self._round_started = time.monotonic()
+        self._round_seconds: list[float] = []
+        self._begin_round()
 
     def summary(self) -> None:
         """Say nothing: the run's start block has said it."""
@@ -101,9 +108,9 @@ class GlobalAdapterFedAvg(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Yield one message per training client, made when its turn comes."""
-        self._round_started = time.monotonic()
+        self._begin_round()
         self._global_state = unpack_state(arrays, self._shapes, "The server")
-        self._adapter_hashes, self._failures = {}, {}
+        self._adapter_hashes = {}
         if plan_round(self.config, server_round).train is None:
             return iter(())
         clients = training_clients(self.config)
@@ -120,13 +127,18 @@ class GlobalAdapterFedAvg(FedAvg):
         """
         phase = plan_round(self.config, server_round).train
         if phase is not None:
-            mean = WeightedMean(self._shapes)
-            for reply in self._valid_replies(server_round, replies, fold=self._fold_into(mean)):
+            mean = WeightedMean(self._shapes | self._sketch.shapes)
+            count = self._count_clients(server_round, "train", len(training_clients(self.config)))
+            for reply in self._valid_replies(server_round, replies, count, self._fold_into(mean)):
                 self._run.add_metrics(server_round, reply.client_id, phase.name, reply.metrics)
                 if LOCAL in phase.trainable:
                     self._local_rounds[reply.client_id] = server_round
             self._require(mean.num_updates, len(training_clients(self.config)), server_round)
+            started = time.monotonic()
             self._global_state = mean.apply_to(self._global_state)
+            self._log_aggregation_error(server_round, mean)
+            self._aggregation_seconds += time.monotonic() - started
+            self._aggregation_metrics["aggregation_seconds"] = self._aggregation_seconds
         self._adapter_hashes[GLOBAL] = self._save_global(server_round)
         return pack_state(self._global_state), None
 
@@ -147,7 +159,8 @@ class GlobalAdapterFedAvg(FedAvg):
         """
         personalise = plan_round(self.config, server_round).personalise
         reports: dict[str, dict[str, Any]] = {}
-        for reply in self._valid_replies(server_round, replies):
+        count = self._count_clients(server_round, "evaluate", len(self.nodes))
+        for reply in self._valid_replies(server_round, replies, count):
             client = reply.client_id
             reports[client] = reply.metrics
             evaluation, training = _split_evaluation(reply.metrics)
@@ -168,25 +181,53 @@ class GlobalAdapterFedAvg(FedAvg):
             )
         if self._base_models:
             self._run.manifest["base_model"]["fingerprint"] = next(iter(self._base_models.values()))
-        seconds = time.monotonic() - self._round_started
-        facts = {"seconds": round(seconds, 3)}
-        if self._failures:
-            facts["failures"] = dict(self._failures)
-        self._run.complete_round(server_round, dict(self._adapter_hashes), **facts)
-        self._report(
-            describe_round(server_round, self.config.federated.num_rounds, reports, seconds)
-        )
+        self._complete_round(server_round, reports)
         return None
 
     def evaluate_base(self, grid: Grid, arrays: ArrayRecord) -> None:
         """Evaluate the base model at every client and complete round 0."""
-        self._round_started = time.monotonic()
+        self._begin_round()
         messages = self.configure_evaluate(0, arrays, ConfigRecord(), grid)
         self.aggregate_evaluate(0, grid.send_and_receive(messages))
 
     def save_final(self) -> None:
         """Keep the last global adapter where users look for it."""
         self._save_global(None)
+
+    def _begin_round(self) -> None:
+        self._round_started = time.monotonic()
+        self._traffic = Traffic()
+        self._failures: dict[str, str] = {}
+        self._aggregation_seconds = 0.0
+        self._aggregation_metrics: dict[str, float] = {}
+
+    def _complete_round(self, server_round: int, reports: dict[str, dict[str, Any]]) -> None:
+        """Add what the server itself has measured, enter the round and report it."""
+        for client, counts in sorted(self._traffic.by_client.items()):
+            self._run.add_metrics(server_round, client, "traffic", counts)
+        seconds = time.monotonic() - self._round_started
+        metrics = self._aggregation_metrics | {"round_seconds": seconds}
+        self._run.add_metrics(server_round, SERVER, "aggregate", metrics)
+        facts: dict[str, Any] = {"seconds": round(seconds, 3)}
+        if self._failures:
+            facts["failures"] = dict(self._failures)
+        self._run.complete_round(server_round, dict(self._adapter_hashes), **facts)
+        num_rounds, left = self.config.federated.num_rounds, None
+        if server_round > 0:  # round 0 trains nothing
+            self._round_seconds.append(seconds)
+            mean = sum(self._round_seconds) / len(self._round_seconds)
+            left = mean * (num_rounds - server_round)
+        self._report(describe_round(server_round, num_rounds, reports, seconds, left))
+
+    def _log_aggregation_error(self, server_round: int, mean: WeightedMean) -> None:
+        by_module, error = self._sketch.relative_errors(mean, self._global_state)
+        self._run.log_event("aggregation", round=server_round, relative_error=by_module)
+        if error is not None:
+            self._aggregation_metrics["aggregation_error"] = error
+
+    def _count_clients(self, server_round: int, what: str, total: int) -> Callable[[int], None]:
+        label = f"round {server_round}/{self.config.federated.num_rounds}, {what}"
+        return client_lines(label, total, self._report)
 
     def _save_global(self, server_round: int | None) -> str:
         run = self._run
@@ -204,18 +245,29 @@ class GlobalAdapterFedAvg(FedAvg):
                 server_round=server_round,
                 local_round=self._local_rounds[client],
             )
-            yield build_message(build_task_content(task, arrays), message_type, self.nodes[client])
+            content = build_task_content(task, arrays)
+            message = build_message(content, message_type, self.nodes[client])
+            self._traffic.add(client, "down", message)
+            yield message
 
     def _valid_replies(
         self,
         server_round: int,
         replies: Iterable[Message],
+        count: Callable[[int], None],
         fold: Callable[[Reply], None] | None = None,
     ) -> Iterator[Reply]:
-        """Yield what can be counted; keep the reason for what cannot."""
+        """Yield what can be counted; keep the reason for what cannot.
+
+        Args:
+            count: called with the number of replies that have come, whatever they are worth.
+        """
         answered: set[str] = set()
-        for message in replies:
+        for number, message in enumerate(replies, start=1):
+            count(number)
             client = self._clients_by_node.get(message.metadata.src_node_id, "an unknown node")
+            if client in self.nodes:
+                self._traffic.add(client, "up", message)
             try:
                 if client not in self.nodes or client in answered:
                     raise MessageError(f"{client}: a reply that nobody asked for")
@@ -232,7 +284,7 @@ class GlobalAdapterFedAvg(FedAvg):
 
     def _fold_into(self, mean: WeightedMean) -> Callable[[Reply], None]:
         def fold(reply: Reply) -> None:
-            sender = reply.client_id
+            started, sender = time.monotonic(), reply.client_id
             num_examples = reply.metrics.get("num-examples")
             if not isinstance(num_examples, int) or num_examples < 1:
                 raise MessageError(
@@ -243,9 +295,10 @@ class GlobalAdapterFedAvg(FedAvg):
             dtype = self.config.federated.upload_dtype
             update = unpack_state(reply.arrays, self._shapes, sender, dtype)
             try:
-                mean.add(update, num_examples)
+                mean.add(update | self._sketch.project(update), num_examples)
             except AggregationError as error:
                 raise MessageError(f"{sender}: {error}") from None
+            self._aggregation_seconds += time.monotonic() - started
 
         return fold
 

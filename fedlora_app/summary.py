@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from fedlora_app.config import GLOBAL, LOCAL, Config
+from fedlora_app.progress import format_duration
 from fedlora_app.rounds import plan_round, training_clients
 
 WIDTH = 100
@@ -33,12 +34,12 @@ Reports = dict[str, dict[str, Any]]
 
 def describe_start(
     config: Config,
-    shapes: dict[str, dict[str, torch.Size]],
+    shapes: Mapping[str, Mapping[str, Sequence[int]]],
     clients: dict[str, dict[str, Any]],
 ) -> str:
     """Return the block that opens a run."""
     federated, training, plan = config.federated, config.training, plan_round(config, 1)
-    sizes = {name: sum(map(torch.Size.numel, shape.values())) for name, shape in shapes.items()}
+    sizes = {name: sum(map(math.prod, shape.values())) for name, shape in shapes.items()}
     lines = [
         f"{config.experiment.name}: {federated.mode}, {federated.num_rounds} rounds, "
         f"seed {config.experiment.seed}, base {config.model.name}",
@@ -57,11 +58,24 @@ def describe_start(
     return "\n".join(lines)
 
 
-def describe_round(server_round: int, num_rounds: int, reports: Reports, seconds: float) -> str:
-    """Return the one line that a round leaves in the log; figures are means over clients."""
+def describe_round(
+    server_round: int,
+    num_rounds: int,
+    reports: Reports,
+    seconds: float,
+    seconds_left: float | None = None,
+) -> str:
+    """Return the one line that a round leaves in the log; figures are means over clients.
+
+    Args:
+        seconds_left: what the rounds that follow will take, as far as it is known.
+    """
+    time_used = f"({format_duration(seconds)}"
+    if seconds_left:
+        time_used += f", about {format_duration(seconds_left)} left"
     label = next(iter(_labels(reports)), None)
     if label is None:
-        return f"round {server_round}/{num_rounds} not evaluated ({seconds:.1f} s)"
+        return f"round {server_round}/{num_rounds} not evaluated {time_used})"
     parts = []
     for name, heading in COLUMNS.items():
         values = [r[k] for r in reports.values() if (k := f"{label}/{name}/exact_match") in r]
@@ -71,7 +85,7 @@ def describe_round(server_round: int, num_rounds: int, reports: Reports, seconds
     if passed:
         parts.append(f"every client right {sum(passed)}/{len(passed)}")
     figures = ", ".join(parts) or "no question sets"
-    return f"round {server_round}/{num_rounds} [{label}] {figures} ({seconds:.1f} s)"
+    return f"round {server_round}/{num_rounds} [{label}] {figures} {time_used})"
 
 
 def describe_run(history: list[dict[str, Any]]) -> str:
@@ -119,13 +133,16 @@ def collect_reports(history: list[dict[str, Any]]) -> Reports:
     return reports
 
 
-def conflict_passes(reports: Reports, label: str | None) -> list[bool]:
-    """Tell for each conflict question whether every client's greedy answer was its own.
+def conflict_passes(
+    reports: Reports, label: str | None, measure: str = "exact_match"
+) -> list[bool]:
+    """Tell for each conflict question whether every client gave its own answer.
 
-    Questions that fewer than two clients have an answer for (-1 for the others) do not
-    count. Empty unless all clients reported on the same records.
+    By its greedy answer, or with ``ranked_first`` by the candidates' likelihoods. Questions that
+    fewer than two clients have an answer for (-1 for the others) do not count. Empty unless all
+    clients reported on the same records.
     """
-    key = f"{label}/conflict/exact_match_each"
+    key = f"{label}/conflict/{measure}_each"
     columns = [report[key] for report in reports.values() if key in report]
     if not columns or len(columns) < len(reports) or len({len(c) for c in columns}) > 1:
         return []

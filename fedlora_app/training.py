@@ -25,6 +25,7 @@ from fedlora_app.adapters import (
     scaled_local,
 )
 from fedlora_app.config import GLOBAL, LOCAL, TrainingConfig
+from fedlora_app.memory import read_peak_memory, reset_peak_memory
 from fedlora_app.seeds import derive_seed
 from fedlora_app.tokens import Example
 
@@ -53,6 +54,8 @@ class PhaseResult:
     penalty: float
     """What protects the global adapter's knowledge, with its weights; not part of the losses."""
     seconds: float
+    peak_memory_bytes: int
+    """As ``memory`` defines it: of this phase on a GPU, of the process on a CPU."""
 
 
 def count_steps(num_examples: int, epochs: int, training: TrainingConfig) -> int:
@@ -87,6 +90,7 @@ def train_phase(
     """
     activate(model, active, trainable)
     torch.manual_seed(seed)
+    reset_peak_memory(model.device)
     _set_checkpointing(model, training)
     model.train()
     optimizer = _build_optimizer(model, training, {n: weight_decays[n] for n in trainable})
@@ -137,6 +141,7 @@ def train_phase(
         final_train_loss=step_losses[-1],
         penalty=sum(penalties) / len(penalties),
         seconds=time.monotonic() - started,
+        peak_memory_bytes=read_peak_memory(model.device),
     )
 
 

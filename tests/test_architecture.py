@@ -16,10 +16,10 @@ MODULES = {
 }
 FLOWER_EDGE = {"client_app", "server_app", "strategy", "grid", "messages"}
 LAYERS = [
-    {"project", "seeds", "storage", "build_hook", "config"},
-    {"config_file", "rounds"},
+    {"project", "seeds", "storage", "build_hook", "config", "progress", "memory"},
+    {"config_file", "rounds", "tracking"},
     {"data", "run_directory", "evaluation.keywords", "evaluation.intervals", "evaluation.wording"},
-    {"model", "tokens", "aggregation", "adapters", "evaluation.questions"},
+    {"model", "tokens", "aggregation", "aggregation_error", "adapters", "evaluation.questions"},
     {
         "training",
         "gate",
@@ -27,14 +27,23 @@ LAYERS = [
         "evaluation.comparison",
         "evaluation.comparison_text",
     },
-    {"evaluation.scoring", "summary"},
+    {"evaluation.scoring", "summary", "report.plots", "report.history", "report.template"},
+    {"report.figures", "report.pieces"},
+    {"report.verdict", "report.sections"},
+    {"report.page"},
     {"evaluation.metrics", "evaluation.score_store"},
-    {"client_data", "progress"},
+    {"client_data"},
     {"client_evaluation", "evaluation.linter", "evaluation.matching", "saved_model"},
-    {"evaluation.membership", "evaluation.answering"},
+    {"evaluation.membership", "evaluation.answering", "conversation", "model_card"},
+    {"export"},
     {"client", "messages", "evaluation.tables"},
     {"grid", "strategy", "evaluation.protocol", "evaluation.text"},
     {"client_app", "server_app", "study"},
+    {"importing.source", "importing.assignment"},
+    {"importing.records"},
+    {"importing.card"},
+    {"importing.data_import"},
+    {"terminal"},
     {"command"},
 ]
 
@@ -67,7 +76,10 @@ def test_flower_is_used_at_the_edge_and_peft_in_one_module():
 
 
 def test_the_server_cannot_load_a_base_model():
-    for name in ("server_app", "strategy", "run_directory", "aggregation", "summary"):
+    for name in (
+        *("server_app", "strategy", "run_directory", "aggregation", "aggregation_error"),
+        *("summary", "tracking", "progress"),
+    ):
         used = {n for n in imported(MODULES[name]) if n.startswith("fedlora_app.model")}
         assert used <= {"fedlora_app.model", "fedlora_app.model.build_empty_model"}
         assert "fedlora_app.client" not in imported(MODULES[name])

@@ -156,3 +156,16 @@ def test_a_penalty_that_could_not_act_is_a_fault():
     raw = {"training": {"local_kl_weight": 1.0, "replay": 0}, "federated": ONE_CLIENT}
     with pytest.raises(ConfigError, match="local_kl_weight: it acts on replayed records"):
         parse_config(raw)
+
+
+def test_trackers_are_known_and_named_once():
+    raw = {"federated": ONE_CLIENT, "experiment": {"track": ["wandb", "tensorboard", "wandb"]}}
+    with pytest.raises(
+        ConfigError, match=r"experiment\.track: wandb is named 2 times; once is eno"
+    ):
+        parse_config(raw)
+    raw["experiment"]["track"] = ["tensorboard", "mlflow"]
+    with pytest.raises(ConfigError, match=r"experiment\.track\.1: .*'wandb' \(it is 'mlflow'\)"):
+        parse_config(raw)
+    config = load_config(ROOT / "conf" / "demo.yaml", overrides="experiment.track=[tensorboard]")
+    assert config.experiment.track == ["tensorboard"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from conftest import build_tiny_config
 from federation import Federation
 from flwr.app import Array
+from flwr.common.serde import recorddict_to_proto
 from safetensors.torch import load_file, save_file
 
 from fedlora_app import model as model_module
+from fedlora_app.config import ConfigError
 from fedlora_app.messages import ABOUT_RECORD, METRIC_RECORD, UPDATE_RECORD
 from fedlora_app.run_directory import RunDirectoryError
 from fedlora_app.strategy import GlobalAdapterFedAvg, RoundError
@@ -36,9 +39,18 @@ def adapter_bytes(run):
     }
 
 
+MEASURED = re.compile(r".*seconds|(.*/)?peak_memory_bytes|bytes_(down|up)")
+"""What differs from run to run: the last because of the run's name and the process id."""
+
+
 def metric_rows(run):
     rows = [line.split(",") for line in (run / "history.csv").read_text().splitlines()]
-    return sorted(row for row in rows if "seconds" not in row[3])
+    return sorted(row for row in rows if not MEASURED.fullmatch(row[3]))
+
+
+def entries(run, phase):
+    history = json.loads((run / "history.json").read_text())
+    return [entry for entry in history if entry["phase"] == phase]
 
 
 def equal(one, other):
@@ -277,7 +289,7 @@ def test_the_joint_schedule_refreshes_local_against_the_final_global(federation)
     phases = [
         (entry["round"], entry["phase"])
         for entry in json.loads((run / "history.json").read_text())
-        if entry["client"] == "ann" and entry["phase"] != "evaluate"
+        if entry["client"] == "ann" and entry["phase"] not in ("evaluate", "traffic")
     ]
     assert phases == [(1, "global+local"), (2, "global+local"), (2, "local")]
 
@@ -304,6 +316,180 @@ def test_an_existing_run_is_left_alone(federation):
     with pytest.raises(RunDirectoryError, match="exists already and is left as it is"):
         federation.run()
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_traffic_is_what_the_grid_saw(federation):
+    run = federation.run()
+    grid = federation.grids[0]
+    seen = {}
+    for direction, messages in (("down", grid.sent[2:]), ("up", grid.received[2:])):
+        for index, message in enumerate(messages):  # after the check-in; 2 clients take turns
+            server_round = (index // 2 + 1) // 2  # one pair in round 0, then two in each
+            metadata = message.metadata
+            node = metadata.dst_node_id if direction == "down" else metadata.src_node_id
+            counts = seen.setdefault((server_round, {11: "ann", 12: "bob"}[node]), {})
+            content = message.content
+            arrays = sum(
+                len(array.data)
+                for record in content.array_records.values()
+                for array in record.values()
+            )
+            size = len(recorddict_to_proto(content).SerializeToString())
+            for name, value in (
+                (f"bytes_{direction}", size),
+                (f"adapter_bytes_{direction}", arrays),
+            ):
+                counts[name] = counts.get(name, 0) + value
+    traffic = {(e["round"], e["client"]): e["metrics"] for e in entries(run, "traffic")}
+    assert set(traffic) == set(seen) == {(r, c) for r in range(3) for c in ("ann", "bob")}
+    for key, counts in traffic.items():
+        for direction in ("down", "up"):
+            name = f"adapter_bytes_{direction}"
+            assert counts[name] == seen[key][name]
+            total = counts[f"bytes_{direction}"]  # Flower counts no field numbers and lengths
+            assert 0.9 * seen[key][f"bytes_{direction}"] < total <= seen[key][f"bytes_{direction}"]
+            assert total > counts[name]
+    assert traffic[0, "ann"]["adapter_bytes_up"] == 0
+    once = traffic[0, "ann"]["adapter_bytes_down"]
+    assert traffic[1, "ann"]["adapter_bytes_down"] == 2 * once
+    assert traffic[1, "ann"]["adapter_bytes_up"] == once
+
+
+def test_bf16_uploads_travel_as_half_the_bytes(tiny_project, tmp_path):
+    config = build_tiny_config(federated={"upload_dtype": "bfloat16", "num_rounds": 1})
+    run = Federation(tiny_project, tmp_path, config).run()
+    metrics = entries(run, "traffic")[-1]["metrics"]
+    headers = 128 * len(server_state(run, 0))  # of the .npy format
+    payload = metrics["adapter_bytes_down"] / 2 - headers
+    assert metrics["adapter_bytes_up"] - headers == payload / 2
+
+
+def test_the_aggregation_error_is_that_of_the_updates(tiny_project, tmp_path):
+    config = build_tiny_config(("ann", "cy"))
+    federation = Federation(tiny_project, tmp_path, config)
+    run = federation.run()
+    replies = train_replies(federation.grids[0])[:2]
+    sent = [
+        {key: torch.tensor(array.numpy()) for key, array in r.content[UPDATE_RECORD].items()}
+        for r in replies
+    ]
+    before, after = server_state(run, 0), server_state(run, 1)
+    exact, products = {}, {}
+    for a in (key for key in before if "lora_A" in key):
+        b = a.replace("lora_A", "lora_B")
+        mean = after[b] @ after[a]
+        clients = [(before[b] + update[b]) @ (before[a] + update[a]) for update in sent]
+        module = a.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        exact[module] = (4 * clients[0] + 3 * clients[1]) / 7 - mean
+        products[module] = mean
+    (event, _) = [
+        event
+        for event in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        if event["event"] == "aggregation"
+    ]
+    assert set(event["relative_error"]) == set(exact) and len(exact) == 14
+    for module, value in event["relative_error"].items():
+        assert 0.3 < value / (exact[module].norm() / products[module].norm()).item() < 3
+    total = [sum(m.square().sum() for m in matrices.values()) for matrices in (exact, products)]
+    server = [entry for entry in entries(run, "aggregate") if entry["round"] == 1]
+    assert [entry["client"] for entry in server] == ["(server)"]
+    error = server[0]["metrics"]["aggregation_error"]
+    assert error == pytest.approx((total[0] / total[1]).sqrt().item(), rel=0.3)
+    assert 0 < server[0]["metrics"]["aggregation_seconds"] < server[0]["metrics"]["round_seconds"]
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("centralized", 0.0), ("local-only", None)])
+def test_the_aggregation_error_where_nothing_is_averaged(federation, mode, expected):
+    run = federation.run(config=build_tiny_config(federated={"mode": mode}))
+    server = [entry["metrics"] for entry in entries(run, "aggregate")]
+    assert [metrics.get("aggregation_error") for metrics in server] == [None, expected, expected]
+    assert all(metrics["round_seconds"] > 0 for metrics in server)
+
+
+def test_peak_memory_is_reported_for_every_phase_and_evaluation(federation):
+    run = federation.run()
+    for phase, name in (
+        ("global", "train_global/peak_memory_bytes"),
+        ("local", "train_local/peak_memory_bytes"),
+        ("evaluate", "peak_memory_bytes"),
+    ):
+        found = entries(run, phase)
+        assert len(found) == (6 if phase == "evaluate" else 4)
+        assert all(2**26 < entry["metrics"][name] < 2**40 for entry in found)
+
+
+def test_a_tracked_run_shows_the_history_in_tensorboard(tiny_project, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = build_tiny_config(experiment={"track": ["tensorboard"]})
+    run = Federation(tiny_project, tmp_path, config).run()
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    shown = {
+        (event.step, tag): event.value
+        for tag in events.Tags()["scalars"]
+        for event in events.Scalars(tag)
+    }
+    rows = [line.split(",") for line in (run / "history.csv").read_text().splitlines()[1:]]
+    assert len(shown) == len(rows) > 100
+    for server_round, client, phase, metric, value in rows:
+        tag = f"{phase}/{metric.removeprefix(f'train_{phase}/')}/{client}"
+        assert shown[int(server_round), tag] == pytest.approx(float(value))
+
+
+def test_trackers_are_closed_when_a_run_ends_with_an_error(tiny_project, tmp_path, monkeypatch):
+    from fedlora_app import tracking
+
+    seen = []
+
+    class Recorder:
+        name = "tensorboard"
+
+        def __init__(self, config, run_dir) -> None:
+            seen.append("built")
+
+        def log(self, event) -> None:
+            seen.append(event["event"])
+
+        def close(self) -> None:
+            seen.append("closed")
+
+    def lose(message, reply):
+        if message.metadata.message_type == "train":
+            del reply.content[UPDATE_RECORD]
+        return reply
+
+    monkeypatch.setitem(tracking.TRACKERS, "tensorboard", Recorder)
+    config = build_tiny_config(experiment={"track": ["tensorboard"]})
+    with pytest.raises(RoundError):
+        Federation(tiny_project, tmp_path, config).run(tamper=lose)
+    assert seen[0] == "built" and seen[-1] == "closed" and seen.count("closed") == 1
+    assert {"metrics", "facts", "failure"} <= set(seen)
+
+
+def test_a_tracker_that_is_not_installed_stops_a_run_before_anything(federation, monkeypatch):
+    from fedlora_app import tracking
+
+    monkeypatch.setattr(tracking, "_is_installed", lambda name: False)
+    config = build_tiny_config(experiment={"track": ["wandb"]})
+    with pytest.raises(ConfigError, match="experiment.track names wandb, which is not installed"):
+        federation.run(config=config)
+    assert not (federation.output_dir / "run").exists()
+    assert not federation.grids[0].sent
+
+
+def test_long_work_says_how_far_it_is(federation, monkeypatch, capsys):
+    from fedlora_app import progress
+
+    monkeypatch.setattr(progress, "INTERVAL_SECONDS", 0.0)
+    federation.run()
+    output = capsys.readouterr().out
+    for line in (
+        r"round 1/2, train: 1 of 2 clients, about \d+ s left",
+        r"round 2/2, evaluate: 1 of 2 clients, about \d+ s left",
+        r"ann, round 1, global: step 1/2, loss \d\.\d{3}, \d+ s left",
+        r"bob, round 2, evaluation \[global\+local\]: \d/10 prompts, \d+ s left",
+    ):
+        assert re.search(rf"^{line}$", output, re.MULTILINE), output
 
 
 class TestFaultyClients:
@@ -520,7 +706,10 @@ def test_rounds_between_evaluations_are_trained_and_not_evaluated(tiny_project, 
     }
     trained = {entry["round"] for entry in history if entry["phase"] == "local"}
     assert scored == {0, 2, 3} and trained == {1, 2, 3}
-    assert "round 1/3 not evaluated" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert re.search(r"round 0/3 \[base\] .* \(\d+ s\)", output)
+    assert re.search(r"round 1/3 not evaluated \(\d+ s, about \d+ s left\)", output)
+    assert re.search(r"round 3/3 \[global\+local\] .* \(\d+ s\)", output)
 
 
 def test_the_ablation_trains_local_adapters_as_the_run_itself_did(federation, tmp_path):
@@ -539,7 +728,6 @@ def test_the_ablation_trains_local_adapters_as_the_run_itself_did(federation, tm
 
 
 def test_the_ablation_refuses_other_runs(tiny_project, tmp_path):
-    from fedlora_app.config import ConfigError
     from fedlora_app.demo.ablation import ablate
 
     config = build_tiny_config(federated={"mode": "fedavg", "num_rounds": 1})

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import weakref
 
 import pytest
@@ -73,3 +74,31 @@ def test_messages_are_addressed_in_the_order_of_ids_and_do_not_expire(strategy):
     assert [message.metadata.dst_node_id for message in messages] == list(range(1, 61))
     assert all(message.metadata.message_type == MessageType.TRAIN for message in messages)
     assert min(message.metadata.ttl for message in messages) > 365 * 24 * 3600
+
+
+def test_the_error_of_the_average_is_logged_and_costs_no_copy_of_an_update(strategy):
+    strategy, state = strategy
+    arrays = strategy.save_initial(state)
+    messages = strategy.configure_train(1, arrays, ConfigRecord(), None)
+    replies = (reply_from(m, strategy, 0.01 * (i % 2)) for i, m in enumerate(messages))
+    strategy.aggregate_train(1, replies)
+    events = (strategy._run.path / "metrics.jsonl").read_text().splitlines()
+    (event,) = [e for e in map(json.loads, events) if e["event"] == "aggregation"]
+    errors = event["relative_error"]
+    assert len(errors) == 14 and "model.layers.0.self_attn.q_proj" in errors
+    assert all(value > 0 for value in errors.values())
+    assert 0 < strategy._aggregation_metrics["aggregation_error"] < max(errors.values())
+
+
+def test_a_long_round_says_how_many_clients_have_answered(strategy, monkeypatch):
+    from fedlora_app import progress
+
+    monkeypatch.setattr(progress, "INTERVAL_SECONDS", 0.0)
+    strategy, state = strategy
+    lines = []
+    strategy._report = lines.append
+    arrays = strategy.save_initial(state)
+    messages = list(strategy.configure_train(1, arrays, ConfigRecord(), None))
+    strategy.aggregate_train(1, (reply_from(m, strategy, 0.5) for m in messages))
+    assert lines[0] == "round 1/2, train: 1 of 60 clients, about 0 s left"
+    assert len(lines) == NUM_CLIENTS - 1  # none once all have

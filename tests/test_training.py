@@ -269,3 +269,17 @@ def test_penalties_touch_the_local_phase_only(adapted):
     assert train(adapted, examples, settings=settings).penalty == 0
     alone = train(adapted, examples, active=(LOCAL,), trainable=(LOCAL,), settings=settings)
     assert alone.penalty == 0
+
+
+def test_the_peak_of_memory_covers_what_was_held_at_once(adapted):
+    held = torch.ones(2**24)  # 64 MiB, so that the process cannot have taken less
+    result = train(adapted, build_examples(4))
+    assert held.nbytes < result.peak_memory_bytes < 2**40
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_phase_has_a_peak_of_its_own(adapted):
+    model = adapted.cuda()
+    torch.ones(2**28, device="cuda")  # 1 GiB, let go before the phase
+    result = train(model, build_examples(4))
+    assert 0 < result.peak_memory_bytes < 2**30

@@ -20,7 +20,7 @@ from fedlora_app.adapters import AdaptedModel, activate, base_only
 from fedlora_app.config import EvaluationConfig
 from fedlora_app.evaluation.keywords import UNSPACED, continues_word, passes_keyword_rule
 from fedlora_app.evaluation.questions import Question
-from fedlora_app.evaluation.scoring import Answered, Prompt, score_prompts
+from fedlora_app.evaluation.scoring import Answered, Progress, Prompt, score_prompts
 from fedlora_app.gate import Gate
 
 SENTENCE_PUNCTUATION = r"""[.,;:!?'"`…、。·()\[\]{}«»‹›“”„‘’「」『』《》【】¡¿]"""
@@ -70,6 +70,7 @@ def evaluate_questions(
     system_prompt: str,
     settings: EvaluationConfig,
     gate: Gate | None = None,
+    progress: Progress | None = None,
 ) -> list[Score]:
     """Score every question with the adapters ``active`` (none: the base model alone)."""
     prompts = [Prompt(system_prompt, q.text, q.candidates) for q in questions]
@@ -82,6 +83,7 @@ def evaluate_questions(
             batch_size=settings.batch_size,
             max_new_tokens=settings.max_new_tokens,
             gate=gate,
+            progress=progress,
         )
 
     if active:
