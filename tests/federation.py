@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 from flwr.app import Context, Message, RecordDict
 from flwr.common.serde import recorddict_to_proto
@@ -89,8 +91,13 @@ class Federation:
     config: Config
     grids: list[LoopbackGrid] = field(default_factory=list)
 
-    def run(self, name: str = "run", config: Config | None = None, tamper=None) -> Path:
-        """Run the experiment through both apps and return the run directory."""
+    def run(
+        self, name: str = "run", config: Config | None = None, tamper=None, report: bool = False
+    ) -> Path:
+        """Run the experiment through both apps and return the run directory.
+
+        The report at its end takes longer than a tiny run, so it is only written on demand.
+        """
         config = config or self.config
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
         config_path = self.project / f"{name}.yaml"
@@ -115,7 +122,8 @@ class Federation:
         if tamper is not None:
             grid.tamper = tamper
         self.grids.append(grid)
-        server_app.main(grid, self.server_context(config_path, name))
+        with nullcontext() if report else mock.patch.object(server_app, "report_run"):
+            server_app.main(grid, self.server_context(config_path, name))
         return self.output_dir / name
 
     def server_context(self, config_path: Path, name: str, **changes) -> Context:

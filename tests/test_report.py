@@ -162,9 +162,11 @@ def test_a_comparison_links_the_runs_and_says_what_differs(tmp_path):
     assert "b answers with 100 adapter parameters" in page.text
 
 
-def test_a_real_run_is_reported_before_and_after_its_evaluation(tiny_project, tmp_path):
+def test_a_run_ends_with_its_report(tiny_project, tmp_path, capsys):
     config = build_tiny_config(("ann", "bob", "cy"), federated={"num_rounds": 1})
-    run = Federation(tiny_project, tmp_path / "results", config).run("run")
+    run = Federation(tiny_project, tmp_path / "results", config).run("run", report=True)
+    assert f"Report: {run / 'report.html'}" in capsys.readouterr().out.splitlines()[-1]
+    assert (run / "report.html").exists() and (run / "plots" / "traffic.png").exists()
     found = measure_run(read_history(run), None)
     passes = conflict_passes(collect_reports(read_history(run)), "global+local")
     assert found[BOTH].passed().value == sum(passes) / len(passes)
