@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ import torch
 from fedlora_app import model as model_module
 from fedlora_app.adapters import (
     AdaptedModel,
+    AdapterError,
     AdapterState,
     attach_once,
     build_initial_state,
@@ -36,7 +38,7 @@ from fedlora_app.client_data import (
     tokenize_client_files,
 )
 from fedlora_app.client_evaluation import Metrics, evaluate_client, phase_metrics
-from fedlora_app.config import GLOBAL, LOCAL, ClientConfig, Config, ConfigError
+from fedlora_app.config import GLOBAL, LOCAL, ClientConfig, Config, ConfigError, TrainingConfig
 from fedlora_app.data import DataError
 from fedlora_app.evaluation.linter import Finding, describe_findings, lint
 from fedlora_app.memory import read_peak_memory, reset_peak_memory
@@ -44,9 +46,9 @@ from fedlora_app.model import LoadedModel, describe_device, load_base_model, loa
 from fedlora_app.progress import step_lines
 from fedlora_app.rounds import BOTH, Phase, plan_round, training_clients
 from fedlora_app.seeds import derive_seed
-from fedlora_app.storage import make_private_dir
+from fedlora_app.storage import WEIGHTS_FILE, hash_file, make_private_dir, remove_partials
 from fedlora_app.tokens import Example
-from fedlora_app.training import PhaseResult, train_phase
+from fedlora_app.training import PhaseResult, TrainingError, train_phase, use_less_memory
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,16 @@ class Client:
     run_dir: Path
     root: Path
 
-    def check_in(self) -> tuple[Metrics, dict[str, str]]:
+    def check_in(self, *, resumes: bool = False) -> tuple[Metrics, dict[str, str]]:
         """Check and tokenise this client's data before anything large is loaded.
+
+        Args:
+            resumes: the run is continued, so this client's folder in it may be there.
 
         Returns:
             Counts of examples, and facts: the device and the data files' hashes.
         """
-        faults = self._impossible_settings()
+        faults = self._impossible_settings(resumes)
         for client_id in self._data_owners():
             try:
                 load_client_files(self.config, self.config.client(client_id), self.root)
@@ -94,38 +99,63 @@ class Client:
         named = [{k: v for k, v in vars(f).items() if k != "text"} for f in findings]
         return counts, {**facts, "device": describe_device(), "findings": json.dumps(named)}
 
+    def verify(self, local_round: int, local_sha256: str) -> dict[str, str]:
+        """Check that this client still holds what the run is to go on with.
+
+        Returns:
+            The base model's fingerprint, as a fact.
+
+        Raises:
+            AdapterError: the local adapter is missing, or is not what the run wrote.
+        """
+        remove_partials(self._own_dir)
+        if local_round >= 0:
+            self._require_local(local_round, local_sha256)
+        return {"base_model": model_module.compute_fingerprint(self.config.model, self.root)}
+
     def global_shapes(self) -> dict[str, torch.Size]:
         """Return the shapes that a global adapter must have here."""
         loaded = load_base_model(self.config.model, self.root)
         return state_shapes(attach_once(loaded, self.config.adapters), GLOBAL)
 
     def train(
-        self, server_round: int, global_state: AdapterState, local_round: int
-    ) -> tuple[AdapterState, Metrics]:
+        self,
+        server_round: int,
+        global_state: AdapterState,
+        local_round: int,
+        local_sha256: str = "",
+    ) -> tuple[AdapterState, Metrics, dict[str, str]]:
         """Run the phase before the average.
 
         Args:
             global_state: the adapter that the server sent.
             local_round: the round whose local adapter this client continues from.
+            local_sha256: its hash, empty where it is not known.
 
         Returns:
-            The global adapter's update (new minus received, fp32) and the metrics, of which
-            ``num-examples`` counts this phase's examples only.
+            The global adapter's update (new minus received, fp32); the metrics, of which
+            ``num-examples`` counts this phase's examples only; and as a fact the hash of the
+            local adapter where it was trained too.
         """
         phase = plan_round(self.config, server_round).train
         assert phase is not None, "this mode has nothing to train before the average"
-        loaded, model = self._prepare(global_state, local_round)
+        loaded, model = self._prepare(global_state, local_round, local_sha256)
         result = self._run_phase(loaded, model, phase, server_round)
+        facts = {}
         if LOCAL in phase.trainable:
-            self._save_local(model, self._round_dir(server_round))
+            facts["local_adapter"] = self._save_local(model, self._round_dir(server_round))
         trained = get_state(model, GLOBAL)
         update = {key: trained[key] - global_state[key] for key in trained}
         norm = torch.stack([delta.double().norm() for delta in update.values()]).norm().item()
         metrics = phase_metrics(phase, result) | {"update_norm": norm}
-        return update, {"num-examples": result.num_examples, **metrics}
+        return update, {"num-examples": result.num_examples, **metrics}, facts
 
     def personalise(
-        self, server_round: int, global_state: AdapterState, local_round: int
+        self,
+        server_round: int,
+        global_state: AdapterState,
+        local_round: int,
+        local_sha256: str = "",
     ) -> tuple[Metrics, dict[str, str]]:
         """Fit the local adapter to the new global one, keep it, and evaluate.
 
@@ -136,7 +166,7 @@ class Client:
             the base model and the local adapter, the process.
         """
         plan = plan_round(self.config, server_round)
-        loaded, model = self._prepare(global_state, local_round)
+        loaded, model = self._prepare(global_state, local_round, local_sha256)
         metrics: Metrics = {}
         facts = {
             "base_model": loaded.fingerprint,
@@ -170,6 +200,7 @@ class Client:
         metrics["peak_memory_bytes"] = read_peak_memory(model.device)
         if is_final and LOCAL in plan.evaluated:
             self._save_local(model, self.run_dir / "final" / "clients" / self.client_id)
+        self._thin(server_round, local_round)
         return metrics, facts
 
     def evaluate(self, global_state: AdapterState, local_round: int) -> Metrics:
@@ -179,14 +210,14 @@ class Client:
         active = plan_round(self.config, self.config.federated.num_rounds).evaluated
         return evaluate_client(self.config, self._own, files, loaded, model, active)
 
-    def _impossible_settings(self) -> list[str]:
+    def _impossible_settings(self, resumes: bool) -> list[str]:
         faults = []
         if self.config.training.optimizer == "paged_adamw_8bit" and not torch.cuda.is_available():
             faults.append(
                 "training.optimizer: paged_adamw_8bit needs a GPU and this client has none. "
                 "Set it to adamw."
             )
-        if self._own_dir.exists():
+        if self._own_dir.exists() and not resumes:
             faults.append(
                 f"{self._own_dir} exists already and is left as it is. Choose another run-name."
             )
@@ -224,8 +255,30 @@ class Client:
             return self.config.client_ids
         return [self.client_id]
 
+    def _require_local(self, local_round: int, local_sha256: str) -> None:
+        """Compare a kept adapter with what the server knows of it."""
+        weights = self._round_dir(local_round) / WEIGHTS_FILE
+        if not weights.is_file():
+            raise AdapterError(
+                f"{weights} does not exist, and the run is to go on with it. Restore it, or go on "
+                "from an earlier round."
+            )
+        if local_sha256 and hash_file(weights) != local_sha256:
+            raise AdapterError(
+                f"{weights} is damaged: its sha256 is not that of the file that the run wrote. "
+                "Restore it, or go on from an earlier round."
+            )
+
+    def _thin(self, server_round: int, local_round: int) -> None:
+        """Delete old rounds, but not what this one began with: it may yet fail elsewhere."""
+        keep = self.config.federated.keep_rounds
+        for folder in sorted(self._own_dir.glob("round_*")) if keep else []:
+            number = int(folder.name.removeprefix("round_"))
+            if number < min(server_round - keep, local_round):
+                shutil.rmtree(folder, ignore_errors=True)
+
     def _prepare(
-        self, global_state: AdapterState, local_round: int
+        self, global_state: AdapterState, local_round: int, local_sha256: str = ""
     ) -> tuple[LoadedModel, AdaptedModel]:
         """Set both adapters from scratch; ``local_round`` below 0 means a fresh local one."""
         loaded = load_base_model(self.config.model, self.root)
@@ -234,6 +287,7 @@ class Client:
             seed = derive_seed(self.config.experiment.seed, "initial", self.client_id)
             local_state = build_initial_state(model, LOCAL, seed)
         else:
+            self._require_local(local_round, local_sha256)
             folder = self._round_dir(local_round)
             local_state = load_adapter(folder, model, LOCAL, self.config.model.name)
         set_state(model, GLOBAL, global_state)
@@ -262,16 +316,43 @@ class Client:
         is_beside = GLOBAL in phase.active
         local_decay = training.local_weight_decay if is_beside else training.global_weight_decay
         weight_decays = {GLOBAL: training.global_weight_decay, LOCAL: local_decay}
-        return train_phase(
-            model,
-            selected,
-            training,
-            active=phase.active,
-            trainable=phase.trainable,
-            num_steps=num_steps,
-            run_span=((server_round - 1) / num_rounds, server_round / num_rounds),
-            weight_decays=weight_decays,
-            seed=derive_seed(self.config.experiment.seed, phase.name, server_round, self.client_id),
-            pad_token_id=loaded.tokenizer.pad_token_id,
-            progress=step_lines(f"{self.client_id}, round {server_round}, {phase.name}"),
+        what = f"{self.client_id}, round {server_round}, {phase.name}"
+
+        def train(settings: TrainingConfig) -> PhaseResult:
+            return train_phase(
+                model,
+                selected,
+                settings,
+                active=phase.active,
+                trainable=phase.trainable,
+                num_steps=num_steps,
+                run_span=((server_round - 1) / num_rounds, server_round / num_rounds),
+                weight_decays=weight_decays,
+                seed=derive_seed(
+                    self.config.experiment.seed, phase.name, server_round, self.client_id
+                ),
+                pad_token_id=loaded.tokenizer.pad_token_id,
+                progress=step_lines(what),
+            )
+
+        before = {name: get_state(model, name) for name in phase.trainable}
+        try:
+            return train(training)
+        except torch.OutOfMemoryError:
+            pass  # outside this block, so that the exception's frames let go of their tensors
+        smaller = use_less_memory(training)
+        print(
+            f"{what}: out of memory with batches of {training.batch_size}; once more with "
+            f"{smaller.batch_size} x {smaller.gradient_accumulation_steps} and checkpointing.",
+            flush=True,
         )
+        for name, state in before.items():
+            set_state(model, name, state)
+        torch.cuda.empty_cache()
+        try:
+            return replace(train(smaller), memory_retries=1)
+        except torch.OutOfMemoryError:
+            raise TrainingError(
+                f"{what}: out of memory, also with batches of {smaller.batch_size} and gradient "
+                "checkpointing. Lower training.max_seq_length or the adapters' ranks."
+            ) from None

@@ -72,7 +72,7 @@ Handler = Callable[[Client, Task, Message], Message]
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Check in: say which client this node is, after checking its data."""
+    """Check in: say which client this node is, after checking its data or what it has kept."""
     return _answer(message, context, _check_in)
 
 
@@ -89,19 +89,24 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _check_in(client: Client, task: Task, message: Message) -> Message:
-    counts, facts = client.check_in()
+    if task.client_id:
+        counts, facts = {}, client.verify(task.local_round, task.local_sha256)
+    else:
+        counts, facts = client.check_in(resumes=task.resumes)
     return build_reply(message, client.client_id, task.server_round, counts, facts)
 
 
 def _train(client: Client, task: Task, message: Message) -> Message:
     state = _received_state(client, message)
-    update, metrics = client.train(task.server_round, state, task.local_round)
+    update, metrics, facts = client.train(
+        task.server_round, state, task.local_round, task.local_sha256
+    )
     return build_reply(
         message,
         client.client_id,
         task.server_round,
         metrics,
-        facts={},
+        facts,
         update=update,
         update_dtype=client.config.federated.upload_dtype,
     )
@@ -109,7 +114,9 @@ def _train(client: Client, task: Task, message: Message) -> Message:
 
 def _personalise(client: Client, task: Task, message: Message) -> Message:
     state = _received_state(client, message)
-    metrics, facts = client.personalise(task.server_round, state, task.local_round)
+    metrics, facts = client.personalise(
+        task.server_round, state, task.local_round, task.local_sha256
+    )
     return build_reply(message, client.client_id, task.server_round, metrics, facts)
 
 
@@ -129,6 +136,9 @@ def _answer(message: Message, context: Context, handle: Handler) -> Message:
         return handle(Client(config, client_id, run_dir, root), task, message)
     except EXPLAINED_ERRORS as error:
         return build_error_reply(message, client_id, str(error))
+    except OSError as error:
+        what = f"{error.strerror or type(error).__name__}: {error.filename or 'a file'}"
+        return build_error_reply(message, client_id, what)
     except Exception as error:
         traceback.print_exc()  # here and not in the reply: its text may hold anything
         why = f"{type(error).__name__} in {type(error).__module__}; this client's log has the rest"

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 GLOBAL = "global"
 LOCAL = "local"
 SAFE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+LARGEST_INTEGER = 2**31 - 1
+"""Above it numbers fit neither into a message nor into a tensor's size."""
 
 Mode = Literal["dual", "fedavg", "local-only", "centralized"]
 
@@ -31,6 +33,13 @@ class Section(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
+
+    @field_validator("*")
+    @classmethod
+    def _refuse_huge_integers(cls, value: Any) -> Any:
+        if isinstance(value, int) and value > LARGEST_INTEGER:
+            raise ValueError(f"input should be at most {LARGEST_INTEGER}")
+        return value
 
 
 class ExperimentConfig(Section):
@@ -132,6 +141,10 @@ class FederatedConfig(Section):
     num_rounds: int = Field(5, ge=1)
     aggregation: Literal["fedavg"] = "fedavg"
     clients_at_once: int = Field(1, ge=1)
+    client_timeout_seconds: float | None = Field(None, gt=0)
+    """A client that has not answered by then has failed in this round. null: no limit."""
+    keep_rounds: int | None = Field(None, ge=1)
+    """Adapters of only so many complete rounds are kept, the newest always. null: all."""
     min_clients: int | None = Field(None, ge=1)
     """Fewer answers than this stop the run. null: all clients must answer."""
     upload_dtype: Literal["float32", "bfloat16"] = "float32"

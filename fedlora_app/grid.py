@@ -7,10 +7,12 @@ long round would lose some of them without a word.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 
-from flwr.app import Message, RecordDict
+from flwr.app import Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 FIRST_POLL_SECONDS = 0.02
@@ -19,25 +21,37 @@ TIME_TO_LIVE_SECONDS = 10 * 365 * 24 * 3600.0
 
 
 class PacedGrid(Grid):
-    """Wraps a grid; replies are yielded as they come, and only then are others asked."""
+    """Wraps a grid; replies are yielded as they come, and only then are others asked.
 
-    def __init__(self, grid: Grid, clients_at_once: int) -> None:
+    Args:
+        client_timeout_seconds: after which a client has failed; None waits for ever.
+    """
+
+    def __init__(
+        self, grid: Grid, clients_at_once: int, client_timeout_seconds: float | None = None
+    ) -> None:
         self.unwrapped = grid
         self._clients_at_once = clients_at_once
+        self._client_timeout_seconds = client_timeout_seconds or math.inf
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterator[Message]:
-        """Yield the replies one by one. ``timeout`` is ignored: a client may take its time."""
+        """Yield the replies one by one, an error in the place of one that does not come.
+
+        ``timeout``, Flower's one for all clients together, is ignored.
+        """
         waiting_messages = iter(messages)
         pending: dict[str, Message] = {}
+        asked_at: dict[str, float] = {}
         pause = FIRST_POLL_SECONDS
         while True:
             while len(pending) < self._clients_at_once:
                 message = next(waiting_messages, None)
                 if message is None:
                     break
-                pending[self._push(message)] = message
+                message_id = self._push(message)
+                pending[message_id], asked_at[message_id] = message, time.monotonic()
             if not pending:
                 return
             replies = list(self.unwrapped.pull_messages(list(pending)))
@@ -45,9 +59,21 @@ class PacedGrid(Grid):
                 request = pending.pop(reply.metadata.reply_to_message_id, None)
                 if request is not None:
                     yield _as_from_its_client(reply, request)
+            for message_id in [i for i in pending if self._is_late(asked_at[i])]:
+                yield self._give_up(pending.pop(message_id))
             pause = FIRST_POLL_SECONDS if replies else min(1.2 * pause, LONGEST_POLL_SECONDS)
             if not replies:
                 time.sleep(pause)
+
+    def _is_late(self, asked_at: float) -> bool:
+        return time.monotonic() - asked_at > self._client_timeout_seconds
+
+    def _give_up(self, request: Message) -> Message:
+        why = (
+            f"no answer within {self._client_timeout_seconds:g} seconds "
+            "(federated.client_timeout_seconds)"
+        )
+        return Message(Error(ErrorCode.NODE_UNAVAILABLE, why), reply_to=request)
 
     def _push(self, message: Message) -> str:
         ids = list(self.unwrapped.push_messages([message]))

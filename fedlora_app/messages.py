@@ -19,6 +19,7 @@ from fedlora_app.adapters import AdapterState, check_state
 from fedlora_app.config import Config
 from fedlora_app.config_file import parse_config
 
+CHECK_IN_ROUND = 0
 ADAPTER_RECORD = "global-adapter"
 UPDATE_RECORD = "global-update"
 TASK_RECORD = "task"
@@ -30,7 +31,7 @@ DECLARED_METRICS = re.compile(
     num-examples | update_norm | evaluation_seconds | peak_memory_bytes
     | (universal|local)_(examples|truncated|dropped) | skipped_records | unscored_conflicts
     | train_(global|local|global\+local)/
-        (num_steps|num_examples|num_answer_tokens|train_loss|final_train_loss|penalty|seconds
+        (num_steps|num_examples|num_answer_tokens|train_loss|final_train_loss|penalty|memory_retries|seconds
         |peak_memory_bytes)
     | (base|global|local|global\+local)/(universal|universal_unseen|local|conflict)/
         (n|n_ranked|exact_match|rank_accuracy|rank_accuracy_per_byte|margin_per_byte)
@@ -53,7 +54,9 @@ class MessageError(ValueError):
 class Task:
     """What the server asks of a client, beside the adapter itself.
 
-    ``local_round`` is the round whose local adapter the client continues from, -1 for none.
+    ``local_round`` is the round whose local adapter the client continues from, -1 for none, and
+    ``local_sha256`` its hash. ``resumes`` tells that the run is continued, so that the client's
+    folder may be there already.
     ``project_dir`` and ``output_dir`` hold for simulated nodes, which share the server's disk;
     others have folders of their own.
     """
@@ -61,6 +64,8 @@ class Task:
     client_id: str
     server_round: int
     local_round: int
+    local_sha256: str
+    resumes: bool
     run_name: str
     project_dir: str
     output_dir: str

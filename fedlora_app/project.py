@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import tomllib
+from functools import cache
 from importlib.metadata import Distribution, PackageNotFoundError
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -78,8 +79,9 @@ def is_unpacked_bundle(folder: Path) -> bool:
     return folder.resolve().is_relative_to((flower_home / "apps").resolve())
 
 
+@cache
 def hash_package() -> str:
-    """Return the sha256 of the package's own sources, to tell two versions apart."""
+    """Return the sha256 of the sources as this process first saw them, to tell versions apart."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE_DIR.rglob("*.py")):
         digest.update(path.relative_to(PACKAGE_DIR).as_posix().encode() + b"\0")

@@ -12,14 +12,21 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fedlora_app.config import SAFE_NAME, Config
-from fedlora_app.storage import make_private_dir, write_atomically, write_json
+from fedlora_app.storage import (
+    lock_folder,
+    remove_partials,
+    replace_folder,
+    write_atomically,
+    write_json,
+)
 from fedlora_app.tracking import Trackers
 
 LATEST = "latest"
@@ -69,6 +76,7 @@ class RunDirectory:
         self.history: list[dict[str, Any]] = []
         self.manifest: dict[str, Any] = {}
         self.trackers = Trackers()
+        self._lock: IO[str] | None = None
 
     @classmethod
     def create(
@@ -89,13 +97,7 @@ class RunDirectory:
             RunDirectoryError: the folder exists; nothing in it is touched.
         """
         cls.require_absent(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            make_private_dir(path)
-        except OSError as error:
-            raise RunDirectoryError(f"{path} cannot be made: {error.strerror}.") from None
         run = cls(path)
-        write_json(path / "config.json", config.dump())
         run.manifest = {
             "format": 1,
             "started": _now(),
@@ -114,9 +116,60 @@ class RunDirectory:
             "clients": clients,
             "rounds": [],
         }
-        run._write_manifest()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replace_folder(path) as partial:  # a run directory always has both files
+                partial.chmod(0o700)
+                write_json(partial / "config.json", config.dump())
+                write_json(partial / "manifest.json", run.manifest)
+        except OSError as error:
+            raise RunDirectoryError(f"{path} cannot be made: {error.strerror}.") from None
+        run._take_lock()
         run._point_latest()
         return run
+
+    @classmethod
+    def reopen(cls, path: Path, manifest: dict[str, Any]) -> RunDirectory:
+        """Return a stopped run's folder, locked; ``rewind`` makes it ready to be continued.
+
+        Args:
+            manifest: what ``manifest.json`` holds.
+
+        Raises:
+            RunDirectoryError: another process is writing in it.
+        """
+        run = cls(path)
+        run.manifest = dict(manifest)
+        run._take_lock()
+        return run
+
+    def rewind(self, config: Config, after_round: int) -> None:
+        """Forget what came after a complete round; its files are written anew.
+
+        Args:
+            after_round: below 0 for none.
+        """
+        for folder in (self.path, self.path / "server", self.path / "final"):
+            remove_partials(folder)
+        rounds = [entry for entry in self.manifest["rounds"] if entry["round"] <= after_round]
+        stop = {"time": _now(), "after_round": after_round}
+        resumed = [*self.manifest.get("resumed", []), stop]
+        self.manifest |= {"finished": None, "rounds": rounds, "resumed": resumed}
+        history = self.path / "history.json"
+        if history.exists():
+            entries = json.loads(history.read_text(encoding="utf-8"))
+            self.history = [entry for entry in entries if entry["round"] <= after_round]
+        write_json(self.path / "config.json", config.dump())
+        self._write_history()
+        self._rewind_events(after_round)
+        self._write_manifest()
+        self._point_latest()
+
+    def thin(self, keep_rounds: int) -> None:
+        """Delete the adapters of all but the newest complete rounds."""
+        complete = sorted(entry["round"] for entry in self.manifest["rounds"])
+        for server_round in complete[:-keep_rounds]:
+            shutil.rmtree(self.server_round(server_round), ignore_errors=True)
 
     @staticmethod
     def require_absent(path: Path) -> None:
@@ -151,10 +204,22 @@ class RunDirectory:
             {"round": server_round, "client": client, "phase": phase, "metrics": metrics}
         )
 
+    def add_failure(self, server_round: int, client: str, why: str) -> None:
+        """Keep that a client had no part in a round, and log why."""
+        self.log_event("failure", round=server_round, client=client, why=why)
+        self.history.append(
+            {
+                "round": server_round,
+                "client": client,
+                "phase": "failure",
+                "metrics": {"failed": 1},
+                "why": why,
+            }
+        )
+
     def complete_round(self, server_round: int, adapters: dict[str, str], **facts: Any) -> None:
         """Write the history and then enter the round in the manifest with its hashes."""
-        write_json(self.path / "history.json", self.history)
-        write_atomically(self.path / "history.csv", _as_table(self.history))
+        self._write_history()
         self.manifest["rounds"].append(
             {"round": server_round, "completed": _now(), "adapters": adapters, **facts}
         )
@@ -166,8 +231,34 @@ class RunDirectory:
         self._write_manifest()
 
     def close(self) -> None:
-        """Let go of the trackers, also when the run ends with an error."""
+        """Let go of the trackers and the lock, also when the run ends with an error."""
         self.trackers.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    def _take_lock(self) -> None:
+        self._lock = lock_folder(self.path)
+        if self._lock is None:
+            raise RunDirectoryError(
+                f"{self.path} is being written by another process. Two runs cannot share a run "
+                "directory; wait for it, or stop it (flwr list, flwr stop)."
+            )
+
+    def _write_history(self) -> None:
+        write_json(self.path / "history.json", self.history)
+        write_atomically(self.path / "history.csv", _as_table(self.history))
+
+    def _rewind_events(self, after_round: int) -> None:
+        """Drop the events of later rounds, and a last line that a stop has cut."""
+        path, kept = self.path / "metrics.jsonl", []
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        for line in lines:
+            try:
+                if json.loads(line).get("round", after_round) <= after_round:
+                    kept.append(line + "\n")
+            except ValueError:
+                continue
+        write_atomically(path, "".join(kept))
 
     def _write_manifest(self) -> None:
         write_json(self.path / "manifest.json", self.manifest)

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,24 +19,44 @@ from flwr.app import ArrayRecord, Context, MessageType, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora_app.adapters import (
-    AdapterState,
+    AdaptedModel,
     attach_adapters,
     build_initial_state,
+    load_adapter,
     state_shapes,
 )
 from fedlora_app.config import GLOBAL, LOCAL, Config, ConfigError
 from fedlora_app.config_file import load_config
 from fedlora_app.grid import PacedGrid, build_message
-from fedlora_app.messages import MessageError, Reply, Task, build_task_content, read_reply
+from fedlora_app.messages import (
+    CHECK_IN_ROUND,
+    MessageError,
+    Reply,
+    Task,
+    build_task_content,
+    read_reply,
+)
 from fedlora_app.model import build_empty_model
 from fedlora_app.project import find_project_root, hash_package
-from fedlora_app.run_directory import RunDirectory, check_run_name, default_run_name
+from fedlora_app.resumption import (
+    FRESH,
+    Resumption,
+    describe_other_software,
+    find_resumption,
+    require_same_data,
+    require_same_settings,
+)
+from fedlora_app.run_directory import (
+    RunDirectory,
+    RunDirectoryError,
+    check_run_name,
+    default_run_name,
+)
 from fedlora_app.seeds import derive_seed
-from fedlora_app.strategy import GlobalAdapterFedAvg
+from fedlora_app.strategy import NO_LOCAL, GlobalAdapterFedAvg
 from fedlora_app.summary import describe_run, describe_start
 from fedlora_app.tracking import build_trackers, require_trackers
 
-CHECK_IN_ROUND = 0
 DECLARED_DEFAULTS = {("config", "conf/demo.yaml"), ("output-dir", "results")}  # pyproject.toml
 CONNECT_REPORT_SECONDS = 30.0
 
@@ -51,6 +71,7 @@ class Settings:
     root: Path
     run_name: str
     output_dir: str
+    resumption: Resumption | None = None
 
     @property
     def run_dir(self) -> Path:
@@ -60,64 +81,118 @@ class Settings:
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run one experiment from configuration to final adapters."""
+    """Run one experiment from configuration to final adapters, or go on with a stopped one."""
     settings = read_settings(context.run_config)
-    config = settings.config
+    config, resumption = settings.config, settings.resumption
     print(f"Run directory: {settings.run_dir}", flush=True)
-    RunDirectory.require_absent(settings.run_dir)
-    model = attach_adapters(build_empty_model(config.model, settings.root), config.adapters)
-
-    paced = PacedGrid(grid, config.federated.clients_at_once)
-    task = Task(
-        client_id="",
-        server_round=CHECK_IN_ROUND,
-        local_round=-1,
-        run_name=settings.run_name,
-        project_dir=str(settings.root),
-        output_dir=str(settings.run_dir.parent),
-        package_sha256=hash_package(),
-        experiment=json.dumps(config.dump()),
-    )
-    check_ins = meet_clients(paced, config, task, context.run_config)
-    reports = {client: _read_report(reply) for client, (_, reply) in sorted(check_ins.items())}
-    base_commit = getattr(model.get_base_model().config, "_commit_hash", None)
-    run = RunDirectory.create(settings.run_dir, config, settings.root, reports, base_commit)
-    shapes = {name: state_shapes(model, name) for name in (GLOBAL, LOCAL)}
-    print(describe_start(config, shapes, reports), flush=True)
-
-    strategy = GlobalAdapterFedAvg(
-        config,
-        nodes={client: node for client, (node, _) in check_ins.items()},
-        task=task,
-        model=model,
-        run=run,
-        report=lambda line: print(line, flush=True),
-    )
-    seed = derive_seed(config.experiment.seed, "initial")
-    with closing(run):
-        run.trackers = build_trackers(config, run.path)
-        run_rounds(strategy, paced, build_initial_state(model, GLOBAL, seed))
-    run.finish()
+    if resumption is None:
+        RunDirectory.require_absent(settings.run_dir)
+    with ExitStack() as stack:
+        if resumption is not None:  # nobody else may write in it from here on
+            run = RunDirectory.reopen(settings.run_dir, resumption.saved.manifest)
+            stack.enter_context(closing(run))
+        model = attach_adapters(build_empty_model(config.model, settings.root), config.adapters)
+        paced = PacedGrid(
+            grid, config.federated.clients_at_once, config.federated.client_timeout_seconds
+        )
+        task = build_check_in(settings)
+        check_ins = meet_clients(paced, config, task, context.run_config)
+        reports = {client: _read_report(reply) for client, (_, reply) in sorted(check_ins.items())}
+        if resumption is None:
+            base_commit = getattr(model.get_base_model().config, "_commit_hash", None)
+            run = RunDirectory.create(settings.run_dir, config, settings.root, reports, base_commit)
+            stack.enter_context(closing(run))
+        else:
+            require_same_data(run.manifest, reports)
+        stack.enter_context(_explain_disk_errors(run))
+        shapes = {name: state_shapes(model, name) for name in (GLOBAL, LOCAL)}
+        print(describe_start(config, shapes, reports), flush=True)
+        strategy = GlobalAdapterFedAvg(
+            config,
+            nodes={client: node for client, (node, _) in check_ins.items()},
+            task=task,
+            model=model,
+            run=run,
+            report=lambda line: print(line, flush=True),
+        )
+        run_rounds(strategy, paced, model, run, resumption)
+        run.finish()
     print(describe_end(run.history, config), flush=True)
     print(f"Run directory: {run.path}\nReport: {report_run(run.path)}", flush=True)
 
 
-def run_rounds(strategy: GlobalAdapterFedAvg, grid: PacedGrid, state: AdapterState) -> None:
-    """Evaluate the base model, run all rounds from ``state`` on, and keep the last adapter."""
+def build_check_in(settings: Settings) -> Task:
+    """Return the first task, which every node gets and from which all others are made."""
+    return Task(
+        client_id="",
+        server_round=CHECK_IN_ROUND,
+        local_round=NO_LOCAL[0],
+        local_sha256=NO_LOCAL[1],
+        resumes=settings.resumption is not None,
+        run_name=settings.run_name,
+        project_dir=str(settings.root),
+        output_dir=str(settings.run_dir.parent),
+        package_sha256=hash_package(),
+        experiment=json.dumps(settings.config.dump()),
+    )
+
+
+def run_rounds(
+    strategy: GlobalAdapterFedAvg,
+    grid: PacedGrid,
+    model: AdaptedModel,
+    run: RunDirectory,
+    resumption: Resumption | None,
+) -> None:
+    """Run all rounds, or those that a stopped run still lacks, and keep the last adapter."""
+    config, after = strategy.config, FRESH
+    if resumption is not None:
+        after = resumption.after_round
+        arrays = _restore(strategy, grid, model, resumption)
+        run.rewind(config, after)
+        print(f"Going on after round {after} of {config.federated.num_rounds}.", flush=True)
+    run.trackers = build_trackers(config, run.path)
+    if after == FRESH:
+        seed = derive_seed(config.experiment.seed, "initial")
+        arrays = strategy.save_initial(build_initial_state(model, GLOBAL, seed))
 
     def evaluate_base(server_round: int, current: ArrayRecord) -> MetricRecord | None:
-        if server_round == 0:
+        if server_round == 0 and after == FRESH:
             strategy.evaluate_base(grid, current)
         return None
 
     with _quiet_flower():
         strategy.start(
             grid=grid,
-            initial_arrays=strategy.save_initial(state),
-            num_rounds=strategy.config.federated.num_rounds,
+            initial_arrays=arrays,
+            num_rounds=config.federated.num_rounds - max(after, 0),
             evaluate_fn=evaluate_base,
         )
     strategy.save_final()
+
+
+def _restore(
+    strategy: GlobalAdapterFedAvg, grid: PacedGrid, model: AdaptedModel, resumption: Resumption
+) -> ArrayRecord:
+    """Give the strategy what the run has kept, after all clients have checked what they have."""
+    saved, after = resumption.saved, resumption.after_round
+    for note in describe_other_software(saved.manifest):
+        print(note, flush=True)
+    before, now = saved.config.federated.num_rounds, strategy.config.federated.num_rounds
+    if now != before:
+        print(
+            f"Note: the run was to have {before} rounds and now gets {now}; from here on the "
+            "learning rate follows the schedule of the new total.",
+            flush=True,
+        )
+    if after == FRESH:
+        strategy.verify_clients(grid)
+        return ArrayRecord()
+    folder = saved.adapter_folder(after)
+    state = load_adapter(folder, model, GLOBAL, saved.config.model.name)
+    arrays = strategy.restore(state, after, resumption.local_adapters)
+    strategy.verify_clients(grid)
+    return arrays
 
 
 def report_run(run_dir: Path) -> str:
@@ -147,25 +222,34 @@ def read_settings(run_config: dict[str, Any]) -> Settings:
     Raises:
         ConfigError, RunDirectoryError, ProjectNotFoundError: before anything is written.
     """
-    if run_config["resume"]:
-        raise ConfigError("resume is not built yet. Leave it empty to start a new run.")
     config_path = str(run_config["config"])
     root = find_project_root(config_path)
-    num_rounds, mode = run_config["num-rounds"], run_config["mode"]
-    config = load_config(
-        root / config_path,
-        overrides=str(run_config["overrides"]),
-        federated__num_rounds=None if num_rounds == 0 and num_rounds is not False else num_rounds,
-        federated__mode=None if mode == "" else mode,
-    )
-    require_trackers(config)
-    resolve_output_dir(root, str(run_config["output-dir"]))
-    return Settings(
-        config=config,
-        root=root,
-        run_name=check_run_name(str(run_config["run-name"] or default_run_name(config))),
-        output_dir=str(run_config["output-dir"]),
-    )
+    output_dir = str(run_config["output-dir"])
+    places = [resolve_output_dir(root, output_dir), root]
+    given_rounds, mode = run_config["num-rounds"], run_config["mode"]
+    num_rounds = None if given_rounds == 0 and given_rounds is not False else given_rounds
+
+    def load() -> Config:
+        return load_config(
+            root / config_path,
+            overrides=str(run_config["overrides"]),
+            federated__num_rounds=num_rounds,
+            federated__mode=None if mode == "" else mode,
+        )
+
+    if not run_config["resume"]:
+        config = load()
+        require_trackers(config)
+        name = check_run_name(str(run_config["run-name"] or default_run_name(config)))
+        return Settings(config, root, name, output_dir)
+    if run_config["run-name"]:
+        raise ConfigError("run-name has no effect with resume: the run keeps its name.")
+    resumption = find_resumption(str(run_config["resume"]), places, num_rounds)
+    if ("config", config_path) not in DECLARED_DEFAULTS or run_config["overrides"] or mode:
+        require_same_settings(resumption.config, load())
+    require_trackers(resumption.config)
+    path = resumption.saved.path
+    return Settings(resumption.config, root, path.name, str(path.parent), resumption)
 
 
 def resolve_output_dir(root: Path, output_dir: str) -> Path:
@@ -231,6 +315,22 @@ def _read_report(reply: Reply) -> dict[str, Any]:
     """Return what a client said of itself, with its list of findings about the data."""
     findings = json.loads(reply.facts.get("findings", "[]"))
     return {**reply.metrics, **reply.facts, "findings": findings}
+
+
+@contextmanager
+def _explain_disk_errors(run: RunDirectory) -> Iterator[None]:
+    """Say what is intact when something cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        complete = [entry["round"] for entry in run.manifest.get("rounds", [])]
+        state = (
+            f"Round {complete[-1]} is complete and intact" if complete else "No round is complete"
+        )
+        raise RunDirectoryError(
+            f"{error.filename or run.path} cannot be written: {error.strerror or error}. {state}. "
+            f"When there is room again, go on with: resume='{run.path.name}'"
+        ) from error
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -9,20 +10,24 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 """What holds the tensors in a PEFT folder."""
 
 
+LOCK_FILE = ".lock"
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file's content in one step; a crash leaves the old one."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = _partial(path)
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+    _sync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -40,7 +45,7 @@ def make_private_dir(folder: Path) -> None:
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that takes ``folder``'s place when the block ends well."""
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = _partial(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -48,14 +53,51 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         for path in (path for path in partial.rglob("*") if path.is_file()):
             with path.open("r+b") as file:
                 os.fsync(file.fileno())
+        old = partial.with_suffix(".old")
+        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(old)
         partial.rename(folder)
+        _sync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what writers that were killed have left half done in a folder."""
+    for path in folder.glob(".*.partial"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in folder.glob(".*.old"):
+        shutil.rmtree(path)
+
+
+def lock_folder(folder: Path) -> IO[str] | None:
+    """Return a lock on a folder that ends with this process, or None if another holds it."""
+    file = (folder / LOCK_FILE).open("a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
 
 
 def hash_file(path: Path) -> str:
     """Return a file's sha256 in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _partial(path: Path) -> Path:
+    """Return where to write first; another process, a killed one's heir too, has another place."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in a folder outlast a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

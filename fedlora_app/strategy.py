@@ -28,6 +28,7 @@ from fedlora_app.aggregation_error import ProductSketch
 from fedlora_app.config import GLOBAL, LOCAL, Config
 from fedlora_app.grid import build_message
 from fedlora_app.messages import (
+    CHECK_IN_ROUND,
     MessageError,
     Reply,
     Task,
@@ -38,10 +39,12 @@ from fedlora_app.messages import (
     unpack_state,
 )
 from fedlora_app.progress import client_lines
+from fedlora_app.resumption import suggest_earlier
 from fedlora_app.rounds import plan_round, training_clients
 from fedlora_app.run_directory import SERVER, RunDirectory
 from fedlora_app.summary import describe_round
 
+NO_LOCAL = (-1, "")  # the round of a client's local adapter, and its sha256
 EVALUATION_PREFIXES = (
     *("base/", "global/", "local/", "global+local/"),
     *("evaluation_seconds", "peak_memory_bytes"),
@@ -89,7 +92,8 @@ class GlobalAdapterFedAvg(FedAvg):
         self._run = run
         self._report = report
         self._global_state: AdapterState = {}
-        self._local_rounds = dict.fromkeys(nodes, -1)
+        self._rounds_before = 0  # that an earlier process has completed
+        self._locals: dict[str, tuple[int, str]] = dict.fromkeys(nodes, NO_LOCAL)
         self._adapter_hashes: dict[str, str] = {}
         self._base_models: dict[str, str] = {}
         self._round_seconds: list[float] = []
@@ -104,10 +108,44 @@ class GlobalAdapterFedAvg(FedAvg):
         self._adapter_hashes = {GLOBAL: self._save_global(0)}
         return pack_state(state)
 
+    def restore(
+        self, state: AdapterState, after_round: int, local_adapters: dict[str, tuple[int, str]]
+    ) -> ArrayRecord:
+        """Go on after a complete round, with its adapters; returns the global one as arrays.
+
+        Flower counts the rounds that follow from 1 again; here they keep their own numbers.
+        """
+        self._global_state = state
+        self._rounds_before = after_round
+        self._locals |= local_adapters
+        return pack_state(state)
+
+    def verify_clients(self, grid: Grid) -> None:
+        """Have every client check what it has kept, before anything is trained.
+
+        Raises:
+            RoundError: with what every client found wrong, together.
+        """
+        task = replace(self._task, server_round=CHECK_IN_ROUND)
+        messages = self._messages(task, None, MessageType.QUERY, self.serving_order)
+        faults = []
+        for message in grid.send_and_receive(messages):
+            client = self._clients_by_node.get(message.metadata.src_node_id, "an unknown node")
+            try:
+                reply = read_reply(message, client, CHECK_IN_ROUND)
+                self._require_same_base({client: reply.facts["base_model"]})
+            except (MessageError, RoundError) as error:
+                faults.append(str(error))
+        if faults:
+            listing = "\n".join(faults)
+            hint = suggest_earlier(self._run.path.name, self._rounds_before)
+            raise RoundError(f"The run cannot go on:\n{listing}{hint}")
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Yield one message per training client, made when its turn comes."""
+        server_round += self._rounds_before
         self._begin_round()
         self._global_state = unpack_state(arrays, self._shapes, "The server")
         self._adapter_hashes = {}
@@ -115,7 +153,8 @@ class GlobalAdapterFedAvg(FedAvg):
             return iter(())
         clients = training_clients(self.config)
         order = [client for client in self.serving_order if client in clients]
-        return self._messages(server_round, arrays, MessageType.TRAIN, order)
+        task = replace(self._task, server_round=server_round)
+        return self._messages(task, arrays, MessageType.TRAIN, order)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -125,14 +164,14 @@ class GlobalAdapterFedAvg(FedAvg):
         Raises:
             RoundError: fewer than ``federated.min_clients`` sent a valid update.
         """
+        server_round += self._rounds_before
         phase = plan_round(self.config, server_round).train
         if phase is not None:
             mean = WeightedMean(self._shapes | self._sketch.shapes)
             count = self._count_clients(server_round, "train", len(training_clients(self.config)))
             for reply in self._valid_replies(server_round, replies, count, self._fold_into(mean)):
                 self._run.add_metrics(server_round, reply.client_id, phase.name, reply.metrics)
-                if LOCAL in phase.trainable:
-                    self._local_rounds[reply.client_id] = server_round
+                self._note_local(reply, server_round)
             self._require(mean.num_updates, len(training_clients(self.config)), server_round)
             started = time.monotonic()
             self._global_state = mean.apply_to(self._global_state)
@@ -146,7 +185,8 @@ class GlobalAdapterFedAvg(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Yield one message per client, with the new global adapter."""
-        return self._messages(server_round, arrays, MessageType.EVALUATE, self.serving_order)
+        task = replace(self._task, server_round=server_round + self._rounds_before)
+        return self._messages(task, arrays, MessageType.EVALUATE, self.serving_order)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -157,6 +197,7 @@ class GlobalAdapterFedAvg(FedAvg):
             RoundError: fewer than ``federated.min_clients`` answered, or they do not share
                 one base model.
         """
+        server_round += self._rounds_before
         personalise = plan_round(self.config, server_round).personalise
         reports: dict[str, dict[str, Any]] = {}
         count = self._count_clients(server_round, "evaluate", len(self.nodes))
@@ -167,20 +208,11 @@ class GlobalAdapterFedAvg(FedAvg):
             if training and personalise is not None:
                 self._run.add_metrics(server_round, client, personalise.name, training)
             self._run.add_metrics(server_round, client, "evaluate", evaluation)
-            if "local_adapter" in reply.facts:
-                self._local_rounds[client] = server_round
-                self._adapter_hashes[f"{LOCAL}:{client}"] = reply.facts["local_adapter"]
+            self._note_local(reply, server_round)
             self._base_models[client] = reply.facts["base_model"]
             self._run.log_event("facts", round=server_round, client=client, **reply.facts)
         self._require(len(reports), len(self.nodes), server_round)
-        if len(set(self._base_models.values())) > 1:
-            listing = ", ".join(f"{c}: {f[:12]}" for c, f in sorted(self._base_models.items()))
-            raise RoundError(
-                f"The clients do not hold the same base model ({listing}). Compare model.name, "
-                "model.revision and the weight files."
-            )
-        if self._base_models:
-            self._run.manifest["base_model"]["fingerprint"] = next(iter(self._base_models.values()))
+        self._require_same_base(self._base_models)
         self._complete_round(server_round, reports)
         return None
 
@@ -189,6 +221,28 @@ class GlobalAdapterFedAvg(FedAvg):
         self._begin_round()
         messages = self.configure_evaluate(0, arrays, ConfigRecord(), grid)
         self.aggregate_evaluate(0, grid.send_and_receive(messages))
+
+    def _note_local(self, reply: Reply, server_round: int) -> None:
+        """Remember the local adapter that a client says it has written."""
+        if "local_adapter" in reply.facts:
+            sha256 = reply.facts["local_adapter"]
+            self._locals[reply.client_id] = (server_round, sha256)
+            self._adapter_hashes[f"{LOCAL}:{reply.client_id}"] = sha256
+
+    def _require_same_base(self, base_models: dict[str, str]) -> None:
+        """Enter the clients' base model in the manifest, or raise where it is not one."""
+        recorded = self._run.manifest["base_model"]
+        found = dict(base_models)
+        if "fingerprint" in recorded:
+            found["the run"] = recorded["fingerprint"]
+        if len(set(found.values())) > 1:
+            listing = ", ".join(f"{c}: {f[:12]}" for c, f in sorted(found.items()))
+            raise RoundError(
+                f"The clients do not hold the same base model ({listing}). Compare model.name, "
+                "model.revision and the weight files."
+            )
+        for fingerprint in found.values():
+            recorded["fingerprint"] = fingerprint
 
     def save_final(self) -> None:
         """Keep the last global adapter where users look for it."""
@@ -212,6 +266,8 @@ class GlobalAdapterFedAvg(FedAvg):
         if self._failures:
             facts["failures"] = dict(self._failures)
         self._run.complete_round(server_round, dict(self._adapter_hashes), **facts)
+        if self.config.federated.keep_rounds is not None:
+            self._run.thin(self.config.federated.keep_rounds)
         num_rounds, left = self.config.federated.num_rounds, None
         if server_round > 0:  # round 0 trains nothing
             self._round_seconds.append(seconds)
@@ -236,16 +292,12 @@ class GlobalAdapterFedAvg(FedAvg):
         return save_adapter(folder, self._model, GLOBAL, self._global_state, name)
 
     def _messages(
-        self, server_round: int, arrays: ArrayRecord, message_type: str, order: list[str]
+        self, task: Task, arrays: ArrayRecord | None, message_type: str, order: list[str]
     ) -> Iterator[Message]:
         for client in order:
-            task = replace(
-                self._task,
-                client_id=client,
-                server_round=server_round,
-                local_round=self._local_rounds[client],
-            )
-            content = build_task_content(task, arrays)
+            local_round, sha256 = self._locals[client]
+            own = replace(task, client_id=client, local_round=local_round, local_sha256=sha256)
+            content = build_task_content(own, arrays)
             message = build_message(content, message_type, self.nodes[client])
             self._traffic.add(client, "down", message)
             yield message
@@ -276,7 +328,7 @@ class GlobalAdapterFedAvg(FedAvg):
                     fold(reply)
             except (MessageError, AdapterError) as error:
                 self._failures[client] = str(error)
-                self._run.log_event("failure", round=server_round, client=client, why=str(error))
+                self._run.add_failure(server_round, client, str(error))
                 self._report(f"round {server_round}: {error}")
                 continue
             answered.add(client)

@@ -56,6 +56,21 @@ class PhaseResult:
     seconds: float
     peak_memory_bytes: int
     """As ``memory`` defines it: of this phase on a GPU, of the process on a CPU."""
+    memory_retries: int = 0
+    """Times that it ran out of memory before, and was begun again with smaller batches."""
+
+
+def use_less_memory(training: TrainingConfig) -> TrainingConfig:
+    """Return settings with half the batch or less, as many examples a step, and checkpointing."""
+    per_step = training.batch_size * training.gradient_accumulation_steps
+    most = max(1, training.batch_size // 2)
+    batch_size = max(size for size in range(1, most + 1) if per_step % size == 0)
+    changes = {
+        "batch_size": batch_size,
+        "gradient_accumulation_steps": per_step // batch_size,
+        "gradient_checkpointing": True,
+    }
+    return training.model_copy(update=changes)
 
 
 def count_steps(num_examples: int, epochs: int, training: TrainingConfig) -> int:

@@ -92,7 +92,12 @@ class Federation:
     grids: list[LoopbackGrid] = field(default_factory=list)
 
     def run(
-        self, name: str = "run", config: Config | None = None, tamper=None, report: bool = False
+        self,
+        name: str = "run",
+        config: Config | None = None,
+        tamper=None,
+        report: bool = False,
+        **run_config,
     ) -> Path:
         """Run the experiment through both apps and return the run directory.
 
@@ -123,7 +128,7 @@ class Federation:
             grid.tamper = tamper
         self.grids.append(grid)
         with nullcontext() if report else mock.patch.object(server_app, "report_run"):
-            server_app.main(grid, self.server_context(config_path, name))
+            server_app.main(grid, self.server_context(config_path, name, **run_config))
         return self.output_dir / name
 
     def server_context(self, config_path: Path, name: str, **changes) -> Context:
@@ -133,7 +138,7 @@ class Federation:
             "num-rounds": 0,
             "mode": "",
             "output-dir": str(self.output_dir),
-            "run-name": name,
+            "run-name": "" if "resume" in changes else name,
             "resume": "",
             "overrides": "",
         }

@@ -17,13 +17,14 @@ MODULES = {
 FLOWER_EDGE = {"client_app", "server_app", "strategy", "grid", "messages"}
 LAYERS = [
     {"project", "seeds", "storage", "build_hook", "config", "progress", "memory"},
-    {"config_file", "rounds", "tracking"},
+    {"config_file", "rounds", "tracking", "chat_template"},
     {"data", "run_directory", "evaluation.keywords", "evaluation.intervals", "evaluation.wording"},
     {"model", "tokens", "aggregation", "aggregation_error", "adapters", "evaluation.questions"},
     {
         "training",
         "gate",
         "saved_run",
+        "resumption",
         "evaluation.comparison",
         "evaluation.comparison_text",
     },

@@ -12,11 +12,13 @@ from conftest import build_tiny_config
 from federation import Federation
 from flwr.app import Array
 from flwr.common.serde import recorddict_to_proto
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from fedlora_app import client as client_module
 from fedlora_app import model as model_module
 from fedlora_app.config import ConfigError
 from fedlora_app.messages import ABOUT_RECORD, METRIC_RECORD, UPDATE_RECORD
+from fedlora_app.report.pieces import read_pieces
 from fedlora_app.run_directory import RunDirectoryError
 from fedlora_app.strategy import GlobalAdapterFedAvg, RoundError
 
@@ -144,7 +146,7 @@ def test_a_missing_local_adapter_stops_the_round(federation):
             (folder / WEIGHTS).unlink()
         return reply
 
-    with pytest.raises(RoundError, match="never silently started anew"):
+    with pytest.raises(RoundError, match="does not exist, and the run is to go on with it"):
         federation.run(tamper=remove_local)
 
 
@@ -187,23 +189,22 @@ def test_each_phase_moves_only_its_adapter(federation, monkeypatch):
     assert moves == round_moves * 2
 
 
-def test_no_local_adapter_is_in_any_message(tiny_project, tmp_path):
+def test_no_local_adapter_is_in_any_message(tiny_project, tmp_path, monkeypatch):
     """Plant a pattern in the local adapter and search everything that clients sent."""
     planted = 1.2345678
     pattern = torch.full((2,), planted).numpy().tobytes()
     federation = Federation(tiny_project, tmp_path, build_tiny_config())
+    original = client_module.save_adapter
 
-    def plant(message, reply):
-        if message.metadata.message_type == "evaluate":
-            for path in (tmp_path / "run" / "clients").rglob(WEIGHTS):
-                state = load_file(path)
-                key = next(key for key in state if "lora_A" in key)
-                state[key].fill_(planted)
-                save_file(state, path, {"fedlora_role": "local"})
-                assert pattern in path.read_bytes()
-        return reply
+    def plant(folder, model, name, state, base_name):
+        key = next(key for key in state if "lora_A" in key)
+        state[key].fill_(planted)
+        sha256 = original(folder, model, name, state, base_name)
+        assert pattern in (folder / WEIGHTS).read_bytes()
+        return sha256
 
-    run = federation.run(tamper=plant)
+    monkeypatch.setattr(client_module, "save_adapter", plant)
+    run = federation.run()
     sent = federation.grids[0].bytes_received()
     assert len(sent) > 10_000
     assert pattern not in sent + federation.grids[0].bytes_sent()
@@ -734,3 +735,40 @@ def test_the_ablation_refuses_other_runs(tiny_project, tmp_path):
     run = Federation(tiny_project, tmp_path, config).run()
     with pytest.raises(ConfigError, match="is no phased run of mode dual"):
         ablate(run, tiny_project, "training.replay=0")
+
+
+def test_a_client_without_memory_begins_again_with_smaller_batches(federation, monkeypatch, capsys):
+    """The steps see the same examples; only their sums are taken in smaller parts."""
+    from fedlora_app import training
+
+    whole = federation.run("whole")
+    original, sizes = training._compute_losses, []
+
+    def full(model, examples, *args):
+        sizes.append(len(examples))
+        if len(examples) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(model, examples, *args)
+
+    monkeypatch.setattr(training, "_compute_losses", full)
+    run = federation.run("run")
+    assert "out of memory with batches of 2; once more with 1 x 2" in capsys.readouterr().out
+    rows = json.loads((run / "history.json").read_text())
+    retries = {e["metrics"]["train_global/memory_retries"] for e in rows if e["phase"] == "global"}
+    assert retries == {1} and 1 in sizes
+    for name in ("server/round_002", "clients/ann/round_002"):
+        ours, theirs = (load_file(r / name / "adapter_model.safetensors") for r in (run, whole))
+        for key, tensor in theirs.items():
+            assert torch.allclose(ours[key], tensor, atol=2e-3)
+    assert "ran out of memory" in " ".join(read_pieces(run).problems)
+
+
+def test_a_client_that_has_no_memory_at_all_says_what_to_lower(federation, monkeypatch):
+    from fedlora_app import training
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training, "_compute_losses", full)
+    with pytest.raises(RoundError, match=r"also with batches of 1 and.*training\.max_seq_length"):
+        federation.run("run")

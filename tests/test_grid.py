@@ -88,3 +88,16 @@ def test_a_message_that_flower_does_not_accept_is_named():
     messages = [build_message(RecordDict(), "train", 77)]
     with pytest.raises(ConnectionError, match="node 77"):
         list(PacedGrid(Refusing(1), 1).send_and_receive(messages))
+
+
+def test_a_client_that_never_answers_fails_and_the_others_are_still_asked():
+    class Silent(SlowGrid):
+        def pull_messages(self, message_ids):
+            yield from super().pull_messages(i for i in message_ids if i != "m1")
+
+    messages = (build_message(RecordDict(), "train", node) for node in range(3))
+    grid = PacedGrid(Silent(1), 1, client_timeout_seconds=0.2)
+    replies = {reply.metadata.src_node_id: reply for reply in grid.send_and_receive(messages)}
+    assert set(replies) == {0, 1, 2}
+    assert "no answer within 0.2 seconds" in replies[1].error.reason
+    assert not replies[0].has_error() and not replies[2].has_error()

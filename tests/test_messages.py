@@ -106,20 +106,26 @@ def test_facts_are_plain_json():
 
 
 def test_the_bytes_of_a_message_grow_by_what_is_put_in():
-    task = Task("", 0, -1, "run", "", "", "", "{}")  # with empty texts, as when checking in
+    task = Task(
+        "", 0, -1, "", False, "run", "", "", "", "{}"
+    )  # with empty texts, as when checking in
     without, arrays = count_bytes(build_task_content(task))
     assert without > 60 and arrays == 0
     packed = pack_state(STATE)
     both, arrays = count_bytes(build_task_content(task, packed))
     assert arrays == sum(len(array.data) for array in packed.values())
     assert both == without + arrays + sum(map(len, STATE))
-    longer, _ = count_bytes(build_task_content(Task("", 0, -1, "run", "", "", "", "{}" * 10)))
+    longer, _ = count_bytes(
+        build_task_content(Task("", 0, -1, "", False, "run", "", "", "", "{}" * 10))
+    )
     assert longer == without + 18
 
 
 def test_traffic_is_counted_by_client_and_direction():
     traffic, request = Traffic(), build_request()
-    request.content = build_task_content(Task("ann", 1, 0, "r", "", "", "", ""), pack_state(STATE))
+    request.content = build_task_content(
+        Task("ann", 1, 0, "", False, "r", "", "", "", ""), pack_state(STATE)
+    )
     traffic.add("ann", "down", request)
     traffic.add("ann", "up", build_reply(request, "ann", 1, {"num-examples": 3}, {}, STATE))
     traffic.add("bob", "up", build_error_reply(request, "bob", "out of paper"))

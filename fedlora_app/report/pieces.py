@@ -106,6 +106,12 @@ def _find_what_is_missing(pieces: Pieces) -> Iterator[str]:
     for entry in pieces.manifest.get("rounds", []):
         for client, why in (entry.get("failures") or {}).items():
             yield f"Round {entry['round']} went on without {client}: {why}"
+    for entry in pieces.history:
+        if any(k.endswith("/memory_retries") and v for k, v in entry["metrics"].items()):
+            yield (
+                f"Round {entry['round']}: {entry['client']} ran out of memory and went on with "
+                "smaller batches and gradient checkpointing."
+            )
     if pieces.evaluation is None:
         yield (
             "Not evaluated yet, so these are the run's own figures after its last evaluated round. "

@@ -1,0 +1,177 @@
+"""Going on with a run that stopped: what it left, and whether that still fits.
+
+A run goes on after its last complete round, with the configuration that it kept. Whatever would
+make the rest differ from what an undisturbed run gives is refused before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fedlora_app.config import GLOBAL, LOCAL, Config, ConfigError
+from fedlora_app.config_file import parse_config
+from fedlora_app.run_directory import RunDirectoryError
+from fedlora_app.saved_run import SavedRun, load_run
+
+FRESH = -1
+"""The round after which a run goes on that has not completed a single one."""
+MAY_CHANGE = ("federated.num_rounds", "federated.keep_rounds", "experiment.track")
+DATA_HASH = "sha256/"
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A stopped run, the round after which it goes on, and the configuration to do it with."""
+
+    saved: SavedRun
+    after_round: int
+    config: Config
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """The manifest's rounds that count."""
+        return [e for e in self.saved.manifest["rounds"] if e["round"] <= self.after_round]
+
+    @property
+    def local_adapters(self) -> dict[str, tuple[int, str]]:
+        """Each client's newest local adapter: the round that it is of, and its sha256."""
+        newest = {}
+        for entry in sorted(self.entries, key=lambda entry: entry["round"]):
+            for name, sha256 in entry["adapters"].items():
+                role, _, client = name.partition(":")
+                if role == LOCAL:
+                    newest[client] = (entry["round"], sha256)
+        return newest
+
+    @property
+    def global_sha256(self) -> str:
+        """The hash of the global adapter to go on from."""
+        return next(e for e in self.entries if e["round"] == self.after_round)["adapters"][GLOBAL]
+
+
+def find_resumption(given: str, places: list[Path], num_rounds: int | None) -> Resumption:
+    """Return the stopped run that ``given`` means: a run, or ``<run>@<round>``.
+
+    Args:
+        places: the folders that a relative path or a name is looked for in.
+        num_rounds: a new total, None for the run's own.
+
+    Raises:
+        RunDirectoryError: there is no such run or round, or its global adapter is damaged.
+        ConfigError: nothing is left to do.
+    """
+    name, _, number = given.partition("@")
+    tried = [place / name for place in places]
+    path = next((path for path in tried if path.is_dir()), None)
+    if path is None:
+        listing = " and no ".join(map(str, dict.fromkeys(tried)))
+        raise RunDirectoryError(f"resume: there is no run {listing}.")
+    saved = load_run(path)
+    complete = sorted(entry["round"] for entry in saved.manifest["rounds"])
+    after = complete[-1] if complete else FRESH
+    if number:
+        if not number.isdigit() or int(number) not in complete:
+            known = ", ".join(map(str, complete)) or "none"
+            raise RunDirectoryError(
+                f"resume: {saved.path} has no complete round {number!r}. Complete: {known}."
+            )
+        after = int(number)
+    config = saved.config
+    if num_rounds is not None:
+        raw = config.dump()
+        raw["federated"]["num_rounds"] = num_rounds
+        config = parse_config(raw, source=f"{saved.path / 'config.json'} with num-rounds")
+    total = config.federated.num_rounds
+    if after > total:
+        raise ConfigError(f"resume: {after} rounds are complete and num-rounds is {total}.")
+    if saved.manifest.get("finished") and after == total:
+        raise ConfigError(
+            f"resume: {saved.path} has finished its {total} rounds. For more of them, set "
+            f"num-rounds above {total}."
+        )
+    if after > FRESH:
+        _check_global(saved, after)
+    return Resumption(saved, after, config)
+
+
+def _check_global(saved: SavedRun, after: int) -> None:
+    try:
+        saved.adapter_sha256(after)
+    except RunDirectoryError as error:
+        raise RunDirectoryError(f"{error}{suggest_earlier(saved.path.name, after)}") from None
+
+
+def suggest_earlier(name: str, after: int) -> str:
+    """Return how to go on from the round before a damaged one."""
+    if after == 0:
+        return "\nThere is no earlier round; start a new run."
+    return f"\nTo go on from the round before it: resume='{name}@{after - 1}'"
+
+
+def require_same_settings(kept: Config, given: Config) -> None:
+    """Raise ``ConfigError`` where settings were given that differ from those of the run."""
+    ours, theirs = (dict(_flatten(config.dump())) for config in (kept, given))
+    different = [
+        f"  {key}: {ours.get(key)!r} in the run, {theirs.get(key)!r} given"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key) and key not in MAY_CHANGE
+    ]
+    if different:
+        listing = "\n".join(different)
+        raise ConfigError(
+            f"resume: a run goes on with the settings that it began with, and these differ:\n"
+            f"{listing}\nLeave config, mode and overrides out, or start a new run."
+        )
+
+
+def require_same_data(manifest: Mapping[str, Any], reports: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` unless all clients' files are those that the run began with."""
+    faults = []
+    recorded = manifest.get("clients", {})
+    for client, report in reports.items():
+        before = recorded.get(client, {})
+        names = {key for key in before.keys() | report.keys() if key.startswith(DATA_HASH)}
+        changed = sorted(
+            key.removeprefix(DATA_HASH) for key in names if before.get(key) != report.get(key)
+        )
+        if changed:
+            faults.append(f"  {client}: {', '.join(changed)}")
+    if faults:
+        listing = "\n".join(faults)
+        raise ConfigError(
+            f"resume: these files are not those that the run began with:\n{listing}\n"
+            "Restore them, or start a new run."
+        )
+
+
+def describe_other_software(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for every version that is not the run's; its bytes may then differ."""
+    now = {"python": platform.python_version()}
+    for name in manifest.get("versions", {}):
+        try:
+            now[name] = version(name)
+        except PackageNotFoundError:
+            now[name] = "none"
+    before = {"python": manifest.get("python"), **manifest.get("versions", {})}
+    for name, found in now.items():
+        if before[name] != found:
+            yield (
+                f"Note: the run began with {name} {before[name]}, and this is {found}; what "
+                "follows may differ from an undisturbed run."
+            )
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _flatten(entry, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and all(isinstance(e, Mapping) and "id" in e for e in value):
+        for entry in value:
+            yield from _flatten(entry, f"{prefix}.{entry['id']}")
+    else:
+        yield prefix, value

@@ -1,0 +1,281 @@
+"""A run that was stopped anywhere and continued is the run that nobody stopped."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import build_tiny_config
+from federation import Federation
+from flwr.app import MessageType
+
+from fedlora_app.config import ConfigError
+from fedlora_app.run_directory import RunDirectory, RunDirectoryError
+from fedlora_app.storage import WEIGHTS_FILE, hash_file
+from fedlora_app.strategy import RoundError
+
+MEASURED = re.compile(r"seconds|peak_memory|^bytes_(up|down)$|^time$|^process$")
+
+
+class Stopped(BaseException):
+    """Ends a run as abruptly as something in its own process can."""
+
+
+def stop_at(number: int):
+    """Return what stops a run at its n-th message, before or after the client has done it."""
+    seen = 0
+
+    def tamper(message, reply):
+        nonlocal seen
+        seen += 1
+        if seen == number:
+            raise Stopped
+        return reply
+
+    return tamper
+
+
+def snapshot(run: Path) -> dict[str, object]:
+    """Return everything that a run is to repeat, without what clocks and processes say."""
+
+    def strip(value):
+        if isinstance(value, dict):
+            return {k: strip(v) for k, v in value.items() if not MEASURED.search(k)}
+        return [strip(entry) for entry in value] if isinstance(value, list) else value
+
+    found: dict[str, object] = {
+        str(path.relative_to(run)): hash_file(path)
+        for path in sorted(run.rglob(WEIGHTS_FILE))
+        if ".partial" not in str(path)
+    }
+    found["history"] = strip(json.loads((run / "history.json").read_text()))
+    events = (run / "metrics.jsonl").read_text().splitlines()
+    found["events"] = [strip(json.loads(line)) for line in events]
+    manifest = json.loads((run / "manifest.json").read_text())
+    found["rounds"] = [strip(e) | {"completed": 0} for e in manifest["rounds"]]
+    found["config"] = (run / "config.json").read_text()
+    assert manifest["finished"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_project, tmp_path_factory):
+    """Snapshots of whole runs by schedule."""
+    found = {}
+    for schedule in ("phased", "joint"):
+        config = build_tiny_config(training={"schedule": schedule})
+        folder = tmp_path_factory.mktemp(schedule)
+        found[schedule] = snapshot(Federation(tiny_project, folder, config).run("run"))
+    return found
+
+
+def stopped_run(project, folder, number, config=None):
+    """Return a federation whose run stopped at a message."""
+    federation = Federation(project, folder, config or build_tiny_config())
+    with pytest.raises(Stopped):
+        federation.run("run", tamper=stop_at(number))
+    return federation
+
+
+# Messages: 2 check-ins, 2 evaluations of the base, then 2 trains and 2 evaluations per round.
+@pytest.mark.parametrize("number", range(3, 13))
+def test_a_run_stopped_at_any_message_ends_in_the_same_bytes(
+    tiny_project, tmp_path, undisturbed, number
+):
+    federation = stopped_run(tiny_project, tmp_path, number)
+    federation.run("run", resume="latest")
+    assert snapshot(tmp_path / "run") == undisturbed["phased"]
+
+
+@pytest.mark.parametrize("number", [6, 9, 11])
+def test_so_does_one_of_the_joint_schedule(tiny_project, tmp_path, undisturbed, number):
+    config = build_tiny_config(training={"schedule": "joint"})
+    federation = stopped_run(tiny_project, tmp_path, number, config)
+    federation.run("run", config, resume="run")
+    assert snapshot(tmp_path / "run") == undisturbed["joint"]
+
+
+def test_a_run_stopped_twice_while_it_writes_ends_in_the_same_bytes(
+    tiny_project, tmp_path, undisturbed, monkeypatch
+):
+    federation = Federation(tiny_project, tmp_path, build_tiny_config())
+    for name in ("_write_manifest", "complete_round"):
+        original = getattr(RunDirectory, name)
+
+        def stop(self, *args, _original=original, **facts):
+            if self.manifest["rounds"] and len(self.manifest["rounds"]) >= 1:
+                raise Stopped
+            return _original(self, *args, **facts)
+
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(RunDirectory, name, stop)
+            again = (tmp_path / "run").exists()
+            resume = {"resume": "run"} if again else {}
+            federation.run("run", **resume)
+    federation.run("run", resume="run")
+    assert snapshot(tmp_path / "run") == undisturbed["phased"]
+
+
+def test_more_rounds_can_be_added_to_a_finished_run(tiny_project, tmp_path, undisturbed, capsys):
+    federation = Federation(tiny_project, tmp_path, build_tiny_config())
+    federation.run("run")
+    resume = {"resume": "run"}
+    with pytest.raises(ConfigError, match="has finished its 2 rounds"):
+        federation.run("run", **resume)
+    with pytest.raises(ConfigError, match="2 rounds are complete and num-rounds is 1"):
+        federation.run("run", **resume, **{"num-rounds": 1})
+    federation.run("run", **resume, **{"num-rounds": 3})
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert [entry["round"] for entry in manifest["rounds"]] == [0, 1, 2, 3]
+    assert "learning rate follows the schedule of the new total" in capsys.readouterr().out
+    kept = snapshot(tmp_path / "run")
+    for name, value in undisturbed["phased"].items():
+        if "round_" in name:
+            assert kept[name] == value
+
+
+def test_settings_that_differ_from_the_run_are_refused_with_their_keys(tiny_project, tmp_path):
+    federation = stopped_run(tiny_project, tmp_path, 7)
+    resume = {"resume": "run"}
+    with pytest.raises(ConfigError, match=r"training\.learning_rate: 0\.01 in the run, 0\.5 given"):
+        federation.run("run", **resume, overrides="training.learning_rate=0.5")
+    with pytest.raises(ConfigError, match="federated.mode"):
+        federation.run("run", **resume, mode="fedavg")
+    with pytest.raises(ConfigError, match="run-name has no effect"):
+        federation.run("run", **resume, **{"run-name": "other"})
+    assert (tmp_path / "run" / "server" / "round_000").exists()
+
+
+def test_changed_data_are_refused_by_client_and_file(tiny_project, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(tiny_project, project)
+    federation = stopped_run(project, tmp_path / "results", 7)
+    path = project / "ann_local.json"
+    path.write_text(path.read_text().replace("ann says", "ann wrote"))
+    before = hash_file(tmp_path / "results" / "run" / "manifest.json")
+    with pytest.raises(ConfigError, match="ann: local, local_train"):
+        federation.run("run", resume="run")
+    assert hash_file(tmp_path / "results" / "run" / "manifest.json") == before
+
+
+def test_another_base_model_is_refused(tiny_project, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(tiny_project, project)
+    federation = stopped_run(project, tmp_path / "results", 7)
+    weights = project / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(RoundError, match="do not hold the same base model"):
+        federation.run("run", resume="run")
+
+
+@pytest.mark.parametrize("part", ["server", "clients/ann"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_round_is_reported_and_the_one_before_it_used_on_demand(
+    tiny_project, tmp_path, undisturbed, part, damage
+):
+    federation = stopped_run(tiny_project, tmp_path, 11)
+    weights = tmp_path / "run" / part / "round_001" / WEIGHTS_FILE
+    weights.write_bytes(weights.read_bytes()[:-7]) if damage == "cut" else weights.unlink()
+    with pytest.raises((RunDirectoryError, RoundError)) as caught:
+        federation.run("run", resume="run")
+    assert "resume='run@0'" in str(caught.value) and str(weights.parent) in str(caught.value)
+    with pytest.raises(RunDirectoryError, match="no complete round '7'. Complete: 0, 1"):
+        federation.run("run", resume="run@7")
+    federation.run("run", resume="run@0")
+    assert snapshot(tmp_path / "run") == undisturbed["phased"]
+
+
+def test_two_runs_cannot_write_one_run_directory(tiny_project, tmp_path):
+    federation = stopped_run(tiny_project, tmp_path, 7)
+    other = RunDirectory.reopen(tmp_path / "run", {})
+    with pytest.raises(RunDirectoryError, match="is being written by another process"):
+        federation.run("run", resume="run")
+    other.close()
+    federation.run("run", resume="run")
+
+
+@pytest.mark.parametrize("who", ["server", "client"])
+def test_a_full_disk_stops_the_run_and_the_last_round_stays_whole(
+    tiny_project, tmp_path, undisturbed, who
+):
+    """A limit on the size of files stands for a disk that takes no more."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    kind = {"server": MessageType.TRAIN, "client": MessageType.EVALUATE}[who]
+
+    def fill(message, reply):
+        task = message.content.config_records["task"]
+        is_due = task["server_round"] == (2 if who == "server" else 1)
+        if is_due and message.metadata.message_type == kind and task["client_id"] == "bob":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (6000, before[1]))
+        return reply
+
+    federation = Federation(tiny_project, tmp_path, build_tiny_config())
+    try:
+        with pytest.raises((RunDirectoryError, RoundError)) as caught:
+            federation.run("run", tamper=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "File too large" in str(caught.value)
+    assert "resume='run'" in str(caught.value) or "is untouched" in str(caught.value)
+    assert not list((tmp_path / "run").rglob(".*.partial"))
+    federation.run("run", resume="run")
+    assert snapshot(tmp_path / "run") == undisturbed["phased"]
+
+
+def test_there_is_nothing_to_resume(tiny_project, tmp_path):
+    federation = Federation(tiny_project, tmp_path, build_tiny_config())
+    with pytest.raises(RunDirectoryError, match="there is no run"):
+        federation.run("run", resume="nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunDirectoryError, match="is no run directory"):
+        federation.run("run", resume="empty")
+
+
+def test_old_rounds_are_thinned_and_the_newest_never(tiny_project, tmp_path):
+    settings = {"num_rounds": 4, "keep_rounds": 1}
+    config = build_tiny_config(federated=settings)
+    federation = stopped_run(tiny_project, tmp_path / "a", 19, config)
+    run = tmp_path / "a" / "run"
+    assert {path.name for path in (run / "server").iterdir()} == {"round_003", "round_004"}
+    federation.run("run", config, resume="run")
+    kept = {path.name for path in (run / "server").iterdir()}
+    kept_locals = {path.name for path in (run / "clients" / "ann").iterdir()}
+    assert kept == {"round_004"} and kept_locals == {"round_003", "round_004"}
+    whole = Federation(tiny_project, tmp_path / "b", config)
+    assert snapshot(whole.run("run"))["history"] == snapshot(run)["history"]
+
+
+def test_a_round_without_a_client_is_continued_from_what_that_client_has(tiny_project, tmp_path):
+    """A client that failed goes on from its own newest round, resumed or not."""
+
+    def fail(message, reply):
+        is_evaluation = message.metadata.message_type == MessageType.EVALUATE
+        task = message.content.config_records["task"]
+        if is_evaluation and task["client_id"] == "bob" and task["server_round"] == 1:
+            raise_in = reply.content.config_records["about"]
+            raise_in["server-round"] = 99
+        return reply
+
+    config = build_tiny_config(("ann", "bob", "cy"), federated={"num_rounds": 3, "min_clients": 2})
+    whole = Federation(tiny_project, tmp_path / "whole", config).run("run", tamper=fail)
+    stopper = stop_at(3 + 3 + 6 + 2)
+
+    def fail_and_stop(message, reply):
+        return stopper(message, fail(message, reply))
+
+    federation = Federation(tiny_project, tmp_path / "parts", config)
+    with pytest.raises(Stopped):
+        federation.run("run", tamper=fail_and_stop)
+    federation.run("run", resume="run")
+    ours, theirs = snapshot(tmp_path / "parts" / "run"), snapshot(whole)
+    assert ours == theirs
+    failed = [
+        e for e in json.loads((whole / "history.json").read_text()) if e["phase"] == "failure"
+    ]
+    assert [(e["round"], e["client"]) for e in failed] == [(1, "bob")]
