@@ -7,7 +7,11 @@ For notebooks the package offers what reads and draws runs: ``load_run``, ``load
 import importlib
 import warnings
 
+from fedlora_app.telemetry import switch_off_telemetry
+
 __version__ = "0.1.0"
+
+switch_off_telemetry()  # here, because every module of ours comes after this and most libraries do
 
 # Notices to the libraries' own developers, which would bury what a run has to say.
 warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.jit")

@@ -10,12 +10,14 @@ not name the adapter; so a state always travels and is stored together with its 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import (
@@ -28,17 +30,25 @@ from peft import (
 )
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from transformers import PreTrainedModel
 
 from fedlora_app.config import GLOBAL, LOCAL, AdapterConfig, AdaptersConfig
+from fedlora_app.errors import MendableError
 from fedlora_app.model import LoadedModel
 from fedlora_app.seeds import derive_seed
 from fedlora_app.storage import WEIGHTS_FILE, hash_file, replace_folder
 
 CONFIG_FILE = "adapter_config.json"
 ROLE_KEY = "fedlora_role"
+FP32_BYTES = 4
+HEADER_LENGTH_BYTES = 8
+"""What a safetensors file begins with: the length of its table of contents."""
+MAX_HEADER_BYTES = 8 << 20
+"""Room for a table of some 50,000 tensors, beside their values."""
+MAX_CONFIG_BYTES = 1 << 20
+MAX_SHOWN_CHARS = 200
 PLAIN = "default"
 """PEFT's own name for an only adapter."""
 
@@ -47,7 +57,7 @@ AdaptedModel = PeftModel
 """The base model with its adapters attached, for annotations elsewhere."""
 
 
-class AdapterError(ValueError):
+class AdapterError(MendableError):
     """An adapter does not fit: other names, shapes, rank or base, or a damaged file."""
 
 
@@ -147,12 +157,7 @@ def set_state(model: AdaptedModel, name: str, state: AdapterState) -> None:
 
 def check_state(state: AdapterState, shapes: dict[str, torch.Size], what: str) -> None:
     """Raise ``AdapterError`` unless names and shapes agree and every value is finite."""
-    missing, extra = sorted(set(shapes) - set(state)), sorted(set(state) - set(shapes))
-    if missing or extra:
-        raise AdapterError(
-            f"{what}: {len(missing)} tensors are missing{_first(missing)} and {len(extra)} are "
-            f"unknown{_first(extra)}. Expected an adapter of the same base and target_modules."
-        )
+    check_names(state, shapes, what)
     for key, shape in shapes.items():
         if state[key].shape != shape:
             raise AdapterError(
@@ -161,6 +166,17 @@ def check_state(state: AdapterState, shapes: dict[str, torch.Size], what: str) -
             )
         if not torch.isfinite(state[key]).all():
             raise AdapterError(f"{what}: {key} holds values that are not finite.")
+
+
+def check_names(names: Iterable[str], shapes: dict[str, torch.Size], what: str) -> None:
+    """Raise ``AdapterError`` unless the tensors' names are those of the adapter."""
+    names = set(names)
+    missing, extra = sorted(set(shapes) - names), sorted(names - set(shapes))
+    if missing or extra:
+        raise AdapterError(
+            f"{what}: {len(missing)} tensors are missing{_first(missing)} and {len(extra)} are "
+            f"unknown{_first(extra)}. Expected an adapter of the same base and target_modules."
+        )
 
 
 def activate(model: AdaptedModel, active: Iterable[str], trainable: Iterable[str] = ()) -> None:
@@ -268,37 +284,99 @@ def merge_into_base(base: PreTrainedModel, adapter: PlainAdapter) -> None:
     detach_adapters(base)
 
 
-def load_adapter(folder: Path, model: AdaptedModel, name: str, base_name: str) -> AdapterState:
+def load_adapter(
+    folder: Path,
+    model: AdaptedModel,
+    name: str,
+    base_name: str,
+    *,
+    within: Path | None = None,
+    sha256: str | None = None,
+) -> AdapterState:
     """Read an adapter that was saved in this role, for this base and with these shapes.
+
+    Only safetensors and JSON are read, each once and after its size; other files are left alone.
+
+    Args:
+        within: the run directory that a link may not lead out of; the folder itself with None.
+        sha256: what the weight file's hash must be.
 
     Raises:
         AdapterError: the folder is missing, damaged or belongs to something else.
     """
     weights, config_path = folder / WEIGHTS_FILE, folder / CONFIG_FILE
-    for path in (weights, config_path):
-        if not path.is_file():
-            raise AdapterError(
-                f"{path} does not exist. Expected a PEFT folder with {CONFIG_FILE} and "
-                f"{WEIGHTS_FILE}; a {name} adapter is never silently started anew."
-            )
-    try:
-        stored_base = json.loads(config_path.read_text(encoding="utf-8")).get(
-            "base_model_name_or_path"
+    shapes = state_shapes(model, name)
+    largest = MAX_HEADER_BYTES + sum(FP32_BYTES * shape.numel() for shape in shapes.values())
+    content, config = (
+        _read_adapter_file(path, limit, within or folder, name)
+        for path, limit in ((weights, largest), (config_path, MAX_CONFIG_BYTES))
+    )
+    found = hashlib.sha256(content).hexdigest()
+    if sha256 is not None and found != sha256:
+        raise AdapterError(
+            f"{weights} is not the file that was written: its sha256 begins with {found[:12]}, "
+            f"expected {sha256[:12]}. Restore it."
         )
-        with safe_open(weights, framework="pt") as file:
-            role = (file.metadata() or {}).get(ROLE_KEY)
-            state = {key: file.get_tensor(key).float() for key in sorted(file.keys())}
-    except (SafetensorError, OSError, ValueError, AttributeError) as error:
-        raise AdapterError(f"{folder} is damaged: {error}") from error
+    stored_base = _parse_object(config, config_path).get("base_model_name_or_path")
+    role, state = _parse_weights(content, weights)
     if role != name:
-        raise AdapterError(f"{folder} holds the adapter of role {role!r}, expected {name!r}.")
+        found_role = str(role)[:MAX_SHOWN_CHARS]
+        raise AdapterError(f"{folder} holds the adapter of role {found_role!r}, expected {name!r}.")
     if stored_base != base_name:
         raise AdapterError(
-            f"{folder} was trained on the base model {stored_base!r}, and this run uses "
-            f"{base_name!r}."
+            f"{folder} was trained on the base model {str(stored_base)[:MAX_SHOWN_CHARS]!r}, and "
+            f"this run uses {base_name!r}."
         )
-    check_state(state, state_shapes(model, name), str(folder))
+    for key, tensor in state.items():
+        if tensor.dtype != torch.float32:
+            raise AdapterError(f"{folder}: {key} holds {tensor.dtype}, expected torch.float32.")
+    check_state(state, shapes, str(folder))
     return state
+
+
+def _read_adapter_file(path: Path, largest: int, within: Path, name: str) -> bytes:
+    """Return the content of a regular file that lies, links followed, inside ``within``."""
+    try:
+        if path.exists() and not path.resolve().is_relative_to(within.resolve()):
+            raise AdapterError(f"{path} is a link that leads out of {within}. Put a copy there.")
+        if not path.is_file():
+            raise AdapterError(
+                f"{path} does not exist or is no regular file. Expected a PEFT folder with "
+                f"{CONFIG_FILE} and {WEIGHTS_FILE}; a {name} adapter is never silently started "
+                "anew."
+            )
+        with path.open("rb") as file:
+            content = file.read(largest + 1)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead to themselves
+        raise AdapterError(f"{path} cannot be read: {error}") from error
+    if len(content) > largest:
+        raise AdapterError(
+            f"{path} has more than {largest} bytes, which it cannot have with this rank and base "
+            "model. It is damaged, or another adapter's."
+        )
+    return content
+
+
+def _parse_object(content: bytes, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path} is damaged: it holds no object.")
+    return value
+
+
+def _parse_weights(content: bytes, path: Path) -> tuple[str | None, AdapterState]:
+    """Return the role that a safetensors file names, and its tensors sorted by key."""
+    try:
+        state = load(content)
+        size = int.from_bytes(content[:HEADER_LENGTH_BYTES], "little")
+        header = json.loads(content[HEADER_LENGTH_BYTES : HEADER_LENGTH_BYTES + size])
+        role = (header.get("__metadata__") or {}).get(ROLE_KEY)
+    except (SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise AdapterError(f"{path} is damaged: {error}") from error
+    return role, dict(sorted(state.items()))
 
 
 def _write_peft_files(
@@ -364,7 +442,10 @@ def _parameters(model: AdaptedModel, name: str) -> AdapterState:
 
 
 def _first(names: list[str]) -> str:
-    return f" ({names[0]}{', ...' if len(names) > 1 else ''})" if names else ""
+    if not names:
+        return ""
+    first = names[0] if names[0].isprintable() else ascii(names[0])
+    return f" ({first[:MAX_SHOWN_CHARS]}{', ...' if len(names) > 1 else ''})"
 
 
 def _jsonable(value: object) -> object:

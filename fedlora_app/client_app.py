@@ -46,6 +46,7 @@ from fedlora_app.project import (
     is_unpacked_bundle,
 )
 from fedlora_app.run_directory import RunDirectoryError, check_run_name
+from fedlora_app.storage import keep_files_private
 from fedlora_app.training import TrainingError
 
 if "flwr.simulation.app" in sys.modules and is_unpacked_bundle(PACKAGE_DIR.parent):
@@ -109,6 +110,7 @@ def _train(client: Client, task: Task, message: Message) -> Message:
         facts,
         update=update,
         update_dtype=client.config.federated.upload_dtype,
+        shapes=client.global_shapes(),
     )
 
 
@@ -196,6 +198,7 @@ def _check_package(task: Task) -> None:
 
 def _set_up_process(config: Config) -> None:
     """Use the whole machine, deterministically; clients are served a few at a time."""
+    keep_files_private()
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(max(1, (cpus or 1) // config.federated.clients_at_once))
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -15,10 +15,10 @@ import click
 import typer
 from rich.console import Console
 
-from fedlora_app.config import ConfigError
-from fedlora_app.data import DataError
-from fedlora_app.project import ProjectNotFoundError, find_project_root
+from fedlora_app.errors import MendableError
+from fedlora_app.project import find_project_root
 from fedlora_app.run_directory import RunDirectoryError
+from fedlora_app.storage import keep_files_private
 from fedlora_app.terminal import show_progress
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fedlora_app.saved_model import SavedModel
 
 INTERRUPTED = 130  # what Typer makes of Ctrl-C
+CONTINUED = {"evaluate", "study"}  # what goes on where it was stopped
 
 app = typer.Typer(
     name="fedlora",
@@ -94,9 +95,11 @@ def evaluate(
     run_dir = find_run(run, find_project_root())
     root = find_project_root(str(run_dir / "config.json"))  # the checkout that it lies in
     saved = open_round(load_run(run_dir), root, server_round)
+    _quiet_transformers()
     with show_progress(quiet=as_json) as show:
         evaluation = evaluate_round(saved, show, membership=membership)
     path = saved.run.evaluation_path(saved.server_round)
+    page = write_report(run_dir) if saved.server_round == saved.run.last_round else None
     if as_json:
         typer.echo(json.dumps(evaluation, ensure_ascii=False))
     else:
@@ -104,7 +107,8 @@ def evaluate(
         if membership and not evaluation["membership"]:
             typer.echo("Nothing is shared in this mode, so no membership was inferred.")
         typer.echo(f"Written: {path}")
-        typer.echo(f"Report: {write_report(run_dir)}")
+        if page is not None:
+            typer.echo(f"Report: {page}")
 
 
 @app.command()
@@ -143,14 +147,15 @@ def compare(
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs, evaluated or not.")],
     output: Annotated[
-        Path | None, typer.Option(help="The page; report.html in the run, or beside several runs.")
+        Path | None,
+        typer.Option(help="Default: report.html in the run, or comparison.html beside several."),
     ] = None,
 ) -> None:
     """Write one self-contained page per run, and one that puts several runs side by side.
 
     Damaged and half-finished runs are shown as far as they go. Example: fedlora report latest
     """
-    from fedlora_app.report.page import REPORT_FILE, write_comparison, write_report
+    from fedlora_app.report.page import COMPARISON_FILE, write_comparison, write_report
     from fedlora_app.saved_run import find_run
 
     root = find_project_root()
@@ -162,7 +167,7 @@ def report(
         for number, path in enumerate(paths, 1):
             write_report(path)
             show(path.name, number, len(paths))
-    page = output or Path(commonpath([path.parent for path in paths])) / REPORT_FILE
+    page = output or Path(commonpath([path.parent for path in paths])) / COMPARISON_FILE
     typer.echo(f"Report: {write_comparison(paths, page)}")
 
 
@@ -181,6 +186,7 @@ def study(
 
     root = find_project_root(str(config.resolve()))
     path = config if config.exists() else root / config
+    _quiet_transformers()
     with show_progress() as show:
         text = run_study(load_study(path), root, (root / output_dir).resolve(), show)
     typer.echo(text)
@@ -348,6 +354,7 @@ def _open_model(run: str, server_round: int | None) -> SavedModel:
     from fedlora_app.saved_model import SavedModel
     from fedlora_app.saved_run import find_run, load_run
 
+    _quiet_transformers()
     run_dir = find_run(run, find_project_root())
     found = load_run(run_dir)
     chosen = found.last_round if server_round is None else server_round
@@ -387,39 +394,29 @@ def _answer(conversation: Conversation, question: str) -> None:
 
 def main() -> None:
     """Run the command; what the user can mend ends in one message and status 2."""
-    import transformers
-
-    from fedlora_app.adapters import AdapterError
-    from fedlora_app.conversation import QuestionError
-    from fedlora_app.export import ExportError
-    from fedlora_app.model import ModelError
-
-    transformers.utils.logging.disable_progress_bar()
-
-    mendable = (
-        ConfigError,
-        DataError,
-        ModelError,
-        AdapterError,
-        QuestionError,
-        ExportError,
-        RunDirectoryError,
-        ProjectNotFoundError,
-    )
+    keep_files_private()
     try:
         status = app(standalone_mode=False) or 0
         if status == INTERRUPTED:
-            typer.echo("Stopped; the same command goes on from here.", err=True)
+            kept = " What is done is kept; the same command goes on from here."
+            typer.echo(f"Stopped.{kept * bool(CONTINUED & set(sys.argv))}", err=True)
         sys.exit(status)
     except click.ClickException as error:  # a mistyped command or option
         error.show()
         sys.exit(error.exit_code)
-    except mendable as error:
+    except MendableError as error:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(2)
     except OSError as error:
         typer.echo(f"Error: {error.filename or 'The disk'}: {error.strerror}.", err=True)
         sys.exit(2)
+
+
+def _quiet_transformers() -> None:
+    """Leave out its own progress bars; ours say what is going on."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

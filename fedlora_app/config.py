@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from fedlora_app.errors import MendableError
+
 GLOBAL = "global"
 LOCAL = "local"
 SAFE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -19,7 +21,7 @@ LARGEST_INTEGER = 2**31 - 1
 Mode = Literal["dual", "fedavg", "local-only", "centralized"]
 
 
-class ConfigError(ValueError):
+class ConfigError(MendableError):
     """The configuration has faults; the message lists all of them."""
 
 
@@ -149,7 +151,7 @@ class FederatedConfig(Section):
     """Fewer answers than this stop the run. null: all clients must answer."""
     upload_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the update that a client sends; bfloat16 halves the bytes."""
-    clients: list[ClientConfig] = Field(default_factory=list, min_length=1)
+    clients: list[ClientConfig] = Field(min_length=1)
 
     @property
     def required_clients(self) -> int:

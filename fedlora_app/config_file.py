@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fedlora_app.config import ClientConfig, Config, ConfigError
+
+MAX_CONFIG_BYTES = 1 << 20
+MAX_FAULTS_SHOWN = 50
+MAX_SHOWN_CHARS = 100
+YAML_ERRORS = (  # PyYAML passes on whatever int(), float() and its own look-ups raise
+    *(yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError),
+    *(ArithmeticError, RecursionError),
+)
 
 
 def load_config(path: Path, overrides: str = "", **settings: Any) -> Config:
@@ -26,21 +36,16 @@ def load_config(path: Path, overrides: str = "", **settings: Any) -> Config:
     Raises:
         ConfigError: with every fault, each under its dotted path.
     """
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist.{_list_siblings(path)}") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds no sections. Expected keys such as model, federated.")
+    raw = _read_yaml(path)
     faults = []
     changes = {key.replace("__", "."): v for key, v in settings.items() if v is not None}
     overridden, override_faults = parse_overrides(overrides)
     faults += override_faults
     for key, value in (changes | overridden).items():
         if not set_dotted(raw, key, value):
-            faults.append(f'overrides: "{key}" leads nowhere; no section or list item is there.')
+            faults.append(
+                f'overrides: "{_shorten(key)}" leads nowhere; no section or list item is there.'
+            )
     return parse_config(raw, source=str(path), known_faults=faults)
 
 
@@ -48,16 +53,23 @@ def parse_config(
     raw: dict[str, Any], source: str = "the configuration", known_faults: list[str] | None = None
 ) -> Config:
     """Check plain data and return the configuration, or raise with all faults together."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source} holds no sections. Expected keys such as model, federated.")
     faults = list(known_faults or [])
+    num_more = 0
     config = None
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        faults += [_describe(fault) for fault in error.errors()]
+        found = error.errors(include_url=False)
+        faults += [_describe(fault) for fault in found[:MAX_FAULTS_SHOWN]]
+        num_more = max(0, len(found) - MAX_FAULTS_SHOWN)
     faults += _cross_faults(raw)
     if config is None or faults:
         listing = "\n".join(f"  {fault}" for fault in faults)
-        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        listing += f"\n  and {num_more} more." if num_more else ""
+        num_faults = len(faults) + num_more
+        count = "1 fault" if num_faults == 1 else f"{num_faults} faults"
         raise ConfigError(f"{source} has {count}:\n{listing}")
     return config
 
@@ -67,23 +79,43 @@ def parse_overrides(text: str) -> tuple[dict[str, Any], list[str]]:
     try:
         words = shlex.split(text)
     except ValueError as error:
-        return {}, [f"overrides: {error} in {text!r}."]
+        return {}, [f"overrides: {error} in {_show(text)}."]
     changes: dict[str, Any] = {}
     faults = []
     for word in words:
         key, separator, value = word.partition("=")
         if not separator or not key:
-            faults.append(f'overrides: "{word}" is not of the form section.key=value.')
+            faults.append(f'overrides: "{_shorten(word)}" is not of the form section.key=value.')
             continue
         try:
             changes[key] = yaml.load(value, Loader=_Loader)
-        except (ValueError, RecursionError, yaml.YAMLError):
-            faults.append(f'overrides: the value of "{word}" is not YAML.')
+        except YAML_ERRORS:
+            faults.append(f'overrides: the value of "{_shorten(word)}" is not YAML.')
     return changes, faults
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: ``1e-4`` is a number, not a string."""
+    """YAML 1.2 floats: ``1e-4`` is a number, not a string. A key stands once in its section.
+
+    Merge keys are not read, because nested ones grow without bound.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a section after looking at its keys."""
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, 'merge keys ("<<") are not read', key.start_mark
+                )
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {_show(key.value)} is there twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -98,7 +130,9 @@ def set_dotted(raw: dict[str, Any], dotted: str, value: Any) -> bool:
     *sections, key = dotted.split(".")
     node: Any = raw
     for section in sections:
-        if isinstance(node, list) and section.isdigit() and int(section) < len(node):
+        if isinstance(node, list) and re.fullmatch("[0-9]{1,9}", section):
+            if int(section) >= len(node):
+                return False
             node = node[int(section)]
         elif isinstance(node, dict):
             if node.get(section) is None:
@@ -117,21 +151,23 @@ def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:
     experiment = raw.get("experiment")
     track = experiment.get("track") if isinstance(experiment, dict) else None
     if isinstance(track, list):
-        for name in sorted({str(name) for name in track if track.count(name) > 1}):
-            yield f"experiment.track: {name} is named {track.count(name)} times; once is enough."
+        track = [name for name in track if isinstance(name, str)]
+        for name in sorted({name for name in track if track.count(name) > 1}):
+            times = f"{track.count(name)} times"
+            yield f"experiment.track: {_shorten(name)} is named {times}; once is enough."
     federated = raw.get("federated")
     clients = federated.get("clients") if isinstance(federated, dict) else None
     if not isinstance(clients, list):
         return
     named = [client for client in clients if isinstance(client, dict)]
-    ids = [str(client.get("id")) for client in named]
-    for name in sorted({i for i in ids if ids.count(i) > 1}):
-        yield (
-            f'federated.clients: {ids.count(name)} clients have the id "{name}"; ids must differ.'
-        )
-    lowered = [name.lower() for name in ids]
-    for name in sorted({i for i in ids if lowered.count(i.lower()) > 1 and ids.count(i) == 1}):
-        yield f'federated.clients: the id "{name}" differs from another only in case.'
+    ids = [client["id"] for client in named if isinstance(client.get("id"), str)]
+    counts, lowered = Counter(ids), Counter(name.lower() for name in ids)
+    for name, count in sorted(counts.items()):
+        shown = f'the id "{_shorten(name)}"'
+        if count > 1:
+            yield f"federated.clients: {count} clients have {shown}; ids must differ."
+        elif lowered[name.lower()] > 1:
+            yield f"federated.clients: {shown} differs from another only in case."
     training = raw.get("training") if isinstance(raw.get("training"), dict) else {}
     if training.get("local_kl_weight") and training.get("replay") == 0:
         yield (
@@ -148,15 +184,17 @@ def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:
     if "universal_train" in data and data["universal_train"] is None:
         for client in named:
             if client.get("universal_train") is None:
+                name = client["id"] if isinstance(client.get("id"), str) else None
                 yield (
-                    f'federated.clients: "{client.get("id")}" has no universal_train and '
+                    f'federated.clients: "{_shorten(str(name))}" has no universal_train and '
                     "data.universal_train is null; set one of them."
                 )
 
 
 def _describe(fault: Any) -> str:
     """Return ``dotted.path: what is wrong``, with the value and a likely key."""
-    path = ".".join(str(part) for part in fault["loc"] if "[" not in str(part))
+    parts = (str(part) for part in fault["loc"])
+    path = _shorten(".".join(part for part in parts if "[" not in part))
     value = fault["input"]
     if fault["type"] == "extra_forbidden":
         return f"{path}: unknown key.{_suggest(fault['loc'])}"
@@ -164,13 +202,31 @@ def _describe(fault: Any) -> str:
         return f"{path}: missing."
     if fault["type"] == "string_pattern_mismatch":
         return (
-            f"{path}: {value!r} is not a name. Expected letters, digits, '.', '_' and '-', "
+            f"{path}: {_show(value)} is not a name. Expected letters, digits, '.', '_' and '-', "
             "beginning with a letter or digit, at most 64."
         )
     if fault["type"] == "too_short":
         return f"{path}: at least one is needed."
-    shown = "" if isinstance(value, dict | list) else f" (it is {value!r})"
-    return f"{path}: {fault['msg'][0].lower()}{fault['msg'][1:]}{shown}."
+    message = fault["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(value, dict | list) else f" (it is {_show(value)})"
+    return f"{path}: {message[0].lower()}{message[1:]}{shown}."
+
+
+def _show(value: Any) -> str:
+    """Return a value as it may stand in a message, whatever its size and its characters."""
+    if isinstance(value, int) and value.bit_length() > 4 * MAX_SHOWN_CHARS:
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, str) and len(value) > MAX_SHOWN_CHARS:
+        return f"{value[:MAX_SHOWN_CHARS]!r}... of {len(value)} characters"
+    if isinstance(value, str | int | float | date | None):
+        return repr(value)
+    return f"a {type(value).__name__}"
+
+
+def _shorten(path: str) -> str:
+    """Return a key or a dotted path as it may stand in a message, whatever it holds."""
+    short = path if len(path) <= MAX_SHOWN_CHARS else f"{path[:MAX_SHOWN_CHARS]}..."
+    return short if short.isprintable() else ascii(short)
 
 
 def _suggest(loc: tuple[int | str, ...]) -> str:
@@ -178,7 +234,7 @@ def _suggest(loc: tuple[int | str, ...]) -> str:
     here = ".".join(str(part) for part in loc[:-1] if not isinstance(part, int))
     known = dict(_known_keys(Config))
     siblings = [key for key, section in known.items() if section == here]
-    last = str(loc[-1])
+    last = str(loc[-1])[:MAX_SHOWN_CHARS]
     matches = difflib.get_close_matches(last, [k.rsplit(".", 1)[-1] for k in siblings], n=1)
     if matches:
         return f' Did you mean "{matches[0]}"?'
@@ -198,6 +254,24 @@ def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[st
             yield from _known_keys(field.annotation, key)
         elif field.annotation == list[ClientConfig]:
             yield from _known_keys(ClientConfig, key)
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path} is no regular file. Expected a YAML file.")
+        size = path.stat().st_size
+        if size > MAX_CONFIG_BYTES:
+            raise ConfigError(
+                f"{path} has {size} bytes; a configuration has at most {MAX_CONFIG_BYTES}."
+            )
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except ConfigError:
+        raise
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist.{_list_siblings(path)}") from None
+    except (OSError, *YAML_ERRORS) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
 
 
 def _list_siblings(path: Path) -> str:

@@ -15,6 +15,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from fedlora_app.errors import MendableError
 from fedlora_app.evaluation.scoring import generate_answer
 from fedlora_app.saved_model import Answering, SavedModel
 from fedlora_app.tokens import Turn, encode_prompt
@@ -25,7 +26,7 @@ GLOBAL_ALONE = "global alone"
 UNFINISHED = "\ufffd"  # what a character decodes to whose last bytes are still to come
 
 
-class QuestionError(ValueError):
+class QuestionError(MendableError):
     """A question cannot be asked; the message says why."""
 
 

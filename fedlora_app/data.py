@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fedlora_app.errors import MendableError
+
 KEYWORD_SUFFIX = "_keywords"
 MAX_FAULTS_SHOWN = 20
+MAX_KEY_SHOWN = 100
 
 
-class DataError(ValueError):
+class DataError(MendableError):
     """A data file is missing or has faults; the message lists them with their records."""
 
 
@@ -99,6 +103,7 @@ def _load(path: Path, parse: Callable[[dict[str, Any]], T], skip_invalid: bool) 
         try:
             if not isinstance(raw, dict):
                 raise ValueError(f"is a {type(raw).__name__} and not an object.")
+            _refuse_repeated_keys(raw)
             records.append(parse(raw))
         except ValueError as error:
             faults.append(f"record {number}: {error}")
@@ -118,11 +123,16 @@ def _load(path: Path, parse: Callable[[dict[str, Any]], T], skip_invalid: bool) 
 def read_json_records(path: Path) -> tuple[list[Any], str]:
     """Return the raw records of a JSON list or of JSON Lines, and the file's sha256."""
     try:
-        content = path.read_bytes()
+        is_other = path.exists() and not path.is_file()  # a pipe would never end
+        content = b"" if is_other else path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path} does not exist.") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError:
+        raise DataError(f"{str(path)!a} is no possible file name.") from None
+    if is_other:
+        raise DataError(f"{path} is no regular file. Expected JSON or JSON Lines.")
     sha256 = hashlib.sha256(content).hexdigest()
     try:
         text = content.decode("utf-8-sig")
@@ -130,7 +140,7 @@ def read_json_records(path: Path) -> tuple[list[Any], str]:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}).") from None
     if text.lstrip().startswith("["):
         try:
-            return json.loads(text), sha256
+            return _parse_json(text), sha256
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is not valid JSON: {error}.") from None
     records = []
@@ -138,13 +148,38 @@ def read_json_records(path: Path) -> tuple[list[Any], str]:
         if not line.strip():
             continue
         try:
-            records.append(json.loads(line))
+            records.append(_parse_json(line))
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{path}, line {number} is not valid JSON: {error}. "
                 "Expected a JSON list, or one JSON object per line."
             ) from None
     return records, sha256
+
+
+class _Repeating(dict[str, Any]):
+    """A JSON object in which a key stood more than once; the last of its values is kept."""
+
+    repeated: str
+
+
+def _parse_json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_build_object)
+
+
+def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    repeating = _Repeating(found)
+    [(repeating.repeated, _)] = Counter(key for key, _ in pairs).most_common(1)
+    return repeating
+
+
+def _refuse_repeated_keys(raw: dict[str, Any]) -> None:
+    for value in (raw, raw.get("answers"), raw.get("evaluation_guide")):
+        if isinstance(value, _Repeating):
+            raise ValueError(f"the key {value.repeated[:MAX_KEY_SHOWN]!r} is there more than once.")
 
 
 def parse_record(raw: dict[str, Any]) -> Record:
@@ -171,7 +206,7 @@ def _parse_conflict(raw: dict[str, Any], client_ids: list[str]) -> ConflictRecor
             'has neither "answers" nor an "evaluation_guide" with "<client id>_keywords".'
         )
     for name, named in (("answers", answers), ("evaluation_guide", keywords)):
-        unknown = sorted(set(named) - set(client_ids))
+        unknown = [name[:MAX_KEY_SHOWN] for name in sorted(set(named) - set(client_ids))[:5]]
         if unknown:
             raise ValueError(
                 f'"{name}" names {", ".join(map(repr, unknown))}, which is no client. '
@@ -190,8 +225,11 @@ def _parse_conflict(raw: dict[str, Any], client_ids: list[str]) -> ConflictRecor
 
 def _keywords(raw: dict[str, Any]) -> dict[str, tuple[str, ...]]:
     guide = _mapping(raw, "evaluation_guide")
+    for key in guide:
+        if not key.isprintable():
+            raise ValueError(f'"evaluation_guide" has the impossible key {key[:MAX_KEY_SHOWN]!r}.')
     return {
-        key.removesuffix(KEYWORD_SUFFIX): _texts(guide, key)
+        key.removesuffix(KEYWORD_SUFFIX): _texts(guide, key, f"*{KEYWORD_SUFFIX}")
         for key in guide
         if key.endswith(KEYWORD_SUFFIX)
     }
@@ -219,8 +257,10 @@ def _optional_text(raw: dict[str, Any], key: str) -> str | None:
     return _text(raw, key) or None
 
 
-def _texts(raw: dict[str, Any], key: str) -> tuple[str, ...]:
+def _texts(raw: dict[str, Any], key: str, shown: str = "") -> tuple[str, ...]:
+    """Return a list of texts; a key that is not ours is ``shown`` otherwise, as its text stays."""
     value = raw.get(key, [])
+    key = shown or key
     if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
         raise ValueError(f'"{key}" is not a list of non-empty strings.')
     for item in value:

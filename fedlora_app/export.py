@@ -24,6 +24,7 @@ from fedlora_app.adapters import (
     save_plain_adapter,
 )
 from fedlora_app.config import GLOBAL, LOCAL
+from fedlora_app.errors import MendableError
 from fedlora_app.model import (
     DTYPES,
     build_empty_model,
@@ -46,7 +47,7 @@ from fedlora_app.storage import hash_file, make_private_dir, replace_folder
 Dtype = Literal["float32", "bfloat16"]
 
 
-class ExportError(ValueError):
+class ExportError(MendableError):
     """What is asked for cannot be exported, or not to that place."""
 
 

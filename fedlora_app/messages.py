@@ -39,11 +39,16 @@ DECLARED_METRICS = re.compile(
     """,
     re.VERBOSE,
 )
-DECLARED_FACTS = re.compile(
-    r"device | process | findings | base_model | local_adapter | sha256/(universal|local)_train"
-    r" | sha256/(universal|local|conflict)(_validation)?",
-    re.VERBOSE,
-)
+SHA256 = r"[0-9a-f]{64}"
+DECLARED_FACTS = {
+    r"sha256/(universal|local)_train|sha256/(universal|local|conflict)(_validation)?": SHA256,
+    r"base_model|local_adapter": SHA256,
+    r"device": r"[^\n]{1,200}",
+    r"process": r"\d+, base model loaded \d+ times",
+    r"findings": r"\[.*\]",
+}
+"""What a fact may be called, and what it may say."""
+FINDING_KEYS = {"severity", "rule", "file", "record"}
 
 
 class MessageError(ValueError):
@@ -131,14 +136,18 @@ def build_reply(
     facts: dict[str, str],
     update: AdapterState | None = None,
     update_dtype: str = "float32",
+    shapes: dict[str, torch.Size] | None = None,
 ) -> Message:
     """Return a client's reply after checking that all of it was declared.
 
+    Args:
+        shapes: those of the global adapter, which an update must have.
+
     Raises:
-        MessageError: a metric or fact is not declared; nothing is sent.
+        MessageError, AdapterError: something in it is not declared; nothing is sent.
     """
     undeclared = [name for name in metrics if not DECLARED_METRICS.fullmatch(name)]
-    undeclared += [name for name in facts if not DECLARED_FACTS.fullmatch(name)]
+    undeclared += [name for name, value in facts.items() if not _is_declared(name, value)]
     if undeclared:
         raise MessageError(f"These were not declared and stay here: {', '.join(undeclared)}.")
     about = {
@@ -152,6 +161,7 @@ def build_reply(
         ABOUT_RECORD: ConfigRecord(about),
     }
     if update is not None:
+        check_state(update, shapes or {}, "The update")
         records[UPDATE_RECORD] = pack_state(update, update_dtype)
     return Message(RecordDict(records), reply_to=message)
 
@@ -233,6 +243,13 @@ def read_reply(message: Message, client_id: str | None, server_round: int) -> Re
         facts=json.loads(str(about.get("facts", "{}"))),
         arrays=message.content.array_records.get(UPDATE_RECORD),
     )
+
+
+def _is_declared(fact: str, value: str) -> bool:
+    patterns = [text for name, text in DECLARED_FACTS.items() if re.fullmatch(name, fact)]
+    if not patterns or not re.fullmatch(patterns[0], value):
+        return False
+    return fact != "findings" or all(set(f) == FINDING_KEYS for f in json.loads(value))
 
 
 def _to_wire(tensor: torch.Tensor, dtype: str) -> Any:

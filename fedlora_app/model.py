@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,13 +26,15 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from fedlora_app.chat_template import find_template_fault
 from fedlora_app.config import ModelConfig
+from fedlora_app.errors import MendableError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FINGERPRINT_EDGE_BYTES = 1 << 20
 
 
-class ModelError(ValueError):
+class ModelError(MendableError):
     """The base model cannot be loaded; the message says what to download or to name."""
 
 
@@ -89,10 +90,18 @@ def load_unquantised_model(config: ModelConfig, root: Path, dtype: torch.dtype) 
 def load_tokenizer(config: ModelConfig, root: Path) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer, which must bring a chat template."""
     tokenizer = _from_pretrained(AutoTokenizer, config, root)
-    if not tokenizer.chat_template:
+    templates = tokenizer.chat_template
+    template = templates.get("default") if isinstance(templates, dict) else templates
+    if not template:
         raise ModelError(
             f"{config.name} has no chat template. Expected an instruct model, such as "
             "Qwen/Qwen2.5-7B-Instruct."
+        )
+    fault = find_template_fault(template, tokenizer.special_tokens_map)
+    if fault is not None:
+        raise ModelError(
+            f"The chat template of {config.name} {fault}. Use another model, or mend the template "
+            "in a copy of its folder."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -190,16 +199,53 @@ def _load(config: ModelConfig, root: Path) -> PreTrainedModel:
 def _from_pretrained(factory: Any, config: ModelConfig, root: Path, **kwargs: Any) -> Any:
     """Call ``factory.from_pretrained`` on a folder or a hub id, with one clear error."""
     folder = local_folder(config, root)
+    _refuse_unsafe_folder(config, folder)
     try:
-        return factory.from_pretrained(
+        loaded = factory.from_pretrained(
             str(folder or config.name),
             revision=None if folder else config.revision,
-            trust_remote_code=config.trust_remote_code,
+            trust_remote_code=config.trust_remote_code,  # False, unlike None, never asks
             local_files_only=folder is not None,
             **kwargs,
         )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # a damaged folder makes transformers raise almost anything
+        _refuse_unsafe_folder(config, folder)
         raise ModelError(_explain(config, root, folder, error)) from error
+    if folder is None:
+        _refuse_unsafe_folder(config, folder)  # its files may have come only now
+    return loaded
+
+
+def _refuse_unsafe_folder(config: ModelConfig, folder: Path | None) -> None:
+    """Raise ``ModelError`` if the base would bring code or an adapter of its own."""
+    for name in () if config.trust_remote_code else ("config.json", "tokenizer_config.json"):
+        path = _find_file(config, folder, name)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8")) if path is not None else None
+        except (OSError, ValueError, RecursionError) as error:
+            raise ModelError(f"{path} cannot be read: {error}.") from None
+        if isinstance(content, dict) and "auto_map" in content:
+            raise ModelError(
+                f'{path} names code that comes with the model ("auto_map"), which is not run. Use '
+                "a model that transformers knows by itself; or, if you have read that code and "
+                "trust it, set model.trust_remote_code: true."
+            )
+    path = _find_file(config, folder, "adapter_config.json")
+    if path is not None:
+        raise ModelError(
+            f"{path} makes an adapter of the base model in model.name. Expected a base model alone."
+        )
+
+
+def _find_file(config: ModelConfig, folder: Path | None, name: str) -> Path | None:
+    """Return a file of the model's folder, or of the hub's cache, if it is there."""
+    if folder is not None:
+        return folder / name if (folder / name).is_file() else None
+    try:
+        found = cached_file(config.name, name, revision=config.revision, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return Path(found) if found else None
 
 
 def local_folder(config: ModelConfig, root: Path) -> Path | None:
@@ -218,7 +264,8 @@ def _weights_folder(config: ModelConfig, root: Path) -> Path:
 
 
 def _explain(config: ModelConfig, root: Path, folder: Path | None, error: Exception) -> str:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    lines = (line.strip() for line in str(error).splitlines() if line.strip())
+    reason = next(lines, type(error).__name__)
     if folder is not None:
         return f"The base model in {folder} cannot be loaded: {reason}"
     if not isinstance(error, OSError):

@@ -15,12 +15,14 @@ from importlib.metadata import Distribution, PackageNotFoundError
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+from fedlora_app.errors import MendableError
+
 PACKAGE_DIR = Path(__file__).resolve().parent
 PROJECT_NAME = "fedlora-app"
 ROOT_VARIABLE = "FEDLORA_PROJECT_DIR"
 
 
-class ProjectNotFoundError(ValueError):
+class ProjectNotFoundError(MendableError):
     """No checkout of the project was found in any of the places searched."""
 
 

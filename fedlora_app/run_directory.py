@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fedlora_app.config import SAFE_NAME, Config
+from fedlora_app.errors import MendableError
 from fedlora_app.storage import (
     lock_folder,
     remove_partials,
@@ -45,7 +46,7 @@ RECORDED_PACKAGES = (
 )
 
 
-class RunDirectoryError(ValueError):
+class RunDirectoryError(MendableError):
     """A run directory exists already or cannot be written."""
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from fedlora_app.config import GLOBAL, LOCAL, Config
 from fedlora_app.config_file import parse_config
@@ -19,6 +19,7 @@ from fedlora_app.run_directory import RunDirectoryError
 from fedlora_app.storage import WEIGHTS_FILE, hash_file
 
 EVALUATION_FILE = "evaluation.json"
+MAX_KEY_SHOWN = 100
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,12 @@ class SavedRun:
     def evaluation(self) -> dict[str, Any] | None:
         """What ``fedlora evaluate`` wrote for the newest round, None before that."""
         path = self.path / EVALUATION_FILE
-        return _read_json(path) if path.exists() else None
+        return _read_object(path) if path.exists() else None
 
     def find_evaluation(self, server_round: int) -> dict[str, Any] | None:
         """Return what ``fedlora evaluate`` wrote for a round, None if it did not."""
         path = self.evaluation_path(server_round)
-        found = _read_json(path) if path.exists() else None
+        found = _read_object(path) if path.exists() else None
         return found if found and found.get("round") == server_round else None
 
     def evaluation_path(self, server_round: int) -> Path:
@@ -71,25 +72,34 @@ class SavedRun:
 
     def count_steps(self, server_round: int) -> int:
         """Return the optimizer steps of all clients and phases up to a round."""
-        history = _read_json(self.path / "history.json")
-        values = (
-            value
-            for entry in history
-            if entry["round"] <= server_round
-            for metric, value in entry["metrics"].items()
-            if metric.startswith("train_") and metric.endswith("/num_steps")
-        )
-        return int(sum(values))
+        path = self.path / "history.json"
+        history = _read_json(path)
+        try:
+            values = [
+                value
+                for entry in history
+                if entry["round"] <= server_round
+                for metric, value in entry["metrics"].items()
+                if metric.startswith("train_") and metric.endswith("/num_steps")
+            ]
+            return int(sum(values))
+        except (LookupError, TypeError, AttributeError, ValueError, OverflowError):
+            raise RunDirectoryError(
+                f"{path} is damaged: it is no list of rounds with their metrics."
+            ) from None
 
     def count_parameters(self, server_round: int, active: Sequence[str]) -> dict[str, int]:
         """Return the parameters of each adapter that clients answer with."""
         clients = {GLOBAL: None, LOCAL: self.config.client_ids[0]}
         counts = {}
         for name in active:
-            weights = self.adapter_folder(server_round, clients[name]) / WEIGHTS_FILE
-            with safe_open(weights, framework="np") as file:
-                shapes = (file.get_slice(key).get_shape() for key in file.keys())  # noqa: SIM118
-                counts[name] = sum(map(math.prod, shapes))
+            weights = self._weights_file(server_round, clients[name])
+            try:
+                with safe_open(weights, framework="np") as file:
+                    shapes = (file.get_slice(key).get_shape() for key in file.keys())  # noqa: SIM118
+                    counts[name] = sum(map(math.prod, shapes))
+            except (SafetensorError, OSError, ValueError) as error:
+                raise RunDirectoryError(f"{weights} is damaged: {error}") from error
         return counts
 
     def adapter_folder(self, server_round: int, client_id: str | None = None) -> Path:
@@ -112,15 +122,26 @@ class SavedRun:
                 f"{self.path} has no complete round {server_round}. Complete: {done}."
             )
         recorded = entry["adapters"].get(GLOBAL if client_id is None else f"{LOCAL}:{client_id}")
-        weights = self.adapter_folder(server_round, client_id) / WEIGHTS_FILE
-        if recorded is None or not weights.is_file():
-            raise RunDirectoryError(f"{weights} does not exist or is not in the run's manifest.")
+        weights = self._weights_file(server_round, client_id)
+        if recorded is None:
+            raise RunDirectoryError(f"{weights} is not in the run's manifest.")
         if hash_file(weights) != recorded:
             raise RunDirectoryError(
                 f"{weights} is not the file that the run wrote: its sha256 differs from the one "
                 "in manifest.json. Restore it, or evaluate another round."
             )
         return recorded
+
+    def _weights_file(self, server_round: int, client_id: str | None) -> Path:
+        """Return an adapter's file after checking that it lies, links followed, in this run."""
+        weights = self.adapter_folder(server_round, client_id) / WEIGHTS_FILE
+        if not weights.is_file():
+            raise RunDirectoryError(f"{weights} does not exist or is no regular file.")
+        if not weights.resolve().is_relative_to(self.path):
+            raise RunDirectoryError(
+                f"{weights} is a link that leads out of the run directory. Put a copy there."
+            )
+        return weights
 
 
 def load_run(path: Path | str) -> SavedRun:
@@ -129,15 +150,20 @@ def load_run(path: Path | str) -> SavedRun:
     Raises:
         RunDirectoryError: it is none, or its files are damaged.
     """
-    path = Path(path).resolve()  # "latest" is a link
-    for name in ("config.json", "manifest.json"):
-        if not (path / name).is_file():
-            raise RunDirectoryError(
-                f"{path} is no run directory: {name} is missing. Expected what flwr run wrote."
-            )
-    manifest = _read_json(path / "manifest.json")
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("rounds"), list):
-        raise RunDirectoryError(f"{path / 'manifest.json'} is damaged: it lists no rounds.")
+    names = ("config.json", "manifest.json")
+    try:
+        path = Path(path).resolve()  # "latest" is a link
+        missing = [name for name in names if not (path / name).is_file()]
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RunDirectoryError(f"{path} is no run directory: {error}.") from None
+    if missing:
+        raise RunDirectoryError(
+            f"{path} is no run directory: {missing[0]} is missing. Expected what flwr run wrote."
+        )
+    manifest = _read_object(path / "manifest.json")
+    faults = list(_find_manifest_faults(manifest))
+    if faults:
+        raise RunDirectoryError(f"{path / 'manifest.json'} is damaged: {'; '.join(faults)}.")
     config = parse_config(_read_json(path / "config.json"), source=str(path / "config.json"))
     return SavedRun(path, config, manifest)
 
@@ -159,6 +185,50 @@ def find_run(name: str, root: Path) -> Path:
     listing = "".join(f"\n  {run.relative_to(results)}" for run in newest)
     known = f" Newest runs in {results}:{listing}" if newest else " Start one with flwr run first."
     raise RunDirectoryError(f"There is no run {places[0]} and no {places[1]}.{known}")
+
+
+def _find_manifest_faults(manifest: dict[str, Any]) -> Iterator[str]:
+    """Yield what readers would stumble over; what a section leaves out is theirs to miss."""
+    if not isinstance(manifest.get("rounds"), list):
+        yield "it lists no rounds"
+        return
+    for number, entry in enumerate(manifest["rounds"], start=1):
+        if not _is_round(entry):
+            yield f'entry {number} of "rounds" is not a round with the hashes of its adapters'
+            return
+    if len({entry["round"] for entry in manifest["rounds"]}) < len(manifest["rounds"]):
+        yield "a round is there twice"
+    sections = {key: manifest.get(key) for key in ("base_model", "clients", "versions")}
+    for key, section in sections.items():
+        if not isinstance(section, dict):
+            yield f'"{key}" is no object'
+            return
+    for key, value in {"name": None, **sections["base_model"]}.items():
+        if not isinstance(value, str) and (value is not None or key == "name"):
+            yield f'"base_model" has no text as {key[:MAX_KEY_SHOWN]!r}'
+    for client, facts in sections["clients"].items():
+        if not isinstance(facts, dict):
+            yield f'"clients" has no object for {client[:MAX_KEY_SHOWN]!r}'
+
+
+def _is_round(entry: Any) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    number, adapters = entry.get("round"), entry.get("adapters")
+    return (
+        isinstance(number, int)
+        and not isinstance(number, bool)
+        and number >= 0
+        and isinstance(adapters, dict)
+        and all(isinstance(value, str) for value in adapters.values())
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    value = _read_json(path)
+    if not isinstance(value, dict):
+        raise RunDirectoryError(f"{path} is damaged: it holds no object.")
+    return value
 
 
 def _read_json(path: Path) -> Any:

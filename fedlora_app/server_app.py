@@ -53,6 +53,7 @@ from fedlora_app.run_directory import (
     default_run_name,
 )
 from fedlora_app.seeds import derive_seed
+from fedlora_app.storage import keep_files_private
 from fedlora_app.strategy import NO_LOCAL, GlobalAdapterFedAvg
 from fedlora_app.summary import describe_run, describe_start
 from fedlora_app.tracking import build_trackers, require_trackers
@@ -82,6 +83,7 @@ class Settings:
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run one experiment from configuration to final adapters, or go on with a stopped one."""
+    keep_files_private()
     settings = read_settings(context.run_config)
     config, resumption = settings.config, settings.resumption
     print(f"Run directory: {settings.run_dir}", flush=True)
@@ -201,8 +203,8 @@ def report_run(run_dir: Path) -> str:
 
     try:
         return str(write_report(run_dir))
-    except OSError as error:
-        return f"not written ({error.strerror}). Try again: fedlora report {run_dir.name}"
+    except Exception as error:  # whatever it is, the run itself has ended well
+        return f"not written ({type(error).__name__}: {error}). Try: fedlora report {run_dir}"
 
 
 def describe_end(history: list[dict[str, Any]], config: Config) -> str:

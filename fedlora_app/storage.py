@@ -19,10 +19,16 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 LOCK_FILE = ".lock"
 
 
+def keep_files_private() -> None:
+    """Have this process make files and folders that only their owner can read."""
+    os.umask(0o077)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file's content in one step; a crash leaves the old one."""
     partial = _partial(path)
-    with partial.open("w", encoding="utf-8") as file:
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

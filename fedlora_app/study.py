@@ -31,6 +31,7 @@ from fedlora_app.evaluation.protocol import evaluate_round
 from fedlora_app.evaluation.tables import FORMAT
 from fedlora_app.project import find_project_root
 from fedlora_app.report.page import REPORT_FILE, write_comparison, write_report
+from fedlora_app.report.plots import relative_label
 from fedlora_app.run_directory import RunDirectoryError
 from fedlora_app.saved_run import load_run
 from fedlora_app.storage import write_atomically, write_json
@@ -133,7 +134,7 @@ def measure(evaluation: Mapping[str, Any]) -> Figures:
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for row in evaluation["swap_table"]:
         if row["scale"] == 1.0:
-            rows.setdefault(_relative_label(row), []).append(row)
+            rows.setdefault(relative_label(row), []).append(row)
     figures = {who: _average(found) for who, found in rows.items()}
     own = {"global": "global", "local": "local:own"}.get(evaluation["answering"])
     own = own or "global+local:own"
@@ -196,7 +197,7 @@ def _chosen_rows(evaluation: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     own = f"{evaluation['answering']}:own"
     for row in evaluation["swap_table"]:
         scale = evaluation["scales"].get(row["client"], {}).get("chosen", 1.0)
-        if row["scale"] == scale and _relative_label(row) == own:
+        if row["scale"] == scale and relative_label(row) == own:
             yield row
 
 
@@ -212,14 +213,6 @@ def _from_summary(summary: Mapping[str, Any]) -> dict[str, float]:
             if entry["value"] is not None:
                 figures[f"{name}/{key}"] = entry["value"]
     return figures
-
-
-def _relative_label(row: Mapping[str, Any]) -> str:
-    """Return who answers, with "own" or "foreign" in the place of the client's name."""
-    adapters, separator, owner = row["adapters"].partition(":")
-    if not separator:
-        return adapters
-    return f"{adapters}:{'own' if owner == row['client'] else 'foreign'}"
 
 
 def _overrides(study: StudyConfig, variant: str, seed: int) -> str:

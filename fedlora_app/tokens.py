@@ -61,9 +61,15 @@ def render_prompt(
 
     Args:
         earlier: what was asked and answered before; nothing in training and evaluation.
+
+    Raises:
+        ModelError: the chat template fails, or does not repeat what was said.
     """
     messages = _messages(system_prompt, question, earlier)
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = _render(tokenizer, messages, add_generation_prompt=True)
+    for what, said in (("system prompt", system_prompt), ("question", question)):
+        _require_said(what, said, text)
+    return text
 
 
 def encode_prompt(
@@ -82,16 +88,18 @@ def encode_answer(
     """Return the token ids of the answer with the template's end-of-turn mark.
 
     Raises:
-        ModelError: the chat template does not continue its own generation prompt.
+        ModelError: the chat template does not continue its own generation prompt, or as
+            ``render_prompt``.
     """
     prompt = render_prompt(tokenizer, system_prompt, question)
     messages = [*_messages(system_prompt, question), {"role": "assistant", "content": answer}]
-    dialogue = tokenizer.apply_chat_template(messages, tokenize=False)
+    dialogue = _render(tokenizer, messages)
     if not dialogue.startswith(prompt):
         raise ModelError(
             "The model's chat template does not continue its generation prompt with the "
             "answer, so it is unknown where the answer begins. Use a template of the ChatML kind."
         )
+    _require_said("answer", answer, dialogue[len(prompt) :])
     return _encode(tokenizer, dialogue[len(prompt) :].rstrip("\n"))
 
 
@@ -140,6 +148,28 @@ def tokenize_file(
         num_truncated=sum(len(ex.input_ids) > max_seq_length for ex in kept),
         num_dropped=len(too_long),
     )
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **settings: bool
+) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **settings)
+    except Exception as error:  # whatever a template's expressions raise, beside jinja2's own
+        # Not the error's text: a template can put into it what was said.
+        raise ModelError(
+            f"The model's chat template cannot write a prompt ({type(error).__name__}). If it "
+            "knows no system prompts, leave system_prompt empty; otherwise use another model."
+        ) from error
+
+
+def _require_said(what: str, said: str, text: str) -> None:
+    """Raise unless the text holds what was said, but for white space around it."""
+    if said.strip() not in text:
+        raise ModelError(
+            f"The model's chat template leaves out or changes the {what}. Use a template that "
+            "repeats what is said, such as one of the ChatML kind."
+        )
 
 
 def _messages(

@@ -6,6 +6,10 @@ import json
 import os
 from pathlib import Path
 
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # A core for each worker: torch's threads would otherwise wait for each other most of the time.
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -24,7 +28,7 @@ DEMO_MODEL = ROOT / "data" / "demo" / "base_model"
 
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
 
 
 @pytest.fixture(scope="session")

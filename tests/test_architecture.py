@@ -16,7 +16,8 @@ MODULES = {
 }
 FLOWER_EDGE = {"client_app", "server_app", "strategy", "grid", "messages"}
 LAYERS = [
-    {"project", "seeds", "storage", "build_hook", "config", "progress", "memory"},
+    {"errors"},
+    {"project", "seeds", "storage", "telemetry", "build_hook", "config", "progress", "memory"},
     {"config_file", "rounds", "tracking", "chat_template"},
     {"data", "run_directory", "evaluation.keywords", "evaluation.intervals", "evaluation.wording"},
     {"model", "tokens", "aggregation", "aggregation_error", "adapters", "evaluation.questions"},
@@ -30,6 +31,7 @@ LAYERS = [
     },
     {"evaluation.scoring", "summary", "report.plots", "report.history", "report.template"},
     {"report.figures", "report.pieces"},
+    {"report.evidence", "report.variants"},
     {"report.verdict", "report.sections"},
     {"report.page"},
     {"evaluation.metrics", "evaluation.score_store"},

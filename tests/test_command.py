@@ -140,7 +140,7 @@ def test_report_writes_a_page_per_run_and_one_for_all(fedlora, project):
     status, out, _ = fedlora("report", runs[0])
     assert status == 0 and f"Report: {runs[0] / 'report.html'}" in out
     status, out, _ = fedlora("report", *runs)
-    assert status == 0 and str(project / "results" / "report.html") in out
+    assert status == 0 and str(project / "results" / "comparison.html") in out
     assert (runs[1] / "report.html").exists()
 
 

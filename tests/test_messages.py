@@ -32,6 +32,26 @@ def _identity():
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 
 
+@pytest.mark.parametrize(
+    ("facts", "update"),
+    [
+        ({"device": "a\nb"}, None),
+        ({"device": "x" * 201}, None),
+        ({"base_model": "the text of a record"}, None),
+        ({"local_adapter": "0" * 63}, None),
+        ({"sha256/local": "secret"}, None),
+        ({"process": "1, secret"}, None),
+        ({"findings": "secret"}, None),
+        ({"findings": json.dumps([{"text": "secret"}])}, None),
+        ({}, STATE | {"y.lora_A.weight": torch.zeros(2, 3)}),
+        ({}, {key: tensor.T.contiguous() for key, tensor in STATE.items()}),
+    ],
+)
+def test_what_is_not_as_declared_stays_at_the_client(facts, update):
+    with pytest.raises((MessageError, AdapterError), match="stay here|The update"):
+        build_reply(build_request(), "ann", 1, {}, facts, update, shapes=SHAPES)
+
+
 def build_request() -> Message:
     return Message(RecordDict(), dst_node_id=5, message_type="train")
 
@@ -77,7 +97,9 @@ def test_what_was_not_declared_does_not_leave(name):
 def test_a_reply_reads_back():
     metrics = {"num-examples": 3, "train_global/train_loss": 0.5, "peak_memory_bytes": 2**36}
     metrics |= {"train_global+local/peak_memory_bytes": 2**36}
-    reply = build_reply(build_request(), "ann", 2, metrics, {"device": "CPU"}, STATE, "bfloat16")
+    reply = build_reply(
+        build_request(), "ann", 2, metrics, {"device": "CPU"}, STATE, "bfloat16", SHAPES
+    )
     read = read_reply(reply, "ann", 2)
     assert (read.metrics, read.facts) == (metrics, {"device": "CPU"})
     assert set(read.arrays) == set(STATE)
@@ -127,7 +149,8 @@ def test_traffic_is_counted_by_client_and_direction():
         Task("ann", 1, 0, "", False, "r", "", "", "", ""), pack_state(STATE)
     )
     traffic.add("ann", "down", request)
-    traffic.add("ann", "up", build_reply(request, "ann", 1, {"num-examples": 3}, {}, STATE))
+    reply = build_reply(request, "ann", 1, {"num-examples": 3}, {}, STATE, shapes=SHAPES)
+    traffic.add("ann", "up", reply)
     traffic.add("bob", "up", build_error_reply(request, "bob", "out of paper"))
     traffic.add("cy", "up", Message(Error(code=0), reply_to=request))
     ann, bob = traffic.by_client["ann"], traffic.by_client["bob"]

@@ -47,7 +47,7 @@ def test_prompt_and_answer_join_to_the_templates_own_text(tokenizer):
 
 def test_a_template_that_hides_where_the_answer_begins_is_refused(tokenizer):
     template = tokenizer.chat_template
-    tokenizer.chat_template = "{{ messages|length }}"
+    tokenizer.chat_template = "{{ messages|length }}{{ messages[0].content }}"
     try:
         with pytest.raises(ModelError, match="does not continue its generation prompt"):
             encode_answer(tokenizer, "", "Ask?", "Answer.")

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 from fedlora_app.config import SAFE_NAME, ConfigError
 from fedlora_app.data import DataError, format_question, parse_record
 from fedlora_app.evaluation.wording import normalise_question
-from fedlora_app.importing.source import Source, suggest
+from fedlora_app.importing.source import NO_CELL, Source, suggest
 
 Report = Callable[[str, int, int], None]
 Role = Literal["local", "universal"]
@@ -311,6 +311,8 @@ def _build_record(row: Any, settings: ImportSettings, is_chat: bool) -> Imported
         raise ValueError(f"is a {type(row).__name__} and not an object.")
     if None in row:
         raise ValueError(f"has {len(row[None])} cells more than the header.")
+    if NO_CELL in row.values():
+        raise ValueError(f"has only {sum(v is not NO_CELL for v in row.values())} cells.")
     texts = (
         _read_messages(row.get(settings.messages_column)) if is_chat else _read_texts(row, settings)
     )

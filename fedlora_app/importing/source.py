@@ -22,6 +22,7 @@ from datasets.exceptions import DatasetsError
 from fedlora_app.data import DataError, read_json_records
 from fedlora_app.storage import hash_file
 
+NO_CELL = object()  # where a CSV row ends before its header does
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
@@ -185,14 +186,16 @@ def _read_json(path: Path) -> list[Any]:
     return read_json_records(path)[0]
 
 
-def _read_csv(path: Path) -> list[dict[str, str]]:
+def _read_csv(path: Path) -> list[dict[str, Any]]:
     """Return the rows as texts. What separates them is what the header has most of."""
     csv.field_size_limit(sys.maxsize)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             header = file.readline()
             file.seek(0)
-            reader = csv.DictReader(file, delimiter=max(",;\t", key=header.count), strict=True)
+            unquoted = re.sub(r'"[^"]*"', "", header)
+            delimiter = max(",;\t", key=unquoted.count)
+            reader = csv.DictReader(file, delimiter=delimiter, strict=True, restval=NO_CELL)
             names = Counter(reader.fieldnames or [])
             rows = list(reader)
     except UnicodeDecodeError as error:

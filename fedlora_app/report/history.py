@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,15 +31,28 @@ def load_history(*runs: Path | Any) -> pandas.DataFrame:
     """
     import pandas
 
-    paths = [Path(getattr(run, "path", run)).resolve() for run in runs]  # "latest" is a link
+    names = name_runs(Path(getattr(run, "path", run)) for run in runs)
     rows = [
-        (path.name, entry["round"], entry["client"], entry["phase"], metric, float(value))
-        for path in paths
+        (name, entry["round"], entry["client"], entry["phase"], metric, float(value))
+        for path, name in names.items()
         for entry in read_history(path)
         for metric, value in entry["metrics"].items()
         if isinstance(value, int | float)
     ]
     return pandas.DataFrame(rows, columns=COLUMNS)
+
+
+def name_runs(paths: Iterable[Path]) -> dict[Path, str]:
+    """Return each run's name, with as much of its path as tells it from the others."""
+    found = list(dict.fromkeys(path.resolve() for path in paths))  # "latest" is a link
+    names = {path: path.name for path in found}
+    depth = 2
+    while len(set(names.values())) < len(found):
+        counts = Counter(names.values())
+        longer = {path: "/".join(path.parts[-depth:]) for path in found}
+        names = {path: longer[path] if counts[name] > 1 else name for path, name in names.items()}
+        depth += 1
+    return names
 
 
 def read_history(run_dir: Path) -> list[dict[str, Any]]:
@@ -52,13 +66,14 @@ def read_history(run_dir: Path) -> list[dict[str, Any]]:
         if history.exists():
             return _check(json.loads(history.read_text(encoding="utf-8")))
         if events.exists():
-            return list(_from_events(events.read_text(encoding="utf-8").splitlines()))
+            return list(_from_events(events.read_bytes().splitlines()))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RunDirectoryError(f"The history in {run_dir} is damaged: {error!r}.") from None
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+        raise RunDirectoryError(f"The history in {run_dir} is damaged ({why}).") from None
     raise RunDirectoryError(f"{run_dir} has neither history.json nor metrics.jsonl.")
 
 
-def _from_events(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
+def _from_events(lines: Iterable[bytes]) -> Iterable[dict[str, Any]]:
     """Yield the metrics among the events; a last line that a stop has cut is dropped."""
     for line in lines:
         try:

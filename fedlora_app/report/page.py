@@ -21,14 +21,21 @@ from fedlora_app.evaluation.comparison import compare_evaluations
 from fedlora_app.evaluation.intervals import Estimate
 from fedlora_app.report import plots
 from fedlora_app.report.figures import EXACT, RANKED, Figures, measure_run
-from fedlora_app.report.history import load_history
+from fedlora_app.report.history import load_history, name_runs
 from fedlora_app.report.pieces import Pieces, read_pieces
 from fedlora_app.report.sections import SHAPE_ERRORS, Plotter, Section, Table, build_sections
 from fedlora_app.report.template import MACROS, PAGE, SCRIPT, STYLE
-from fedlora_app.report.verdict import format_p, judge_run, judge_runs
-from fedlora_app.storage import write_atomically
+from fedlora_app.report.verdict import Verdict, format_p, judge_run, judge_runs
+from fedlora_app.run_directory import RunDirectoryError
+from fedlora_app.storage import make_private_dir, write_atomically
 
 REPORT_FILE = "report.html"
+COMPARISON_FILE = "comparison.html"
+FOOTER = (
+    "Proportions carry Wilson's 95 % interval over distinct questions; a question that several "
+    "clients answer counts once. Questions are taken as independent; paraphrases of one fact are "
+    "not, which makes these intervals too narrow. Written by fedlora report."
+)
 PLOTS_FOLDER = "plots"
 ANSWERS_WITH = {"dual": "global+local:own", "local-only": "local:own"}  # the others: global
 ALL_CLIENTS = "conflict, every client"
@@ -49,10 +56,14 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
         RunDirectoryError: there is nothing of a run in the folder.
     """
     run = read_pieces(run_dir.resolve())
-    output = output or run.path / REPORT_FILE
+    output, plots_dir = _place(output or run.path / REPORT_FILE)
     figures = _measure(run)
-    verdict = judge_run(figures, [str(c.get("system_prompt")) for c in run.clients])
-    sections = build_sections(run, Plotter(output.parent / PLOTS_FOLDER))
+    schedule = (run.config.get("training") or {}).get("schedule")
+    try:
+        verdict = judge_run(figures, [c.get("system_prompt") for c in run.clients], schedule)
+    except SHAPE_ERRORS as error:
+        verdict = Verdict("No verdict.", f"The run cannot be judged: {error}")
+    sections = build_sections(run, Plotter(plots_dir))
     _write_page(
         output,
         title=f"{run.name}: {verdict.headline}",
@@ -72,7 +83,8 @@ def write_comparison(run_dirs: Sequence[Path], output: Path) -> Path:
     Raises:
         RunDirectoryError: there is nothing of a run in one of the folders.
     """
-    runs = [read_pieces(path.resolve()) for path in run_dirs]
+    runs = [read_pieces(path, name) for path, name in name_runs(run_dirs).items()]
+    output, plots_dir = _place(output)
     figures = {run.name: _measure(run) for run in runs}
     own = {
         run.name: found
@@ -80,7 +92,10 @@ def write_comparison(run_dirs: Sequence[Path], output: Path) -> Path:
         if (found := figures[run.name].get(ANSWERS_WITH.get(run.mode, "global")))
     }
     evaluations = {run.name: run.evaluation for run in runs if run.evaluation is not None}
-    verdict = judge_runs(own, {run.name: run.mode for run in runs}, evaluations)
+    try:
+        verdict = judge_runs(own, {run.name: run.mode for run in runs}, evaluations)
+    except SHAPE_ERRORS as error:
+        verdict = Verdict("No verdict.", f"The runs cannot be compared: {error}")
     labels = {name: f"{_mode_of(runs, name)}: {name}" for name in own}
     _write_page(
         output,
@@ -93,37 +108,46 @@ def write_comparison(run_dirs: Sequence[Path], output: Path) -> Path:
         sections=[
             _show_runs(runs, output),
             *_show_differences(evaluations),
-            *_show_curves(runs, output),
+            *_show_curves(runs, Plotter(plots_dir)),
         ],
     )
     return output
 
 
+def _place(output: Path) -> tuple[Path, Path]:
+    """Return where a page goes, and its plots; a folder gets a page of the usual name."""
+    if output.is_dir():
+        output = output / REPORT_FILE
+    make_private_dir(output.parent)
+    is_usual = output.name == REPORT_FILE
+    return output, output.parent / (PLOTS_FOLDER if is_usual else f"{output.stem}_{PLOTS_FOLDER}")
+
+
 def _write_page(output: Path, **content: Any) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     digest = hashlib.sha256(SCRIPT.encode()).digest()
     for section in content["sections"]:
         section.plots = [
-            {"svg": _inline(p.svg), "missing": p.missing, "caption": p.caption}
+            {"svg": _inline(p.svg, p.name), "missing": p.missing, "caption": p.caption}
             for p in section.plots
         ]
     page = environment.from_string(MACROS + PAGE).render(
         style=Markup(STYLE),
         script=Markup(SCRIPT),
         script_hash=base64.b64encode(digest).decode(),
-        footer="Proportions carry Wilson's 95 % interval. Written by fedlora report.",
+        footer=FOOTER,
         **content,
     )
-    write_atomically(output, page)
+    write_atomically(output, page.encode(errors="replace").decode())  # lone surrogates
 
 
-def _inline(svg: str) -> Markup:
+def _inline(svg: str, name: str) -> Markup:
     """Return an SVG for the page: scaled to its column, in the page's own colours."""
     svg = svg[svg.index("<svg") :] if svg else ""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1 role=\"img\"", svg, count=1)
+    label = f' role="img" aria-label="{name.replace("_", " ")}"'
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', rf"\1{label}", svg, count=1)
     for index, colour in enumerate(plots.SERIES):
         svg = svg.replace(colour, f"var(--s{index})")
     svg = svg.replace(plots.INK, "var(--ink)").replace(plots.FAINT, "var(--line)")
@@ -212,6 +236,15 @@ def _show_runs(runs: Sequence[Pieces], output: Path) -> Section:
     return Section("runs", "The runs", tables=[Table(headings, rows)])
 
 
+def _name_variant(run: Pieces) -> str:
+    """Return what like runs have in common: mode, schedule and ranks."""
+    adapters = run.config.get("adapters") or {}
+    schedule = (run.config.get("training") or {}).get("schedule", "phased")
+    ranks = "/".join(str((adapters.get(k) or {}).get("rank", "?")) for k in ("global", "local"))
+    joint = ", joint" if run.mode == "dual" and schedule == "joint" else ""
+    return f"{run.mode}{joint}, ranks {ranks}"
+
+
 def _show_differences(evaluations: Mapping[str, dict[str, Any]]) -> list[Section]:
     """Return what ``fedlora compare`` tells, where two or more runs are evaluated."""
     if len(evaluations) < 2:
@@ -266,10 +299,17 @@ def _percent(figures: Mapping[str, Mapping[str, float | None]], name: str) -> st
     return f"{100 * entry['value']:.1f} ± {100 * half:.1f}"
 
 
-def _show_curves(runs: Sequence[Pieces], output: Path) -> list[Section]:
+def _show_curves(runs: Sequence[Pieces], plotter: Plotter) -> list[Section]:
     section = Section("curves", "Side by side", ["A line is the mean over a run's clients."])
-    plotter = Plotter(output.parent / f"{output.stem}_{PLOTS_FOLDER}")
-    history = load_history(*(run.path for run in runs if run.history))
+    paths = [run.path for run in runs if run.history]
+    try:
+        history = load_history(*paths)
+    except (*SHAPE_ERRORS, RunDirectoryError) as error:
+        return [Section("curves", "Side by side", [f"The histories cannot be drawn: {error}"])]
+    if len(paths) > plots.MOST_LINES:
+        variants = {run.name: _name_variant(run) for run in runs}
+        history["run"] = history["run"].map(variants)
+        section.text = ["A line is the mean over like runs and their clients."]
     for name in plots.QUESTION_SETS:
         section.plots.append(
             plotter.draw(f"accuracy_{name}", lambda name=name: plots.plot_accuracy(history, name))

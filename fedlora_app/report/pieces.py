@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fedlora_app.config import ConfigError
+from fedlora_app.config_file import parse_config
+from fedlora_app.project import ProjectNotFoundError, find_project_root
 from fedlora_app.report.history import read_history
 from fedlora_app.run_directory import RunDirectoryError
 from fedlora_app.saved_run import EVALUATION_FILE
@@ -27,11 +30,23 @@ class Pieces:
     history: list[dict[str, Any]]
     evaluation: dict[str, Any] | None
     problems: list[str] = field(default_factory=list)
+    name: str = ""
 
     @property
-    def name(self) -> str:
-        """The run's name."""
-        return self.path.name
+    def root(self) -> Path | None:
+        """The project that the run lies in."""
+        try:
+            return find_project_root(str(self.path / "config.json"))
+        except ProjectNotFoundError:
+            return None
+
+    @property
+    def reference(self) -> str:
+        """What the project's commands call the run: its name below results, or its path."""
+        results = self.root / "results" if self.root else None
+        if results is not None and self.path.is_relative_to(results):
+            return self.path.relative_to(results).as_posix()
+        return str(self.path)
 
     @property
     def mode(self) -> str:
@@ -55,8 +70,11 @@ class Pieces:
         return list((self.config.get("federated") or {}).get("clients") or [])
 
 
-def read_pieces(path: Path) -> Pieces:
+def read_pieces(path: Path, name: str = "") -> Pieces:
     """Read what there is of a run.
+
+    Args:
+        name: what to call it, by default as its folder.
 
     Raises:
         RunDirectoryError: there is nothing of a run at all.
@@ -65,11 +83,8 @@ def read_pieces(path: Path) -> Pieces:
     if not any((path / name).exists() for name in names):
         raise RunDirectoryError(f"{path} is no run directory: it holds none of {', '.join(names)}.")
     problems: list[str] = []
-    config = _read_object(path / "config.json", problems)
-    manifest = _read_object(path / "manifest.json", problems)
-    if not isinstance(manifest.get("rounds", []), list):
-        problems.append("manifest.json is damaged: its rounds are no list.")
-        manifest["rounds"] = []
+    config = _read_config(path / "config.json", problems)
+    manifest = _check_manifest(_read_object(path / "manifest.json", problems), problems)
     try:
         history = read_history(path)
     except RunDirectoryError as error:
@@ -78,9 +93,53 @@ def read_pieces(path: Path) -> Pieces:
     evaluation = None
     if (path / EVALUATION_FILE).exists():
         evaluation = _read_object(path / EVALUATION_FILE, problems) or None
-    pieces = Pieces(path, config, manifest, history, evaluation, problems)
+    pieces = Pieces(path, config, manifest, history, evaluation, problems, name or path.name)
+    if evaluation is not None and evaluation.get("round") != pieces.last_round:
+        problems.append(
+            f"evaluation.json is of round {evaluation.get('round')} and not of the last complete "
+            f"one, {pieces.last_round}; it is left out."
+        )
+        pieces = replace(pieces, evaluation=None)
     problems += _find_what_is_missing(pieces)
     return pieces
+
+
+def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
+    num_problems = len(problems)
+    raw = _read_object(path, problems)
+    if len(problems) > num_problems:
+        return {}
+    try:
+        return parse_config(raw, source=path.name).dump()
+    except ConfigError as error:
+        problems.append(f"config.json is damaged: {error}")
+        return {}
+
+
+def _check_manifest(manifest: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Return the manifest with only such parts as are what they should be."""
+    rounds = manifest.get("rounds", [])
+    whole = [e for e in rounds if _is_round(e)] if isinstance(rounds, list) else []
+    clients = manifest.get("clients", {})
+    known = {c: r for c, r in clients.items() if isinstance(r, dict)} if _is_dict(clients) else {}
+    if whole != rounds or known != clients:
+        problems.append(
+            "manifest.json is damaged: some of its rounds or clients are no such thing."
+        )
+    return manifest | {"rounds": whole, "clients": known}
+
+
+def _is_round(entry: Any) -> bool:
+    return (
+        _is_dict(entry)
+        and isinstance(entry.get("round"), int)
+        and isinstance(entry.get("seconds", 0), int | float)
+        and _is_dict(entry.get("failures", {}))
+    )
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:
@@ -115,10 +174,5 @@ def _find_what_is_missing(pieces: Pieces) -> Iterator[str]:
     if pieces.evaluation is None:
         yield (
             "Not evaluated yet, so these are the run's own figures after its last evaluated round. "
-            f"The whole picture needs: fedlora evaluate {pieces.name}"
-        )
-    elif pieces.evaluation.get("round") != pieces.last_round:
-        yield (
-            f"evaluation.json is of round {pieces.evaluation.get('round')}, and the last complete "
-            f"round is {pieces.last_round}. Evaluate anew: fedlora evaluate {pieces.name}"
+            f"The whole picture needs: fedlora evaluate {pieces.reference}"
         )

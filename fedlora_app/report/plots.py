@@ -115,11 +115,11 @@ def plot_accuracy(
     # In the last round the global adapter is tried alone beside the pair; the pair is the curve.
     is_aside = (answering == "global") & rows.duplicated(["run", "round", "client"], keep=False)
     title = f"{QUESTION_SETS[question_set]} questions"
-    figure, axes = _plot_curves(rows[~is_aside], title, MEASURES[measure])
-    aside = rows[is_aside]
-    if not aside.empty:
-        mean = aside["value"].mean()
-        axes.plot([aside["round"].max()], [mean], "x", color=INK, label="global alone", zorder=5)
+    figure, axes = _plot_curves(history, rows[~is_aside], title, MEASURES[measure])
+    aside = rows[is_aside].groupby("run", as_index=False)[["round", "value"]].mean()
+    if 0 < len(aside) <= MOST_LINES:
+        label = "global alone" if len(aside) == 1 else "global alone, a mark per run"
+        axes.plot(aside["round"], aside["value"], "x", color=INK, label=label, zorder=5)
         axes.legend(fontsize=7)
     axes.set_ylim(-0.03, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -130,7 +130,9 @@ def plot_accuracy(
 def plot_loss(history: pandas.DataFrame, phase: str = "global") -> Figure:
     """Draw a phase's mean training loss by round; ``phase`` as in the history's column."""
     rows = _select(history, f"train_{phase}/train_loss")
-    figure, axes = _plot_curves(rows, f"{PHASES[phase]}: training loss", "nats per answer token")
+    figure, axes = _plot_curves(
+        history, rows, f"{PHASES[phase]}: training loss", "nats per answer token"
+    )
     if not rows.empty and rows["value"].min() > 0:
         axes.set_yscale("log")
     return figure
@@ -140,7 +142,7 @@ def plot_loss(history: pandas.DataFrame, phase: str = "global") -> Figure:
 def plot_update_norm(history: pandas.DataFrame) -> Figure:
     """Draw how far each client moves the global adapter, the norm of its update."""
     rows = _select(history, "update_norm")
-    return _plot_curves(rows, "norm of the update that is sent", from_zero=True)[0]
+    return _plot_curves(history, rows, "norm of the update that is sent", from_zero=True)[0]
 
 
 @_styled
@@ -148,22 +150,21 @@ def plot_aggregation_error(history: pandas.DataFrame) -> Figure:
     """Draw how far averaging A and B apart is from averaging their products, relatively."""
     rows = _select(history, "aggregation_error")
     title = "aggregation error: averaging A and B apart"
-    figure, axes = _plot_curves(rows, title, label="of the mean's product", from_zero=True)
+    figure, axes = _plot_curves(history, rows, title, label="of the mean's product", from_zero=True)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     return figure
 
 
 @_styled
 def plot_traffic(history: pandas.DataFrame) -> Figure:
-    """Draw the bytes that all clients receive and send in a round."""
+    """Draw the bytes that all clients receive and send in a round; their sum for several runs."""
     rows = history[history["metric"].isin(["bytes_down", "bytes_up"])]
     names = {"bytes_down": "server to clients", "bytes_up": "clients to server"}
     sums = rows.groupby(["run", "metric", "round"], as_index=False)["value"].sum()
-    several = sums["run"].nunique() > 1
-    parts = sums["metric"].map(names)
-    sums["client"] = sums["run"] + ": " + parts if several else parts
-    sums["run"] = ""
-    figure, axes = _plot_curves(sums, "traffic of a round, all clients", from_zero=True)
+    sums["client"] = sums["metric"].map(names)
+    if _has_several(history):
+        sums = sums.groupby(["run", "round"], as_index=False)["value"].sum()
+    figure, axes = _plot_curves(history, sums, "traffic of a round, all clients", from_zero=True)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
     return figure
 
@@ -177,10 +178,9 @@ def plot_seconds(history: pandas.DataFrame) -> Figure:
     sums = rows.groupby(["run", "metric", "round"], as_index=False)["value"].sum()
     sums["client"] = sums["metric"].map(names)
     title = "seconds of a round, all clients"
-    if sums["run"].nunique() > 1:
+    if _has_several(history):
         sums = sums.groupby(["run", "round"], as_index=False)["value"].sum()
-        sums["client"] = "sum"
-    return _plot_curves(sums, title, from_zero=True)[0]
+    return _plot_curves(history, sums, title, from_zero=True)[0]
 
 
 @_styled
@@ -189,7 +189,9 @@ def plot_memory(history: pandas.DataFrame) -> Figure:
     rows = history[history["metric"].str.endswith("peak_memory_bytes")]
     columns = ["run", "client", "round"]
     highest = rows.groupby(columns, as_index=False)["value"].max()
-    figure, axes = _plot_curves(highest, "peak memory of the client's process", from_zero=True)
+    figure, axes = _plot_curves(
+        history, highest, "peak memory of the client's process", from_zero=True
+    )
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
     return figure
 
@@ -225,7 +227,7 @@ def plot_foreign_adapters(
                 values[key] = row[measure]
     clients = sorted({client for client, _ in values})
     table = [[values.get((client, owner)) for owner in clients] for client in clients]
-    title = f"{QUESTION_SETS[question_set]}: questions of (row), local adapter of (column)"
+    title = f"{QUESTION_SETS[question_set]}: asked of (row), adapter of (column)"
     return _plot_heat(table, clients, clients, title)
 
 
@@ -301,13 +303,17 @@ def format_bytes(value: float) -> str:
 
 
 def _plot_curves(
-    rows: pandas.DataFrame, title: str, label: str = "", from_zero: bool = False
+    history: pandas.DataFrame,
+    rows: pandas.DataFrame,
+    title: str,
+    label: str = "",
+    from_zero: bool = False,
 ) -> tuple[Figure, Axes]:
-    """Draw value by round: a line per client of one run, or per run."""
+    """Draw value by round: a line per client of one run, or per run of several in the history."""
     if rows.empty:
         raise NothingToPlotError(f"Not recorded in this run: {title}.")
     figure, axes = _figure(title)
-    by = "run" if rows["run"].nunique() > 1 else "client"
+    by = "run" if _has_several(history) else "client"
     table = rows.pivot_table(index="round", columns=by, values="value", aggfunc="mean")
     if len(table.columns) <= MOST_LINES:
         for colour, name in zip(SERIES, table.columns, strict=False):
@@ -319,9 +325,10 @@ def _plot_curves(
     else:
         for name in table.columns:
             axes.plot(table.index, table[name], color=SERIES[0], alpha=0.25, linewidth=0.6)
-        mean = f"mean of {len(table.columns)} {by}s"
-        axes.plot(table.index, table.mean(axis=1), color=SERIES[1], label=mean)
-        axes.legend()
+        if by == "client":  # runs may be of several modes, whose mean would mean nothing
+            mean = f"mean of {len(table.columns)} clients"
+            axes.plot(table.index, table.mean(axis=1), color=SERIES[1], label=mean)
+            axes.legend()
     axes.set_xlabel("round")
     axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -369,6 +376,10 @@ def _figure(title: str, height: float = SIZE[1]) -> tuple[Figure, Axes]:
     axes = figure.subplots()
     axes.set_title(title)
     return figure, axes
+
+
+def _has_several(history: pandas.DataFrame) -> bool:
+    return history["run"].nunique() > 1
 
 
 def _select(history: pandas.DataFrame, metric: str) -> pandas.DataFrame:

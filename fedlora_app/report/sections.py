@@ -15,7 +15,10 @@ from fedlora_app.report.history import load_history
 from fedlora_app.report.pieces import Pieces
 from fedlora_app.run_directory import RunDirectoryError
 
-MOST_ANSWERS = 6000  # rows of the conflict questions on a page; about 500 bytes each
+MOST_BYTES = 4_000_000  # of conflict questions on a page; the others stand in evaluation.json
+MOST_CHARACTERS = 400  # of one answer
+ROW_BYTES = 300  # of markup around the answers of one client
+UNMEASURED = "unmeasured"
 SHAPE_ERRORS = (KeyError, TypeError, ValueError, IndexError, AttributeError)
 """What a file of another shape than expected raises when it is read."""
 
@@ -24,6 +27,7 @@ SHAPE_ERRORS = (KeyError, TypeError, ValueError, IndexError, AttributeError)
 class Plot:
     """A drawn figure, or why it is not there."""
 
+    name: str
     svg: str = ""
     missing: str = ""
     caption: str = ""
@@ -64,10 +68,12 @@ class Plotter:
         try:
             figure = make()
         except plots.NothingToPlotError as error:
-            return Plot(missing=str(error))
+            return Plot(name, missing=str(error))
         except SHAPE_ERRORS as error:
-            return Plot(missing=f"{name} cannot be drawn from what the files hold: {error!r}.")
-        return Plot(plots.save_plot(figure, self.folder, name), caption=caption)
+            return Plot(
+                name, missing=f"{name} cannot be drawn from what the files hold: {error!r}."
+            )
+        return Plot(name, plots.save_plot(figure, self.folder, name), caption=caption)
 
 
 def build_sections(run: Pieces, plotter: Plotter) -> list[Section]:
@@ -95,7 +101,7 @@ def _show_answers(run: Pieces, plotter: Plotter) -> Section:
         section.text.append(
             "Which adapter carries which answer, how another client's local adapter does, and "
             "which scale of the local adapter is best, stands here after: "
-            f"fedlora evaluate {run.name}"
+            f"fedlora evaluate {run.reference}"
         )
         return section
     section.text.append(
@@ -167,7 +173,7 @@ def _show_conflicts(run: Pieces, plotter: Plotter) -> Section | None:
     if run.evaluation is None:
         section.text.append(
             "Each question with every client's answer stands here after: "
-            f"fedlora evaluate {run.name}"
+            f"fedlora evaluate {run.reference}"
         )
         return section
     rows: dict[int, dict[str, dict[str, Any]]] = {}
@@ -179,12 +185,13 @@ def _show_conflicts(run: Pieces, plotter: Plotter) -> Section | None:
         return section
     questions = [_describe_question(by_client) for by_client in rows.values()]
     questions.sort(key=lambda question: question["status"] == "passed")  # failed ones first
-    num_shown = max(1, MOST_ANSWERS // max(len(by_client) for by_client in rows.values()))
-    section.questions = questions[:num_shown]
+    section.questions = list(_take_what_fits(questions))
+    num_shown = len(section.questions)
     section.clients = sorted({client for by_client in rows.values() for client in by_client})
     section.text.append(
         "One question, another right answer for each client. Log-likelihoods are sums over the "
-        "answer's tokens; a word-for-word answer counts as passed."
+        "answer's tokens. Passed is a word-for-word answer; where none was generated or asked for, "
+        "the keyword rule decides, and else the ranking."
     )
     if len(questions) > num_shown:
         section.text.append(
@@ -194,13 +201,27 @@ def _show_conflicts(run: Pieces, plotter: Plotter) -> Section | None:
     return section
 
 
+def _take_what_fits(questions: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield questions while there is room on the page, and the first in any case."""
+    room = MOST_BYTES
+    for number, question in enumerate(questions):
+        texts = (text for answer in question["answers"] for text in answer.values())
+        room -= sum(len(text.encode(errors="replace")) for text in texts)
+        room -= ROW_BYTES * len(question["answers"])
+        if room < 0 and number:
+            return
+        yield question
+
+
 def _describe_question(by_client: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     answers = [_describe_answer(client, row) for client, row in sorted(by_client.items())]
-    failed = [answer["client"] for answer in answers if answer["status"] == "failed"]
+    found = {answer["status"] for answer in answers}
+    order = ("failed", UNMEASURED, "passed")
+    status = next(status for status in order if status in found)
     return {
-        "text": next(iter(by_client.values()))["instruction"],
-        "status": "failed" if failed else "passed",
-        "failed": " ".join(failed),
+        "text": _cut(next(iter(by_client.values()))["instruction"]),
+        "status": status,
+        "mark": {UNMEASURED: "not measured"}.get(status, status),
         "answers": answers,
     }
 
@@ -211,16 +232,20 @@ def _describe_answer(client: str, row: Mapping[str, Any]) -> dict[str, Any]:
     own = next((value for value, text in ranked if text == row["gold"]), None)
     other = next(((value, text) for value, text in ranked if text != row["gold"]), None)
     verdicts = (row["exact_match"], row["keyword"], row["correct"])
-    passed = next((verdict for verdict in verdicts if verdict is not None), False)
+    passed = next((verdict for verdict in verdicts if verdict is not None), None)
     return {
         "client": client,
-        "status": "passed" if passed else "failed",
-        "gold": row["gold"] or "(by keywords)",
-        "said": row["generated"] if row["generated"] is not None else "(not generated)",
+        "status": {None: UNMEASURED, True: "passed", False: "failed"}[passed],
+        "gold": _cut(row["gold"] or "(by keywords)"),
+        "said": _cut(row["generated"] if row["generated"] is not None else "(not generated)"),
         "own": "" if own is None else f"{own:.2f}",
-        "rival": "" if other is None else other[1],
+        "rival": "" if other is None else _cut(other[1]),
         "other": "" if other is None else f"{other[0]:.2f}",
     }
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} ..."
 
 
 def _show_data(run: Pieces, plotter: Plotter) -> Section:
@@ -255,9 +280,10 @@ def _show_data(run: Pieces, plotter: Plotter) -> Section:
 
 def _show_provenance(run: Pieces, plotter: Plotter) -> Section:
     section = Section("provenance", "Provenance")
-    section.code.append(
-        ("The same run again, in a checkout of the same commit:", describe_command(run))
-    )
+    commit = str(run.manifest.get("git_commit") or "unknown")
+    if run.config:
+        how = f"The same run again, in this project's folder at commit {commit}:"
+        section.code.append((how, describe_command(run)))
     rows = list(_flatten({k: v for k, v in run.manifest.items() if k not in ("rounds", "clients")}))
     section.tables.append(Table(("manifest", ""), rows))
     section.details.append(("Configuration", json.dumps(run.config, indent=2, ensure_ascii=False)))
@@ -268,12 +294,11 @@ def _show_provenance(run: Pieces, plotter: Plotter) -> Section:
 
 def describe_command(run: Pieces) -> str:
     """Return the command that repeats a run, from the configuration that it kept."""
-    place = f"{run.path.parent.name}/{run.name}" if run.path.parent.name != "results" else run.name
-    config = f"results/{place}/config.json"
-    federation = ""
-    if len(run.clients) != 2:  # Flower's default
-        federation = f' --federation-config "num-supernodes={len(run.clients)}"'
-    return f"flwr run . --stream{federation} --run-config \"config='{config}'\""
+    config = run.path / "config.json"
+    if run.root is not None and config.is_relative_to(run.root):
+        config = config.relative_to(run.root)
+    federation = f'--federation-config "num-supernodes={len(run.clients)}"'
+    return f"flwr run . --stream {federation} --run-config \"config='{config.as_posix()}'\""
 
 
 def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -29,7 +29,8 @@ MACROS = """\
 <form class="filter" id="filter" hidden>
   <label>Show <select name="status"><option value="">all</option>\
 <option value="passed">passed by every client</option>\
-<option value="failed">failed by a client</option></select></label>
+<option value="failed">failed by a client</option>\
+<option value="unmeasured">not measured</option></select></label>
   <label>Client <select name="client"><option value="">any</option>\
 {% for client in section.clients %}<option>{{ client }}</option>{% endfor %}</select></label>
   <label>Search <input type="search" name="text" placeholder="question or answer"></label>
@@ -37,8 +38,8 @@ MACROS = """\
 </form>
 <div id="questions">
 {% for q in section.questions %}
-<article class="{{ q.status }}" data-failed="{{ q.failed }}">
-  <h3><span class="mark">{{ q.status }}</span> {{ q.text }}</h3>
+<article class="{{ q.status }}">
+  <h3><span class="mark">{{ q.mark }}</span> {{ q.text }}</h3>
   <div class="scroll"><table><thead><tr><th scope="col">client</th><th scope="col">its own answer</th>\
 <th scope="col">what it said</th><th scope="col" class="number">log-likelihood</th>\
 <th scope="col">most likely other answer</th><th scope="col" class="number">log-likelihood</th></tr></thead>
@@ -162,7 +163,8 @@ select, input { font: inherit; color: inherit; background: var(--panel);
 article { border: 1px solid var(--line); border-left: 4px solid var(--good); border-radius: 6px;
   padding: .7rem .9rem; margin-bottom: .8rem; content-visibility: auto;
   contain-intrinsic-size: auto 170px; }
-article.failed, article .failed th { border-left-color: var(--bad); }
+article.failed { border-left-color: var(--bad); }
+article.unmeasured { border-left-color: var(--line); }
 article[hidden] { display: none; }
 article td { min-width: 9rem; }
 article td.number { min-width: 0; }
@@ -191,9 +193,9 @@ SCRIPT = """
     const words = form.elements.text.value.toLowerCase().trim();
     let shown = 0;
     articles.forEach((article, i) => {
-      const failed = article.dataset.failed.split(' ');
-      const fits = !client ? !status || article.classList.contains(status)
-        : !status || (status === 'failed') === failed.includes(client);
+      const own = client && article.querySelector(`tr[data-client="${client}"]`);
+      const rated = client ? own : article;
+      const fits = rated && (!status || rated.classList.contains(status));
       article.hidden = !(fits && texts[i].includes(words));
       article.querySelectorAll('tbody tr').forEach((row) => {
         row.hidden = Boolean(client) && row.dataset.client !== client;

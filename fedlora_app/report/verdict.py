@@ -2,27 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fedlora_app.evaluation.comparison import compare_evaluations
-from fedlora_app.evaluation.intervals import Estimate, over_seeds
-from fedlora_app.report.figures import RANKED, Figures
+from fedlora_app.evaluation.intervals import Estimate
+from fedlora_app.report.evidence import Paired, average, compare_intervals, pair_records
+from fedlora_app.report.figures import (
+    EXACT,
+    KEYWORD,
+    KEYWORD_CEILING,
+    PASS_KEYS,
+    RANKED,
+    Figures,
+)
+from fedlora_app.report.variants import (
+    Evaluations,
+    Variant,
+    choose_pair,
+    group_alike,
+    list_names,
+    tell_left_out,
+)
 
 BOTH = "global+local:own"
-PASSES = "conflict_pass_rate_exact_match"
+PASSES = PASS_KEYS[EXACT]
+LOSSES = {"universal": "universal", "universal_unseen": "never seen"}
 SAME_PROMPT = (
     "All clients have the same system prompt, so any one adapter for all would give all of them "
     "the same answer, however it was trained: it can pass no conflict question."
 )
-OTHER_PROMPTS = (
-    "The shared adapter was trained on universal data alone. How one adapter does that was trained "
-    "on everything and averaged, a run with mode='fedavg' tells."
+TRAINED_ON = {
+    "phased": "The shared adapter was trained on universal data alone. ",
+    "joint": "The shared adapter was trained on local data too. ",
+}
+OTHER_MODES = (
+    "How one adapter does that was trained on everything and averaged, a run with mode='fedavg' "
+    "tells."
 )
-AGREEMENT = (
-    "The interval over several runs is Student's t, that of one run Wilson's. Where all runs agree "
-    "it has no width, which is no certainty."
+SEEDS = (
+    "Over several runs an interval is the wider of two: Student's t over the seeds, and the one "
+    "over the questions, as if the seeds had added none."
+)
+NOTHING_MEASURED = (
+    "Nothing was measured on conflict questions that two or more clients answer: the run has none, "
+    "or did not get that far."
+)
+NEEDS_TWO = (
+    "To tell whether two adapters beat one, name at least one run of mode dual and one of mode "
+    "fedavg, both with conflict questions that have whole answers."
 )
 
 
@@ -35,151 +64,224 @@ class Verdict:
     caveats: tuple[str, ...] = ()
 
 
-def judge_run(figures: Mapping[str, Figures], prompts: Sequence[str]) -> Verdict:
+def judge_run(
+    figures: Mapping[str, Figures], prompts: Sequence[str | None], schedule: str | None = None
+) -> Verdict:
     """Judge one run by its conflict questions.
 
     Args:
-        prompts: the clients' system prompts.
+        prompts: the clients' system prompts; None for one that is not known.
+        schedule: how the adapters were trained, phased or joint; None where it is not known.
     """
     own = next((figures[who] for who in (BOTH, "local:own", "global") if who in figures), None)
     if own is None or not own.passed().n:
-        return Verdict(
-            "No verdict.",
-            "Nothing was measured on conflict questions that two or more clients answer: the run "
-            "has none, or did not get that far.",
-        )
-    told = f"Every client gave its own answer, word for word, to {_count(own.passed())}"
+        return _judge_keywords(own)
     one = figures.get("global")
-    if own.who != BOTH or one is None or not one.passed().n:
-        what = {BOTH: "Two adapters", "local:own": "A local adapter alone"}.get(
-            own.who, "One averaged adapter"
-        )
-        return Verdict(
-            f"{what}: {_percent(own.passed())} of the conflicts.",
-            f"{told}. {_ranked(own)}",
-            ("How the other modes do on the same questions, runs with another mode tell.",),
-        )
-    universal = own.share("universal"), one.share("universal")
-    knows = (
-        f" Universal questions: {_brief(universal[0])} with both, {_brief(universal[1])} with the "
-        "shared one alone."
-        if universal[0].n and universal[1].n
-        else ""
-    )
-    # Whatever it learns, one adapter says the same to clients that have the same prompt.
-    is_any_other = len(set(prompts)) == 1
-    rival = "one" if is_any_other else "the shared one alone"
+    are_known = bool(prompts) and not {None, "None"} & set(prompts)
+    are_equal = are_known and len(set(prompts)) == 1
+    if own.who == BOTH and one is not None and one.passed().n:
+        return _judge_shared(own, one, are_equal, TRAINED_ON.get(schedule, "") * are_known)
+    what = {BOTH: "Two adapters", "local:own": "A local adapter alone"}.get(own.who, "One adapter")
+    fails = are_equal and own.who == "global" and not own.passed().value
     return Verdict(
-        _headline(own.passed(), one.passed(), rival),
-        f"{told} with both adapters, and to {_count(one.passed(), short=True)} with the shared one "
-        f"alone.{knows}",
-        (SAME_PROMPT if is_any_other else OTHER_PROMPTS, _ranked(own)),
+        f"{what}: {_percent(own.passed())} of the conflicts.",
+        f"Every client gave its own answer, word for word, to {_count(own.passed())}. "
+        f"{_ranked(own)}",
+        (SAME_PROMPT,) * fails
+        + ("How the other modes do on the same questions, runs with another mode tell.",),
     )
+
+
+def _judge_keywords(own: Figures | None) -> Verdict:
+    passed, ceiling = (own.passed(key) if own else None for key in (KEYWORD, KEYWORD_CEILING))
+    if not passed or not passed.n:
+        return Verdict("No verdict.", NOTHING_MEASURED)
+    limit = (
+        f"of the right answers in the files {_interval(ceiling)} fit it, and no more can be asked."
+        if ceiling.n
+        else "the files hold no whole answers that would show what can be reached."
+    )
+    return Verdict(
+        f"By keywords only: {_percent(passed)} of the answers fit.",
+        "The conflict questions carry keywords and no whole answers, so nothing could be matched "
+        "word for word or ranked. Of the answers to all questions with keywords, not to conflicts "
+        f"alone, {_interval(passed)} (n {passed.n}) fit the keyword rule; {limit}",
+    )
+
+
+def _judge_shared(own: Figures, one: Figures, are_equal: bool, trained_on: str) -> Verdict:
+    """Judge both adapters against the shared one alone, which comes with every run of mode dual."""
+    # Whatever it learns, one adapter says the same to clients that have the same prompt.
+    fails = are_equal and not one.passed().value
+    paired = None if fails else pair_records([(own, one)])
+    if fails:
+        claim = f"Two adapters: {_percent(own.passed())} of the conflicts, where one adapter can "
+        claim += "reach none"
+    else:
+        sign = paired.sign if paired else compare_intervals(own.passed(), one.passed())
+        claim = _claim(sign, "the shared one alone")
+    shares = [{name: who.share(name) for name in LOSSES} for who in (own, one)]
+    told = f"{_count(own.passed())} with both adapters, and to {_count(one.passed(), True)} with"
+    sentences = [
+        f"Every client gave its own answer, word for word, to {told} the shared one alone.",
+        *([_describe_paired(paired)] if paired else []),
+        *_tell_shares(*shares, "with both", "with the shared one alone"),
+    ]
+    caveats = (SAME_PROMPT if fails else trained_on + OTHER_MODES, _ranked(own))
+    return Verdict(f"{claim}{_cost(*shares)}.", " ".join(sentences), caveats)
 
 
 def judge_runs(
-    figures: Mapping[str, Figures],
-    modes: Mapping[str, str],
-    evaluations: Mapping[str, Mapping[str, Any]],
+    figures: Mapping[str, Figures], modes: Mapping[str, str], evaluations: Evaluations
 ) -> Verdict:
     """Judge two adapters (mode dual) against one averaged adapter (mode fedavg).
+
+    Only runs that are alike speak for a side: of one mode, size, settings and conditions.
 
     Args:
         figures: of each run what its clients answer with.
         evaluations: those runs' ``evaluation.json`` that have one.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: an evaluation of another shape.
     """
-    measured = {name: f for name, f in figures.items() if f.passed().n}
-    two = [name for name in measured if modes[name] == "dual"]
-    one = [name for name in measured if modes[name] == "fedavg"]
-    if not two or not one:
-        return Verdict(
-            "No verdict.",
-            "To tell whether two adapters beat one, name at least one run of mode dual and one of "
-            "mode fedavg, both with conflict questions.",
-        )
-    if len(two) == len(one) == 1 and {*two, *one} <= set(evaluations):
-        return _judge_pair(two[0], one[0], evaluations)
-    many = {"two": [measured[n].passed().value for n in two]}
-    many["one"] = [measured[n].passed().value for n in one]
-    estimates = {
-        key: over_seeds(values) if len(values) > 1 else measured[(two + one)[key == "one"]].passed()
-        for key, values in many.items()
-    }
-    return Verdict(
-        _headline(estimates["two"], estimates["one"]),
-        f"Conflict questions that every client answered in its own way, word for word: "
-        f"{_interval(estimates['two'])} with two adapters ({_runs(two)}), "
-        f"{_interval(estimates['one'])} with one averaged adapter ({_runs(one)}).",
-        (AGREEMENT,),
-    )
+    measured = [name for name, found in figures.items() if found.passed().n]
+    sides = [[n for n in measured if modes[n] == mode] for mode in ("dual", "fedavg")]
+    if not all(sides):
+        return Verdict("No verdict.", NEEDS_TWO)
+    names = [name for side in sides for name in side]
+    groups = [group_alike(side, evaluations) for side in sides]
+    variants = [variant for side in groups for variant in side]
+    if not all(groups):
+        reasons = tell_left_out(names, variants, variants, evaluations)
+        return Verdict("No verdict.", " ".join(reasons))
+    two, one = choose_pair(*groups, evaluations)
+    left_out = tell_left_out(names, variants, [two, one], evaluations)
+    return _judge_variants(two, one, figures, evaluations, tuple(left_out))
 
 
-def _judge_pair(two: str, one: str, evaluations: Mapping[str, Mapping[str, Any]]) -> Verdict:
-    compared = compare_evaluations({one: dict(evaluations[one]), two: dict(evaluations[two])})
-    entry = next((d for d in compared["differences"] if d["measure"] == PASSES), None)
+def _judge_variants(
+    two: Variant,
+    one: Variant,
+    figures: Mapping[str, Figures],
+    evaluations: Evaluations,
+    left_out: tuple[str, ...],
+) -> Verdict:
+    """Judge like runs of each mode; by seed where both have the same ones."""
+    seed = next((seed for seed in two if seed in one), None)
+    first = [side.get(seed, next(iter(side.values()))) for side in (one, two)]
+    compared = compare_evaluations({name: dict(evaluations[name]) for name in first})
+    caveats = (*left_out, *compared["notes"])
+    if compared["not_comparable"]:
+        faults = " ".join(compared["not_comparable"])
+        return Verdict("Not comparable.", f"{faults} The figures stand in the table.", caveats)
+    entry = next((entry for entry in compared["differences"] if entry["measure"] == PASSES), None)
     if entry is None:
-        return Verdict(
-            "No verdict.", "The two runs were not asked the same conflict questions.", ()
-        )
-    difference = Estimate(**entry["difference"])
-    is_told = difference.low is not None and (difference.low > 0 or difference.high < 0)
-    better = "beat" if is_told and difference.value > 0 else "do worse than"
-    headline = (
-        f"Two adapters {better} one averaged adapter."
-        if is_told
-        else "No difference between two adapters and one could be told."
-    )
-    passed = [Estimate(**evaluations[name]["summary"][PASSES]) for name in (two, one)]
-    return Verdict(
-        headline,
-        f"Every client gave its own answer, word for word, to {_count(passed[0])} in {two} and to "
-        f"{_count(passed[1], short=True)} in {one}. Difference over the same questions: "
-        f"{_points(difference)} (p {format_p(entry['p_value'])}).",
-        (*compared["not_comparable"], *compared["notes"]),
-    )
+        return Verdict("No verdict.", "The runs have no conflict questions in common.", caveats)
+    if len(two) == len(one) == 1:
+        paired = Paired(Estimate(**entry["difference"]), entry["p_value"])
+    else:
+        paired = _pair_by_seed(two, one, figures)
+    verdict = _word_variants(two, one, figures, paired)
+    notes = (SEEDS,) * (max(len(two), len(one)) > 1) + caveats
+    prompts = set(evaluations[first[0]]["system_prompts"].values())
+    reached = any(figures[name].passed().value for name in one.values())
+    notes = (SAME_PROMPT,) * (len(prompts) == 1 and not reached) + notes
+    return Verdict(*verdict, notes)
 
 
-def _headline(two: Estimate, one: Estimate, rival: str = "one") -> str:
-    if None in (two.low, one.low):
-        return "Too few runs for a verdict."
-    if two.low > one.high:
-        return f"Two adapters beat {rival}."
-    if two.high < one.low:
-        return f"Two adapters do worse than {rival}."
-    return f"No difference between two adapters and {rival} could be told."
+def _word_variants(
+    two: Variant, one: Variant, figures: Mapping[str, Figures], paired: Paired | None
+) -> tuple[str, str]:
+    """Return headline and sentence."""
+    sides = [[figures[name] for name in side.values()] for side in (two, one)]
+    passed = [average([f.passed() for f in side]) for side in sides]
+    shares = [{name: average([f.share(name) for f in side]) for name in LOSSES} for side in sides]
+    names = [list_names([*side.values()]) for side in (two, one)]
+    sentences = [
+        f"Every client gave its own answer, word for word, to {_count(passed[0])} with two "
+        f"adapters ({names[0]}), and to {_count(passed[1], short=True)} with one averaged adapter "
+        f"({names[1]}).",
+        *([_describe_paired(paired)] if paired else []),
+        *_tell_shares(*shares, "with two", "with one"),
+    ]
+    sign = paired.sign if paired else compare_intervals(*passed)
+    headline = f"{_claim(sign, 'one averaged adapter')}{_cost(*shares)}."
+    return headline, " ".join(sentences)
+
+
+def _pair_by_seed(two: Variant, one: Variant, figures: Mapping[str, Figures]) -> Paired | None:
+    if two.keys() != one.keys():
+        return None
+    return pair_records([(figures[two[seed]], figures[one[seed]]) for seed in two])
+
+
+def _claim(sign: int, rival: str) -> str:
+    if not sign:
+        return f"No difference between two adapters and {rival} on conflict questions could be told"
+    return f"Two adapters {'beat' if sign > 0 else 'do worse than'} {rival} on conflict questions"
+
+
+def _cost(two: Mapping[str, Estimate], one: Mapping[str, Estimate]) -> str:
+    """Return what two adapters lose beyond the intervals, for the headline."""
+    lost = [
+        f"{LOSSES[name]} {_percent(two[name])} instead of {_percent(one[name])}"
+        for name in LOSSES
+        if two[name].n and one[name].n and compare_intervals(two[name], one[name]) < 0
+    ]
+    return f", at a cost: {', '.join(lost)}" if lost else ""
+
+
+def _tell_shares(
+    two: Mapping[str, Estimate], one: Mapping[str, Estimate], with_two: str, with_one: str
+) -> Iterator[str]:
+    for name, label in LOSSES.items():
+        if two[name].n and one[name].n:
+            lost = compare_intervals(two[name], one[name]) < 0
+            yield (
+                f"{label.capitalize()} questions: {_brief(two[name])} {with_two}, "
+                f"{_brief(one[name])} {with_one}{', a loss beyond the intervals' * lost}."
+            )
 
 
 def _count(estimate: Estimate, short: bool = False) -> str:
     """Return "48 of 48 conflict questions (100 %, 95 % interval 93 to 100)"."""
-    right = round(estimate.value * estimate.n)
-    what = "" if short else " conflict questions"
-    return (
-        f"{right} of {estimate.n}{what} ({_interval(estimate)})"
-        if not short
-        else (f"{right} of {estimate.n}, {_brief(estimate)},")
-    )
+    right = f"{round(estimate.value * estimate.n, 1):g} of {estimate.n}"
+    if short:
+        return f"{right}, {_brief(estimate)},"
+    return f"{right} conflict questions ({_interval(estimate)})"
 
 
 def _brief(estimate: Estimate) -> str:
     """Return "100 % (93 to 100)"."""
-    low, high = 100 * estimate.low, 100 * estimate.high
-    return f"{_percent(estimate)} ({low:.0f} to {high:.0f})"
+    return f"{_percent(estimate)} ({_number(estimate.low)} to {_number(estimate.high)})"
 
 
 def _interval(estimate: Estimate) -> str:
-    if estimate.low is None:
-        return _percent(estimate)
-    low, high = 100 * estimate.low, 100 * estimate.high
-    return f"{_percent(estimate)}, 95 % interval {low:.0f} to {high:.0f}"
-
-
-def _points(estimate: Estimate) -> str:
-    low, high = 100 * estimate.low, 100 * estimate.high
-    return f"{100 * estimate.value:+.0f} points, 95 % interval {low:+.0f} to {high:+.0f}"
+    low, high = _number(estimate.low), _number(estimate.high)
+    return f"{_percent(estimate)}, 95 % interval {low} to {high}"
 
 
 def _percent(estimate: Estimate) -> str:
-    return f"{100 * estimate.value:.0f} %"
+    return f"{_number(estimate.value)} %"
+
+
+def _number(share: float, sign: str = "") -> str:
+    """Return a percentage that is 0 or 100 only if it is so, else 0.1 or 99.9 at the most."""
+    size = abs(share)
+    if min(size, abs(1 - size)) < 1e-9 or 0.005 <= size < 0.995:
+        return f"{100 * share:{sign}.0f}"
+    size = min(max(size, 0.001), 0.999)
+    return f"{100 * math.copysign(size, share):{sign}.1f}"
+
+
+def _describe_paired(paired: Paired) -> str:
+    difference = paired.difference
+    text = f"Difference over the same questions: {_number(difference.value, '+')} points"
+    if difference.low is not None:
+        low, high = _number(difference.low, "+"), _number(difference.high, "+")
+        text += f", 95 % interval {low} to {high}"
+    return f"{text} ({paired.test}: p {format_p(paired.p_value)})."
 
 
 def _ranked(figures: Figures) -> str:
@@ -188,10 +290,6 @@ def _ranked(figures: Figures) -> str:
         return "By likelihood nothing was ranked."
     right = round(passed.value * passed.n)
     return f"By likelihood every client ranked its own answer first in {right} of {passed.n}."
-
-
-def _runs(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{len(names)} runs"
 
 
 def format_p(p_value: float) -> str:

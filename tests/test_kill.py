@@ -1,0 +1,143 @@
+"""Runs that are killed at random moments and continued end in the bytes of an undisturbed one.
+
+``pytest -m killtest`` (about ten minutes). The first test kills real server and client code in one
+process, half of the times exactly at a file operation or message and half after a random time; the
+second kills Flower's daemon with its simulation.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_flower import Flower, processes_with
+from test_resumption import snapshot
+
+from fedlora_app.config_file import load_config
+
+pytestmark = pytest.mark.killtest
+
+NUM_KILLS = int(os.getenv("FEDLORA_KILLS", "50"))
+KILLS_PER_RUN = 5
+CHILD = Path(__file__).with_name("killed_run.py")
+
+
+def start(project: Path, output_dir: Path, kind: str = "none", number: int = 0):
+    command = [sys.executable, CHILD, project, output_dir, kind, str(number)]
+    return subprocess.Popen(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Wait for the end by itself; return the last line."""
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output[-3000:]
+    return output.splitlines()[-1]
+
+
+def kill_once(process: subprocess.Popen, after: float | None) -> str | None:
+    """Wait for a kill, or kill after some seconds; return where, or None if it ended before."""
+    output = ""
+    if after is not None:
+        time.sleep(after)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            output = f"time: after {after:.1f} s"
+    output = process.communicate(timeout=300)[0] + output
+    if process.returncode == 0:
+        return None
+    assert process.returncode == -signal.SIGKILL, output[-3000:]
+    return output.splitlines()[-1]
+
+
+def test_a_run_that_is_killed_at_any_moment_ends_in_the_same_bytes(tiny_project, tmp_path):
+    started = time.monotonic()
+    num_files, num_messages = map(int, finish(start(tiny_project, tmp_path / "whole")).split())
+    seconds = time.monotonic() - started
+    expected = snapshot(tmp_path / "whole" / "run")
+    rng, places, number = random.Random(2026), [], 0
+    while len(places) < NUM_KILLS:
+        number += 1
+        output_dir = tmp_path / f"run{number}"
+        for _ in range(KILLS_PER_RUN):
+            kind = rng.choice(("file", "message", "time"))
+            count = {"file": num_files, "message": num_messages, "time": 1}[kind]
+            process = start(tiny_project, output_dir, kind, rng.randint(1, count))
+            place = kill_once(process, rng.uniform(0, seconds) if kind == "time" else None)
+            if place is None:
+                break
+            places.append(place)
+        else:
+            finish(start(tiny_project, output_dir))
+        assert snapshot(output_dir / "run") == expected, places
+        assert not list((output_dir / "run").rglob(".*.partial"))
+    print(f"{len(places)} kills in {number} runs:", *sorted(places), sep="\n  ")
+    assert {place.partition(":")[0] for place in places} == {"file", "message", "time"}
+
+
+def test_flower_s_daemon_and_simulation_are_killed(tmp_path):
+    """The demo, cut short, under ``flwr run``: all of it is killed, and the run goes on."""
+    settings = "num-rounds=2 overrides='training.global_epochs=1 evaluation.max_new_tokens=4'"
+    rng, homes = random.Random(7), iter(range(100))
+
+    def launch(name: str, stop_after: float | None) -> None:
+        flower = Flower(tmp_path / f"home{next(homes)}")
+        output = tmp_path / name
+        resume = "resume='run'" if (output / "run").is_dir() else "run-name='run'"
+        config = f"{settings} output-dir='{output}' {resume}"
+        try:
+            process = subprocess.Popen(
+                [
+                    Path(sys.executable).parent / "flwr",
+                    "run",
+                    ".",
+                    "--run-config",
+                    config,
+                    "--stream",
+                ],
+                cwd=CHILD.parents[1],
+                env=flower.env,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            process.wait(timeout=stop_after or 300)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        finally:
+            for pid in family(processes_with(str(flower.port))):
+                os.kill(pid, signal.SIGKILL)
+
+    launch("whole", None)
+    expected = snapshot(tmp_path / "whole" / "run")
+    for _ in range(3):
+        launch("killed", rng.uniform(15, 40))
+    launch("killed", None)
+    assert snapshot(tmp_path / "killed" / "run") == expected
+    assert load_config(tmp_path / "killed" / "run" / "config.json").federated.num_rounds == 2
+
+
+def family(pids: list[int]) -> list[int]:
+    """Return the processes and all that they have started, Ray's among them."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        children.setdefault(parent, []).append(int(folder.name))
+    found = list(pids)
+    for pid in found:
+        found += [child for child in children.get(pid, []) if child not in found]
+    return found
