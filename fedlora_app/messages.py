@@ -8,15 +8,17 @@ is refused here before it leaves.
 from __future__ import annotations
 
 import json
+import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedlora_app.adapters import AdapterState, check_state
-from fedlora_app.config import Config
+from fedlora_app.adapters import AdapterState, check_names, check_state
+from fedlora_app.config import SAFE_NAME, Config
 from fedlora_app.config_file import parse_config
 
 CHECK_IN_ROUND = 0
@@ -25,6 +27,9 @@ UPDATE_RECORD = "global-update"
 TASK_RECORD = "task"
 METRIC_RECORD = "metrics"
 ABOUT_RECORD = "about"
+WIRE_BYTES = {"float32": 4, "uint16": 2}
+MAX_ARRAY_HEADER_BYTES = 4096
+MAX_ERROR_CHARS = 10_000
 
 DECLARED_METRICS = re.compile(
     r"""
@@ -80,7 +85,12 @@ class Task:
     @property
     def config(self) -> Config:
         """The experiment's configuration."""
-        return parse_config(json.loads(self.experiment), source="The experiment that was sent")
+        source = "The experiment that was sent"
+        try:
+            raw = json.loads(self.experiment)
+        except (ValueError, RecursionError) as error:
+            raise MessageError(f"{source} is not JSON: {error}.") from None
+        return parse_config(raw, source=source)
 
 
 def pack_state(state: AdapterState, dtype: str = "float32") -> ArrayRecord:
@@ -97,16 +107,24 @@ def unpack_state(
         MessageError, AdapterError: naming the sender and the tensor.
     """
     wire_dtype = "uint16" if dtype == "bfloat16" else dtype
+    check_names(record, shapes, f"{sender} sent")
     state = {}
-    for key, array in record.items():
+    for key, shape in shapes.items():
+        array = record[key]
         if array.dtype != wire_dtype:
             raise MessageError(
                 f"{sender} sent {key} as {array.dtype}, expected {wire_dtype} (for {dtype})."
             )
+        if len(array.data) > shape.numel() * WIRE_BYTES[wire_dtype] + MAX_ARRAY_HEADER_BYTES:
+            raise MessageError(f"{sender} sent {key} as {len(array.data)} bytes, too many for it.")
         try:
-            tensor = torch.from_numpy(array.numpy().copy())
-        except (ValueError, TypeError, EOFError, OSError) as error:
-            raise MessageError(f"{sender} sent {key} as a damaged array: {error}.") from None
+            values = array.numpy()
+            if not isinstance(values, np.ndarray) or values.dtype != wire_dtype:
+                raise TypeError("it holds something else than it says")
+            tensor = torch.from_numpy(values.copy())
+        except Exception as error:  # numpy raises nearly anything for damaged bytes
+            reason = str(error)[:200]
+            raise MessageError(f"{sender} sent {key} as a damaged array: {reason!a}.") from None
         state[key] = tensor.view(torch.bfloat16).float() if dtype == "bfloat16" else tensor
     check_state(state, shapes, f"{sender} sent")
     return state
@@ -121,11 +139,25 @@ def build_task_content(task: Task, arrays: ArrayRecord | None = None) -> RecordD
 
 
 def read_task(message: Message) -> Task:
-    """Return the task of a message from the server."""
+    """Return the task of a message from the server.
+
+    Raises:
+        MessageError: there is none, or a part of it is missing, unknown or of another type.
+    """
+    records = message.content.config_records if message.has_content() else {}
     try:
-        return Task(**message.content.config_records[TASK_RECORD])
+        task = Task(**records[TASK_RECORD])
     except (KeyError, TypeError) as error:
-        raise MessageError(f"The server's message holds no complete task: {error}.") from None
+        raise MessageError(f"The server's message holds no complete task: {error!r}.") from None
+    for field in fields(Task):
+        found = type(getattr(task, field.name)).__name__
+        if found != field.type:
+            raise MessageError(f"The server sent {field.name} as {found}, expected {field.type}.")
+    if task.server_round < 0 or task.local_round < -1:
+        raise MessageError(
+            f"The server sent round {task.server_round} and local round {task.local_round}."
+        )
+    return task
 
 
 def build_reply(
@@ -225,27 +257,60 @@ def read_reply(message: Message, client_id: str | None, server_round: int) -> Re
     if message.has_error():
         raise MessageError(f"{sender}: {message.error.reason}")
     about = message.content.config_records.get(ABOUT_RECORD, ConfigRecord())
+    named = about.get("client-id")
+    if client_id is None and isinstance(named, str) and re.fullmatch(SAFE_NAME, named):
+        client_id = sender = named
     if "error" in about:
-        raise MessageError(f"{about.get('client-id', sender)}: {about['error']}")
-    client_id = client_id or str(about.get("client-id"))
-    if about.get("client-id") != client_id or about.get("server-round") != server_round:
+        raise MessageError(f"{sender}: {str(about['error'])[:MAX_ERROR_CHARS]}")
+    if client_id is None or named != client_id or about.get("server-round") != server_round:
         raise MessageError(
-            f"{client_id} answered as {about.get('client-id')!r} for round "
-            f"{about.get('server-round')!r}, expected its own id and round {server_round}."
+            f"{sender} answered as {named!r:.100} for round {about.get('server-round')!r:.100}, "
+            f"expected its own id and round {server_round}."
         )
     metrics = dict(message.content.metric_records.get(METRIC_RECORD, MetricRecord()))
     undeclared = [name for name in metrics if not DECLARED_METRICS.fullmatch(name)]
     if undeclared:
-        raise MessageError(f"{client_id} sent metrics that are not declared: {undeclared}.")
+        raise MessageError(
+            f"{client_id} sent metrics that are not declared: {undeclared[:5]!r:.500}."
+        )
+    for name, value in metrics.items():
+        if not _is_possible(name, value):
+            raise MessageError(f"{client_id} sent an impossible value as {name}: {value!r:.100}.")
     return Reply(
         client_id=client_id,
         metrics=metrics,
-        facts=json.loads(str(about.get("facts", "{}"))),
+        facts=_read_facts(client_id, about.get("facts", "{}")),
         arrays=message.content.array_records.get(UPDATE_RECORD),
     )
 
 
+def _is_possible(name: str, value: Any) -> bool:
+    """Tell whether a value is a finite number, not a negative count, or a list of verdicts."""
+    if isinstance(value, list) or name.endswith("_each"):
+        return (
+            isinstance(value, list)
+            and name.endswith("_each")
+            and all(v in (-1, 0, 1) for v in value)
+        )
+    return math.isfinite(value) and not (isinstance(value, int) and value < 0)
+
+
+def _read_facts(client_id: str, text: Any) -> dict[str, str]:
+    try:
+        facts = json.loads(text)
+        unknown = [name for name, value in facts.items() if not _is_declared(name, value)]
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise MessageError(f"{client_id} sent facts that are not what was agreed on.") from None
+    if unknown:
+        raise MessageError(
+            f"{client_id} sent facts that are not what was agreed on: {unknown[:5]!r:.500}."
+        )
+    return facts
+
+
 def _is_declared(fact: str, value: str) -> bool:
+    """Tell whether a fact is one that may be sent, and says only what it may say."""
+    f"{fact}{value}".encode()  # it is going to be written to a file
     patterns = [text for name, text in DECLARED_FACTS.items() if re.fullmatch(name, fact)]
     if not patterns or not re.fullmatch(patterns[0], value):
         return False

@@ -7,6 +7,7 @@ make the rest differ from what an undisturbed run gives is refused before anythi
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -75,7 +76,7 @@ def find_resumption(given: str, places: list[Path], num_rounds: int | None) -> R
     complete = sorted(entry["round"] for entry in saved.manifest["rounds"])
     after = complete[-1] if complete else FRESH
     if number:
-        if not number.isdigit() or int(number) not in complete:
+        if not re.fullmatch("[0-9]{1,9}", number) or int(number) not in complete:
             known = ", ".join(map(str, complete)) or "none"
             raise RunDirectoryError(
                 f"resume: {saved.path} has no complete round {number!r}. Complete: {known}."

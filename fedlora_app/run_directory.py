@@ -56,7 +56,7 @@ def check_run_name(name: str) -> str:
         raise RunDirectoryError(f'run-name "{LATEST}" is the name of the link to the newest run.')
     if not re.fullmatch(SAFE_NAME, name):
         raise RunDirectoryError(
-            f"run-name {name!r} is not a folder name. Expected letters, digits, '.', '_' and "
+            f"run-name {name!r:.100} is not a folder name. Expected letters, digits, '.', '_' and "
             "'-', beginning with a letter or digit, at most 64."
         )
     return name

@@ -279,6 +279,7 @@ def meet_clients(
         node = message.metadata.src_node_id
         try:
             reply = read_reply(message, None, CHECK_IN_ROUND)
+            config.client(reply.client_id)  # raises where the experiment has none of that id
             if reply.client_id in met:
                 raise MessageError(
                     f'Two nodes are the client "{reply.client_id}". Give each SuperNode its own '

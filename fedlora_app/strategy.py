@@ -133,6 +133,7 @@ class GlobalAdapterFedAvg(FedAvg):
             client = self._clients_by_node.get(message.metadata.src_node_id, "an unknown node")
             try:
                 reply = read_reply(message, client, CHECK_IN_ROUND)
+                _require_base(reply)
                 self._require_same_base({client: reply.facts["base_model"]})
             except (MessageError, RoundError) as error:
                 faults.append(str(error))
@@ -201,7 +202,7 @@ class GlobalAdapterFedAvg(FedAvg):
         personalise = plan_round(self.config, server_round).personalise
         reports: dict[str, dict[str, Any]] = {}
         count = self._count_clients(server_round, "evaluate", len(self.nodes))
-        for reply in self._valid_replies(server_round, replies, count):
+        for reply in self._valid_replies(server_round, replies, count, _require_base):
             client = reply.client_id
             reports[client] = reply.metrics
             evaluation, training = _split_evaluation(reply.metrics)
@@ -363,6 +364,11 @@ class GlobalAdapterFedAvg(FedAvg):
                 f"{required} are required (federated.min_clients).\n{reasons}\n"
                 f"The last complete round in {self._run.path} is untouched."
             )
+
+
+def _require_base(reply: Reply) -> None:
+    if "base_model" not in reply.facts:
+        raise MessageError(f"{reply.client_id} did not say which base model it holds.")
 
 
 def _split_evaluation(metrics: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
