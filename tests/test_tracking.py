@@ -80,6 +80,7 @@ def test_nothing_is_tracked_unless_it_is_named(tmp_path):
     run.log_event("metrics", round=0, client="ann", phase="evaluate", n=1)
     run.close()
     assert {path.name for path in run.path.iterdir()} == {
+        ".lock",
         "config.json",
         "manifest.json",
         "metrics.jsonl",
