@@ -198,7 +198,8 @@ def test_a_page_elsewhere_has_its_own_plots_and_is_private(tmp_path):
 def test_a_large_run_gives_a_page_under_10_megabytes(tmp_path):
     run = write_run(tmp_path / "run", num_clients=50, num_rounds=100, num_conflicts=300)
     assert write_report(run).stat().st_size < 10e6
-    assert "120 of 300 questions are shown" in read(run / "report.html").text
+    shown = re.search(r"(\d+) of 300 questions are shown", read(run / "report.html").text)
+    assert shown and 50 < int(shown[1]) < 300
 
 
 def test_a_comparison_links_the_runs_and_says_what_differs(tmp_path):
