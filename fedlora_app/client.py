@@ -287,9 +287,14 @@ class Client:
             seed = derive_seed(self.config.experiment.seed, "initial", self.client_id)
             local_state = build_initial_state(model, LOCAL, seed)
         else:
-            self._require_local(local_round, local_sha256)
-            folder = self._round_dir(local_round)
-            local_state = load_adapter(folder, model, LOCAL, self.config.model.name)
+            local_state = load_adapter(
+                self._round_dir(local_round),
+                model,
+                LOCAL,
+                self.config.model.name,
+                within=self.run_dir,
+                sha256=local_sha256 or None,
+            )
         set_state(model, GLOBAL, global_state)
         set_state(model, LOCAL, local_state)
         return loaded, model

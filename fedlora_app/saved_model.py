@@ -128,10 +128,10 @@ class SavedModel:
 
     def read_state(self, client: str | None, model: AdaptedModel) -> AdapterState:
         """Read an adapter and check its file and its shapes; ``model`` may have no weights."""
-        self.run.adapter_sha256(self.server_round, client)
+        sha256 = self.run.adapter_sha256(self.server_round, client)
         folder = self.run.adapter_folder(self.server_round, client)
-        role = GLOBAL if client is None else LOCAL
-        return load_adapter(folder, model, role, self.run.config.model.name)
+        role, name = GLOBAL if client is None else LOCAL, self.run.config.model.name
+        return load_adapter(folder, model, role, name, within=self.run.path, sha256=sha256)
 
     def _gate(self, loaded: LoadedModel, model: AdaptedModel, who: Answering) -> Gate | None:
         """Return the gate of the local adapter's owner, fitted to its own prompts once."""

@@ -190,8 +190,14 @@ def _restore(
     if after == FRESH:
         strategy.verify_clients(grid)
         return ArrayRecord()
-    folder = saved.adapter_folder(after)
-    state = load_adapter(folder, model, GLOBAL, saved.config.model.name)
+    state = load_adapter(
+        saved.adapter_folder(after),
+        model,
+        GLOBAL,
+        saved.config.model.name,
+        within=saved.path,
+        sha256=resumption.global_sha256,
+    )
     arrays = strategy.restore(state, after, resumption.local_adapters)
     strategy.verify_clients(grid)
     return arrays
