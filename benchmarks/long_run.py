@@ -18,12 +18,9 @@ from typing import Any
 from unittest import mock
 
 from flwr.app import Context, Message, RecordDict
-from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto.message_pb2 import Message as ProtoMessage
-from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
 from scipy import stats
 
+from benchmarks.pipe import FIRST_NODE_ID, PipeGrid, answer_messages, start_clients
 from benchmarks.process import MIB, sample
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,69 +29,18 @@ FIRST_COUNTED_ROUND = 20
 """Before it caches fill and the allocator finds its size."""
 
 
-class PipeGrid(Grid):
-    """Passes serialised messages to the clients' process, and keeps none of them."""
-
-    def __init__(self, clients: Connection, on_round) -> None:
-        self._clients = clients
-        self._on_round = on_round
-        self._round = 0
-        self._replies: dict[str, Message] = {}
-        self._number = 0
-
-    def get_node_ids(self):  # noqa: D102
-        return range(11, 11 + len(CLIENTS))
-
-    def push_messages(self, messages):  # noqa: D102
-        from fedlora_app.messages import read_task
-
-        ids = []
-        for message in messages:
-            server_round = read_task(message).server_round
-            if server_round > self._round:
-                self._on_round(self._round)
-                self._round = server_round
-            self._number += 1
-            message.metadata.__dict__["_message_id"] = f"message-{self._number}"
-            self._clients.send_bytes(message_to_proto(message).SerializeToString())
-            reply = ProtoMessage.FromString(self._clients.recv_bytes())
-            self._replies[message.metadata.message_id] = message_from_proto(reply)
-            ids.append(message.metadata.message_id)
-        return ids
-
-    def pull_messages(self, message_ids):  # noqa: D102
-        return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
-
-    def set_run(self, run):  # noqa: D102
-        raise NotImplementedError
-
-    @property
-    def run(self):  # noqa: D102
-        raise NotImplementedError
-
-    def create_message(self, *args, **kwargs):  # noqa: D102
-        raise NotImplementedError
-
-    def send_and_receive(self, messages, *, timeout=None):  # noqa: D102
-        raise NotImplementedError
-
-
 def measure(num_rounds: int, every: int) -> dict[str, Any]:
     """Run the federation and return its samples and what they say."""
     from fedlora_app import server_app
+    from fedlora_app.messages import read_task
 
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-    with tempfile.TemporaryDirectory() as folder:
+    samples: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder, start_clients(_serve, folder) as (pipe, pid):
         project = Path(folder)
         run_config = _build_project(project, num_rounds)
-        spawn = multiprocessing.get_context("spawn")
-        here, there = spawn.Pipe()
-        clients = spawn.Process(target=_serve, args=(there, folder), daemon=True)
-        clients.start()
-        there.close()
-        samples: list[dict[str, Any]] = []
+        seen = 0
 
-        def on_round(server_round: int) -> None:
+        def take_sample(server_round: int) -> None:
             if server_round % every == 0:
                 peers = frozenset(p.pid for p in multiprocessing.active_children())
                 samples.append(
@@ -102,18 +48,22 @@ def measure(num_rounds: int, every: int) -> dict[str, Any]:
                         "round": server_round,
                         "seconds": round(time.monotonic() - started, 1),
                         "server": sample(os.getpid(), but=peers),
-                        "client": sample(clients.pid),
+                        "client": sample(pid),
                     }
                 )
 
+        def on_message(message: Message) -> None:
+            nonlocal seen
+            if (server_round := read_task(message).server_round) > seen:
+                take_sample(seen)
+                seen = server_round
+
         started = time.monotonic()
-        grid = PipeGrid(here, on_round)
+        grid = PipeGrid(pipe, len(CLIENTS), on_message)
         with mock.patch.object(server_app, "report_run"):  # once, after all rounds: matplotlib
             server_app.main(grid, Context(1, 1, {}, RecordDict(), run_config))
         seconds = time.monotonic() - started
-        on_round(num_rounds)
-        here.close()
-        clients.join(timeout=30)
+        take_sample(num_rounds)
         written = sum(p.stat().st_size for p in (project / "results").rglob("*") if p.is_file())
     return {
         "num_rounds": num_rounds,
@@ -210,7 +160,6 @@ def _serve(server: Connection, project: str) -> None:
     """Answer messages until the server hangs up. Runs in the clients' process."""
     from fedlora_app import client_app
 
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     contexts = {
         node: Context(
             run_id=1,
@@ -223,12 +172,8 @@ def _serve(server: Connection, project: str) -> None:
             state=RecordDict(),
             run_config={},
         )
-        for node, client in enumerate(CLIENTS, start=11)
+        for node, client in enumerate(CLIENTS, start=FIRST_NODE_ID)
     }
-    while True:
-        try:
-            message = message_from_proto(ProtoMessage.FromString(server.recv_bytes()))
-        except EOFError:
-            return
-        reply = client_app.app(message, contexts[message.metadata.dst_node_id])
-        server.send_bytes(message_to_proto(reply).SerializeToString())
+    answer_messages(
+        server, lambda message: client_app.app(message, contexts[message.metadata.dst_node_id])
+    )

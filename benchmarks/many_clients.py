@@ -1,8 +1,8 @@
 """One round of the strategy with many clients: does the server's memory depend on their number?
 
 Each size runs in a process of its own, whose peak is compared with what it held before the round.
-The replies are made one at a time, as the paced grid hands them over, and each is serialised and
-read again as on a wire. What clients do is left out: their updates are random numbers.
+All clients live in one other process, and messages pass through a pipe, serialised. What clients do
+is left out: their updates are random numbers.
 """
 
 from __future__ import annotations
@@ -12,24 +12,42 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, Message
-from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto.message_pb2 import Message as ProtoMessage
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import Message, MessageType, RecordDict
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.pipe import FIRST_NODE_ID, PipeGrid, answer_messages, start_clients
 from benchmarks.process import MIB, peak_bytes, reset_peak, resident_bytes
+from fedlora_app.adapters import (
+    AdaptedModel,
+    attach_adapters,
+    build_initial_state,
+    state_shapes,
+)
+from fedlora_app.config import GLOBAL, Config
+from fedlora_app.grid import PacedGrid
+from fedlora_app.messages import (
+    UPDATE_RECORD,
+    Task,
+    build_reply,
+    count_bytes,
+    pack_state,
+    read_task,
+)
+from fedlora_app.report.history import read_history
+from fedlora_app.run_directory import RunDirectory
+from fedlora_app.strategy import GlobalAdapterFedAvg
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "rank": 4},
     "40 MB": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "rank": 28},
 }
+CHECKED_IN = {"universal_examples": 100_000, "local_examples": 0}
 EVALUATED = ("universal", "universal_unseen", "local")
 METRICS = ("n", "n_ranked", "exact_match", "rank_accuracy", "rank_accuracy_per_byte")
 
@@ -67,30 +85,28 @@ def describe(figures: dict[str, Any]) -> str:
 
 def measure_here(adapter: str, num_clients: int) -> dict[str, Any]:
     """Run one round in this process; call it in a fresh one."""
-    from fedlora_app.adapters import build_initial_state
-    from fedlora_app.config import GLOBAL
-
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     torch.set_num_threads(2)
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        start_clients(_serve, adapter, num_clients) as (pipe, _),
+    ):
         strategy, model = _build_strategy(adapter, num_clients, Path(folder))
+        grid = PacedGrid(PipeGrid(pipe, num_clients), clients_at_once=1)
         arrays = strategy.save_initial(build_initial_state(model, GLOBAL, seed=1))
-        update = {
-            key: torch.randn(shape) * 1e-3 for key, shape in strategy._shapes.items()
-        }  # one for all: making random numbers is no server's work
-        adapter_bytes = sum(4 * tensor.numel() for tensor in update.values())
-        _take_round(strategy, 0, arrays, {})
+        adapter_bytes = count_bytes(RecordDict({"": arrays}))[1]
+        strategy.evaluate_base(grid, arrays)
         start = resident_bytes()
         reset_peak()
         started = time.monotonic()
-        _take_round(strategy, 1, arrays, update)
+        strategy.start(grid=grid, initial_arrays=arrays, num_rounds=1)
         seconds = time.monotonic() - started
+        peak = peak_bytes()
         return {
             "adapter": adapter,
             "adapter_bytes": adapter_bytes,
             "num_clients": num_clients,
             "start_bytes": start,
-            "peak_above_start_bytes": peak_bytes() - start,
+            "peak_above_start_bytes": peak - start,
             "kept_bytes": resident_bytes() - start,
             "seconds_per_client": seconds / num_clients,
             "aggregation_seconds_per_client": _aggregation_seconds(strategy) / num_clients,
@@ -98,54 +114,35 @@ def measure_here(adapter: str, num_clients: int) -> dict[str, Any]:
 
 
 def _aggregation_seconds(strategy: Any) -> float:
-    entries = [entry["metrics"] for entry in strategy._run.history]
+    entries = [entry["metrics"] for entry in read_history(strategy._run.path)]
     return next(e["aggregation_seconds"] for e in entries if "aggregation_seconds" in e)
 
 
-def _take_round(strategy: Any, server_round: int, arrays: Any, update: dict[str, Any]) -> None:
-    """Have the strategy take one round, or in round 0 the base model's evaluation."""
-    config = ConfigRecord()
-    if server_round > 0:
-        sent = strategy.configure_train(server_round, arrays, config, None)
-        arrays, _ = strategy.aggregate_train(server_round, _answer(sent, server_round, update))
-    sent = strategy.configure_evaluate(server_round, arrays, config, None)
-    strategy.aggregate_evaluate(server_round, _answer(sent, server_round, None))
-
-
-def _answer(
-    messages: Iterable[Message], server_round: int, update: dict[str, Any] | None
-) -> Iterator[Message]:
-    """Yield a client's reply to each message, once the one before has been dealt with."""
-    from fedlora_app.messages import UPDATE_RECORD, build_reply, pack_state, read_task
-
+def _serve(server: Connection, adapter: str, num_clients: int) -> None:
+    """Answer every message as a client would that had done its work."""
+    _, model = _build_model(adapter, num_clients)
+    update = {
+        key: torch.randn(shape) * 1e-3 for key, shape in state_shapes(model, GLOBAL).items()
+    }  # one for all
     evaluation = {f"global+local/{s}/{m}": 0.5 for s in EVALUATED for m in METRICS}
     report = {"evaluation_seconds": 1.0, "peak_memory_bytes": 1} | evaluation
     facts = {"base_model": "0" * 64, "local_adapter": "1" * 64}
-    for number, message in enumerate(messages):
-        message.metadata.__dict__["_message_id"] = f"message-{server_round}-{number}"
-        request = message_from_proto(_through_wire(message))
-        client = read_task(request).client_id
-        if update is None:
-            reply = build_reply(request, client, server_round, report, facts)
-        else:
-            metrics = {"num-examples": 100 + number, "update_norm": 1.0}
-            reply = build_reply(request, client, server_round, metrics, {})
-            reply.content[UPDATE_RECORD] = pack_state(update)
-        yield message_from_proto(_through_wire(reply))
+
+    def answer(message: Message) -> Message:
+        task = read_task(message)
+        if message.metadata.message_type != MessageType.TRAIN:
+            return build_reply(message, task.client_id, task.server_round, report, facts)
+        metrics = {"num-examples": 100 + message.metadata.dst_node_id, "update_norm": 1.0}
+        reply = build_reply(message, task.client_id, task.server_round, metrics, {})
+        reply.content[UPDATE_RECORD] = pack_state(update)
+        return reply
+
+    answer_messages(server, answer)
 
 
-def _through_wire(message: Message) -> ProtoMessage:
-    return ProtoMessage.FromString(message_to_proto(message).SerializeToString())
-
-
-def _build_strategy(adapter: str, num_clients: int, folder: Path) -> tuple[Any, Any]:
+def _build_model(adapter: str, num_clients: int) -> tuple[Config, AdaptedModel]:
     sys.path.insert(0, str(ROOT / "tests"))
     from conftest import build_tiny_config
-
-    from fedlora_app.adapters import attach_adapters
-    from fedlora_app.messages import Task
-    from fedlora_app.run_directory import RunDirectory
-    from fedlora_app.strategy import GlobalAdapterFedAvg
 
     settings = dict(MODELS[adapter])
     rank = settings.pop("rank")
@@ -159,19 +156,27 @@ def _build_strategy(adapter: str, num_clients: int, folder: Path) -> tuple[Any, 
         base = Qwen2ForCausalLM(
             Qwen2Config(vocab_size=1000, num_attention_heads=4, num_key_value_heads=2, **settings)
         )
-    model = attach_adapters(base, config.adapters)
-    fields = {name: "" for name in Task.__dataclass_fields__}
+    return config, attach_adapters(base, config.adapters)
+
+
+def _build_strategy(
+    adapter: str, num_clients: int, folder: Path
+) -> tuple[GlobalAdapterFedAvg, AdaptedModel]:
+    config, model = _build_model(adapter, num_clients)
     task = Task(
-        **fields
-        | {
-            "server_round": 0,
-            "local_round": -1,
-            "run_name": "large",
-            "experiment": json.dumps(config.dump()),
-        }
+        client_id="",
+        server_round=0,
+        local_round=-1,
+        local_sha256="",
+        resumes=False,
+        run_name="large",
+        project_dir="",
+        output_dir="",
+        package_sha256="",
+        experiment=json.dumps(config.dump()),
     )
-    run = RunDirectory.create(folder / "run", config, ROOT, clients={})
-    nodes = {client: 11 + index for index, client in enumerate(clients)}
+    run = RunDirectory.create(folder / "run", config, ROOT, clients=dict.fromkeys(config.client_ids, CHECKED_IN))
+    nodes = {client: FIRST_NODE_ID + index for index, client in enumerate(config.client_ids)}
     quiet = GlobalAdapterFedAvg(config, nodes, task, model, run, report=lambda line: None)
     return quiet, model
 

@@ -10,6 +10,7 @@ not name the adapter; so a state always travels and is stored together with its 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -31,7 +32,7 @@ from peft import (
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load, save_file
 from transformers import PreTrainedModel
 
 from fedlora_app.config import GLOBAL, LOCAL, AdapterConfig, AdaptersConfig
@@ -164,7 +165,7 @@ def check_state(state: AdapterState, shapes: dict[str, torch.Size], what: str) -
                 f"{what}: {key} has shape {tuple(state[key].shape)}, expected {tuple(shape)} "
                 "(another rank or another base model)."
             )
-        if not torch.isfinite(state[key]).all():
+        if not all(map(torch.isfinite, state[key].aminmax())):  # NaN wins over every number
             raise AdapterError(f"{what}: {key} holds values that are not finite.")
 
 
@@ -400,7 +401,10 @@ def _write_peft_files(
         json.dumps(content, indent=2, sort_keys=True, default=_jsonable) + "\n", encoding="utf-8"
     )
     tensors = {key: state[key].contiguous() for key in sorted(state)}
-    (folder / WEIGHTS_FILE).write_bytes(save(tensors, metadata=metadata))
+    try:
+        save_file(tensors, folder / WEIGHTS_FILE, metadata=metadata)
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(errno.EIO, str(error), str(folder / WEIGHTS_FILE)) from error
 
 
 def _check_targets(base: PreTrainedModel, config: AdaptersConfig) -> None:

@@ -39,7 +39,7 @@ class WeightedMean:
         Raises:
             AggregationError: the sum could leave the range of the fixed-point numbers.
         """
-        largest = max(tensor.abs().max().item() for tensor in update.values())
+        largest = max(abs(end.item()) for key in update for end in update[key].aminmax())
         bound = self._bound + largest * num_examples
         if not bound < LIMIT:
             raise AggregationError(

@@ -55,14 +55,17 @@ class PacedGrid(Grid):
             if not pending:
                 return
             replies = list(self.unwrapped.pull_messages(list(pending)))
-            for reply in replies:
-                request = pending.pop(reply.metadata.reply_to_message_id, None)
-                if request is not None:
-                    yield _as_from_its_client(reply, request)
+            has_come = bool(replies)
+            while replies:  # no name is left for a reply, so that its update can be freed
+                request = pending.pop(replies[0].metadata.reply_to_message_id, None)
+                if request is None:
+                    replies.pop(0)
+                else:
+                    yield _as_from_its_client(replies.pop(0), request)
             for message_id in [i for i in pending if self._is_late(asked_at[i])]:
                 yield self._give_up(pending.pop(message_id))
-            pause = FIRST_POLL_SECONDS if replies else min(1.2 * pause, LONGEST_POLL_SECONDS)
-            if not replies:
+            pause = FIRST_POLL_SECONDS if has_come else min(1.2 * pause, LONGEST_POLL_SECONDS)
+            if not has_come:
                 time.sleep(pause)
 
     def _is_late(self, asked_at: float) -> bool:

@@ -7,9 +7,12 @@ is refused here before it leaves.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
+import sys
+import warnings
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -30,6 +33,7 @@ ABOUT_RECORD = "about"
 WIRE_BYTES = {"float32": 4, "uint16": 2}
 MAX_ARRAY_HEADER_BYTES = 4096
 MAX_ERROR_CHARS = 10_000
+NUMPY_FORMAT = "numpy.ndarray"  # what Flower calls it
 
 DECLARED_METRICS = re.compile(
     r"""
@@ -103,6 +107,8 @@ def unpack_state(
 ) -> AdapterState:
     """Return the fp32 state in a record after checking names, dtypes, shapes and values.
 
+    The tensors of an fp32 record are views of its bytes, which are only to be read.
+
     Raises:
         MessageError, AdapterError: naming the sender and the tensor.
     """
@@ -118,10 +124,7 @@ def unpack_state(
         if len(array.data) > shape.numel() * WIRE_BYTES[wire_dtype] + MAX_ARRAY_HEADER_BYTES:
             raise MessageError(f"{sender} sent {key} as {len(array.data)} bytes, too many for it.")
         try:
-            values = array.numpy()
-            if not isinstance(values, np.ndarray) or values.dtype != wire_dtype:
-                raise TypeError("it holds something else than it says")
-            tensor = torch.from_numpy(values.copy())
+            tensor = _view_array(array)
         except Exception as error:  # numpy raises nearly anything for damaged bytes
             reason = str(error)[:200]
             raise MessageError(f"{sender} sent {key} as a damaged array: {reason!a}.") from None
@@ -267,7 +270,8 @@ def read_reply(message: Message, client_id: str | None, server_round: int) -> Re
             f"{sender} answered as {named!r:.100} for round {about.get('server-round')!r:.100}, "
             f"expected its own id and round {server_round}."
         )
-    metrics = dict(message.content.metric_records.get(METRIC_RECORD, MetricRecord()))
+    record = message.content.metric_records.get(METRIC_RECORD, MetricRecord())
+    metrics = {sys.intern(name): value for name, value in record.items()}  # the same of all clients
     undeclared = [name for name in metrics if not DECLARED_METRICS.fullmatch(name)]
     if undeclared:
         raise MessageError(
@@ -315,6 +319,22 @@ def _is_declared(fact: str, value: str) -> bool:
     if not patterns or not re.fullmatch(patterns[0], value):
         return False
     return fact != "findings" or all(set(f) == FINDING_KEYS for f in json.loads(value))
+
+
+def _view_array(array: Array) -> torch.Tensor:
+    """Return what an array holds in numpy's own format, without a copy and without pickle."""
+    if array.stype != NUMPY_FORMAT:
+        raise TypeError(f"it is of type {array.stype!r:.50}")
+    stream = io.BytesIO(array.data)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("its version is not 1.0")
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    if is_fortran or dtype != array.dtype:
+        raise TypeError("it holds something else than it says")
+    values = np.frombuffer(array.data, dtype, offset=stream.tell())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(values.reshape(shape))
 
 
 def _to_wire(tensor: torch.Tensor, dtype: str) -> Any:

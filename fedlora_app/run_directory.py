@@ -22,6 +22,8 @@ from typing import IO, Any
 from fedlora_app.config import SAFE_NAME, Config
 from fedlora_app.errors import MendableError
 from fedlora_app.storage import (
+    extend_atomically,
+    extend_json_list,
     lock_folder,
     remove_partials,
     replace_folder,
@@ -44,6 +46,9 @@ RECORDED_PACKAGES = (
     "datasets",
     "safetensors",
 )
+
+
+TABLE_HEADING = "round,client,phase,metric,value\n"
 
 
 class RunDirectoryError(MendableError):
@@ -74,7 +79,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.history: list[dict[str, Any]] = []
+        self._new_history: list[dict[str, Any]] = []  # of the round that is not complete yet
         self.manifest: dict[str, Any] = {}
         self.trackers = Trackers()
         self._lock: IO[str] | None = None
@@ -156,12 +161,8 @@ class RunDirectory:
         stop = {"time": _now(), "after_round": after_round}
         resumed = [*self.manifest.get("resumed", []), stop]
         self.manifest |= {"finished": None, "rounds": rounds, "resumed": resumed}
-        history = self.path / "history.json"
-        if history.exists():
-            entries = json.loads(history.read_text(encoding="utf-8"))
-            self.history = [entry for entry in entries if entry["round"] <= after_round]
         write_json(self.path / "config.json", config.dump())
-        self._write_history()
+        self._rewind_history(after_round)
         self._rewind_events(after_round)
         self._write_manifest()
         self._point_latest()
@@ -201,14 +202,14 @@ class RunDirectory:
     ) -> None:
         """Keep one client's metrics of one phase for the history, and log them."""
         self.log_event("metrics", round=server_round, client=client, phase=phase, **metrics)
-        self.history.append(
+        self._new_history.append(
             {"round": server_round, "client": client, "phase": phase, "metrics": metrics}
         )
 
     def add_failure(self, server_round: int, client: str, why: str) -> None:
         """Keep that a client had no part in a round, and log why."""
         self.log_event("failure", round=server_round, client=client, why=why)
-        self.history.append(
+        self._new_history.append(
             {
                 "round": server_round,
                 "client": client,
@@ -220,7 +221,7 @@ class RunDirectory:
 
     def complete_round(self, server_round: int, adapters: dict[str, str], **facts: Any) -> None:
         """Write the history and then enter the round in the manifest with its hashes."""
-        self._write_history()
+        self._extend_history()
         self.manifest["rounds"].append(
             {"round": server_round, "completed": _now(), "adapters": adapters, **facts}
         )
@@ -245,9 +246,22 @@ class RunDirectory:
                 "directory; wait for it, or stop it (flwr list, flwr stop)."
             )
 
-    def _write_history(self) -> None:
-        write_json(self.path / "history.json", self.history)
-        write_atomically(self.path / "history.csv", _as_table(self.history))
+    def _extend_history(self) -> None:
+        """Add what is new to both files; what they hold already is not read."""
+        entries, self._new_history = self._new_history, []
+        table = self.path / "history.csv"
+        rows = _as_rows(entries)
+        extend_json_list(self.path / "history.json", entries)
+        extend_atomically(table, rows if table.exists() else TABLE_HEADING + rows)
+
+    def _rewind_history(self, after_round: int) -> None:
+        """Drop the entries of later rounds from both files."""
+        path, entries = self.path / "history.json", []
+        if path.exists():
+            entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = [entry for entry in entries if entry["round"] <= after_round]
+        write_json(path, entries)
+        write_atomically(self.path / "history.csv", TABLE_HEADING + _as_rows(entries))
 
     def _rewind_events(self, after_round: int) -> None:
         """Drop the events of later rounds, and a last line that a stop has cut."""
@@ -276,12 +290,11 @@ class RunDirectory:
             print(f"Note: {link} was not updated: {error.strerror}.", flush=True)
 
 
-def _as_table(history: list[dict[str, Any]]) -> str:
-    """Return the tidy table: one row per scalar metric."""
+def _as_rows(entries: list[dict[str, Any]]) -> str:
+    """Return the rows of the tidy table: one per scalar metric."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["round", "client", "phase", "metric", "value"])
-    for entry in history:
+    for entry in entries:
         for metric, value in entry["metrics"].items():
             if isinstance(value, int | float):
                 row = [entry["round"], entry["client"], entry["phase"], metric, value]

@@ -38,6 +38,7 @@ from fedlora_app.messages import (
 )
 from fedlora_app.model import build_empty_model
 from fedlora_app.project import find_project_root, hash_package
+from fedlora_app.report.history import read_history
 from fedlora_app.resumption import (
     FRESH,
     Resumption,
@@ -119,7 +120,7 @@ def main(grid: Grid, context: Context) -> None:
         )
         run_rounds(strategy, paced, model, run, resumption)
         run.finish()
-    print(describe_end(run.history, config), flush=True)
+    print(describe_end(read_history(run.path), config), flush=True)
     print(f"Run directory: {run.path}\nReport: {report_run(run.path)}", flush=True)
 
 

@@ -14,9 +14,8 @@ from typing import IO, Any
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 """What holds the tensors in a PEFT folder."""
-
-
 LOCK_FILE = ".lock"
+EMPTY_LIST, LIST_END = "[]\n", "\n]\n"
 
 
 def keep_files_private() -> None:
@@ -26,10 +25,24 @@ def keep_files_private() -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file's content in one step; a crash leaves the old one."""
+    extend_atomically(path, text, keep=0)
+
+
+def extend_atomically(path: Path, text: str, keep: int | None = None) -> None:
+    """Write text after the first ``keep`` bytes of a file, or after all of them, in one step.
+
+    The file's content passes through a copy on the disk and never through memory.
+    """
     partial = _partial(path)
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
+    partial.unlink(missing_ok=True)
+    with open(partial, "xb", opener=_open_private) as file:
+        if keep != 0 and path.exists():
+            with path.open("rb") as old:
+                shutil.copyfileobj(old, file)
+            if keep is not None:
+                file.truncate(keep)
+                file.seek(keep)
+        file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
@@ -38,7 +51,17 @@ def write_atomically(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write readable JSON atomically."""
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(path, _dump(value))
+
+
+def extend_json_list(path: Path, items: list[Any]) -> None:
+    """Add to the list that ``write_json`` has written, as if the whole were written again."""
+    size = path.stat().st_size if path.exists() else 0
+    if size <= len(EMPTY_LIST):
+        write_json(path, items)
+    elif items:
+        text = _dump(items).removeprefix("[")
+        extend_atomically(path, "," + text, keep=size - len(LIST_END))
 
 
 def make_private_dir(folder: Path) -> None:
@@ -93,6 +116,14 @@ def hash_file(path: Path) -> str:
     """Return a file's sha256 in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _partial(path: Path) -> Path:

@@ -316,7 +316,9 @@ class GlobalAdapterFedAvg(FedAvg):
             count: called with the number of replies that have come, whatever they are worth.
         """
         answered: set[str] = set()
-        for number, message in enumerate(replies, start=1):
+        number = 0  # enumerate() would keep each message until the next has come
+        for message in replies:
+            number += 1
             count(number)
             client = self._clients_by_node.get(message.metadata.src_node_id, "an unknown node")
             if client in self.nodes:
@@ -327,11 +329,14 @@ class GlobalAdapterFedAvg(FedAvg):
                 reply = read_reply(message, client, server_round)
                 if fold is not None:
                     fold(reply)
+                reply = replace(reply, arrays=None)
             except (MessageError, AdapterError) as error:
                 self._failures[client] = str(error)
                 self._run.add_failure(server_round, client, str(error))
                 self._report(f"round {server_round}: {error}")
                 continue
+            finally:
+                del message  # and with it the update, before the next one comes
             answered.add(client)
             yield reply
 
@@ -342,6 +347,11 @@ class GlobalAdapterFedAvg(FedAvg):
             if not isinstance(num_examples, int) or num_examples < 1:
                 raise MessageError(
                     f"{sender} reports {num_examples!r} examples; at least 1 is needed."
+                )
+            if num_examples > (most := self._most_examples(sender)):
+                raise MessageError(
+                    f"{sender} reports {num_examples} examples, and at check-in it had {most}. "
+                    "They would be its weight in the mean."
                 )
             if reply.arrays is None:
                 raise MessageError(f"{sender} sent no update.")
@@ -354,6 +364,13 @@ class GlobalAdapterFedAvg(FedAvg):
             self._aggregation_seconds += time.monotonic() - started
 
         return fold
+
+    def _most_examples(self, client: str) -> int:
+        """Return how many examples a client can have trained on, by what the clients reported."""
+        reports = self._run.manifest["clients"]
+        counted = reports if self.config.federated.mode == "centralized" else [client]
+        kinds = ("universal_examples", "local_examples")
+        return sum(reports[name][kind] for name in counted for kind in kinds)
 
     def _require(self, num_valid: int, num_asked: int, server_round: int) -> None:
         required = min(self.config.federated.required_clients, num_asked)

@@ -518,6 +518,7 @@ class TestFaultyClients:
             (lambda r: _replace(r, lambda a: a.astype("float64")), "float64, expected float32"),
             (lambda r: _metrics(r).update({"num-examples": 0}), "0 examples"),
             (lambda r: _metrics(r).update({"num-examples": 1.5}), "1.5 examples"),
+            (lambda r: _metrics(r).update({"num-examples": 10**6}), "at check-in it had"),
             (lambda r: r.content.pop(UPDATE_RECORD), "sent no update"),
             (lambda r: r.content[ABOUT_RECORD].update({"server-round": 7}), "for round 7"),
             (lambda r: r.content[ABOUT_RECORD].update({"client-id": "ann"}), "as 'ann'"),

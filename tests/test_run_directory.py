@@ -11,7 +11,7 @@ from fedlora_app.run_directory import (
     check_run_name,
     default_run_name,
 )
-from fedlora_app.storage import replace_folder, write_atomically
+from fedlora_app.storage import replace_folder, write_atomically, write_json
 
 
 def create(path, tmp_path):
@@ -45,6 +45,29 @@ def test_a_round_counts_when_the_manifest_says_so(tmp_path):
     assert (entry["round"], entry["adapters"], entry["seconds"]) == (1, {"global": "abc"}, 1.5)
     table = (run.path / "history.csv").read_text()
     assert table == "round,client,phase,metric,value\n1,ann,evaluate,base/local/n,3\n"
+
+
+def test_the_history_is_extended_and_never_read_again(tmp_path):
+    run = create(tmp_path / "run", tmp_path)
+    expected = []
+    for server_round in (1, 2, 3):
+        for client in ("ann", "bö"):
+            metrics = {"update_norm": 0.5 * server_round, "base/conflict/exact_match_each": [1, -1]}
+            run.add_metrics(server_round, client, "evaluate", metrics)
+            entry = {"round": server_round, "client": client, "phase": "evaluate"}
+            expected.append(entry | {"metrics": metrics})
+        run.complete_round(server_round, {})
+        write_json(tmp_path / "whole.json", expected)
+        whole = (tmp_path / "whole.json").read_bytes()
+        assert (run.path / "history.json").read_bytes() == whole
+        assert run._new_history == []
+    rows = (run.path / "history.csv").read_text().splitlines()
+    assert len(rows) == 1 + len(expected) and rows[-1] == "3,bö,evaluate,update_norm,1.5"
+    run.rewind(build_tiny_config(), after_round=1)
+    assert json.loads((run.path / "history.json").read_text()) == expected[:2]
+    assert len((run.path / "history.csv").read_text().splitlines()) == 3
+    run.complete_round(2, {})  # with nothing to add
+    assert json.loads((run.path / "history.json").read_text()) == expected[:2]
 
 
 def test_latest_follows_the_newest_run(tmp_path):
