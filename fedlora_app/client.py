@@ -108,7 +108,9 @@ class Client:
         Raises:
             AdapterError: the local adapter is missing, or is not what the run wrote.
         """
-        remove_partials(self._own_dir)
+        # Nobody writes before all have checked.
+        for folder in (self._own_dir, self._final_dir.parent):
+            remove_partials(folder)
         if local_round >= 0:
             self._require_local(local_round, local_sha256)
         return {"base_model": model_module.compute_fingerprint(self.config.model, self.root)}
@@ -199,7 +201,7 @@ class Client:
         metrics["evaluation_seconds"] = time.monotonic() - started
         metrics["peak_memory_bytes"] = read_peak_memory(model.device)
         if is_final and LOCAL in plan.evaluated:
-            self._save_local(model, self.run_dir / "final" / "clients" / self.client_id)
+            self._save_local(model, self._final_dir)
         self._thin(server_round, local_round)
         return metrics, facts
 
@@ -244,6 +246,10 @@ class Client:
     @property
     def _own_dir(self) -> Path:
         return self.run_dir / "clients" / self.client_id
+
+    @property
+    def _final_dir(self) -> Path:
+        return self.run_dir / "final" / "clients" / self.client_id
 
     def _round_dir(self, server_round: int) -> Path:
         return self._own_dir / f"round_{server_round:03d}"

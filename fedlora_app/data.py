@@ -22,6 +22,7 @@ from fedlora_app.errors import MendableError
 KEYWORD_SUFFIX = "_keywords"
 MAX_FAULTS_SHOWN = 20
 MAX_KEY_SHOWN = 100
+FIELDS = {"instruction", "input", "output", "answers", "distractors", "fact", "evaluation_guide"}
 
 
 class DataError(MendableError):
@@ -179,7 +180,9 @@ def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _refuse_repeated_keys(raw: dict[str, Any]) -> None:
     for value in (raw, raw.get("answers"), raw.get("evaluation_guide")):
         if isinstance(value, _Repeating):
-            raise ValueError(f"the key {value.repeated[:MAX_KEY_SHOWN]!r} is there more than once.")
+            known = value.repeated in FIELDS  # others could say what may not leave a client
+            key = f"the key {value.repeated!r}" if known else "a key that has no meaning here"
+            raise ValueError(f"{key} is there more than once.")
 
 
 def parse_record(raw: dict[str, Any]) -> Record:
@@ -227,7 +230,7 @@ def _keywords(raw: dict[str, Any]) -> dict[str, tuple[str, ...]]:
     guide = _mapping(raw, "evaluation_guide")
     for key in guide:
         if not key.isprintable():
-            raise ValueError(f'"evaluation_guide" has the impossible key {key[:MAX_KEY_SHOWN]!r}.')
+            raise ValueError('"evaluation_guide" has a key with characters that cannot be shown.')
     return {
         key.removesuffix(KEYWORD_SUFFIX): _texts(guide, key, f"*{KEYWORD_SUFFIX}")
         for key in guide
