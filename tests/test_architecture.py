@@ -18,7 +18,7 @@ FLOWER_EDGE = {"client_app", "server_app", "strategy", "grid", "messages"}
 LAYERS = [
     {"errors"},
     {"project", "seeds", "storage", "telemetry", "build_hook", "config", "progress", "memory"},
-    {"config_file", "rounds", "tracking", "chat_template"},
+    {"config_file", "rounds", "tracking", "chat_template", "planning.memory", "planning.cards"},
     {"data", "run_directory", "evaluation.keywords", "evaluation.intervals", "evaluation.wording"},
     {"model", "tokens", "aggregation", "aggregation_error", "adapters", "evaluation.questions"},
     {
