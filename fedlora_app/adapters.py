@@ -14,9 +14,10 @@ import errno
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from fedlora_app.config import GLOBAL, LOCAL, AdapterConfig, AdaptersConfig
@@ -212,6 +214,51 @@ def scaled_local(model: AdaptedModel, factor: float | torch.Tensor) -> Iterator[
     finally:
         for layer, scaling in zip(layers, before, strict=True):
             layer.scaling[LOCAL] = scaling
+
+
+def can_fuse_adapters(model: AdaptedModel, active: Iterable[str]) -> bool:
+    """Tell whether ``fused_adapters`` computes the same: without dropout it does."""
+    layers = _lora_layers(model)
+    dropouts = [layer.lora_dropout[n] for layer in layers for n in active if n in layer.lora_A]
+    return all(isinstance(dropout, torch.nn.Identity) for dropout in dropouts)
+
+
+@contextmanager
+def fused_adapters(model: AdaptedModel, active: Sequence[str]) -> Iterator[None]:
+    """Compute what several adapters add as one adapter of their joint rank, in the block.
+
+    s_G B_G A_G x + s_L B_L A_L x = [s_G B_G, s_L B_L] [A_G; A_L] x: two matrix products in the
+    input's dtype instead of four in the adapters'. The adapters' own parameters are what learns.
+
+    Raises:
+        AdapterError: an adapter has dropout, which would be one for both.
+    """
+    if not can_fuse_adapters(model, active):
+        raise AdapterError(
+            "Adapters with dropout cannot be fused. Set their dropout to 0, or "
+            "training.fused_adapters to false."
+        )
+    layers = _lora_layers(model)
+    for layer in layers:
+        names = [name for name in active if name in layer.lora_A]
+        layer.forward = partial(_forward_fused, layer, names)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _forward_fused(layer: LoraLayer, names: Sequence[str], inputs: torch.Tensor) -> torch.Tensor:
+    """Return W0 x + B A x with the joint A (r, in) and B (out, r) of several adapters."""
+    outputs = layer.base_layer(inputs)
+    if not names:
+        return outputs
+    scaled = [layer.scaling[name] * layer.lora_B[name].weight for name in names]
+    joint_b = torch.cat(scaled, dim=1).to(inputs.dtype)
+    joint_a = torch.cat([layer.lora_A[name].weight for name in names]).to(inputs.dtype)
+    inner = functional.linear(inputs, joint_a).flatten(0, -2)
+    return torch.addmm(outputs.flatten(0, -2), inner, joint_b.T).view(outputs.shape)
 
 
 def compute_overlap(model: AdaptedModel) -> torch.Tensor:

@@ -48,7 +48,13 @@ from fedlora_app.rounds import BOTH, Phase, plan_round, training_clients
 from fedlora_app.seeds import derive_seed
 from fedlora_app.storage import WEIGHTS_FILE, hash_file, make_private_dir, remove_partials
 from fedlora_app.tokens import Example
-from fedlora_app.training import PhaseResult, TrainingError, train_phase, use_less_memory
+from fedlora_app.training import (
+    PhaseResult,
+    TrainingError,
+    settle_checkpointing,
+    train_phase,
+    use_less_memory,
+)
 
 
 @dataclass(frozen=True)
@@ -329,6 +335,10 @@ class Client:
         weight_decays = {GLOBAL: training.global_weight_decay, LOCAL: local_decay}
         what = f"{self.client_id}, round {server_round}, {phase.name}"
 
+        training = settle_checkpointing(
+            training, model, self.config.adapters, phase.active, phase.trainable, selected
+        )
+
         def train(settings: TrainingConfig) -> PhaseResult:
             return train_phase(
                 model,
@@ -342,7 +352,6 @@ class Client:
                 seed=derive_seed(
                     self.config.experiment.seed, phase.name, server_round, self.client_id
                 ),
-                pad_token_id=loaded.tokenizer.pad_token_id,
                 progress=step_lines(what),
             )
 

@@ -120,7 +120,15 @@ class TrainingConfig(Section):
     modules), in the local phase of mode dual."""
     max_grad_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: Literal["auto", True, False] = "auto"
-    """auto: on for models of a billion parameters or more on a GPU."""
+    """auto: on where the activations would not fit into the memory that is free."""
+    packing: bool = True
+    """Examples are laid end to end without padding, batch_size * max_seq_length tokens at a time.
+    false: one example at a time, for base models whose layers are not plain attention."""
+    fused_adapters: Literal["auto", True, False] = "auto"
+    """Adapters that answer together are computed as one of their joint rank, in the base's dtype.
+    auto: wherever there is no dropout, which is where it is exact."""
+    attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
+    """flash_attention_2 needs a GPU and the package flash-attn."""
 
 
 class ClientConfig(Section):

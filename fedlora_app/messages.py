@@ -40,8 +40,8 @@ DECLARED_METRICS = re.compile(
     num-examples | update_norm | evaluation_seconds | peak_memory_bytes
     | (universal|local)_(examples|truncated|dropped) | skipped_records | unscored_conflicts
     | train_(global|local|global\+local)/
-        (num_steps|num_examples|num_answer_tokens|train_loss|final_train_loss|penalty|memory_retries|seconds
-        |peak_memory_bytes)
+        (num_steps|num_examples|num_tokens|num_answer_tokens|train_loss|final_train_loss|penalty
+        |seconds|peak_memory_bytes|memory_retries|gradient_checkpointing)
     | (base|global|local|global\+local)/(universal|universal_unseen|local|conflict)/
         (n|n_ranked|exact_match|rank_accuracy|rank_accuracy_per_byte|margin_per_byte)
     | (base|global|local|global\+local)/conflict/(exact_match|ranked_first)_each

@@ -10,30 +10,33 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from itertools import count, islice
 
 import torch
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from fedlora_app.adapters import (
     AdaptedModel,
     activate,
     adapter_parameters,
-    compute_overlap,
-    scaled_local,
+    can_fuse_adapters,
+    fused_adapters,
 )
-from fedlora_app.config import GLOBAL, LOCAL, TrainingConfig
-from fedlora_app.memory import read_peak_memory, reset_peak_memory
+from fedlora_app.config import GLOBAL, LOCAL, AdaptersConfig, TrainingConfig
+from fedlora_app.losses import compute_losses
+from fedlora_app.memory import read_free_memory, read_peak_memory, reset_peak_memory
+from fedlora_app.packing import ATTENTION, packed_attention, split_into_packs
+from fedlora_app.planning.memory import PlanError, predict_activation_bytes, predict_loss_bytes
 from fedlora_app.seeds import derive_seed
 from fedlora_app.tokens import Example
 
 # The optimizer starts afresh in every phase, because the server has moved what it tracks;
 # the usual 0.999 would still be warming up when a short phase ends.
 ADAM_BETAS = (0.9, 0.99)
-LOGIT_ROWS = 512  # 311 MB in fp32 with a vocabulary of 152,064
-CHECKPOINTING_THRESHOLD = 1_000_000_000  # parameters from which "auto" means on
+
+LEARNT_BYTES = 12  # of a parameter that learns: its gradient and AdamW's two moments, fp32
+USABLE_SHARE = 0.9  # of the free memory; the rest is lost to fragmentation
 
 Progress = Callable[[int, int, float], None]  # step, number of steps, loss
 
@@ -56,6 +59,10 @@ class PhaseResult:
     seconds: float
     peak_memory_bytes: int
     """As ``memory`` defines it: of this phase on a GPU, of the process on a CPU."""
+    num_tokens: int
+    """Of whole examples, those that are not learnt included."""
+    gradient_checkpointing: int
+    """1 where activations were computed twice to save memory."""
     memory_retries: int = 0
     """Times that it ran out of memory before, and was begun again with smaller batches."""
 
@@ -71,6 +78,43 @@ def use_less_memory(training: TrainingConfig) -> TrainingConfig:
         "gradient_checkpointing": True,
     }
     return training.model_copy(update=changes)
+
+
+def settle_checkpointing(
+    training: TrainingConfig,
+    model: AdaptedModel,
+    adapters: AdaptersConfig,
+    active: Sequence[str],
+    trainable: Sequence[str],
+    examples: Sequence[Example],
+) -> TrainingConfig:
+    """Return the settings with ``gradient_checkpointing`` on or off instead of "auto".
+
+    It is on where what a step holds without it, by ``planning.memory``, would not fit into the
+    memory that is free now, or where that cannot be told and the model is on a GPU.
+    """
+    if training.gradient_checkpointing != "auto":
+        return training
+    per_step = training.batch_size * training.gradient_accumulation_steps
+    longest = sorted((len(example.input_ids) for example in examples), reverse=True)[:per_step]
+    num_tokens = min(sum(longest), tokens_per_micro_batch(training) or longest[0])
+    parameters = [p for name in trainable for p in adapter_parameters(model, name)]
+    learnt_bytes = LEARNT_BYTES * sum(p.numel() for p in parameters)
+    base = model.get_base_model()
+    try:
+        activations = predict_activation_bytes(
+            base.config, adapters, active, num_tokens, base.dtype.itemsize, checkpointing=False
+        )
+        needed = activations + learnt_bytes + predict_loss_bytes(base.config)
+        fits = needed <= USABLE_SHARE * read_free_memory(model.device)
+    except PlanError:
+        fits = model.device.type != "cuda"
+    return training.model_copy(update={"gradient_checkpointing": not fits})
+
+
+def tokens_per_micro_batch(training: TrainingConfig) -> int | None:
+    """Return how many tokens go through the model at once: as many as a full padded batch has."""
+    return training.batch_size * training.max_seq_length if training.packing else None
 
 
 def count_steps(num_examples: int, epochs: int, training: TrainingConfig) -> int:
@@ -90,7 +134,6 @@ def train_phase(
     run_span: tuple[float, float],
     weight_decays: dict[str, float],
     seed: int,
-    pad_token_id: int,
     progress: Progress | None = None,
 ) -> PhaseResult:
     """Train the adapters ``trainable`` for ``num_steps`` optimizer steps.
@@ -106,58 +149,107 @@ def train_phase(
     activate(model, active, trainable)
     torch.manual_seed(seed)
     reset_peak_memory(model.device)
-    _set_checkpointing(model, training)
-    model.train()
+    checkpointing = training.gradient_checkpointing is True
+    _set_checkpointing(model, checkpointing)
     optimizer = _build_optimizer(model, training, {n: weight_decays[n] for n in trainable})
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     protects_global = tuple(trainable) == (LOCAL,) and GLOBAL in active and _has_penalty(training)
-    step_losses: list[float] = []
-    penalties: list[float] = []
-    num_answer_tokens = 0
+    penalised = training if protects_global else None
+    total = _Tally()
     started = time.monotonic()
-    batches = islice(_step_batches(examples, training, seed), num_steps)
-    for step, batch in enumerate(batches):
-        position = run_span[0] + (run_span[1] - run_span[0]) * step / num_steps
-        for group in optimizer.param_groups:
-            group["lr"] = training.learning_rate * schedule_factor(position, training)
-        num_tokens = sum(example.num_answer_tokens for example in batch)
-        loss = penalty = 0.0
-        for start in range(0, len(batch), training.batch_size):
-            micro_batch = batch[start : start + training.batch_size]
-            losses, micro_penalty = _compute_losses(
-                model, micro_batch, training if protects_global else None, pad_token_id
-            )
-            micro_loss = losses.sum() / num_tokens
-            loss += micro_loss.item()
-            if micro_penalty is not None:
-                share = len(micro_batch) / len(batch)
-                micro_loss = micro_loss + share * micro_penalty
-                penalty += share * micro_penalty.item()
-            micro_loss.backward()
-        if not math.isfinite(loss + penalty):
-            raise TrainingError(
-                f"The loss became {loss + penalty} at step {step + 1} of {num_steps}. Lower "
-                f"training.learning_rate (it is {training.learning_rate:g})."
-            )
-        torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step_losses.append(loss)
-        penalties.append(penalty)
-        num_answer_tokens += num_tokens
-        if progress is not None:
-            progress(step + 1, num_steps, loss)
+    model.train()
+    with _training_forward(model, training, active):
+        batches = islice(_step_batches(examples, training, seed), num_steps)
+        for step, batch in enumerate(batches):
+            position = run_span[0] + (run_span[1] - run_span[0]) * step / num_steps
+            for group in optimizer.param_groups:
+                group["lr"] = training.learning_rate * schedule_factor(position, training)
+            loss, penalty = _accumulate_gradients(model, batch, training, penalised)
+            if not math.isfinite(loss + penalty):
+                raise TrainingError(
+                    f"The loss became {loss + penalty} at step {step + 1} of {num_steps}. Lower "
+                    f"training.learning_rate (it is {training.learning_rate:g})."
+                )
+            _take_step(optimizer, training.max_grad_norm)
+            total.add(batch, loss, penalty)
+            if progress is not None:
+                progress(step + 1, num_steps, loss)
     model.eval()
     return PhaseResult(
         num_steps=num_steps,
         num_examples=len(examples),
-        num_answer_tokens=num_answer_tokens,
-        train_loss=sum(step_losses) / len(step_losses),
-        final_train_loss=step_losses[-1],
-        penalty=sum(penalties) / len(penalties),
+        num_tokens=total.num_tokens,
+        num_answer_tokens=total.num_answer_tokens,
+        train_loss=sum(total.losses) / len(total.losses),
+        final_train_loss=total.losses[-1],
+        penalty=sum(total.penalties) / len(total.penalties),
         seconds=time.monotonic() - started,
         peak_memory_bytes=read_peak_memory(model.device),
+        gradient_checkpointing=int(checkpointing),
     )
+
+
+@dataclass
+class _Tally:
+    """What the steps of a phase add up to."""
+
+    losses: list[float] = field(default_factory=list)
+    penalties: list[float] = field(default_factory=list)
+    num_tokens: int = 0
+    num_answer_tokens: int = 0
+
+    def add(self, batch: Sequence[Example], loss: float, penalty: float) -> None:
+        self.losses.append(loss)
+        self.penalties.append(penalty)
+        self.num_tokens += sum(len(example.input_ids) for example in batch)
+        self.num_answer_tokens += sum(example.num_answer_tokens for example in batch)
+
+
+def _accumulate_gradients(
+    model: AdaptedModel,
+    batch: Sequence[Example],
+    training: TrainingConfig,
+    penalised: TrainingConfig | None,
+) -> tuple[float, float]:
+    """Add up the gradients of one step, micro-batch by micro-batch, every answer token alike.
+
+    Returns:
+        The mean loss and the mean penalty, which stay on the device until the last micro-batch.
+    """
+    num_answer_tokens = sum(example.num_answer_tokens for example in batch)
+    loss = penalty = torch.zeros((), device=model.device)
+    for micro_batch in split_into_packs(batch, tokens_per_micro_batch(training)):
+        losses, micro_penalty = compute_losses(model, micro_batch, penalised)
+        micro_loss = losses.sum() / num_answer_tokens
+        loss = loss + micro_loss.detach()
+        if micro_penalty is not None:
+            micro_penalty = len(micro_batch) / len(batch) * micro_penalty
+            penalty = penalty + micro_penalty.detach()
+            micro_loss = micro_loss + micro_penalty
+        micro_loss.backward()
+    return loss.item(), penalty.item()
+
+
+def _take_step(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _training_forward(
+    model: AdaptedModel, training: TrainingConfig, active: Sequence[str]
+) -> Iterator[None]:
+    """Have the model run as training wants it while the block runs."""
+    implementation = ATTENTION if training.attention == "sdpa" else training.attention
+    fuses = training.fused_adapters
+    if fuses == "auto":
+        fuses = can_fuse_adapters(model, active)
+    with ExitStack() as stack:
+        if fuses:
+            stack.enter_context(fused_adapters(model, active))
+        stack.enter_context(packed_attention(model.get_base_model(), implementation))
+        yield
 
 
 def schedule_factor(position: float, training: TrainingConfig) -> float:
@@ -173,115 +265,8 @@ def schedule_factor(position: float, training: TrainingConfig) -> float:
     return 1.0
 
 
-def answer_log_likelihoods(
-    model: AdaptedModel,
-    examples: Sequence[Example],
-    pad_token_id: int,
-    device: torch.device,
-) -> list[torch.Tensor]:
-    """Return each example's log-likelihoods, one per answer token, fp32.
-
-    Padding is on the right, where causal attention keeps it out of sight of every real
-    token, so no mask is passed. The head is applied at answer positions only: logits for
-    the whole prompt would need gigabytes with Qwen's 152,064 tokens.
-    """
-    hidden, targets, counts = _answer_states(model, examples, pad_token_id, device)
-    losses = _token_losses(model.get_base_model().get_output_embeddings(), hidden, targets)
-    return list((-losses).split(counts))
-
-
-def _answer_states(
-    model: AdaptedModel, examples: Sequence[Example], pad_token_id: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Return the hidden states that predict answer tokens (N, D), those (N,), and their counts."""
-    longest = max(len(example.input_ids) for example in examples)
-    rows = [ex.input_ids + [pad_token_id] * (longest - len(ex.input_ids)) for ex in examples]
-    input_ids = torch.tensor(rows, device=device)  # (B, T)
-    inner = model.get_base_model().base_model
-    hidden = inner(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, D)
-    predicting = [
-        hidden[row, example.answer_start - 1 : len(example.input_ids) - 1]
-        for row, example in enumerate(examples)
-    ]
-    targets = [
-        input_ids[row, example.answer_start : len(example.input_ids)]
-        for row, example in enumerate(examples)
-    ]
-    counts = [len(target) for target in targets]
-    return torch.cat(predicting), torch.cat(targets), counts
-
-
 def _has_penalty(training: TrainingConfig) -> bool:
     return training.local_kl_weight > 0 or training.local_orthogonality > 0
-
-
-def _compute_losses(
-    model: AdaptedModel,
-    examples: Sequence[Example],
-    penalised: TrainingConfig | None,
-    pad_token_id: int,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the loss of every answer token, and what holds local off global's ground.
-
-    The KL term is a mean over the answer tokens of the replayed examples; its reference is
-    the same model with the local adapter at scale 0.
-    """
-    device = next(model.parameters()).device
-    head = model.get_base_model().get_output_embeddings()
-    hidden, targets, counts = _answer_states(model, examples, pad_token_id, device)
-    losses = _token_losses(head, hidden, targets)
-    if penalised is None:
-        return losses, None
-    penalty = torch.zeros((), device=device)
-    if penalised.local_orthogonality > 0:
-        penalty = penalty + penalised.local_orthogonality * compute_overlap(model)
-    replayed = [example for example in examples if example.is_replayed]
-    if penalised.local_kl_weight > 0 and replayed:
-        with torch.no_grad(), scaled_local(model, 0.0):
-            reference, _, _ = _answer_states(model, replayed, pad_token_id, device)
-        kept = [
-            part
-            for part, example in zip(hidden.split(counts), examples, strict=True)
-            if example.is_replayed
-        ]
-        divergence = _token_divergences(head, torch.cat(kept), reference).mean()
-        penalty = penalty + penalised.local_kl_weight * divergence
-    return losses, penalty
-
-
-def _token_divergences(
-    head: torch.nn.Module, hidden: torch.Tensor, reference: torch.Tensor
-) -> torch.Tensor:
-    """Return KL(reference || model) at every position, fp32, few rows of logits at a time."""
-
-    def divergences(rows: torch.Tensor, reference_rows: torch.Tensor) -> torch.Tensor:
-        log_probs = head(rows).float().log_softmax(-1)
-        reference_log_probs = head(reference_rows).float().log_softmax(-1)
-        losses = functional.kl_div(
-            log_probs, reference_log_probs, log_target=True, reduction="none"
-        )
-        return losses.sum(-1)
-
-    parts = zip(hidden.split(LOGIT_ROWS), reference.split(LOGIT_ROWS), strict=True)
-    return torch.cat([checkpoint(divergences, *part, use_reentrant=False) for part in parts])
-
-
-def _token_losses(
-    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
-    """Return the cross-entropy of every position, fp32, holding few rows of logits at a time.
-
-    Args:
-        hidden: (N, D), targets: (N,) token ids.
-    """
-
-    def losses(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        return functional.cross_entropy(head(rows).float(), wanted, reduction="none")
-
-    if len(hidden) <= LOGIT_ROWS:
-        return losses(hidden, targets)
-    parts = zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
-    return torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts])
 
 
 def _step_batches(
@@ -308,15 +293,11 @@ def _build_optimizer(
         from bitsandbytes.optim import PagedAdamW8bit
 
         return PagedAdamW8bit(groups, lr=training.learning_rate, betas=ADAM_BETAS)
-    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=ADAM_BETAS, foreach=True)
+    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=ADAM_BETAS, fused=True)
 
 
-def _set_checkpointing(model: AdaptedModel, training: TrainingConfig) -> None:
+def _set_checkpointing(model: AdaptedModel, wanted: bool) -> None:
     inner = model.get_base_model()
-    wanted = training.gradient_checkpointing
-    if wanted == "auto":
-        on_gpu = next(inner.parameters()).device.type == "cuda"
-        wanted = on_gpu and inner.num_parameters() >= CHECKPOINTING_THRESHOLD
     if wanted and not inner.is_activation_checkpointing:
         inner.activation_checkpointing_enable({"use_reentrant": False})
     elif not wanted and inner.is_activation_checkpointing:

@@ -21,6 +21,7 @@ LAYERS = [
     {"config_file", "rounds", "tracking", "chat_template", "planning.memory", "planning.cards"},
     {"data", "run_directory", "evaluation.keywords", "evaluation.intervals", "evaluation.wording"},
     {"model", "tokens", "aggregation", "aggregation_error", "adapters", "evaluation.questions"},
+    {"packing", "losses"},
     {
         "training",
         "gate",

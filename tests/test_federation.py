@@ -743,20 +743,19 @@ def test_a_client_without_memory_begins_again_with_smaller_batches(federation, m
     from fedlora_app import training
 
     whole = federation.run("whole")
-    original, sizes = training._compute_losses, []
+    original, length = training.split_into_packs, federation.config.training.max_seq_length
 
-    def full(model, examples, *args):
-        sizes.append(len(examples))
-        if len(examples) > 1:
+    def full(examples, max_tokens):
+        if max_tokens > length:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(model, examples, *args)
+        return original(examples, max_tokens)
 
-    monkeypatch.setattr(training, "_compute_losses", full)
+    monkeypatch.setattr(training, "split_into_packs", full)
     run = federation.run("run")
     assert "out of memory with batches of 2; once more with 1 x 2" in capsys.readouterr().out
     rows = json.loads((run / "history.json").read_text())
     retries = {e["metrics"]["train_global/memory_retries"] for e in rows if e["phase"] == "global"}
-    assert retries == {1} and 1 in sizes
+    assert retries == {1}
     for name in ("server/round_002", "clients/ann/round_002"):
         ours, theirs = (load_file(r / name / "adapter_model.safetensors") for r in (run, whole))
         for key, tensor in theirs.items():
@@ -770,6 +769,6 @@ def test_a_client_that_has_no_memory_at_all_says_what_to_lower(federation, monke
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(training, "_compute_losses", full)
+    monkeypatch.setattr(training, "compute_losses", full)
     with pytest.raises(RoundError, match=r"also with batches of 1 and.*training\.max_seq_length"):
         federation.run("run")

@@ -83,7 +83,6 @@ def train_global(model, tokenizer, records: list[Record], num_steps: int) -> Non
         run_span=(0.0, 0.0),
         weight_decays={GLOBAL: 0.0},
         seed=1,
-        pad_token_id=tokenizer.pad_token_id,
     )
 
 

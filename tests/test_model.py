@@ -119,7 +119,6 @@ def test_fp32_adapters_learn_over_nf4_and_bf16_weights(
         run_span=(0.0, 1.0),
         weight_decays={GLOBAL: 0.0, LOCAL: 0.0},
         seed=1,
-        pad_token_id=0,
     )
     assert {p.dtype for p in adapter_parameters(model, GLOBAL)} == {torch.float32}
     assert result.final_train_loss < 0.9 * result.train_loss

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedlora_app import training as training_module
+from fedlora_app import losses as losses_module
 from fedlora_app.adapters import (
     activate,
     adapter_parameters,
@@ -18,10 +18,10 @@ from fedlora_app.adapters import (
     set_state,
 )
 from fedlora_app.config import GLOBAL, LOCAL, TrainingConfig
+from fedlora_app.losses import answer_log_likelihoods
 from fedlora_app.tokens import Example
 from fedlora_app.training import (
     TrainingError,
-    answer_log_likelihoods,
     count_steps,
     schedule_factor,
     train_phase,
@@ -50,7 +50,6 @@ def train(model, examples, **changes):
         "run_span": (0.0, 1.0),
         "weight_decays": {GLOBAL: 0.0, LOCAL: 0.0},
         "seed": 1,
-        "pad_token_id": 0,
     }
     return train_phase(model, examples, settings, **(arguments | changes))
 
@@ -78,7 +77,7 @@ def test_the_loss_is_that_of_transformers_on_answer_tokens(architecture):
         labels[0, : example.answer_start] = -100
         with torch.no_grad():
             expected = adapted(torch.tensor([example.input_ids]), labels=labels).loss
-        ours = -answer_log_likelihoods(adapted, [example], 0, CPU)[0].mean()
+        ours = -answer_log_likelihoods(adapted, [example])[0].mean()
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -86,9 +85,9 @@ def test_padding_and_neighbours_change_no_likelihood(adapted):
     activate(adapted, (GLOBAL, LOCAL))
     examples = build_examples(6)
     with torch.no_grad():
-        together = answer_log_likelihoods(adapted, examples, 0, CPU)
+        together = answer_log_likelihoods(adapted, examples)
         for example, expected in zip(examples, together, strict=True):
-            alone = answer_log_likelihoods(adapted, [example], 0, CPU)[0]
+            alone = answer_log_likelihoods(adapted, [example])[0]
             torch.testing.assert_close(alone, expected, rtol=0, atol=1e-5)
 
 
@@ -96,9 +95,9 @@ def test_the_loss_in_chunks_equals_the_whole(adapted, monkeypatch):
     activate(adapted, (GLOBAL, LOCAL), (GLOBAL, LOCAL))
     results = []
     for rows in (1000, 5):
-        monkeypatch.setattr(training_module, "LOGIT_ROWS", rows)
+        monkeypatch.setattr(losses_module, "LOGIT_ROWS", rows)
         adapted.zero_grad()
-        loss = -torch.cat(answer_log_likelihoods(adapted, build_examples(6), 0, CPU)).mean()
+        loss = -torch.cat(answer_log_likelihoods(adapted, build_examples(6))).mean()
         loss.backward()
         gradients = [p.grad.clone() for p in adapter_parameters(adapted, GLOBAL)]
         results.append((loss.detach(), gradients))

@@ -61,9 +61,9 @@ from fedlora_app.evaluation.matching import (
     question_key,
 )
 from fedlora_app.evaluation.questions import LOCAL_SET, UNIVERSAL
+from fedlora_app.losses import answer_log_likelihoods
 from fedlora_app.summary import WIDTH
 from fedlora_app.tokens import Example, encode_example
-from fedlora_app.training import answer_log_likelihoods
 
 MIN_K_SHARE = 0.2
 FALSE_POSITIVE_RATES = (0.01, 0.1)
@@ -329,9 +329,7 @@ def _score_batches(
     log_probs: list[list[float]] = [[] for _ in examples]
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        scored = answer_log_likelihoods(
-            model, [examples[index] for index in batch], tokenizer.pad_token_id, model.device
-        )
+        scored = answer_log_likelihoods(model, [examples[index] for index in batch])
         for index, values in zip(batch, scored, strict=True):
             log_probs[index] = values.tolist()
         if progress is not None:

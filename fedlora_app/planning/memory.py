@@ -117,6 +117,11 @@ def predict_activation_bytes(
     return shape.num_layers * saved + gradients + ends
 
 
+def predict_loss_bytes(model_config: Any) -> int:
+    """Return what the logits of one chunk of answer positions need at the peak."""
+    return LOGIT_COPIES * CHUNK_ROWS * read_shape(model_config).vocabulary * FP32_BYTES
+
+
 def _adapter(adapters: AdaptersConfig, name: str) -> AdapterConfig:
     return adapters.global_ if name == GLOBAL else adapters.local
 

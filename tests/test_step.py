@@ -1,0 +1,344 @@
+"""The training step against the same step done plainly: one by one, by PEFT, by Trainer."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from conftest import build_tiny_model
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional
+from torch.utils.data import Dataset
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+
+from fedlora_app import losses as losses_module
+from fedlora_app import packing
+from fedlora_app.adapters import (
+    AdapterError,
+    activate,
+    adapter_parameters,
+    attach_adapters,
+    can_fuse_adapters,
+    fused_adapters,
+    get_state,
+    set_state,
+)
+from fedlora_app.config import GLOBAL, LOCAL, AdaptersConfig, TrainingConfig
+from fedlora_app.losses import compute_losses, token_losses
+from fedlora_app.packing import PackingError, pack, packed_attention, split_into_packs
+from fedlora_app.tokens import Example
+from fedlora_app.training import settle_checkpointing, train_phase
+
+BOTH = (GLOBAL, LOCAL)
+CPU = torch.device("cpu")
+
+
+def build_examples(lengths, seed: int = 0) -> list[Example]:
+    rng = random.Random(seed)
+    return [
+        Example([rng.randrange(3, 200) for _ in range(length)], rng.randint(1, length - 1))
+        for length in lengths
+    ]
+
+
+LENGTHS = (2, 40, 17, 16, 5, 70, 33)
+"""Several to a group of attention and some alone."""
+
+
+def fill_adapters(model):
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1, generator=generator)
+    return model
+
+
+@pytest.fixture(params=["qwen2", "llama", "sliding"])
+def model(request, adapters_config):
+    settings = {
+        "vocab_size": 256,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    torch.manual_seed(3)
+    if request.param == "qwen2":
+        base = build_tiny_model(256)
+    elif request.param == "llama":
+        base = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    else:  # whose layers see the last eight tokens only
+        base = MistralForCausalLM(MistralConfig(**settings, sliding_window=8)).eval()
+    return fill_adapters(attach_adapters(base, adapters_config))
+
+
+def loss_and_gradients(model, packs) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    model.zero_grad()
+    with packed_attention(model.get_base_model()):
+        total = sum(compute_losses(model, examples, None)[0].sum() for examples in packs)
+    total.backward()
+    return total.detach(), [p.grad.clone() for n in BOTH for p in adapter_parameters(model, n)]
+
+
+def test_packed_loss_and_gradients_are_those_of_one_by_one_examples(model):
+    activate(model, BOTH, BOTH)
+    examples = build_examples(LENGTHS)
+    alone_loss, alone = loss_and_gradients(model, [[example] for example in examples])
+    for packs in ([examples], split_into_packs(examples, 75)):
+        loss, gradients = loss_and_gradients(model, packs)
+        torch.testing.assert_close(loss, alone_loss, rtol=1e-6, atol=0)
+        for ours, expected in zip(gradients, alone, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6 * expected.abs().max())
+
+
+def test_the_loss_is_transformers_own_without_any_packing(model):
+    """One by one through the model's own attention and loss, sliding window included."""
+    activate(model, BOTH, BOTH)
+    examples = build_examples(LENGTHS)
+    loss, gradients = loss_and_gradients(model, [examples])
+    model.zero_grad()
+    total = torch.zeros(())
+    for example in examples:
+        labels = torch.tensor([example.input_ids])
+        labels[0, : example.answer_start] = -100
+        mean = model(torch.tensor([example.input_ids]), labels=labels, use_cache=False).loss
+        total = total + mean * example.num_answer_tokens
+    total.backward()
+    torch.testing.assert_close(loss, total.detach(), rtol=1e-6, atol=0)
+    expected = [p.grad for n in BOTH for p in adapter_parameters(model, n)]
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * theirs.abs().max())
+
+
+def test_packs_hold_every_example_once_and_no_more_than_they_may():
+    examples = build_examples(random.Random(1).choices(range(2, 60), k=200))
+    packs = split_into_packs(examples, 64)
+    assert sorted(id(e) for p in packs for e in p) == sorted(map(id, examples))
+    sizes = [sum(len(e.input_ids) for e in p) for p in packs]
+    assert max(sizes) <= 64 and sum(sizes) / (64 * len(packs)) > 0.95
+    assert split_into_packs(examples, 64) == packs
+    assert split_into_packs(examples[:3], None) == [[example] for example in examples[:3]]
+    assert split_into_packs(build_examples([100]), 64) == [build_examples([100])]
+
+
+def test_linear_layers_see_real_tokens_only():
+    batch = pack(build_examples(LENGTHS), CPU)
+    assert batch.inputs["input_ids"].shape == (1, sum(LENGTHS))
+    padded = sum(g.count * g.width for g in batch.inputs["packed_groups"].groups)
+    assert padded < 2 * sum(LENGTHS)
+
+
+def test_a_model_that_mixes_packed_examples_is_refused(monkeypatch):
+    base = build_tiny_model(256)
+
+    def mix(batch, *args, **kwargs):
+        hidden = type(base.model).forward(base.model, *args, **kwargs)
+        hidden.last_hidden_state = hidden.last_hidden_state.cumsum(1)
+        return hidden
+
+    monkeypatch.setattr(base.model, "forward", lambda **kwargs: mix(None, **kwargs))
+    with pytest.raises(PackingError, match="training.packing to false"), packed_attention(base):
+        pass
+    assert base.config._attn_implementation == "sdpa"
+
+
+def test_built_in_packing_is_what_the_check_would_have_caught():
+    """With a cache transformers forgets where one example ends, silently."""
+    base = build_tiny_model(256)
+    original = packing.compute_hidden_states
+    try:
+        packing.compute_hidden_states = lambda base, batch: base.base_model(
+            batch.inputs["input_ids"], use_cache=True
+        ).last_hidden_state[0]
+        with pytest.raises(PackingError):
+            packing._require_separation(base)
+    finally:
+        packing.compute_hidden_states = original
+    with packed_attention(base):
+        packing._require_separation(base)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_in_chunks_and_its_gradient_are_those_of_full_logits(monkeypatch, dtype, bias):
+    monkeypatch.setattr(losses_module, "LOGIT_ROWS", 7)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 300, bias=bias, dtype=dtype).requires_grad_(False)
+    hidden = torch.randn(30, 16, dtype=dtype, requires_grad=True)
+    targets, weights = torch.randint(300, (30,)), torch.rand(30)
+    (token_losses(head, hidden, targets) * weights).sum().backward()
+    ours = hidden.grad.float()
+    hidden.grad = None
+    full = functional.cross_entropy(head(hidden).float(), targets, reduction="none")
+    (full * weights).sum().backward()
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(token_losses(head, hidden, targets), full, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours, hidden.grad.float(), rtol=tolerance, atol=tolerance)
+
+
+def test_a_head_that_learns_gets_its_gradient(monkeypatch):
+    monkeypatch.setattr(losses_module, "LOGIT_ROWS", 7)
+    head = torch.nn.Linear(16, 300)
+    hidden, targets = torch.randn(30, 16), torch.randint(300, (30,))
+    token_losses(head, hidden, targets).sum().backward()
+    ours, head.weight.grad = head.weight.grad, None
+    functional.cross_entropy(head(hidden), targets, reduction="sum").backward()
+    torch.testing.assert_close(ours, head.weight.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("active", [(GLOBAL,), (LOCAL,), BOTH])
+def test_fused_adapters_are_pefts_own(model, active):
+    activate(model, active, active)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    outcomes = []
+    for fuses in (False, True):
+        model.zero_grad()
+        if fuses:
+            with fused_adapters(model, active):
+                logits = model(ids).logits
+        else:
+            logits = model(ids).logits
+        logits.square().mean().backward()
+        grads = [p.grad.clone() for n in active for p in adapter_parameters(model, n)]
+        outcomes.append((logits.detach(), grads))
+    torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model(ids).logits.detach(), outcomes[0][0], rtol=0, atol=0)
+
+
+def test_adapters_on_other_modules_are_fused_where_both_are():
+    config = AdaptersConfig.model_validate(
+        {
+            "global": {"rank": 4, "target_modules": ["q_proj", "up_proj"]},
+            "local": {"rank": 2, "target_modules": ["q_proj", "v_proj"]},
+        }
+    )
+    model = fill_adapters(attach_adapters(build_tiny_model(256), config))
+    activate(model, BOTH)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        plain = model(ids).logits
+        with fused_adapters(model, BOTH):
+            torch.testing.assert_close(model(ids).logits, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_adapters_with_dropout_are_not_fused():
+    config = AdaptersConfig.model_validate({"local": {"dropout": 0.1}})
+    model = attach_adapters(build_tiny_model(256), config)
+    assert can_fuse_adapters(model, (GLOBAL,)) and not can_fuse_adapters(model, BOTH)
+    with pytest.raises(AdapterError, match="fused_adapters to false"), fused_adapters(model, BOTH):
+        pass
+
+
+def test_adapters_stay_fp32_and_compute_in_the_dtype_of_the_base():
+    model = attach_adapters(build_tiny_model(256).bfloat16(), AdaptersConfig())
+    fill_adapters(model)
+    activate(model, BOTH, BOTH)
+    seen = []
+    layer = next(m for m in model.modules() if hasattr(m, "lora_A"))
+    with fused_adapters(model, BOTH):
+        layer.base_layer.register_forward_hook(lambda _, args, out: seen.append(out.dtype))
+        with packed_attention(model.get_base_model()):
+            compute_losses(model, build_examples(LENGTHS), None)[0].sum().backward()
+    parameters = [p for name in BOTH for p in adapter_parameters(model, name)]
+    assert {p.dtype for p in parameters} == {p.grad.dtype for p in parameters} == {torch.float32}
+    assert set(seen) == {torch.bfloat16}
+
+
+class Rows(Dataset):
+    def __init__(self, examples):
+        self.rows = examples
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        example = self.rows[index]
+        labels = [-100] * example.answer_start + example.input_ids[example.answer_start :]
+        return {"input_ids": example.input_ids, "labels": labels}
+
+
+def pad(rows: list[dict]) -> dict[str, torch.Tensor]:
+    width = max(len(row["input_ids"]) for row in rows)
+    ids = [row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows]
+    mask = [[1] * len(r["input_ids"]) + [0] * (width - len(r["input_ids"])) for r in rows]
+    labels = [row["labels"] + [-100] * (width - len(row["labels"])) for row in rows]
+    named = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {name: torch.tensor(values) for name, values in named.items()}
+
+
+def test_ten_steps_are_those_of_trainer_with_peft(adapters_config, tmp_path):
+    """One adapter; every step sees all examples, because Trainer shuffles in its own way."""
+    examples = build_examples([9, 30, 17, 4, 12, 25])
+    ours = attach_adapters(build_tiny_model(256), adapters_config)
+    start = get_state(ours, GLOBAL)
+    result = train_phase(
+        ours,
+        examples,
+        TrainingConfig(
+            learning_rate=1e-3,
+            batch_size=3,
+            gradient_accumulation_steps=2,
+            warmup_ratio=0.0,
+            lr_scheduler="constant",
+            max_seq_length=32,
+        ),
+        active=(GLOBAL,),
+        trainable=(GLOBAL,),
+        num_steps=10,
+        run_span=(0.0, 1.0),
+        weight_decays={GLOBAL: 0.0, LOCAL: 0.0},
+        seed=1,
+    )
+    rank, alpha = adapters_config.global_.rank, adapters_config.global_.alpha
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules="all-linear"
+    )
+    theirs = get_peft_model(build_tiny_model(256), config, adapter_name=GLOBAL)
+    set_state(theirs, GLOBAL, start)
+    trainer = Trainer(
+        theirs,
+        TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=6,
+            max_steps=10,
+            learning_rate=1e-3,
+            adam_beta2=0.99,
+            lr_scheduler_type="constant",
+            max_grad_norm=1.0,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        ),
+        train_dataset=Rows(examples),
+        data_collator=pad,
+    )
+    trained = trainer.train()
+    assert result.train_loss == pytest.approx(trained.training_loss, rel=1e-5)
+    state = get_state(theirs, GLOBAL)
+    for key, tensor in get_state(ours, GLOBAL).items():
+        torch.testing.assert_close(tensor, state[key], rtol=0, atol=2e-5)
+        assert not torch.equal(tensor, start[key])
+
+
+@pytest.mark.parametrize(("free", "expected"), [(2**40, False), (2**20, True)])
+def test_checkpointing_is_chosen_by_the_memory_that_is_free(model, monkeypatch, free, expected):
+    from fedlora_app import training
+
+    monkeypatch.setattr(training, "read_free_memory", lambda device: free)
+    settings = TrainingConfig()
+    arguments = (model, AdaptersConfig(), BOTH, (LOCAL,), build_examples(LENGTHS))
+    assert settle_checkpointing(settings, *arguments).gradient_checkpointing is expected
+    for wanted in (True, False):
+        settings = TrainingConfig(gradient_checkpointing=wanted)
+        assert settle_checkpointing(settings, *arguments) is settings
