@@ -52,6 +52,7 @@ MAX_HEADER_BYTES = 8 << 20
 """Room for a table of some 50,000 tensors, beside their values."""
 MAX_CONFIG_BYTES = 1 << 20
 MAX_SHOWN_CHARS = 200
+FUSED_FORWARDS = "_fedlora_fused_forwards"
 PLAIN = "default"
 """PEFT's own name for an only adapter."""
 
@@ -240,8 +241,9 @@ def fused_adapters(model: AdaptedModel, active: Sequence[str]) -> Iterator[None]
         )
     layers = _lora_layers(model)
     for layer in layers:
-        names = [name for name in active if name in layer.lora_A]
-        layer.forward = partial(_forward_fused, layer, names)
+        names = tuple(name for name in active if name in layer.lora_A)
+        kept = layer.__dict__.setdefault(FUSED_FORWARDS, {})  # the same ones for torch.compile
+        layer.forward = kept.setdefault(names, partial(_forward_fused, layer, names))
     try:
         yield
     finally:

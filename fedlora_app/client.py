@@ -41,6 +41,7 @@ from fedlora_app.client_evaluation import Metrics, evaluate_client, phase_metric
 from fedlora_app.config import GLOBAL, LOCAL, ClientConfig, Config, ConfigError, TrainingConfig
 from fedlora_app.data import DataError
 from fedlora_app.evaluation.linter import Finding, describe_findings, lint
+from fedlora_app.kernels import find_missing_kernels
 from fedlora_app.memory import read_peak_memory, reset_peak_memory
 from fedlora_app.model import LoadedModel, describe_device, load_base_model, load_tokenizer
 from fedlora_app.progress import step_lines
@@ -225,6 +226,7 @@ class Client:
                 "training.optimizer: paged_adamw_8bit needs a GPU and this client has none. "
                 "Set it to adamw."
             )
+        faults += find_missing_kernels(self.config.training)
         if self._own_dir.exists() and not resumes:
             faults.append(
                 f"{self._own_dir} exists already and is left as it is. Choose another run-name."

@@ -129,6 +129,10 @@ class TrainingConfig(Section):
     auto: wherever there is no dropout, which is where it is exact."""
     attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
     """flash_attention_2 needs a GPU and the package flash-attn."""
+    liger_kernels: bool = False
+    """Norms, rotary embedding and activations by the package liger-kernel, on a GPU."""
+    compile: bool = False
+    """Decoder layers through torch.compile; the first steps then take a minute or more."""
 
 
 class ClientConfig(Section):

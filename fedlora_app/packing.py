@@ -139,6 +139,7 @@ def compute_hidden_states(base: PreTrainedModel, batch: PackedBatch) -> torch.Te
     return base.base_model(**batch.inputs, use_cache=False).last_hidden_state[0]
 
 
+@torch.compiler.disable  # the groups are never twice the same
 def _attend(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -24,6 +24,7 @@ from fedlora_app.adapters import (
     fused_adapters,
 )
 from fedlora_app.config import GLOBAL, LOCAL, AdaptersConfig, TrainingConfig
+from fedlora_app.kernels import apply_liger_kernels, compiled_layers
 from fedlora_app.losses import compute_losses
 from fedlora_app.memory import read_free_memory, read_peak_memory, reset_peak_memory
 from fedlora_app.packing import ATTENTION, packed_attention, split_into_packs
@@ -248,7 +249,12 @@ def _training_forward(
     with ExitStack() as stack:
         if fuses:
             stack.enter_context(fused_adapters(model, active))
-        stack.enter_context(packed_attention(model.get_base_model(), implementation))
+        base = model.get_base_model()
+        stack.enter_context(packed_attention(base, implementation))
+        if training.liger_kernels:
+            apply_liger_kernels(base)
+        if training.compile:
+            stack.enter_context(compiled_layers(base))
         yield
 
 

@@ -20,7 +20,15 @@ LAYERS = [
     {"project", "seeds", "storage", "telemetry", "build_hook", "config", "progress", "memory"},
     {"config_file", "rounds", "tracking", "chat_template", "planning.memory", "planning.cards"},
     {"data", "run_directory", "evaluation.keywords", "evaluation.intervals", "evaluation.wording"},
-    {"model", "tokens", "aggregation", "aggregation_error", "adapters", "evaluation.questions"},
+    {
+        "model",
+        "tokens",
+        "kernels",
+        "aggregation",
+        "aggregation_error",
+        "adapters",
+        "evaluation.questions",
+    },
     {"packing", "losses"},
     {
         "training",

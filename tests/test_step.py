@@ -19,8 +19,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from fedlora_app import kernels, packing
 from fedlora_app import losses as losses_module
-from fedlora_app import packing
 from fedlora_app.adapters import (
     AdapterError,
     activate,
@@ -33,6 +33,7 @@ from fedlora_app.adapters import (
 )
 from fedlora_app.config import GLOBAL, LOCAL, AdaptersConfig, TrainingConfig
 from fedlora_app.losses import compute_losses, token_losses
+from fedlora_app.messages import MessageError
 from fedlora_app.packing import PackingError, pack, packed_attention, split_into_packs
 from fedlora_app.tokens import Example
 from fedlora_app.training import settle_checkpointing, train_phase
@@ -342,3 +343,57 @@ def test_checkpointing_is_chosen_by_the_memory_that_is_free(model, monkeypatch, 
     for wanted in (True, False):
         settings = TrainingConfig(gradient_checkpointing=wanted)
         assert settle_checkpointing(settings, *arguments) is settings
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"attention": "flash_attention_2"}, "flash_attention_2 needs a GPU"),
+        ({"liger_kernels": True}, "liger_kernels: true needs a GPU"),
+        ({"compile": True}, "needs a C\\+\\+ compiler"),
+    ],
+)
+def test_a_missing_kernel_is_said_before_training(federation, monkeypatch, setting, message):
+    monkeypatch.setattr(kernels.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    config = federation.config
+    training = config.training.model_copy(update=setting)
+    with pytest.raises(MessageError, match=message):
+        federation.run(config=config.model_copy(update={"training": training}))
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(kernels.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    settings = TrainingConfig(attention="flash_attention_2", liger_kernels=True, compile=True)
+    found = kernels.find_missing_kernels(settings)
+    assert [line.rpartition("pip install ")[2] for line in found] == ["flash-attn", "liger-kernel"]
+    assert kernels.find_missing_kernels(TrainingConfig()) == []
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_as_plain_ones_and_are_compiled_once(adapted):
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    examples, start = build_examples(LENGTHS), get_state(adapted, LOCAL)
+    outcomes, graphs = [], []
+    for compiles in (False, True, True):
+        set_state(adapted, LOCAL, start)
+        settings = TrainingConfig(compile=compiles, max_seq_length=128)
+        result = train_phase(
+            adapted,
+            examples,
+            settings,
+            active=BOTH,
+            trainable=(LOCAL,),
+            num_steps=2,
+            run_span=(0.0, 1.0),
+            weight_decays={LOCAL: 0.0},
+            seed=1,
+        )
+        outcomes.append(result.train_loss)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert outcomes[1] == outcomes[2] == pytest.approx(outcomes[0], rel=1e-5)
+    assert 0 == graphs[0] < graphs[1] == graphs[2]
+    assert all(layer._compiled_call_impl is None for layer in adapted.get_base_model().model.layers)
