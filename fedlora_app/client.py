@@ -43,7 +43,13 @@ from fedlora_app.data import DataError
 from fedlora_app.evaluation.linter import Finding, describe_findings, lint
 from fedlora_app.kernels import find_missing_kernels
 from fedlora_app.memory import read_peak_memory, reset_peak_memory
-from fedlora_app.model import LoadedModel, describe_device, load_base_model, load_tokenizer
+from fedlora_app.model import (
+    LoadedModel,
+    ModelError,
+    describe_device,
+    load_base_model,
+    load_tokenizer,
+)
 from fedlora_app.progress import step_lines
 from fedlora_app.rounds import BOTH, Phase, plan_round, training_clients
 from fedlora_app.seeds import derive_seed
@@ -227,6 +233,11 @@ class Client:
                 "Set it to adamw."
             )
         faults += find_missing_kernels(self.config.training)
+        try:
+            fault = model_module.find_embedding_fault(self.config.model, self.root)
+        except ModelError:
+            fault = None  # a model that is not there is reported in its turn
+        faults += [fault] if fault else []
         if self._own_dir.exists() and not resumes:
             faults.append(
                 f"{self._own_dir} exists already and is left as it is. Choose another run-name."

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from transformers.utils import cached_file
 from fedlora_app.chat_template import find_template_fault
 from fedlora_app.config import ModelConfig
 from fedlora_app.errors import MendableError
+from fedlora_app.host_embedding import SHARED_WEIGHTS, move_embedding_to_host
+from fedlora_app.quantised_copy import QuantisedCopy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FINGERPRINT_EDGE_BYTES = 1 << 20
@@ -58,13 +61,14 @@ def load_base_model(config: ModelConfig, root: Path) -> LoadedModel:
 
     Raises:
         ModelError: it is neither a local folder nor in the cache nor downloadable, or its
-            quantisation is impossible here.
+            quantisation is impossible here, or its embedding cannot lie elsewhere.
     """
     global num_loads
     key = config.model_dump_json() + str(root)
     if key not in _resident:
         _resident.clear()  # never two base models in memory
-        model, tokenizer = _load(config, root), load_tokenizer(config, root)
+        tokenizer = load_tokenizer(config, root)
+        model = _load(config, root)
         num_loads += 1
         _resident[key] = LoadedModel(
             model=model,
@@ -168,21 +172,28 @@ def compute_fingerprint(config: ModelConfig, root: Path) -> str:
     return digest.hexdigest()
 
 
+def find_embedding_fault(config: ModelConfig, root: Path) -> str | None:
+    """Return why the input embedding cannot be in host memory, as far as no weights say it."""
+    if config.embedding_device != "cpu":
+        return None
+    tied = getattr(load_model_config(config, root), "tie_word_embeddings", False)
+    return _explain_embedding(config, SHARED_WEIGHTS) if tied else None
+
+
+def _explain_embedding(config: ModelConfig, reason: str) -> str:
+    return (
+        f"model.embedding_device: cpu is impossible with {config.name}: {reason}. Expected a model "
+        "whose input embedding is of its own, such as Qwen/Qwen2.5-7B-Instruct. Set it to auto."
+    )
+
+
 def _load(config: ModelConfig, root: Path) -> PreTrainedModel:
     device = choose_device()
-    kwargs: dict[str, Any] = {
-        "dtype": compute_dtype(config),
-        "device_map": {"": device},
-        "use_safetensors": True,
-    }
+    kwargs: dict[str, Any] = {"dtype": compute_dtype(config), "device_map": {"": device}}
     if uses_4bit(config):
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute_dtype(config),
-        )
-    model = _from_pretrained(AutoModelForCausalLM, config, root, **kwargs)
+        model = _load_quantised(config, root, kwargs)
+    else:
+        model = _from_pretrained(AutoModelForCausalLM, config, root, use_safetensors=True, **kwargs)
     model.requires_grad_(False)
     model.eval()
     # generate() fills what a caller leaves open from here, and instruct models ship sampling
@@ -193,7 +204,60 @@ def _load(config: ModelConfig, root: Path) -> PreTrainedModel:
             # On such CPUs bitsandbytes repacks 4-bit weights for good at the first evaluation,
             # and the repacked ones pass no gradient on.
             module.support_avx512bf16_for_cpu = False
+    if config.embedding_device == "cpu":
+        try:
+            move_embedding_to_host(model, device)
+        except ValueError as error:
+            raise ModelError(_explain_embedding(config, str(error))) from None
     return model
+
+
+def _load_quantised(config: ModelConfig, root: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Return the base in 4-bit, from an earlier start's copy where there is one."""
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype(config),
+    )
+    copy = _find_copy(config, root, quantisation)
+    model = copy.load(**kwargs) if copy is not None else None
+    if model is not None:
+        model.name_or_path = str(local_folder(config, root) or config.name)
+        model.config.name_or_path = model.name_or_path
+        return model
+    kwargs = kwargs | {"use_safetensors": True, "quantization_config": quantisation}
+    model = _from_pretrained(AutoModelForCausalLM, config, root, **kwargs)
+    copy = _find_copy(config, root, quantisation)  # the weights may have come only now
+    if copy is not None:
+        copy.save(model)
+    return model
+
+
+def _find_copy(
+    config: ModelConfig, root: Path, quantisation: BitsAndBytesConfig
+) -> QuantisedCopy | None:
+    """Return where this base's quantised copy is or would be, None if there shall be none.
+
+    Everything that the bits depend on is in the key: weights, configuration, how and by what
+    they were quantised, and on which kind of device.
+    """
+    if not config.cache_quantized or config.trust_remote_code:
+        return None
+    folder = _weights_folder(config, root)
+    content = (folder / "config.json").read_bytes()
+    if not any(folder.glob("*.safetensors")) or b'"quantization_config"' in content:
+        return None  # nothing there yet, or nothing left to quantise
+    return QuantisedCopy.of(
+        {
+            "fingerprint": compute_fingerprint(config, root),
+            "config": hashlib.sha256(content).hexdigest(),
+            "dtype": str(compute_dtype(config)),
+            "quantisation": quantisation.to_dict(),
+            "device": choose_device().type,
+            "versions": [version(name) for name in ("transformers", "bitsandbytes", "torch")],
+        }
+    )
 
 
 def _from_pretrained(factory: Any, config: ModelConfig, root: Path, **kwargs: Any) -> Any:

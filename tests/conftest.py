@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
@@ -21,6 +22,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from fedlora_app.adapters import attach_adapters
 from fedlora_app.config import AdaptersConfig, Config
 from fedlora_app.config_file import parse_config
+from fedlora_app.quantised_copy import CACHE_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_MODEL = ROOT / "data" / "demo" / "base_model"
@@ -29,6 +31,14 @@ DEMO_MODEL = ROOT / "data" / "demo" / "base_model"
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
     torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory) -> Iterator[None]:
+    """No test, nor a process that one starts, writes to the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,16 @@ FLOWER_EDGE = {"client_app", "server_app", "strategy", "grid", "messages"}
 LAYERS = [
     {"errors"},
     {"project", "seeds", "storage", "telemetry", "build_hook", "config", "progress", "memory"},
-    {"config_file", "rounds", "tracking", "chat_template", "planning.memory", "planning.cards"},
+    {
+        "config_file",
+        "rounds",
+        "tracking",
+        "chat_template",
+        "quantised_copy",
+        "host_embedding",
+        "planning.memory",
+        "planning.cards",
+    },
     {"data", "run_directory", "evaluation.keywords", "evaluation.intervals", "evaluation.wording"},
     {
         "model",
