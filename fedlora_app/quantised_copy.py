@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fedlora_app.storage import (
@@ -65,20 +64,24 @@ class QuantisedCopy:
         Args:
             kwargs: for ``from_pretrained``, but for the quantisation, which the copy knows.
         """
-        if not self.folder.is_dir():
+        if not os.path.isdir(self.folder):  # unlike Path's, False for what may not be looked at
             return None
         fault = self._find_fault()
-        if fault is None:
-            _say(f"Reading the quantised base model in {self.folder}.")
-            try:
-                return self._read(**kwargs)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # transformers raises almost anything
-                fault = _first_line(error)
-        _say(f"The quantised base model in {self.folder} is made anew: {fault}.")
-        self._remove()
-        return None
+        if fault is not None:
+            _say(f"The quantised base model in {self.folder} is made anew: {fault}.")
+            self._remove()
+            return None
+        _say(f"Reading the quantised base model in {self.folder}.")
+        try:
+            return self._read(**kwargs)
+        except Exception as error:  # transformers raises almost anything; so does a full GPU
+            # It stays, because writing it again would give the same bytes.
+            _say(
+                f"Note: the quantised base model in {self.folder} cannot be used: "
+                f"{_first_line(error)}. It is quantised again; if that repeats, set "
+                "model.cache_quantized: false."
+            )
+            return None
 
     def save(self, model: PreTrainedModel) -> None:
         """Write the copy, or say why there is none; a run never ends over it."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -299,7 +300,7 @@ class TestQuantisedCopy:
             {p.name: hash_file(p) for p in copy.iterdir() if p.name != CONTENTS_FILE},
         )
         again = load_anew(quantised, tiny_project)
-        assert "made anew: its tensors are not the model's" in capsys.readouterr().err
+        assert "cannot be used: its tensors are not the model's" in capsys.readouterr().err
         assert_equal_bits(fresh.model, again.model)
 
     def test_a_full_disk_a_closed_folder_and_a_second_writer_stop_nothing(
@@ -334,18 +335,27 @@ class TestQuantisedCopy:
         load_anew(quantised, tiny_project)
         assert len(copies(cache)) == 1
 
-    def test_an_exhausted_gpu_is_no_damage(
-        self, quantised, cache, tiny_project, capsys, monkeypatch
-    ):
+    def test_a_full_gpu_is_no_damage(self, quantised, cache, tiny_project, capsys, monkeypatch):
         load_anew(quantised, tiny_project)
 
         def fail(*_args, **_kwargs):
-            raise torch.OutOfMemoryError
+            raise torch.OutOfMemoryError("out of memory")
 
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(ModelError, match="out of memory"):
             load_anew(quantised, tiny_project)
+        assert "cannot be used: out of memory" in capsys.readouterr().err
         assert len(copies(cache)) == 1
+
+    def test_two_processes_do_not_harm_each_other(self, quantised, cache, tiny_project, sources):
+        """Each in the other's way: the first takes the place while the second still quantises."""
+        fresh = load_anew(quantised, tiny_project)
+        (copy,) = copies(cache)
+        before = {path: path.stat().st_mtime_ns for path in copy.iterdir()}
+        quantised_copy.QuantisedCopy(copy).save(fresh.model)
+        assert {path: path.stat().st_mtime_ns for path in copy.iterdir()} == before
+        assert_equal_bits(load_anew(quantised, tiny_project).model, fresh.model)
+        assert sources[-1] == str(copy)
 
 
 @pytest.fixture
@@ -399,6 +409,18 @@ class TestEmbeddingInHostMemory:
         assert rows.device.type == "meta" and rows.shape == (1, 3, 4)
         assert module.to("meta").weight.device.type == "cpu"
         assert not module.state_dict() and not list(module.parameters())
+
+    @pytest.mark.gpu
+    def test_on_a_gpu_it_takes_no_memory_there(self, config, untied):
+        taken = []
+        for place in ("auto", "cpu"):
+            loaded = None
+            model_module._resident.clear()
+            gc.collect()
+            before = torch.cuda.memory_allocated()
+            loaded = load_anew(config.model_copy(update={"embedding_device": place}), untied)
+            taken.append(torch.cuda.memory_allocated() - before)
+        assert taken[0] - taken[1] >= 0.9 * loaded.model.get_input_embeddings().weight.nbytes
 
     def test_shared_weights_are_refused(self, config, tiny_project):
         config = config.model_copy(update={"embedding_device": "cpu"})
