@@ -28,7 +28,7 @@ from fedlora_app.storage import (
     write_json,
 )
 
-CACHE_VARIABLE = "FLEDLORA_CACHE"
+CACHE_VARIABLE = "FEDLORA_CACHE"
 CONTENTS_FILE = "contents.json"
 SHARD_SIZE = "1GB"
 """A shard passes through host memory as a whole; several are hashed at once."""
@@ -38,7 +38,7 @@ SPARE_DISK_BYTES = 1 << 30
 
 
 def find_cache_dir() -> Path:
-    """Return where this user's copies are: $FLEDLORA_CACHE, or the usual place for caches."""
+    """Return where this user's copies are: $FEDLORA_CACHE, or the usual place for caches."""
     if named := os.environ.get(CACHE_VARIABLE):
         return Path(named).expanduser().absolute()
     usual = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
