@@ -12,6 +12,7 @@ from fedlora_app.adapters import activate, build_initial_state, set_state
 from fedlora_app.client_data import ClientFiles, load_client_files
 from fedlora_app.config import GLOBAL, TrainingConfig
 from fedlora_app.data import ConflictRecord, Record, RecordFile, format_question
+from fedlora_app.evaluation import membership
 from fedlora_app.evaluation.intervals import area_under_curve, clustered_area
 from fedlora_app.evaluation.matching import build_answer_pairs, build_pairs
 from fedlora_app.evaluation.membership import (
@@ -22,7 +23,6 @@ from fedlora_app.evaluation.membership import (
     infer_membership,
     measure_membership,
     measure_pairs,
-    score_records,
     true_positive_rate,
 )
 from fedlora_app.tokens import encode_example
@@ -113,10 +113,18 @@ def covers_half(estimate: dict) -> bool:
     return estimate["low"] <= 0.5 <= estimate["high"]
 
 
+def score_records(model, tokenizer, records, active, batch_size=1, max_seq_length=None):
+    examples = [
+        membership._encode(tokenizer, membership._to_candidate(record, PROMPT), max_seq_length)
+        for record in records
+    ]
+    return membership._score_examples(model, examples, active, batch_size)
+
+
 @pytest.mark.parametrize("active", [(GLOBAL,), ()])
 def test_log_probabilities_are_those_of_transformers(adapted, tokenizer, active):
     records = draw_records(5, 7)
-    ours = score_records(adapted, tokenizer, records, PROMPT, active, batch_size=3)
+    ours = score_records(adapted, tokenizer, records, active, batch_size=3)
     plain = build_tiny_model(len(tokenizer))
     activate(adapted, (GLOBAL,))
     for record, values in zip(records, ours, strict=True):
@@ -133,9 +141,7 @@ def test_records_are_cut_where_training_cuts_them(adapted, tokenizer):
     example = encode_example(tokenizer, PROMPT, record)
     limit = example.answer_start + 2
     whole, cut = (
-        score_records(
-            adapted, tokenizer, [record], PROMPT, (GLOBAL,), batch_size=1, max_seq_length=length
-        )[0]
+        score_records(adapted, tokenizer, [record], (GLOBAL,), max_seq_length=length)[0]
         for length in (None, limit)
     )
     assert len(whole) == example.num_answer_tokens and len(cut) == 2

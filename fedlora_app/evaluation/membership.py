@@ -169,29 +169,6 @@ def true_positive_rate(
     return sum(score > threshold for score in members) / len(members)
 
 
-def score_records(
-    model: AdaptedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    records: Sequence[Record],
-    system_prompt: str,
-    active: Sequence[str],
-    *,
-    batch_size: int,
-    max_seq_length: int | None = None,
-) -> list[list[float]]:
-    """Return each record's log-probabilities, one per answer token and the mark that ends it.
-
-    Args:
-        active: adapters that contribute; none means the base model alone.
-        max_seq_length: where training cut its examples off.
-    """
-    examples = [
-        _encode(tokenizer, _to_candidate(record, system_prompt), max_seq_length)
-        for record in records
-    ]
-    return _score_examples(model, tokenizer, examples, active, batch_size)
-
-
 def infer_membership(
     model: AdaptedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -215,7 +192,7 @@ def infer_membership(
     log_probs = []
     for turn, active in enumerate(((GLOBAL,), ())):
         report = _shifted(progress, turn * len(examples), 2 * len(examples))
-        log_probs.append(_score_examples(model, tokenizer, examples, active, batch_size, report))
+        log_probs.append(_score_examples(model, examples, active, batch_size, report))
     scores = attack_scores(*log_probs)
     by_attack = {name: dict(zip(candidates, scores[name], strict=True)) for name in ATTACKS}
     return [
@@ -303,7 +280,6 @@ def _measure_pairs(
 @torch.inference_mode()
 def _score_examples(
     model: AdaptedModel,
-    tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     active: Sequence[str],
     batch_size: int,
@@ -312,14 +288,13 @@ def _score_examples(
     """Score in batches of similar length; the result stands in the order of ``examples``."""
     if not active:
         with base_only(model):
-            return _score_batches(model, tokenizer, examples, batch_size, progress)
+            return _score_batches(model, examples, batch_size, progress)
     activate(model, active)
-    return _score_batches(model, tokenizer, examples, batch_size, progress)
+    return _score_batches(model, examples, batch_size, progress)
 
 
 def _score_batches(
     model: AdaptedModel,
-    tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     batch_size: int,
     progress: Callable[[int], None] | None,
