@@ -11,23 +11,32 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedlora_app.config import GLOBAL, AdapterConfig, AdaptersConfig, TrainingConfig
+from fedlora_app.config import GLOBAL, LOCAL, AdapterConfig, AdaptersConfig, TrainingConfig
 from fedlora_app.errors import MendableError
-from fedlora_app.rounds import Phase
+from fedlora_app.rounds import BOTH, Phase
 
 FP32_BYTES = 4
 ADAM_BYTES = {"adamw": 8, "paged_adamw_8bit": 2}
 """Of the optimizer's two moments, per parameter that learns."""
-STEP_BYTES = {"adamw": 4, "paged_adamw_8bit": 0}
-"""What the optimizer's step adds for its duration, per parameter that learns."""
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 """Per weight: four bits, a quantised scale per 64 weights, an fp32 one per 256 of those."""
 DEQUANTISED_COPIES = 2
 """Of the largest linear weight, in the dtype of the computation, while it is multiplied."""
 CHUNK_ROWS = 256
 """Answer positions whose logits are held at a time."""
-LOGIT_COPIES = 3
-"""Logits, their fp32 logarithms and their gradient."""
+LOGIT_BYTES = 6
+"""Of each: fp32, and bf16 on the way from and to the head."""
+DIVERGENCE_BYTES = 20
+"""Of each where the adapters' answers are held together: two fp32 distributions and gradients."""
+INPUT_GROUPS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("o_proj",),
+    ("gate_proj", "up_proj"),
+    ("down_proj",),
+)
+"""Modules with one input, of which an adapter's A keeps one copy for all."""
+USUAL_PADDING = 1.25
+"""Attention's padded tokens for each real one, between 1 and 2 and mostly near 1."""
 CONTEXT_BYTES = 500_000_000
 """What CUDA takes for itself; outside of what torch counts."""
 RESERVE = 0.05
@@ -112,6 +121,8 @@ class MicroBatch:
 
     num_tokens: int
     num_answer_tokens: int
+    padding: float = 1.0
+    """Tokens in attention, which pads, for each real one."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +165,8 @@ def read_shape(model_config: Any) -> Shape:
     if getattr(text, "is_encoder_decoder", False):
         raise PlanError(f"A model of type {kind} is no decoder alone, so it cannot be planned.")
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    if getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None):
+        raise PlanError(f"A model of type {kind} is a mixture of experts, which is not planned.")
     missing = [name for name in needed if not isinstance(getattr(text, name, None), int)]
     if missing:
         raise PlanError(
@@ -196,8 +209,8 @@ def predict_activation_bytes(
     """
     shape = read_shape(model_config)
     in_use = [_adapter(adapters, name) for name in active]
-    kept = _kept_bytes(shape, in_use, num_tokens, dtype_bytes, checkpointing)
-    return kept + _layer_bytes(shape, in_use, num_tokens, dtype_bytes, checkpointing)
+    step = _Step(shape, in_use, num_tokens, dtype_bytes, checkpointing)
+    return step.kept_bytes + step.layer_bytes
 
 
 def predict_phase(
@@ -212,25 +225,24 @@ def predict_phase(
 ) -> PhaseMemory:
     """Return a phase's peak by item.
 
-    Three moments of a step compete for the peak, and what the largest one adds is an item: the
-    backward pass of a layer, the loss, and the optimizer's step.
+    Two moments of a step compete for the peak, and what the larger one adds is an item: the
+    backward pass of a layer, and the loss.
     """
     in_use = [_adapter(adapters, name) for name in phase.active]
     num_parameters = adapter_sizes(sizes, adapters)
     learning = sum(num_parameters[name] for name in phase.trainable)
-    tokens, width = batch.num_tokens, numerics.dtype_bytes
-    kept = _kept_bytes(shape, in_use, tokens, width, checkpointing)
-    layer = _layer_bytes(shape, in_use, tokens, width, checkpointing)
+    width = numerics.dtype_bytes
+    step = _Step(
+        *(shape, in_use, batch.num_tokens, width, checkpointing),
+        padding=batch.padding,
+        fuses=training.fused_adapters is not False,
+    )
+    layer = step.layer_bytes
     if numerics.is_4bit:
         layer += DEQUANTISED_COPIES * sizes.largest_linear * width
-    divergence = 2 if training.local_kl_weight > 0 and len(phase.active) > 1 else 1
-    moments = {
-        "backward pass of a layer": kept + layer,
-        "loss": kept + divergence * _loss_bytes(shape, batch, width),
-        "optimizer step": STEP_BYTES[training.optimizer] * learning,
-    }
-    moment = max(moments, key=moments.__getitem__)
-    held = kept if moment != "optimizer step" else 0
+    holds_together = training.local_kl_weight > 0 and phase == Phase(BOTH, (LOCAL,), "local")
+    loss = _loss_bytes(shape, batch, width, DIVERGENCE_BYTES if holds_together else LOGIT_BYTES)
+    moment = "backward pass of a layer" if layer >= loss else "loss"
     embedding = Item("input embedding", sizes.embedding * width)
     body = Item("base, linear layers", sizes.linear * width)
     if numerics.is_4bit:
@@ -244,14 +256,14 @@ def predict_phase(
         both,
         Item("gradients", FP32_BYTES * learning, "+".join(phase.trainable)),
         Item("optimizer state", ADAM_BYTES[training.optimizer] * learning, training.optimizer),
-        Item("activations kept", held, "layers' inputs" if checkpointing else "all layers"),
-        Item("largest moment", moments[moment] - held, moment),
+        Item("activations", step.kept_bytes, "layers' inputs" if checkpointing else "all layers"),
+        Item("largest moment", max(layer, loss), moment),
     ]
     peak = sum(item.num_bytes for item in items)
     host = [Item("copy of the adapters", both.num_bytes)]
     return PhaseMemory(
         phase=phase.name,
-        micro_batch_tokens=tokens,
+        micro_batch_tokens=batch.num_tokens,
         checkpointing=checkpointing,
         items=tuple(items),
         outside=(
@@ -269,80 +281,102 @@ def adapter_sizes(sizes: BaseSizes, adapters: AdaptersConfig) -> dict[str, int]:
 
 def predict_loss_bytes(model_config: Any) -> int:
     """Return what the logits of one chunk of answer positions need at the peak."""
-    return LOGIT_COPIES * CHUNK_ROWS * read_shape(model_config).vocabulary * FP32_BYTES
+    return LOGIT_BYTES * CHUNK_ROWS * read_shape(model_config).vocabulary
 
 
 def _adapter(adapters: AdaptersConfig, name: str) -> AdapterConfig:
     return adapters.global_ if name == GLOBAL else adapters.local
 
 
-def _kept_bytes(
-    shape: Shape,
-    in_use: Sequence[AdapterConfig],
-    num_tokens: int,
-    dtype_bytes: int,
-    checkpointing: bool,
-) -> int:
-    """Return what the layers keep for the backward pass."""
-    if checkpointing:
-        return shape.num_layers * shape.hidden * dtype_bytes * num_tokens
-    first_norm = FP32_BYTES * shape.hidden * num_tokens  # nothing below it learns
-    return shape.num_layers * _saved_bytes(shape, in_use, num_tokens, dtype_bytes) - first_norm
+@dataclass(frozen=True)
+class _Step:
+    """One forward and backward pass of a micro-batch through the layers."""
+
+    shape: Shape
+    in_use: Sequence[AdapterConfig]
+    num_tokens: int
+    dtype_bytes: int
+    checkpointing: bool
+    padding: float = USUAL_PADDING
+    fuses: bool = True
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the layers keep for the backward pass."""
+        shape = self.shape
+        if self.checkpointing:
+            return shape.num_layers * shape.hidden * self.dtype_bytes * self.num_tokens
+        first_norm = FP32_BYTES * shape.hidden * self.num_tokens  # nothing below it learns
+        return shape.num_layers * self._saved_bytes - first_norm
+
+    @property
+    def layer_bytes(self) -> int:
+        """What the backward pass of one layer adds, at the end of its feed-forward block."""
+        shape = self.shape
+        width = 2 * shape.intermediate + shape.hidden
+        gradients = width * self.dtype_bytes * self.num_tokens
+        if not self.checkpointing:
+            return gradients
+        saved = self._saved_bytes
+        if self.dtype_bytes == FP32_BYTES:  # the first norm's input is the layer's, kept anyway
+            saved -= FP32_BYTES * shape.hidden * self.num_tokens
+        return saved + gradients
+
+    @property
+    def _saved_bytes(self) -> int:
+        """What autograd keeps of one layer."""
+        shape, modules = self.shape, self.shape.modules
+        attention = 2 * shape.query + 2 * shape.key  # queries, keys, values, and what comes out
+        feed_forward = 3 * shape.intermediate  # gate, its activation, up
+        kept = (round(self.padding * attention) + feed_forward) * self.dtype_bytes
+        kept += 2 * shape.hidden * FP32_BYTES  # the norms' inputs
+        kept += shape.num_heads * FP32_BYTES  # attention's logarithms of sums
+        has_dropout = any(adapter.dropout > 0 for adapter in self.in_use)
+        if self.fuses and not has_dropout:
+            return (kept + self._fused_bytes) * self.num_tokens + self._copied_bytes
+        # PEFT's own adapters: each takes its input in fp32, and keeps what dropout leaves of it.
+        for adapter in self.in_use:
+            for module, (inputs, _) in modules.items():
+                if _is_adapted(adapter, module, modules):
+                    kept += FP32_BYTES * (inputs + adapter.rank) + inputs * (adapter.dropout > 0)
+        return kept * self.num_tokens
+
+    @property
+    def _fused_bytes(self) -> int:
+        """What the adapters keep of one token: their inputs, and what is between A and B."""
+        modules, adapted = self.shape.modules, self._adapted
+        kept = 0
+        for names in INPUT_GROUPS:
+            kept += modules[names[0]][0] * any(adapted[name] for name in names)
+        ranks = sum(adapter.rank for those in adapted.values() for adapter in those)
+        return (kept + ranks) * self.dtype_bytes
+
+    @property
+    def _copied_bytes(self) -> int:
+        """The adapters themselves, in the dtype of the computation."""
+        modules = self.shape.modules
+        return self.dtype_bytes * sum(
+            adapter.rank * sum(modules[module])
+            for module, those in self._adapted.items()
+            for adapter in those
+        )
+
+    @property
+    def _adapted(self) -> dict[str, list[AdapterConfig]]:
+        """The adapters of each module."""
+        modules = self.shape.modules
+        return {
+            module: [a for a in self.in_use if _is_adapted(a, module, modules)]
+            for module in modules
+        }
 
 
-def _layer_bytes(
-    shape: Shape,
-    in_use: Sequence[AdapterConfig],
-    num_tokens: int,
-    dtype_bytes: int,
-    checkpointing: bool,
-) -> int:
-    """Return what the backward pass of one layer adds, at the end of its feed-forward block."""
-    gradients = (2 * shape.intermediate + shape.hidden) * dtype_bytes * num_tokens
-    if not checkpointing:
-        return gradients
-    saved = _saved_bytes(shape, in_use, num_tokens, dtype_bytes)
-    if dtype_bytes == FP32_BYTES:  # the first norm's input is the layer's, which is kept anyway
-        saved -= FP32_BYTES * shape.hidden * num_tokens
-    return saved + gradients
-
-
-def _loss_bytes(shape: Shape, batch: MicroBatch, dtype_bytes: int) -> int:
-    """Return what the loss adds: the last norm, answers' hidden states, a chunk of logits."""
+def _loss_bytes(shape: Shape, batch: MicroBatch, dtype_bytes: int, logit_bytes: int) -> int:
+    """Return what the loss adds: the last norm, answers' states and gradients, their logits."""
     norm = (FP32_BYTES + dtype_bytes) * shape.hidden * batch.num_tokens
-    answers = dtype_bytes * shape.hidden * batch.num_answer_tokens
+    answers = 2 * dtype_bytes * shape.hidden * batch.num_answer_tokens
     rows = min(CHUNK_ROWS, batch.num_answer_tokens)
-    return norm + answers + LOGIT_COPIES * FP32_BYTES * rows * shape.vocabulary
-
-
-def _saved_bytes(
-    shape: Shape, in_use: Sequence[AdapterConfig], num_tokens: int, dtype_bytes: int
-) -> int:
-    """Return what autograd keeps of one layer."""
-    modules = shape.modules
-    adapted = {module: [a for a in in_use if _is_adapted(a, module, modules)] for module in modules}
-    attention = 2 * shape.query + 2 * shape.key  # queries, keys, values, and what comes out
-    feed_forward = 3 * shape.intermediate  # gate, its activation, up
-    kept = attention + feed_forward
-    # An adapter's A needs its input, which modules side by side have in common.
-    for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj")):
-        kept += modules[names[0]][0] * any(adapted[name] for name in names)
-    kept += shape.intermediate * bool(adapted["down_proj"])
-    kept += sum(adapter.rank for those in adapted.values() for adapter in those)
-    dropped = sum(
-        modules[module][0] * (dtype_bytes + 1)  # the input after dropout, and its mask
-        for module, those in adapted.items()
-        for adapter in those
-        if adapter.dropout > 0
-    )
-    norms = 2 * shape.hidden * FP32_BYTES
-    per_token = kept * dtype_bytes + dropped + norms + shape.num_heads * FP32_BYTES
-    copies = sum(  # of the adapters, in the dtype of the computation
-        adapter.rank * sum(modules[module])
-        for module, those in adapted.items()
-        for adapter in those
-    )
-    return per_token * num_tokens + copies * dtype_bytes
+    return norm + answers + logit_bytes * rows * shape.vocabulary
 
 
 def _is_adapted(adapter: AdapterConfig, module: str, modules: Iterable[str]) -> bool:
