@@ -6,6 +6,7 @@ Exit status 0 only if it did what was asked; 2 for what the user can mend.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from os.path import commonpath
 from pathlib import Path
@@ -33,7 +34,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
-    help="Look at, evaluate, compare, ask and export what flwr run trains.",
+    help="Plan, look at, evaluate, compare, ask and export what flwr run trains.",
 )
 
 RunName = Annotated[
@@ -71,6 +72,35 @@ def check(
         typer.echo(describe_findings(findings))
     if any(finding.severity == "error" for finding in findings):
         raise typer.Exit(2)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The experiment's YAML.")],
+    gpu_memory: Annotated[
+        str, typer.Option(help="24GB or 7.5GiB. Default: this machine's GPU, or 24GB.")
+    ] = "",
+    overrides: Annotated[str, typer.Option(help='As in run-config: "training.batch_size=2".')] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Predict a run's memory, bytes per round and time, and say what would make it fit.
+
+    No weights are loaded. Example: fedlora plan conf/demo.yaml --gpu-memory 8GB
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported
+    import datasets
+
+    from fedlora_app.config_file import load_config
+    from fedlora_app.planning.plan import build_plan
+    from fedlora_app.planning.text import describe_plan
+
+    datasets.disable_progress_bars()
+    root = find_project_root(str(config.resolve()))
+    path = config if config.exists() else root / config
+    planned = build_plan(load_config(path, overrides), root, gpu_memory)
+    typer.echo(
+        json.dumps(planned.dump(), ensure_ascii=False) if as_json else describe_plan(planned)
+    )
 
 
 @app.command()

@@ -37,6 +37,7 @@ INPUT_GROUPS = (
 """Modules with one input, of which an adapter's A keeps one copy for all."""
 USUAL_PADDING = 1.25
 """Attention's padded tokens for each real one, between 1 and 2 and mostly near 1."""
+ADAPTERS = "adapters"
 CONTEXT_BYTES = 500_000_000
 """What CUDA takes for itself; outside of what torch counts."""
 RESERVE = 0.05
@@ -69,6 +70,12 @@ class PhaseMemory:
     """What comes on top on a GPU."""
     host: tuple[Item, ...]
     """What lies in the machine's memory instead."""
+
+    @property
+    def resident_bytes(self) -> int:
+        """What is there before a phase begins: the base model and the adapters."""
+        last = [item.name for item in self.items].index(ADAPTERS)
+        return sum(item.num_bytes for item in self.items[: last + 1])
 
     @property
     def torch_bytes(self) -> int:
@@ -247,7 +254,7 @@ def predict_phase(
     body = Item("base, linear layers", sizes.linear * width)
     if numerics.is_4bit:
         body = Item("base, linear layers", round(sizes.linear * NF4_BYTES), "NF4")
-    both = Item("adapters", FP32_BYTES * sum(num_parameters.values()), "both, fp32")
+    both = Item(ADAPTERS, FP32_BYTES * sum(num_parameters.values()), "both, fp32")
     items = [
         body,
         *([] if numerics.embedding_on_cpu else [embedding]),

@@ -1,0 +1,353 @@
+"""A run as it will be, from its configuration: memory, bytes on the wire, time, and a verdict."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedlora_app.config import GLOBAL, Config
+from fedlora_app.model import ModelError, build_empty_model, load_tokenizer
+from fedlora_app.planning.advice import Change, find_changes
+from fedlora_app.planning.cards import CARDS, Card, Work, compute_flops, compute_seconds
+from fedlora_app.planning.memory import (
+    FP32_BYTES,
+    BaseSizes,
+    Numerics,
+    PhaseMemory,
+    PlanError,
+    Shape,
+    adapter_sizes,
+    predict_phase,
+    read_shape,
+)
+from fedlora_app.planning.sizes import measure_sizes
+from fedlora_app.planning.workload import (
+    ClientPhase,
+    PhaseWork,
+    assumed_work,
+    largest_micro_batch,
+    load_client_phases,
+    measure_work,
+    missing_files,
+    phases_of,
+)
+from fedlora_app.rounds import plan_round, training_clients
+from fedlora_app.training import USABLE_SHARE
+
+DEFAULT_MEMORY = "24GB"
+UNITS = {
+    **{"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12},
+    **{"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40},
+}
+UPLOAD_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of weights in one round, without the messages' headers."""
+
+    up_per_client: int
+    down_per_client: int
+    num_senders: int
+    num_receivers: int
+    least_up_per_client: int
+    """The same update in two bytes a weight."""
+    least_down_per_client: int
+    """The average once, in two bytes a weight."""
+
+
+@dataclass(frozen=True)
+class CardPlan:
+    """What one card would do with this configuration."""
+
+    card: str
+    memory_bytes: int
+    peak_bytes: int
+    fits: bool
+    checkpointing: bool
+    tokens_per_second: float
+    round_seconds: float | None
+    """Training alone, all clients; None where the data is not here."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether it fits, and with which changes it would."""
+
+    fits: bool
+    peak_bytes: int
+    limit_bytes: int
+    limit_source: str
+    changes: Change | None
+    """Settings by dotted key; None where it fits or nothing helps."""
+    changed_peak_bytes: int | None
+    checkpointing_unneeded: bool
+    num_cut: int
+    """Examples that a smaller max_seq_length among the changes would shorten."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known of a run before it is started."""
+
+    name: str
+    mode: str
+    model: str
+    base: BaseSizes
+    numerics: Numerics
+    adapter_parameters: dict[str, int]
+    optimizer: str
+    phases: list[PhaseMemory]
+    work: list[PhaseWork]
+    num_rounds: int
+    traffic: Traffic
+    cards: list[CardPlan]
+    verdict: Verdict
+    notes: list[str]
+
+    @property
+    def largest_phase(self) -> PhaseMemory:
+        """The phase that decides what the card must have."""
+        return max(self.phases, key=lambda phase: phase.total_bytes)
+
+    def dump(self) -> dict[str, Any]:
+        """Return plain data for JSON, sums included."""
+        data = asdict(self)
+        for entry, phase in zip(data["phases"], self.phases, strict=True):
+            entry |= {"torch_bytes": phase.torch_bytes, "total_bytes": phase.total_bytes}
+        return data | {"base": data["base"] | {"total": self.base.total}}
+
+
+def parse_memory(text: str) -> int:
+    """Return the bytes of "24GB", "24 GB", "7.0GiB" or "8g"; GB is 1e9 and GiB 2**30.
+
+    Raises:
+        PlanError: it is no size.
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)b?\s*", text, re.IGNORECASE)
+    size = round(float(found[1]) * UNITS[found[2].lower()]) if found else 0
+    if size <= 0:
+        raise PlanError(
+            f'--gpu-memory "{text[:40]}" is no size. Expected a number above 0 and its unit, such '
+            "as 24GB (24e9 bytes) or 7.5GiB (7.5 * 2**30)."
+        )
+    return size
+
+
+def build_plan(config: Config, root: Path, gpu_memory: str = "") -> Plan:
+    """Plan a run on one GPU. No weights are read, and nothing is downloaded twice.
+
+    Args:
+        gpu_memory: as ``parse_memory`` reads it; empty: this machine's GPU, or 24 GB.
+
+    Raises:
+        PlanError: the memory's size or the kind of model is unknown.
+        ModelError: the base model's configuration is not there.
+        DataError: a training file that is there cannot be used.
+    """
+    limit, source = _read_limit(gpu_memory)
+    empty = _build_empty(config, root)
+    shape = read_shape(empty.config)
+    sizes = measure_sizes(empty, config.adapters)
+    notes: list[str] = []
+    parts = _load_parts(config, root, notes)
+    predict = _Predictor(shape, sizes, parts)
+    phases = predict(config, limit)
+    work = [measure_work(part, config.training) for part in parts]
+    if config.federated.mode == "dual" and config.training.schedule == "joint":
+        notes.append("The last round has a local phase more than the others.")
+    return Plan(
+        name=config.experiment.name,
+        mode=config.federated.mode,
+        model=config.model.name,
+        base=sizes,
+        numerics=_numerics(config, sizes),
+        adapter_parameters=adapter_sizes(sizes, config.adapters),
+        optimizer=config.training.optimizer,
+        phases=phases,
+        work=work,
+        num_rounds=config.federated.num_rounds,
+        traffic=_plan_traffic(config, adapter_sizes(sizes, config.adapters)[GLOBAL]),
+        cards=[_plan_card(config, card, predict, work) for card in CARDS],
+        verdict=_judge(config, predict, phases, limit, source, parts),
+        notes=notes,
+    )
+
+
+@dataclass(frozen=True)
+class _Predictor:
+    """Predicts the memory of variants of one configuration; the model is read once."""
+
+    shape: Shape
+    sizes: BaseSizes
+    parts: Sequence[ClientPhase]
+
+    def __call__(
+        self, config: Config, limit: int, checkpointing: bool | None = None
+    ) -> list[PhaseMemory]:
+        wanted = config.training.gradient_checkpointing if checkpointing is None else checkpointing
+        if wanted != "auto":
+            return self._predict(config, wanted)
+        without, with_ = self._predict(config, False), self._predict(config, True)
+        return [
+            off if _leaves_room(off, limit) else on for off, on in zip(without, with_, strict=True)
+        ]
+
+    def _predict(self, config: Config, checkpointing: bool) -> list[PhaseMemory]:
+        return [
+            predict_phase(
+                self.shape,
+                self.sizes,
+                config.adapters,
+                config.training,
+                _numerics(config, self.sizes),
+                phase,
+                largest_micro_batch(self.parts, phase, config.training),
+                checkpointing,
+            )
+            for phase in phases_of(config)
+        ]
+
+
+def _leaves_room(phase: PhaseMemory, limit: int) -> bool:
+    """Tell whether "auto" does without checkpointing, as ``training`` decides it."""
+    context = phase.outside[0].num_bytes
+    free = limit - context - phase.resident_bytes
+    return phase.torch_bytes - phase.resident_bytes <= USABLE_SHARE * free
+
+
+def _read_limit(gpu_memory: str) -> tuple[int, str]:
+    if gpu_memory:
+        return parse_memory(gpu_memory), "--gpu-memory"
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return properties.total_memory, f"this machine's {properties.name}"
+    return parse_memory(DEFAULT_MEMORY), "assumed, because this machine has no GPU"
+
+
+def _build_empty(config: Config, root: Path) -> Any:
+    try:
+        return build_empty_model(config.model, root)
+    except ModelError as error:
+        raise ModelError(
+            f"{error}\nA plan needs no weights: configuration and tokenizer are enough "
+            f'(hf download {config.model.name} --exclude "*.safetensors").'
+        ) from error
+
+
+def _load_parts(config: Config, root: Path, notes: list[str]) -> list[ClientPhase]:
+    """Return the clients' phases, or none and a note where something is not here."""
+    missing = missing_files(config, root)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        notes.append(
+            f"The training data is not here ({missing[0]}{more}), so every example is taken to "
+            "have training.max_seq_length tokens, half of them answer."
+        )
+        return []
+    try:
+        tokenizer = load_tokenizer(config.model, root)
+    except ModelError as error:
+        reason = str(error).splitlines()[0]
+        notes.append(
+            f"The tokenizer cannot be used, so tokens are not counted and every example is taken "
+            f"to have training.max_seq_length of them, half of them answer: {reason}"
+        )
+        return []
+    return load_client_phases(config, tokenizer, root)
+
+
+def _numerics(config: Config, sizes: BaseSizes) -> Numerics:
+    """Return how the base lies on a GPU."""
+    wants_cpu = getattr(config.model, "embedding_device", "auto") == "cpu"
+    return Numerics(
+        is_4bit=config.model.quantization != "none",
+        dtype_bytes=4 if config.model.dtype == "float32" else 2,
+        embedding_on_cpu=wants_cpu and not sizes.is_tied,
+    )
+
+
+def _plan_traffic(config: Config, num_parameters: int) -> Traffic:
+    if plan_round(config, 1).train is None:
+        return Traffic(0, 0, 0, len(config.client_ids), 0, 0)
+    upload = UPLOAD_BYTES[config.federated.upload_dtype]
+    return Traffic(
+        up_per_client=upload * num_parameters,
+        down_per_client=2 * FP32_BYTES * num_parameters,  # to train on, and the new average
+        num_senders=len(training_clients(config)),
+        num_receivers=len(config.client_ids),
+        least_up_per_client=2 * num_parameters,
+        least_down_per_client=2 * num_parameters,
+    )
+
+
+def _plan_card(
+    config: Config, card: Card, predict: _Predictor, work: Sequence[PhaseWork]
+) -> CardPlan:
+    memory = {phase.phase: phase for phase in predict(config, card.memory_bytes)}
+    first_round = plan_round(config, 1)
+    phases = {p.name: p for p in (first_round.train, first_round.personalise) if p is not None}
+    parts = [(part.phase, part.work) for part in work if part.phase in phases]
+    parts = parts or [(name, assumed_work(config.training)) for name in phases]
+    counts = adapter_sizes(predict.sizes, config.adapters)
+
+    def seconds(name: str, amount: Work) -> float:
+        checkpointing = memory[name].checkpointing
+        active = sum(counts[adapter] for adapter in phases[name].active)
+        learning = sum(counts[adapter] for adapter in phases[name].trainable)
+        flops = compute_flops(predict.shape, predict.sizes, amount, active, learning, checkpointing)
+        return compute_seconds(
+            *(card, flops, predict.sizes, _numerics(config, predict.sizes)),
+            *(amount.micro_batches, checkpointing),
+        )
+
+    total = sum(seconds(name, amount) for name, amount in parts)
+    peak = max(phase.total_bytes for phase in memory.values())
+    return CardPlan(
+        card=card.name,
+        memory_bytes=card.memory_bytes,
+        peak_bytes=peak,
+        fits=peak <= card.memory_bytes,
+        checkpointing=any(phase.checkpointing for phase in memory.values()),
+        tokens_per_second=sum(amount.tokens for _, amount in parts) / total,
+        round_seconds=total if work else None,
+    )
+
+
+def _judge(
+    config: Config,
+    predict: _Predictor,
+    phases: Sequence[PhaseMemory],
+    limit: int,
+    source: str,
+    parts: Sequence[ClientPhase],
+) -> Verdict:
+    peak = _peak(phases)
+    changed: Config | None = None
+    changes: Change | None = None
+    if peak > limit:
+        fits: Callable[[Config], bool] = lambda c: _peak(predict(c, limit)) <= limit  # noqa: E731
+        changes, changed = find_changes(config, predict.sizes.is_tied, fits)
+    without = peak
+    if any(phase.checkpointing for phase in phases):
+        without = _peak(predict(config, limit, checkpointing=False))
+    length = changed.training.max_seq_length if changed else config.training.max_seq_length
+    return Verdict(
+        fits=peak <= limit,
+        peak_bytes=peak,
+        limit_bytes=limit,
+        limit_source=source,
+        changes=changes,
+        changed_peak_bytes=_peak(predict(changed, limit)) if changed else None,
+        checkpointing_unneeded=any(p.checkpointing for p in phases) and without <= limit,
+        num_cut=sum(len(ex.input_ids) > length for part in parts for ex in part.examples),
+    )
+
+
+def _peak(phases: Sequence[PhaseMemory]) -> int:
+    return max(phase.total_bytes for phase in phases)
