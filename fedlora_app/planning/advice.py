@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from fedlora_app.config import Config
@@ -18,14 +18,19 @@ Change = dict[str, Any]
 def find_changes(
     config: Config, is_tied: bool, fits: Callable[[Config], bool]
 ) -> tuple[Change, Config] | tuple[None, None]:
-    """Return the first settings that fit: one change alone, or else the first ones together."""
-    for steps in _changes(config, is_tied):
+    """Return the first settings that fit.
+
+    What changes no result comes first: one such change alone, then the first ones together. Only
+    then shorter examples and smaller ranks, on top of all of those.
+    """
+    harmless, costly = _harmless_changes(config, is_tied), _costly_changes(config)
+    for steps in harmless:
         for change in steps:
             changed = apply_change(config, change)
             if fits(changed):
                 return change, changed
     gathered: Change = {}
-    for steps in _changes(config, is_tied):
+    for steps in harmless + costly:
         together = gathered
         for change in steps:
             together = gathered | change
@@ -44,40 +49,44 @@ def apply_change(config: Config, change: Change) -> Config:
     return parse_config(raw)
 
 
-def _changes(config: Config, is_tied: bool) -> Iterator[list[Change]]:
-    """Yield each kind of change with its steps, the gentlest first."""
-    training, model, adapters = config.training, config.model, config.adapters
-    if training.gradient_checkpointing is False:  # "auto" turns it on by itself
-        yield [{"training.gradient_checkpointing": True}]
+def _harmless_changes(config: Config, is_tied: bool) -> list[list[Change]]:
+    """Return each kind of change that costs time or little else, with its steps."""
+    training, model = config.training, config.model
     per_step = training.batch_size * training.gradient_accumulation_steps
-    yield [
-        {
-            "training.batch_size": size,
-            "training.gradient_accumulation_steps": per_step // size,
-        }
-        for size in range(training.batch_size - 1, 0, -1)
-        if per_step % size == 0
-    ]
-    if training.optimizer == "adamw":
-        yield [{"training.optimizer": "paged_adamw_8bit"}]
-    if model.quantization == "none":
-        yield [{"model.quantization": "4bit"}]
-    if not is_tied and getattr(model, "embedding_device", "cpu") != "cpu":
-        yield [{"model.embedding_device": "cpu"}]
-    yield [
-        {"training.max_seq_length": length} for length in _halves(training.max_seq_length, SHORTEST)
-    ]
-    ranks = zip(
-        *(
-            [*_halves(adapter.rank, LOWEST_RANK), *[min(adapter.rank, LOWEST_RANK)] * 10]
-            for adapter in (adapters.global_, adapters.local)
-        ),
-        strict=False,
+    smaller = [size for size in range(training.batch_size - 1, 0, -1) if per_step % size == 0]
+    kinds: list[list[Change]] = []
+    if training.gradient_checkpointing is False:  # "auto" turns it on by itself
+        kinds.append([{"training.gradient_checkpointing": True}])
+    kinds.append(
+        [
+            {
+                "training.batch_size": size,
+                "training.gradient_accumulation_steps": per_step // size,
+            }
+            for size in smaller
+        ]
     )
-    steps = [
-        {"adapters.global.rank": first, "adapters.local.rank": second} for first, second in ranks
+    if training.optimizer == "adamw":
+        kinds.append([{"training.optimizer": "paged_adamw_8bit"}])
+    if model.quantization == "none":
+        kinds.append([{"model.quantization": "4bit"}])
+    if not is_tied and getattr(model, "embedding_device", "cpu") != "cpu":
+        kinds.append([{"model.embedding_device": "cpu"}])
+    return kinds
+
+
+def _costly_changes(config: Config) -> list[list[Change]]:
+    """Return shorter examples and smaller ranks, step by step."""
+    first, second = config.adapters.global_.rank, config.adapters.local.rank
+    lengths = _halves(config.training.max_seq_length, SHORTEST)
+    ranks = _halves(max(first, second), LOWEST_RANK)
+    return [
+        [{"training.max_seq_length": length} for length in lengths],
+        [
+            {"adapters.global.rank": min(first, rank), "adapters.local.rank": min(second, rank)}
+            for rank in ranks
+        ],
     ]
-    yield [step for number, step in enumerate(steps) if step not in steps[:number]]
 
 
 def _halves(value: int, least: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from textwrap import fill
 
 from rich.console import Console
 from rich.table import Table
@@ -34,7 +35,8 @@ def describe_plan(plan: Plan) -> str:
         blocks.append(_render(_work_table(plan)))
     blocks += [_describe_traffic(plan.traffic), _render(_card_table(plan)), _describe_time(plan)]
     blocks += [f"Note: {note}" for note in plan.notes]
-    return "\n".join([*blocks, *_verdict_lines(plan.verdict)])
+    blocks += _verdict_lines(plan.verdict)
+    return "\n".join(line for block in blocks for line in _wrap(block))
 
 
 def format_size(num_bytes: float) -> str:
@@ -109,7 +111,7 @@ def _describe_traffic(traffic: Traffic) -> str:
     return (
         f"Per round {format_size(up)} up from each of {traffic.num_senders} clients and "
         f"{format_size(down)} down to each of {traffic.num_receivers}, {format_size(total)} in "
-        f"all;\nat least {format_size(traffic.least_up_per_client)} and "
+        f"all; at least {format_size(traffic.least_up_per_client)} and "
         f"{format_size(traffic.least_down_per_client)}, with two bytes a weight and the average "
         "sent once. Local adapters never travel."
     )
@@ -140,8 +142,8 @@ def _format_time(seconds: float) -> str:
 def _describe_time(plan: Plan) -> str:
     return (
         f"Times are calculated from makers' peak figures at an assumed efficiency of "
-        f"{EFFICIENCY:.0%}, not measured.\nA round is the training of all clients one after the "
-        "other; loading, evaluation and messages come on top,\nand a small model waits for its "
+        f"{EFFICIENCY:.0%}, not measured. A round is the training of all clients one after the "
+        "other; loading, evaluation and messages come on top, and a small model waits for its "
         "kernels to start instead."
     )
 
@@ -166,6 +168,11 @@ def _verdict_lines(verdict: Verdict) -> Iterator[str]:
     yield f"With {format_size(verdict.changed_peak_bytes)} it would fit: {words}"
     if verdict.num_cut:
         yield f"That cuts {verdict.num_cut:,} training examples short."
+
+
+def _wrap(block: str) -> list[str]:
+    """Return a table's lines as they are, and those of a sentence."""
+    return block.splitlines() if "\n" in block else fill(block, WIDTH).splitlines()
 
 
 def _yaml(value: object) -> str:
