@@ -152,17 +152,22 @@ def examples_of(lengths: list[int]) -> list[Example]:
     return [Example([token % 64 for token in range(n)], max(1, n // 2)) for n in lengths]
 
 
+SMALL = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4}
+WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2}
+DEEP = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 6}
+
+
 @pytest.mark.parametrize(
-    ("shape", "lengths"),
+    ("shape", "lengths", "checkpointing", "phase", "dtype"),
     [
-        ({"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4}, [128] * 8),
-        ({"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2}, [256, 120] * 4),
-        ({"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 6}, [200, 60, 33] * 3),
+        (SMALL, [128] * 8, False, GLOBAL_PHASE, torch.bfloat16),
+        (SMALL, [128] * 8, True, LOCAL_PHASE, torch.float32),
+        (WIDE, [256, 120] * 4, False, LOCAL_PHASE, torch.float32),
+        (WIDE, [256, 120] * 4, True, GLOBAL_PHASE, torch.bfloat16),
+        (DEEP, [200, 60, 33] * 3, False, JOINT_PHASE, torch.bfloat16),
+        (DEEP, [200, 60, 33] * 3, True, GLOBAL_PHASE, torch.float32),
     ],
 )
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("phase", [GLOBAL_PHASE, LOCAL_PHASE], ids=["global", "local"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_peak_of_a_real_step(shape, lengths, checkpointing, phase, dtype):
     model = build_tiny_model(64, **shape, max_position_embeddings=1024).to(dtype)
     adapters = AdaptersConfig.model_validate({"global": {"rank": 8}, "local": {"rank": 8}})
@@ -185,7 +190,7 @@ def test_the_peak_of_a_real_step(shape, lengths, checkpointing, phase, dtype):
             training,
             active=phase.active,
             trainable=phase.trainable,
-            num_steps=2,
+            num_steps=1,
             run_span=(0.0, 1.0),
             weight_decays={GLOBAL: 0.0, LOCAL: 0.0},
             seed=1,
