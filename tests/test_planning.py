@@ -1,8 +1,9 @@
 """Plans: the memory model against counted tensors, the verdict, the text and its errors.
 
-Measured with these tests' models (hidden 32 to 256, 2 to 6 layers, 200 to 1,600 tokens, fp32 and
-bf16): the peak of a step is predicted within 12 %, see ``test_the_peak_of_a_real_step``. The
-shape of Qwen2.5-7B, on tensors without memory: see ``test_the_peak_of_a_step_of_7b``.
+The peak of ``train_phase`` on small models (hidden 64 to 256, 2 to 6 layers, 512 to 800 tokens,
+fp32 and bf16) was predicted with errors from -1 % to +10 %; that of a step of Qwen2.5-7B's shape,
+on tensors that have a size and no memory, +7 % with checkpointing and -1 % without. What 4-bit
+weights add while they are multiplied, CUDA's context and the allocator's reserve are not measured.
 """
 
 from __future__ import annotations
@@ -19,10 +20,17 @@ from live_memory import LiveMemory
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, T5Config
 
-from fedlora_app import command
-from fedlora_app.adapters import AdapterError, activate, adapter_parameters, attach_adapters
+from fedlora_app import command, packing
+from fedlora_app.adapters import (
+    AdapterError,
+    activate,
+    adapter_parameters,
+    attach_adapters,
+    fused_adapters,
+)
 from fedlora_app.config import GLOBAL, LOCAL, AdaptersConfig, TrainingConfig
 from fedlora_app.config_file import load_config
+from fedlora_app.losses import token_losses
 from fedlora_app.model import ModelError, build_empty_model
 from fedlora_app.planning.advice import apply_change
 from fedlora_app.planning.cards import CARDS, EFFICIENCY, Work, compute_flops, compute_seconds
@@ -141,7 +149,7 @@ def test_the_7b_shape_has_the_known_sizes(seven_b_sizes):
     assert phases[1].torch_bytes < joint.torch_bytes  # one adapter learns at a time
     model_config, adapters = Qwen2Config(**SEVEN_B), AdaptersConfig()
     full = predict_activation_bytes(model_config, adapters, (GLOBAL,), 1024, 2, False)
-    assert full / 1024 == pytest.approx(5.9e6, rel=0.1)  # per token
+    assert full / 1024 == pytest.approx(5.9e6, rel=0.15)  # per token, without packing
     assert item_bytes(joint, "activations") / 1024 == pytest.approx(0.2e6, rel=0.01)
 
 
@@ -201,5 +209,240 @@ def test_the_peak_of_a_real_step(shape, lengths, checkpointing, phase, dtype):
         *(read_shape(model.config), sizes, adapters, training),
         *(Numerics(is_4bit=False, dtype_bytes=dtype.itemsize), phase, batch, checkpointing),
     )
-    print(f"{step_bytes(predicted) / memory.peak - 1:+.1%}")
     assert step_bytes(predicted) == pytest.approx(memory.peak, rel=0.15)
+
+
+@pytest.fixture
+def fake_7b() -> Iterator[tuple[Qwen2ForCausalLM, object, FakeTensorMode]]:
+    """The 7B shape with both adapters, in tensors that have a size and no memory."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.device("meta"):
+        base = Qwen2ForCausalLM(Qwen2Config(**SEVEN_B, dtype="bfloat16"))
+    adapted = attach_adapters(base, AdaptersConfig())
+    with mode:
+        for module in adapted.modules():
+            for key, value in list(module._parameters.items()):
+                if value is not None:
+                    is_lora = module in adapter_modules(adapted)
+                    dtype = torch.float32 if is_lora else torch.bfloat16
+                    module._parameters[key] = torch.nn.Parameter(
+                        torch.zeros(value.shape, dtype=dtype), requires_grad=False
+                    )
+            for key, value in list(module._buffers.items()):
+                module._buffers[key] = torch.zeros(value.shape, dtype=value.dtype)
+    packing._trusted.add(base)  # its check compares values, and there are none
+    yield base, adapted, mode
+
+
+def adapter_modules(adapted) -> set[torch.nn.Module]:
+    return {module for name, module in adapted.named_modules() if ".lora_" in name}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "checkpointing"), [([1024] * 4, True), ([700, 500, 300, 100], False)]
+)
+def test_the_peak_of_a_step_of_7b(fake_7b, seven_b_sizes, lengths, checkpointing):
+    base, adapted, mode = fake_7b
+    examples = examples_of(lengths)
+    batch = packing.pack(examples, torch.device("cpu"))
+    activate(adapted, BOTH, (LOCAL,))
+    if checkpointing:
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    adapted.train()
+    runs = (mode, packing.packed_attention(base), fused_adapters(adapted, BOTH))
+    with runs[0], runs[1], runs[2], LiveMemory() as memory:
+        hidden = packing.compute_hidden_states(base, batch).index_select(0, batch.predicting)
+        token_losses(base.lm_head, hidden, batch.targets).sum().backward()
+    answers = sum(example.num_answer_tokens for example in examples)
+    predicted = predict_phase(
+        *(read_shape(base.config), seven_b_sizes, AdaptersConfig(), TrainingConfig()),
+        *(Numerics(is_4bit=False, dtype_bytes=2), LOCAL_PHASE),
+        *(MicroBatch(sum(lengths), answers), checkpointing),
+    )
+    expected = step_bytes(predicted) - item_bytes(predicted, "optimizer state")
+    assert expected == pytest.approx(memory.peak, rel=0.10)
+
+
+# Time
+
+
+def test_the_time_is_the_roofline_at_the_assumed_efficiency(seven_b_sizes):
+    shape = read_shape(Qwen2Config(**SEVEN_B))
+    numerics = Numerics(is_4bit=True, dtype_bytes=2)
+    work = Work(tokens=10**6, answer_tokens=10**6, attention_pairs=0, micro_batches=0)
+    card = next(card for card in CARDS if card.name == "RTX 4090")
+    for checkpointing, expected in ((False, 5600), (True, 3850)):
+        flops = compute_flops(shape, seven_b_sizes, work, 0, 40370176, checkpointing)
+        seconds = compute_seconds(card, flops, seven_b_sizes, numerics, 0, checkpointing)
+        assert 10**6 / seconds == pytest.approx(EFFICIENCY * expected, rel=0.08)
+    longer = compute_seconds(card, flops, seven_b_sizes, numerics, 100, True)
+    assert longer > seconds  # weights are read for every micro-batch
+
+
+# Plans
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("24GB", 24e9), ("24 GB", 24e9), ("7.0GiB", 7 * 2**30), ("8g", 8e9), ("512MiB", 2**29)],
+)
+def test_memory_sizes(text, expected):
+    assert parse_memory(text) == expected
+
+
+@pytest.mark.parametrize("text", ["24", "much", "0GB", "-3GB", "GB", "1e3GB", "24GBs"])
+def test_no_memory_sizes(text):
+    with pytest.raises(PlanError, match="is no size. Expected"):
+        parse_memory(text)
+
+
+def test_data_are_counted_as_they_are_trained_on(tiny_project):
+    plan = build_plan(build_tiny_config(), tiny_project, "8GB")
+    assert plan.verdict.fits and plan.notes == []
+    assert [(w.client, w.phase) for w in plan.work] == [
+        *(("ann", "global"), ("bob", "global"), ("ann", "local"), ("bob", "local"))
+    ]
+    ann = plan.work[0]
+    assert ann.num_examples == 4 and ann.steps == 2 and ann.passes == 1
+    assert 0 < ann.packing_fill <= 1 and ann.work.tokens == ann.tokens_per_epoch
+    assert ann.longest < 128 and plan.phases[0].micro_batch_tokens <= 2 * ann.longest
+    parameters = plan.adapter_parameters[GLOBAL]
+    assert plan.traffic.up_per_client == 4 * parameters
+    assert plan.traffic.least_up_per_client == 2 * parameters
+    assert all(card.fits and card.round_seconds > 0 for card in plan.cards)
+
+
+@pytest.mark.parametrize(
+    ("mode", "phases", "senders"),
+    [("fedavg", ["global"], 2), ("local-only", ["local"], 0), ("centralized", ["global"], 1)],
+)
+def test_other_modes(tiny_project, mode, phases, senders):
+    plan = build_plan(build_tiny_config(federated={"mode": mode}), tiny_project, "8GB")
+    assert [phase.phase for phase in plan.phases] == phases
+    assert plan.traffic.num_senders == senders
+    assert len(plan.work) == (1 if mode == "centralized" else 2)
+    assert "GB" in describe_plan(plan)
+
+
+def test_a_7b_model_on_cards_of_24_and_8_gb(seven_b):
+    plan = plan_for(seven_b, "qwen2.5-7b-4090.yaml", "24GB")
+    assert plan.verdict.fits and not plan.verdict.checkpointing_unneeded
+    assert plan.work == [] and "The training data is not here" in plan.notes[0]
+    assert plan.largest_phase.micro_batch_tokens == 4096
+    small = plan_for(seven_b, "qwen2.5-7b-8gb.yaml", "7.0GiB")
+    assert small.verdict.fits
+
+
+def test_checkpointing_that_is_not_needed_is_named(seven_b):
+    plan = plan_for(seven_b, "qwen2.5-7b-4090.yaml", "80GB")
+    assert plan.verdict.checkpointing_unneeded
+    assert "training.gradient_checkpointing=false" in describe_plan(plan)
+    plan = plan_for(seven_b, "qwen2.5-7b-4090.yaml", "80GB", "training.gradient_checkpointing=auto")
+    assert not any(phase.checkpointing for phase in plan.phases)
+    plan = plan_for(seven_b, "qwen2.5-7b-4090.yaml", "12GB", "training.gradient_checkpointing=auto")
+    assert all(phase.checkpointing for phase in plan.phases) and plan.verdict.fits
+
+
+@pytest.mark.parametrize(
+    ("memory", "overrides", "settings"),
+    [
+        ("10GB", "training.gradient_checkpointing=false", ["training.gradient_checkpointing"]),
+        ("9GB", "", ["training.batch_size", "training.gradient_accumulation_steps"]),
+        ("12GB", "model.quantization=none", ["model.quantization"]),
+        ("7.4GB", "", ["training.optimizer", "training.batch_size"]),
+    ],
+)
+def test_changes_that_are_named_make_it_fit(seven_b, memory, overrides, settings):
+    plan = plan_for(seven_b, "qwen2.5-7b-4090.yaml", memory, overrides)
+    verdict = plan.verdict
+    assert not verdict.fits and verdict.changed_peak_bytes <= verdict.limit_bytes
+    assert set(settings) <= set(verdict.changes)
+    words = " ".join(f"{key}={str(value).lower()}" for key, value in verdict.changes.items())
+    assert words in " ".join(describe_plan(plan).split())
+    again = plan_for(seven_b, "qwen2.5-7b-4090.yaml", memory, f"{overrides} {words}")
+    assert again.verdict.fits
+    training = apply_change(
+        load_config(ROOT / "conf" / "qwen2.5-7b-4090.yaml"), verdict.changes
+    ).training
+    assert training.batch_size * training.gradient_accumulation_steps == 24
+
+
+def test_nothing_helps(seven_b):
+    plan = plan_for(seven_b, "qwen2.5-7b-4090.yaml", "3GB")
+    assert plan.verdict.changes is None and "No setting makes it fit" in describe_plan(plan)
+
+
+def test_a_smaller_limit_never_predicts_more(seven_b_sizes):
+    shape, training = read_shape(Qwen2Config(**SEVEN_B)), TrainingConfig()
+    numerics = Numerics(is_4bit=True, dtype_bytes=2)
+    totals = [
+        predict_phase(
+            *(shape, seven_b_sizes, AdaptersConfig(), training, numerics, LOCAL_PHASE),
+            *(MicroBatch(tokens, tokens // 2), True),
+        ).total_bytes
+        for tokens in (64, 512, 1024, 4096)
+    ]
+    assert totals == sorted(totals)
+
+
+def test_models_that_cannot_be_planned(tiny_project, tmp_path):
+    with pytest.raises(PlanError, match="no decoder"):
+        read_shape(T5Config())
+    with pytest.raises(PlanError, match="mixture of experts"):
+        read_shape(AutoConfig.for_model("mixtral"))
+    with pytest.raises(PlanError, match="does not say hidden_size"):
+        read_shape(object())
+    with pytest.raises(ModelError, match="(?s)was not found.*A plan needs no weights.*hf download"):
+        build_plan(build_tiny_config(model={"name": "nobody/nothing"}), tmp_path)
+    with pytest.raises(AdapterError, match="names no linear"):
+        wrong = {"global": {"target_modules": ["nothing"]}}
+        build_plan(build_tiny_config(adapters=wrong), tiny_project)
+
+
+def test_a_model_without_a_chat_template_is_planned_without_data(tiny_project, tmp_path):
+    folder = tmp_path / "model"
+    build_tiny_model(64).config.save_pretrained(folder)
+    plan = build_plan(build_tiny_config(model={"name": str(folder)}), tiny_project)
+    assert plan.work == [] and "The tokenizer cannot be used" in plan.notes[0]
+
+
+def test_the_model_is_the_configured_one(tiny_project):
+    empty = build_empty_model(build_tiny_config().model, tiny_project)
+    plan = build_plan(build_tiny_config(), tiny_project, "8GB")
+    assert plan.base.total == empty.num_parameters()
+
+
+# The command
+
+
+def test_the_command_prints_a_plan(fedlora):
+    status, out, err = fedlora("plan", ROOT / "conf" / "demo.yaml", "--gpu-memory", "8GB")
+    assert status == 0, err
+    for part in ("Peak of GPU memory", "northgate", "Per round", "RTX 4090", "Fits:", "assumed"):
+        assert part in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_the_command_prints_json_alone(fedlora):
+    status, out, _ = fedlora(
+        *("plan", ROOT / "conf" / "demo.yaml", "--json", "--overrides", "training.batch_size=2")
+    )
+    plan = json.loads(out)
+    assert status == 0 and plan["verdict"]["fits"] is True
+    assert plan["phases"][0]["total_bytes"] > plan["phases"][0]["torch_bytes"]
+    assert plan["phases"][0]["micro_batch_tokens"] <= 2 * 128
+    assert plan["base"]["total"] > 10**6
+
+
+def test_the_command_ends_with_2_for_what_can_be_mended(fedlora, tmp_path):
+    demo = ROOT / "conf" / "demo.yaml"
+    status, _, err = fedlora("plan", demo, "--gpu-memory", "24")
+    assert status == 2 and "Expected a number above 0 and its unit" in err
+    status, _, err = fedlora("plan", demo, "--overrides", "training.batch_sise=2")
+    assert status == 2 and "batch_sise" in err
+    status, _, err = fedlora("plan", demo, "--overrides", "model.name=nobody/nothing")
+    assert status == 2 and "hf download nobody/nothing" in err
+
+
+def test_sizes_are_written_in_powers_of_ten():
+    assert [format_size(n) for n in (8.54e9, 61.6e6, 524288)] == ["8.54 GB", "61.6 MB", "524.3 kB"]
