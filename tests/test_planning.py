@@ -349,7 +349,7 @@ def test_checkpointing_that_is_not_needed_is_named(seven_b):
         ("10GB", "training.gradient_checkpointing=false", ["training.gradient_checkpointing"]),
         ("9GB", "", ["training.batch_size", "training.gradient_accumulation_steps"]),
         ("12GB", "model.quantization=none", ["model.quantization"]),
-        ("7.4GB", "", ["training.optimizer", "training.batch_size"]),
+        ("7.4GB", "", ["training.batch_size", "training.optimizer", "model.embedding_device"]),
     ],
 )
 def test_changes_that_are_named_make_it_fit(seven_b, memory, overrides, settings):
@@ -394,6 +394,9 @@ def test_models_that_cannot_be_planned(tiny_project, tmp_path):
         read_shape(object())
     with pytest.raises(ModelError, match="(?s)was not found.*A plan needs no weights.*hf download"):
         build_plan(build_tiny_config(model={"name": "nobody/nothing"}), tmp_path)
+    with pytest.raises(PlanError, match="embedding_device: cpu is impossible"):
+        tied = build_tiny_config(model={"embedding_device": "cpu"})
+        build_plan(tied, tiny_project)
     with pytest.raises(AdapterError, match="names no linear"):
         wrong = {"global": {"target_modules": ["nothing"]}}
         build_plan(build_tiny_config(adapters=wrong), tiny_project)

@@ -70,7 +70,7 @@ def _harmless_changes(config: Config, is_tied: bool) -> list[list[Change]]:
         kinds.append([{"training.optimizer": "paged_adamw_8bit"}])
     if model.quantization == "none":
         kinds.append([{"model.quantization": "4bit"}])
-    if not is_tied and getattr(model, "embedding_device", "cpu") != "cpu":
+    if not is_tied and model.embedding_device != "cpu":
         kinds.append([{"model.embedding_device": "cpu"}])
     return kinds
 

@@ -159,6 +159,13 @@ def build_plan(config: Config, root: Path, gpu_memory: str = "") -> Plan:
     predict = _Predictor(shape, sizes, parts)
     phases = predict(config, limit)
     work = [measure_work(part, config.training) for part in parts]
+    if config.model.embedding_device == "cpu" and sizes.is_tied:
+        raise PlanError(
+            f"model.embedding_device: cpu is impossible with {config.model.name}, whose output head "
+            "has the input embedding's weights. Set it to auto."
+        )
+    if config.model.liger_kernels or config.model.compile:
+        notes.append("What model.liger_kernels and model.compile save is not in these figures.")
     if config.federated.mode == "dual" and config.training.schedule == "joint":
         notes.append("The last round has a local phase more than the others.")
     return Plan(
@@ -166,7 +173,7 @@ def build_plan(config: Config, root: Path, gpu_memory: str = "") -> Plan:
         mode=config.federated.mode,
         model=config.model.name,
         base=sizes,
-        numerics=_numerics(config, sizes),
+        numerics=_numerics(config),
         adapter_parameters=adapter_sizes(sizes, config.adapters),
         optimizer=config.training.optimizer,
         phases=phases,
@@ -205,7 +212,7 @@ class _Predictor:
                 self.sizes,
                 config.adapters,
                 config.training,
-                _numerics(config, self.sizes),
+                _numerics(config),
                 phase,
                 largest_micro_batch(self.parts, phase, config.training),
                 checkpointing,
@@ -262,13 +269,12 @@ def _load_parts(config: Config, root: Path, notes: list[str]) -> list[ClientPhas
     return load_client_phases(config, tokenizer, root)
 
 
-def _numerics(config: Config, sizes: BaseSizes) -> Numerics:
+def _numerics(config: Config) -> Numerics:
     """Return how the base lies on a GPU."""
-    wants_cpu = getattr(config.model, "embedding_device", "auto") == "cpu"
     return Numerics(
         is_4bit=config.model.quantization != "none",
         dtype_bytes=4 if config.model.dtype == "float32" else 2,
-        embedding_on_cpu=wants_cpu and not sizes.is_tied,
+        embedding_on_cpu=config.model.embedding_device == "cpu",
     )
 
 
@@ -302,7 +308,7 @@ def _plan_card(
         learning = sum(counts[adapter] for adapter in phases[name].trainable)
         flops = compute_flops(predict.shape, predict.sizes, amount, active, learning, checkpointing)
         return compute_seconds(
-            *(card, flops, predict.sizes, _numerics(config, predict.sizes)),
+            *(card, flops, predict.sizes, _numerics(config)),
             *(amount.micro_batches, checkpointing),
         )
 
