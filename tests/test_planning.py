@@ -394,7 +394,7 @@ def test_models_that_cannot_be_planned(tiny_project, tmp_path):
         read_shape(object())
     with pytest.raises(ModelError, match="(?s)was not found.*A plan needs no weights.*hf download"):
         build_plan(build_tiny_config(model={"name": "nobody/nothing"}), tmp_path)
-    with pytest.raises(PlanError, match="embedding_device: cpu is impossible"):
+    with pytest.raises(ModelError, match="embedding_device: cpu is impossible"):
         tied = build_tiny_config(model={"embedding_device": "cpu"})
         build_plan(tied, tiny_project)
     with pytest.raises(AdapterError, match="names no linear"):

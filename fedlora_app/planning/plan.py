@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fedlora_app.config import GLOBAL, Config
-from fedlora_app.model import ModelError, build_empty_model, load_tokenizer
+from fedlora_app.model import ModelError, build_empty_model, find_embedding_fault, load_tokenizer
 from fedlora_app.planning.advice import Change, find_changes
 from fedlora_app.planning.cards import CARDS, Card, Work, compute_flops, compute_seconds
 from fedlora_app.planning.memory import (
@@ -152,6 +152,9 @@ def build_plan(config: Config, root: Path, gpu_memory: str = "") -> Plan:
     """
     limit, source = _read_limit(gpu_memory)
     empty = _build_empty(config, root)
+    fault = find_embedding_fault(config.model, root)
+    if fault is not None:
+        raise ModelError(fault)
     shape = read_shape(empty.config)
     sizes = measure_sizes(empty, config.adapters)
     notes: list[str] = []
@@ -159,13 +162,10 @@ def build_plan(config: Config, root: Path, gpu_memory: str = "") -> Plan:
     predict = _Predictor(shape, sizes, parts)
     phases = predict(config, limit)
     work = [measure_work(part, config.training) for part in parts]
-    if config.model.embedding_device == "cpu" and sizes.is_tied:
-        raise PlanError(
-            f"model.embedding_device: cpu is impossible with {config.model.name}, whose output head "
-            "has the input embedding's weights. Set it to auto."
+    if config.training.liger_kernels or config.training.compile:
+        notes.append(
+            "What training.liger_kernels and training.compile save is not in these figures."
         )
-    if config.model.liger_kernels or config.model.compile:
-        notes.append("What model.liger_kernels and model.compile save is not in these figures.")
     if config.federated.mode == "dual" and config.training.schedule == "joint":
         notes.append("The last round has a local phase more than the others.")
     return Plan(
