@@ -38,14 +38,14 @@ class PackingError(RuntimeError):
 class Group:
     """Examples that attention treats side by side, padded on the right.
 
-    ``slots`` (N,) are the places of their tokens among the ``count * width`` padded ones, and
-    ``tokens`` (N,) the places in the packed row.
+    ``sources`` (count * width,) are the places in the packed row that their tokens come from, with
+    each example's first in the place of padding, and ``slots`` (N,) the places of real tokens.
     """
 
     count: int
     width: int
+    sources: torch.Tensor
     slots: torch.Tensor
-    tokens: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -172,12 +172,13 @@ AttentionInterface.register(ATTENTION, _attend)
 
 
 def _pad(states: torch.Tensor, group: Group) -> torch.Tensor:
-    """Return a group's part of (1, H, T, d) as (count, H, width, d)."""
-    heads, _, size = states.shape[1:]
-    rows = states[0].transpose(0, 1).index_select(0, group.tokens)  # (N, H, d)
-    padded = rows.new_zeros(group.count * group.width, heads, size)
-    padded = padded.index_copy(0, group.slots, rows)
-    return padded.view(group.count, group.width, heads, size).transpose(1, 2)
+    """Return a group's part of (1, H, T, d) as (count, H, width, d).
+
+    What stands in the place of padding lies behind all real tokens, so that no query that counts
+    sees it.
+    """
+    rows = states[0].transpose(0, 1).index_select(0, group.sources)  # (count * width, H, d)
+    return rows.unflatten(0, (group.count, group.width)).transpose(1, 2)
 
 
 def _window_mask(width: int, window: int | None, device: torch.device) -> torch.Tensor | None:
@@ -196,14 +197,18 @@ def _group(lengths: Sequence[int], device: torch.device) -> Groups:
         width = max(SHORTEST_WIDTH, 1 << (length - 1).bit_length())
         by_width[width].append((start, length))
         start += length
-    groups = []
+    groups, order = [], []
     for members in by_width.values():
         width = max(length for _, length in members)  # no wider than needed
-        slots = [row * width + i for row, (_, length) in enumerate(members) for i in range(length)]
-        tokens = [start + i for start, length in members for i in range(length)]
-        places = (torch.tensor(places, device=device) for places in (slots, tokens))
+        sources, slots = [], []
+        for row, (start, length) in enumerate(members):
+            tokens = range(start, start + length)
+            sources += [*tokens, *[start] * (width - length)]
+            slots += range(row * width, row * width + length)
+            order += tokens
+        places = (torch.tensor(places, device=device) for places in (sources, slots))
         groups.append(Group(len(members), width, *places))
-    return Groups(groups, torch.cat([group.tokens for group in groups]).argsort())
+    return Groups(groups, torch.tensor(order, device=device).argsort())
 
 
 def _require_separation(base: PreTrainedModel) -> None:

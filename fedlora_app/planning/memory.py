@@ -336,7 +336,6 @@ class _Step:
         attention = 2 * shape.query + 2 * shape.key  # queries, keys, values, and what comes out
         feed_forward = 3 * shape.intermediate  # gate, its activation, up
         kept = (round(self.padding * attention) + feed_forward) * self.dtype_bytes
-        kept += (shape.query + 2 * shape.key) * self.dtype_bytes  # before padding, too
         kept += 2 * shape.hidden * FP32_BYTES  # the norms' inputs
         kept += shape.num_heads * FP32_BYTES  # attention's logarithms of sums
         has_dropout = any(adapter.dropout > 0 for adapter in self.in_use)
