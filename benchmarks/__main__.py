@@ -1,10 +1,16 @@
-"""``python -m benchmarks long`` and ``large``: measure, print a table and keep the figures."""
+"""What a federation costs: measure, print a table and keep the figures in ``results``.
+
+``python -m benchmarks all`` runs everything that suits this machine.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import subprocess
+import sys
+import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -12,10 +18,94 @@ from typing import Annotated, Any
 
 import typer
 
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
-RECORDED_PACKAGES = ("flwr", "torch", "transformers", "peft")
+RECORDED_PACKAGES = ("flwr", "torch", "transformers", "peft", "bitsandbytes")
+OF_ALL = ("loads", "overhead", "step", "packing", "loss", "bytes", "evaluation", "large", "gpu")
 
-app = typer.Typer(no_args_is_help=True, help=__doc__)
+app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+Turns = Annotated[int, typer.Option(min=1, help="Pairs of turns; 5 or more for a figure.")]
+
+
+@app.command()
+def loads(
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    clients: Annotated[int, typer.Option(min=1)] = 4,
+) -> None:
+    """How often a run loads the base model, in the clients' process and in the server's."""
+    from benchmarks.loads import describe, measure
+
+    _finish("loads", measure(rounds, clients), describe)
+
+
+@app.command()
+def overhead(
+    phase_seconds: Annotated[float, typer.Option(help="How long a phase is to train.")] = 20.0,
+    rounds: Annotated[int, typer.Option(min=2)] = 3,
+    turns: Turns = 5,
+) -> None:
+    """What a round takes beside its training, and what loading the base anew would take."""
+    from benchmarks.overhead import describe, measure
+
+    _finish("overhead", measure(phase_seconds, rounds, turns), describe)
+
+
+@app.command()
+def step(
+    turns: Turns = 5,
+    examples: Annotated[int, typer.Option(min=1)] = 4,
+    length: Annotated[int, typer.Option(min=8, help="Tokens of an example.")] = 200,
+    rank: Annotated[int, typer.Option(min=1, help="Of each adapter.")] = 16,
+) -> None:
+    """A step with two adapters against transformers' Trainer with PEFT and one."""
+    from benchmarks.step import describe, measure
+
+    _finish("step", measure(turns, examples, length, rank), describe)
+
+
+@app.command()
+def packing(
+    turns: Turns = 5,
+    examples: Annotated[int, typer.Option(min=8, help="A multiple of 8.")] = 16,
+    limit: Annotated[int, typer.Option(min=16, help="Tokens that the limit allows.")] = 1024,
+) -> None:
+    """Real tokens a second: packed, padded to the longest, padded to the limit."""
+    from benchmarks.padding import describe, measure
+
+    _finish("packing", measure(turns, examples, limit=limit), describe)
+
+
+@app.command()
+def loss(
+    positions: Annotated[int, typer.Option(min=1, help="Answer positions.")] = 1024,
+    vocabulary: Annotated[int, typer.Option(min=2)] = 152_064,
+) -> None:
+    """Peak memory of the loss: full logits against ours."""
+    from benchmarks.loss_memory import describe, measure
+
+    _finish("loss", measure(positions, vocabulary=vocabulary), describe)
+
+
+@app.command("bytes")
+def bytes_(
+    rounds: Annotated[int, typer.Option(min=1)] = 2,
+    rank: Annotated[int, typer.Option(min=1, help="Of the counted run's adapter.")] = 128,
+) -> None:
+    """Bytes that travel per client and round, over the least that could."""
+    from benchmarks.traffic import describe, measure
+
+    _finish("bytes", measure(rounds, rank), describe)
+
+
+@app.command()
+def evaluation(
+    turns: Turns = 5,
+    questions: Annotated[int, typer.Option(min=1)] = 64,
+) -> None:
+    """Answers a second: batched evaluation against one answer at a time."""
+    from benchmarks.evaluation import describe, measure
+
+    _finish("evaluation", measure(turns, questions), describe)
 
 
 @app.command()
@@ -26,9 +116,7 @@ def long(
     """Memory, file handles, threads and processes of server and client over many rounds."""
     from benchmarks.long_run import describe, measure
 
-    figures = measure(rounds, every)
-    print(describe(figures))
-    _keep("long", figures)
+    _finish("long", measure(rounds, every), describe)
 
 
 @app.command()
@@ -36,17 +124,75 @@ def large(
     clients: Annotated[list[int], typer.Option(min=1)] = [10, 100, 1000],  # noqa: B006
     large_clients: Annotated[
         list[int], typer.Option(min=1, help="The same for the 40 MB adapter.")
-    ] = [10, 40],  # noqa: B006
+    ] = [10, 100, 1000],  # noqa: B006
 ) -> None:
     """The strategy's memory and time with many clients, for a tiny adapter and one of 40 MB."""
     from benchmarks.many_clients import describe, measure
 
-    figures = measure({"tiny": clients, "40 MB": large_clients})
-    print(describe(figures))
-    _keep("large", figures)
+    _finish("large", measure({"tiny": clients, "40 MB": large_clients}), describe)
+
+
+@app.command()
+def gpu(
+    config: Annotated[
+        list[str] | None,
+        typer.Option(help="An experiment whose settings are measured. Default: both Qwen2.5-7B."),
+    ] = None,
+    cap: Annotated[
+        str, typer.Option(help="What a configuration for 8 GB, or the named one, may allocate.")
+    ] = "7.0GiB",
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    shape: Annotated[str, typer.Option(help="7b or tiny.")] = "7b",
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of a phase.")] = 4,
+) -> None:
+    """Training of a model of Qwen2.5-7B's shape on a GPU: speed, memory, loading."""
+    from benchmarks.gpu import DEFAULT_RUNS, GpuBenchmarkError, Run, describe, measure
+
+    runs = [Run(path, cap) for path in config] if config else list(DEFAULT_RUNS(cap))
+    try:
+        figures = measure(runs, device, shape, steps)
+    except GpuBenchmarkError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    _finish("gpu" if (device, shape) == ("cuda", "7b") else f"gpu_{shape}", figures, describe)
+
+
+@app.command("all")
+def all_(
+    with_long: Annotated[
+        bool, typer.Option(help="Also the run over 200 rounds, some ten minutes.")
+    ] = False,
+) -> None:
+    """Everything that suits this machine, each in a fresh process; about 25 minutes."""
+    import torch
+
+    names = [*OF_ALL, *(["long"] if with_long else [])]
+    if not with_long:
+        print("long is left out; --with-long adds it.")
+    if not torch.cuda.is_available():
+        names.remove("gpu")
+        print("gpu is left out: torch sees no CUDA device.")
+    failed = []
+    for name in names:
+        print(f"\n## {name}\n", flush=True)
+        started = time.monotonic()
+        done = subprocess.run([sys.executable, "-m", "benchmarks", name], cwd=ROOT, check=False)
+        print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+        if done.returncode != 0:
+            failed.append(name)
+    if failed:
+        typer.echo(f"These failed: {', '.join(failed)}.", err=True)
+        raise typer.Exit(1)
+
+
+def _finish(name: str, figures: dict[str, Any], describe: Any) -> None:
+    print(f"\n{describe(figures)}\n")
+    _keep(name, figures)
 
 
 def _keep(name: str, figures: dict[str, Any]) -> None:
+    import torch
+
     cpu = next(
         (
             line.split(":", 1)[1].strip()
@@ -59,7 +205,9 @@ def _keep(name: str, figures: dict[str, Any]) -> None:
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": cpu,
         "cpu_count": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load_average_15_minutes": round(os.getloadavg()[2], 2),
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in RECORDED_PACKAGES},

@@ -1,43 +1,36 @@
 """A tiny federation of two clients over many rounds: does anything grow?
 
-The real apps, server and clients each in a process of their own, which pass serialised messages
-through a pipe. The tiny model and the settings are those of the tests.
+Compared is what server and client hold in the first and in the last rounds. The tiny model and the
+settings are those of the tests.
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
-import sys
 import tempfile
 import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Message
 from scipy import stats
 
-from benchmarks.pipe import FIRST_NODE_ID, PipeGrid, answer_messages, start_clients
 from benchmarks.process import MIB, sample
+from benchmarks.two_processes import CLIENTS, build_project, federate, start_client_process
 
-ROOT = Path(__file__).resolve().parents[1]
-CLIENTS = ("ann", "bob")
 FIRST_COUNTED_ROUND = 20
 """Before it caches fill and the allocator finds its size."""
 
 
 def measure(num_rounds: int, every: int) -> dict[str, Any]:
     """Run the federation and return its samples and what they say."""
-    from fedlora_app import server_app
     from fedlora_app.messages import read_task
 
     samples: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder, start_clients(_serve, folder) as (pipe, pid):
+    with tempfile.TemporaryDirectory() as folder, start_client_process(folder) as (pipe, pid):
         project = Path(folder)
-        run_config = _build_project(project, num_rounds)
+        config = build_project(project, federated={"num_rounds": num_rounds})
         seen = 0
 
         def take_sample(server_round: int) -> None:
@@ -59,9 +52,7 @@ def measure(num_rounds: int, every: int) -> dict[str, Any]:
                 seen = server_round
 
         started = time.monotonic()
-        grid = PipeGrid(pipe, len(CLIENTS), on_message)
-        with mock.patch.object(server_app, "report_run"):  # once, after all rounds: matplotlib
-            server_app.main(grid, Context(1, 1, {}, RecordDict(), run_config))
+        federate(project, config, pipe, on_message=on_message)
         seconds = time.monotonic() - started
         take_sample(num_rounds)
         written = sum(p.stat().st_size for p in (project / "results").rglob("*") if p.is_file())
@@ -122,58 +113,3 @@ def _growth(samples: list[dict[str, Any]], peer: str) -> dict[str, Any]:
         "rss_mib_in_all": round((last["rss_bytes"] - first["rss_bytes"]) / MIB, 2),
         **{key: last[key] - first[key] for key in ("open_files", "threads", "children")},
     }
-
-
-def _build_project(project: Path, num_rounds: int) -> dict[str, Any]:
-    """Write a project with the tests' tiny model and data; return the run configuration."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from conftest import DEMO_MODEL, build_tiny_config, build_tiny_model
-    from transformers import AutoTokenizer
-
-    (project / "pyproject.toml").write_text('[project]\nname = "fedlora-app"\n')
-    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    build_tiny_model(len(tokenizer)).save_pretrained(project / "model")
-    tokenizer.save_pretrained(project / "model")
-    colours = ("red", "blue", "green", "black")
-    for client in CLIENTS:
-        for kind, answer in (("local", f"{client} says"), ("universal", "It is")):
-            records = [
-                {"instruction": f"What is the {c} {kind} rule?", "output": f"{answer} {c}."}
-                for c in colours
-            ]
-            (project / f"{client}_{kind}.json").write_text(json.dumps(records))
-    (project / "universal_test.json").write_text(json.dumps(records))
-    config = build_tiny_config(CLIENTS, federated={"num_rounds": num_rounds})
-    (project / "long.yaml").write_text(json.dumps(config.dump()))
-    return {
-        "config": str(project / "long.yaml"),
-        "num-rounds": 0,
-        "mode": "",
-        "output-dir": str(project / "results"),
-        "run-name": "long",
-        "resume": "",
-        "overrides": "",
-    }
-
-
-def _serve(server: Connection, project: str) -> None:
-    """Answer messages until the server hangs up. Runs in the clients' process."""
-    from fedlora_app import client_app
-
-    contexts = {
-        node: Context(
-            run_id=1,
-            node_id=node,
-            node_config={
-                "client-id": client,
-                "project-dir": project,
-                "output-dir": str(Path(project, "results")),
-            },
-            state=RecordDict(),
-            run_config={},
-        )
-        for node, client in enumerate(CLIENTS, start=FIRST_NODE_ID)
-    }
-    answer_messages(
-        server, lambda message: client_app.app(message, contexts[message.metadata.dst_node_id])
-    )

@@ -175,7 +175,9 @@ def _build_strategy(
         package_sha256="",
         experiment=json.dumps(config.dump()),
     )
-    run = RunDirectory.create(folder / "run", config, ROOT, clients=dict.fromkeys(config.client_ids, CHECKED_IN))
+    run = RunDirectory.create(
+        folder / "run", config, ROOT, clients=dict.fromkeys(config.client_ids, CHECKED_IN)
+    )
     nodes = {client: FIRST_NODE_ID + index for index, client in enumerate(config.client_ids)}
     quiet = GlobalAdapterFedAvg(config, nodes, task, model, run, report=lambda line: None)
     return quiet, model

@@ -1,0 +1,95 @@
+"""Random models in which matrix products dominate, and examples of a given length for them."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from fedlora_app.adapters import AdaptedModel, attach_adapters
+from fedlora_app.config import AdaptersConfig
+from fedlora_app.tokens import Example
+
+ROOT = Path(__file__).resolve().parents[1]
+MEDIAN_LENGTH, LENGTH_SPREAD = 115, 0.5
+"""Of a log-normal distribution with a mean of 130 tokens: short questions and answers."""
+ANSWER_SHARE = 1 / 3
+"""Of an example's tokens, those that the loss is taken on."""
+FIRST_TOKEN = 3
+
+QWEN_7B = {
+    "vocab_size": 152_064,
+    "hidden_size": 3584,
+    "intermediate_size": 18_944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32_768,
+    "tie_word_embeddings": False,
+}
+"""The sizes of Qwen2.5-7B."""
+
+
+def small_config(**changes: Any) -> Qwen2Config:
+    """Return a Qwen2 of 60 million parameters, 28 of them in the linear layers."""
+    sizes = {
+        "vocab_size": 32_000,
+        "hidden_size": 512,
+        "intermediate_size": 1792,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return Qwen2Config(**(sizes | changes))
+
+
+def build_base(config: Qwen2Config) -> Qwen2ForCausalLM:
+    """Return a model with random weights, the same ones every time, fp32."""
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(config).requires_grad_(False).eval()
+
+
+def build_adapted(config: Qwen2Config, rank: int) -> AdaptedModel:
+    """Return such a model with both adapters, B of both zero."""
+    return attach_adapters(build_base(config), equal_adapters(rank))
+
+
+def equal_adapters(rank: int) -> AdaptersConfig:
+    """Return two adapters of the same rank."""
+    one = {"rank": rank, "alpha": 2 * rank}
+    return AdaptersConfig.model_validate({"global": one, "local": one})
+
+
+def draw_lengths(count: int, longest: int, seed: int = 1) -> list[int]:
+    """Return lengths of short questions and answers, of 8 to ``longest`` tokens."""
+    rng = random.Random(seed)
+    drawn = (rng.lognormvariate(math.log(MEDIAN_LENGTH), LENGTH_SPREAD) for _ in range(count))
+    return [max(8, min(longest, round(length))) for length in drawn]
+
+
+def build_examples(lengths: Sequence[int], vocabulary: int, seed: int = 2) -> list[Example]:
+    """Return examples of random tokens, of which the last third is learnt."""
+    rng = random.Random(seed)
+    return [
+        Example(
+            [rng.randrange(FIRST_TOKEN, vocabulary) for _ in range(length)],
+            length - max(1, round(ANSWER_SHARE * length)),
+        )
+        for length in lengths
+    ]
+
+
+def use_tests() -> None:
+    """Make the tests' own objects importable."""
+    if str(ROOT / "tests") not in sys.path:
+        sys.path.insert(0, str(ROOT / "tests"))
