@@ -1,1 +1,1 @@
-"""What a federation costs over many rounds and with many clients; see ``__main__``."""
+"""What a federation costs: time, memory, bytes and loads; see ``__main__``."""

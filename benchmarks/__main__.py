@@ -139,22 +139,26 @@ def gpu(
         typer.Option(help="An experiment whose settings are measured. Default: both Qwen2.5-7B."),
     ] = None,
     cap: Annotated[
-        str, typer.Option(help="What a configuration for 8 GB, or the named one, may allocate.")
-    ] = "7.0GiB",
+        str | None,
+        typer.Option(help="What torch may allocate for it. Default: 7.0GiB for the 8 GB one."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     shape: Annotated[str, typer.Option(help="7b or tiny.")] = "7b",
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of a phase.")] = 4,
 ) -> None:
     """Training of a model of Qwen2.5-7B's shape on a GPU: speed, memory, loading."""
-    from benchmarks.gpu import DEFAULT_RUNS, GpuBenchmarkError, Run, describe, measure
+    from benchmarks.gpu import choose_runs, describe, measure
+    from fedlora_app.errors import MendableError
 
-    runs = [Run(path, cap) for path in config] if config else list(DEFAULT_RUNS(cap))
     try:
-        figures = measure(runs, device, shape, steps)
-    except GpuBenchmarkError as error:
+        figures = measure(choose_runs(config, cap), device, shape, steps)
+    except MendableError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
-    _finish("gpu" if (device, shape) == ("cuda", "7b") else f"gpu_{shape}", figures, describe)
+    if (device, shape) == ("cuda", "7b"):
+        _finish("gpu", figures, describe)
+    else:
+        print(f"\n{describe(figures)}\n\nA trial; these figures are not kept.")
 
 
 @app.command("all")

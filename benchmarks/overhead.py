@@ -67,7 +67,7 @@ def measure(
                 copies=copies,
                 model=MODEL | sizes,
                 adapters={"global": adapter, "local": adapter},
-                training=settings | dict(zip(("global_epochs", "local_epochs"), epochs)),
+                training=settings | {"global_epochs": epochs[0], "local_epochs": epochs[1]},
                 federated={"num_rounds": rounds},
                 evaluation={"interval": NEVER, "batch_size": 8, "max_new_tokens": 8},
             )

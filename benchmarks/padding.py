@@ -21,6 +21,7 @@ from benchmarks.plain_trainer import (
     PlainTrainer,
     build_phase,
     constant_rate,
+    deterministic,
     set_threads,
 )
 from benchmarks.toy_models import build_adapted, build_examples, draw_lengths, small_config
@@ -152,11 +153,12 @@ class _Padded:
         """Train once on all micro-batches."""
         activate(self._model, BOTH, (LOCAL,))
         self._model.train()
-        for part in self._losses():
-            part.backward()
-        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        with deterministic():
+            for part in self._losses():
+                part.backward()
+            torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
         self._model.eval()
 
     def _losses(self) -> Iterator[torch.Tensor]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -112,23 +113,37 @@ def build_phase(
 
     def run() -> float:
         ends: list[float] = []
-        result = train_phase(
-            model,
-            examples,
-            training,
-            active=active,
-            trainable=trainable,
-            num_steps=num_steps + 1,
-            run_span=(0.0, 1.0),
-            weight_decays={GLOBAL: 0.0, LOCAL: 0.0},
-            seed=1,
-            progress=lambda *_: ends.append(time.perf_counter()),
-        )
+        with deterministic():
+            result = train_phase(
+                model,
+                examples,
+                training,
+                active=active,
+                trainable=trainable,
+                num_steps=num_steps + 1,
+                run_span=(0.0, 1.0),
+                weight_decays={GLOBAL: 0.0, LOCAL: 0.0},
+                seed=1,
+                progress=lambda *_: ends.append(time.perf_counter()),
+            )
         if losses is not None:
             losses.append(result.train_loss)
         return _mean_gap(ends)
 
     return run
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Have torch choose deterministic algorithms in the block, as a client does for its whole life.
+
+    The Trainer runs without, which is its default and faster.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def constant_rate(**settings: Any) -> TrainingConfig:

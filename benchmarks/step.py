@@ -92,7 +92,8 @@ def describe(figures: dict[str, Any]) -> str:
         f"{model['num_hidden_layers']} layers, vocabulary {model['vocab_size']:,}, fp32, "
         f"{figures['threads']} threads; ratios of neighbouring turns: median [least, greatest]",
         "",
-        "| step | seconds | to Trainer with one adapter | to one adapter here | not fused to fused |",
+        "| step | seconds | to Trainer with one adapter | to one adapter here "
+        "| not fused to fused |",
         "|---|---|---|---|---|",
         f"| {TRAINER} | {figures['seconds'][TRAINER]:.3f} | 1 | | |",
     ]

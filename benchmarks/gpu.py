@@ -1,0 +1,339 @@
+"""Training of a model of Qwen2.5-7B's shape on a GPU: speed, memory, loading.
+
+Random weights in NF4, two adapters, and the project's own training phases on examples as long as
+the limit and on short ones; with the settings of the configuration for a 24 GB card, and with those
+for 8 GB under a cap on what torch may allocate. Compared are the operations a second with the
+card's peak, and the peak of the memory with the planner's prediction.
+
+Each configuration is measured in a fresh process. ``--device cpu --shape tiny`` goes the same way
+with a tiny model, to see that it works; its times say nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from benchmarks.plain_trainer import build_phase
+from benchmarks.process import MIB
+from benchmarks.random_nf4 import make_random_nf4
+from benchmarks.toy_models import QWEN_7B, ROOT, build_examples, draw_lengths
+from fedlora_app.adapters import AdaptedModel, adapter_parameters, attach_adapters
+from fedlora_app.config import Config, TrainingConfig
+from fedlora_app.config_file import load_config
+from fedlora_app.errors import MendableError
+from fedlora_app.memory import read_peak_memory, reset_peak_memory
+from fedlora_app.packing import split_into_packs
+from fedlora_app.rounds import Phase, plan_round
+from fedlora_app.tokens import Example
+from fedlora_app.training import settle_checkpointing, tokens_per_micro_batch
+
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+SHAPES = {"7b": QWEN_7B, "tiny": TINY}
+TINY_TRAINING = {"max_seq_length": 32, "batch_size": 2, "gradient_accumulation_steps": 2}
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "A10": 125.0,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+    "RTX 3070": 40.6,
+}
+"""Makers' figures: dense bf16 with fp32 accumulation. The first name found in the card's counts."""
+LARGE_CONFIG = "conf/qwen2.5-7b-4090.yaml"
+SMALL_CONFIG, SMALL_CAP = "conf/qwen2.5-7b-8gb.yaml", "7.0GiB"
+UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
+
+
+class GpuBenchmarkError(MendableError):
+    """The benchmark cannot run as asked; the message says why."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A configuration, and how much of the card torch may allocate, such as "7.0GiB"."""
+
+    config: str
+    cap: str | None = None
+
+
+def choose_runs(configs: Sequence[str] | None, cap: str | None) -> list[Run]:
+    """Return the runs for named configurations, or else for both that come with the project."""
+    if configs:
+        return [Run(config, cap) for config in configs]
+    return [Run(LARGE_CONFIG), Run(SMALL_CONFIG, cap or SMALL_CAP)]
+
+
+def measure(runs: Sequence[Run], device: str, shape: str, num_steps: int) -> dict[str, Any]:
+    """Measure every configuration in a process of its own.
+
+    Raises:
+        GpuBenchmarkError: the device, the shape, the cap or a configuration is not there.
+    """
+    if device not in ("cuda", "cpu") or shape not in SHAPES:
+        raise GpuBenchmarkError(
+            f"--device {device} --shape {shape}: expected cuda or cpu, and 7b or tiny."
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise GpuBenchmarkError(
+            "torch sees no CUDA device. Run this on a machine with an NVIDIA GPU, or go the same "
+            "way on a CPU with: python -m benchmarks gpu --device cpu --shape tiny"
+        )
+    rows = []
+    for run in runs:
+        if run.cap is not None:
+            parse_bytes(run.cap)
+        load_config(ROOT / run.config)
+        arguments = json.dumps([asdict(run), device, shape, num_steps])
+        command = [sys.executable, "-m", __spec__.name, arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"{run}:\n{done.stderr}")
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        print(f"{run.config}: measured", flush=True)
+    return {
+        "compared": "operations a second with the card's peak; memory with the plan's prediction",
+        "device": rows[0]["device"],
+        "shape": shape,
+        "rows": rows,
+    }
+
+
+def describe(figures: dict[str, Any]) -> str:
+    """Return what was measured, and on what."""
+    lines = [
+        f"Shape {figures['shape']}, random NF4 weights, on {figures['device']}; real tokens, "
+        "operations without and with what checkpointing computes again"
+    ]
+    for row in figures["rows"]:
+        cap = f", at most {row['cap']} for torch" if row["applied_cap_bytes"] else ""
+        lines += [
+            "",
+            f"{row['config']}: two adapters of rank {row['ranks']}, {row['batch']}, "
+            f"{row['optimizer']}{cap}. Made in {row['build_seconds']:.1f} s; "
+            f"{row['file_bytes'] / 1e9:.2f} GB of quantised weights read in "
+            f"{row['load_seconds']:.1f} s.",
+            "",
+            "| examples | phase | tokens a second | of the peak | with recomputation "
+            "| checkpointing | peak memory, MiB | predicted, MiB |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for phase in row["phases"]:
+            lines.append(_describe_phase(phase))
+    return "\n".join(lines)
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes of, say, "7.0GiB".
+
+    Raises:
+        GpuBenchmarkError: it is no number with a unit.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GM]i?B)", text)
+    if match is None:
+        raise GpuBenchmarkError(f"{text!r} is no amount of memory. Expected, say, 7.0GiB.")
+    return round(float(match[1]) * UNITS[match[2]])
+
+
+def measure_here(run: Run, device_name: str, shape: str, num_steps: int) -> dict[str, Any]:
+    """Measure one configuration in this process; call it in a fresh one."""
+    device = torch.device(device_name, 0) if device_name == "cuda" else torch.device("cpu")
+    config = load_config(ROOT / run.config)
+    training = _settle(config.training, device, shape)
+    applied_cap = _apply_cap(run.cap, device)
+    model_config = Qwen2Config(**SHAPES[shape], bos_token_id=None, eos_token_id=None)
+    embedding_on_cpu = getattr(config.model, "embedding_device", "auto") == "cpu"
+    made = make_random_nf4(model_config, device)
+    if embedding_on_cpu:
+        from fedlora_app.host_embedding import move_embedding_to_host
+
+        move_embedding_to_host(made.model, device)
+    model = attach_adapters(made.model, config.adapters)
+    phases = []
+    per_step = training.batch_size * training.gradient_accumulation_steps
+    limit = training.max_seq_length
+    for kind, lengths in (
+        (f"{limit} tokens", [limit] * per_step),
+        ("short", draw_lengths(per_step, limit)),
+    ):
+        examples = build_examples(lengths, model_config.vocab_size)
+        plan = plan_round(config, 1)
+        for phase in (plan.train, plan.personalise):
+            if phase is not None:
+                about = {"examples": kind, "phase": phase.name}
+                measured = _measure_phase(model, config, training, phase, examples, num_steps)
+                predicted = _predict(
+                    *(model_config, config, training, phase, examples),
+                    checkpointing=measured["checkpointing"],
+                )
+                phases.append(about | measured | {"predicted_bytes": predicted})
+    return {
+        "config": run.config,
+        "cap": run.cap,
+        "applied_cap_bytes": applied_cap,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "a CPU",
+        "ranks": f"{config.adapters.global_.rank} and {config.adapters.local.rank}",
+        "batch": f"{training.batch_size} x {training.gradient_accumulation_steps} sequences",
+        "optimizer": training.optimizer,
+        "embedding_on_cpu": embedding_on_cpu,
+        "build_seconds": made.build_seconds,
+        "load_seconds": made.load_seconds,
+        "file_bytes": made.file_bytes,
+        "phases": phases,
+    }
+
+
+def _describe_phase(phase: dict[str, Any]) -> str:
+    about = f"| {phase['examples']} | {phase['phase']} "
+    predicted = phase["predicted_bytes"]
+    shown = "not known" if predicted is None else f"{predicted / MIB:,.0f}"
+    if phase["out_of_memory"]:
+        return f"{about}| out of memory | | | {phase['checkpointing']} | | {shown} |"
+    shares = (phase["share_of_peak"], phase["share_of_peak_with_recomputation"])
+    cells = ["not known" if share is None else f"{share:.1%}" for share in shares]
+    return (
+        f"{about}| {phase['tokens_per_second']:,.0f} | {' | '.join(cells)} "
+        f"| {phase['checkpointing']} | {phase['peak_memory_bytes'] / MIB:,.0f} | {shown} |"
+    )
+
+
+def _settle(training: TrainingConfig, device: torch.device, shape: str) -> TrainingConfig:
+    changes: dict[str, Any] = TINY_TRAINING if shape == "tiny" else {}
+    if device.type != "cuda":
+        changes = changes | {"optimizer": "adamw"}
+    return training.model_copy(update=changes)
+
+
+def _apply_cap(cap: str | None, device: torch.device) -> int | None:
+    if cap is None or device.type != "cuda":
+        return None
+    wanted = parse_bytes(cap)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, wanted / total), device)
+    return wanted
+
+
+def _measure_phase(
+    model: AdaptedModel,
+    config: Config,
+    training: TrainingConfig,
+    phase: Phase,
+    examples: Sequence[Example],
+    num_steps: int,
+) -> dict[str, Any]:
+    training = settle_checkpointing(
+        training, model, config.adapters, phase.active, phase.trainable, examples
+    )
+    checkpointing = training.gradient_checkpointing is True
+    reset_peak_memory(model.device)
+    run = build_phase(model, examples, training, phase.active, phase.trainable, num_steps)
+    try:
+        seconds = run()
+    except torch.OutOfMemoryError:
+        return {"out_of_memory": True, "checkpointing": checkpointing}
+    num_tokens = sum(len(example.input_ids) for example in examples)
+    needed, computed = (
+        _count_flops(model, phase, examples, recomputes) for recomputes in (False, checkpointing)
+    )
+    peak = _peak_flops(model.device)
+    return {
+        "out_of_memory": False,
+        "checkpointing": checkpointing,
+        "tokens_per_step": num_tokens,
+        "seconds_per_step": round(seconds, 4),
+        "tokens_per_second": round(num_tokens / seconds, 1),
+        "share_of_peak": peak and round(needed / seconds / peak, 4),
+        "share_of_peak_with_recomputation": peak and round(computed / seconds / peak, 4),
+        "peak_memory_bytes": read_peak_memory(model.device),
+    }
+
+
+def _count_flops(
+    model: AdaptedModel, phase: Phase, examples: Sequence[Example], recomputes: bool
+) -> float:
+    """Return the operations of a step: forward, backward to activations and adapters, the head."""
+    config = model.get_base_model().config
+    head_size = config.hidden_size // config.num_attention_heads
+    key = config.num_key_value_heads * head_size
+    layer = 2 * config.hidden_size * (config.hidden_size + key)
+    layer += 3 * config.hidden_size * config.intermediate_size
+    active, learning = (
+        sum(p.numel() for name in names for p in adapter_parameters(model, name))
+        for names in (phase.active, phase.trainable)
+    )
+    passes = 3 if recomputes else 2
+    num_tokens = sum(len(example.input_ids) for example in examples)
+    pairs = sum(len(example.input_ids) ** 2 for example in examples)
+    num_targets = sum(example.num_answer_tokens for example in examples)
+    weights = 2 * passes * (config.num_hidden_layers * layer + active) + 2 * learning
+    attention = 2 * config.num_hidden_layers * config.hidden_size * (passes + 1)
+    return (
+        weights * num_tokens
+        + attention * pairs  # causal, half of them
+        + 4 * config.vocab_size * config.hidden_size * num_targets
+    )
+
+
+def _peak_flops(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * tflops for key, tflops in PEAK_TFLOPS.items() if key in name), None)
+
+
+def _predict(
+    model_config: Qwen2Config,
+    config: Config,
+    training: TrainingConfig,
+    phase: Phase,
+    examples: Sequence[Example],
+    checkpointing: bool,
+) -> int | None:
+    """Return what ``fedlora plan`` predicts torch to allocate; None where it cannot."""
+    try:
+        from fedlora_app.planning.sizes import measure_sizes
+
+        from fedlora_app.planning.memory import MicroBatch, Numerics, predict_phase, read_shape
+    except ImportError:
+        return None
+    packs = split_into_packs(examples, tokens_per_micro_batch(training))
+    largest = max(packs, key=lambda pack: sum(len(example.input_ids) for example in pack))
+    batch = MicroBatch(
+        sum(len(example.input_ids) for example in largest),
+        sum(example.num_answer_tokens for example in largest),
+    )
+    with torch.device("meta"):
+        sizes = measure_sizes(Qwen2ForCausalLM(model_config), config.adapters)
+    on_cpu = getattr(config.model, "embedding_device", "auto") == "cpu"
+    return predict_phase(
+        *(read_shape(model_config), sizes, config.adapters, training),
+        *(Numerics(True, 2, on_cpu), phase, batch, checkpointing),
+    ).torch_bytes
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as a client has it
+    run, *rest = json.loads(sys.argv[1])
+    print(json.dumps(measure_here(Run(**run), *rest)))

@@ -1,0 +1,139 @@
+"""Every benchmark in its smallest form: that it runs, and that its figures add up."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT))  # the benchmarks lie beside the package and are not installed
+
+from benchmarks import (
+    evaluation,
+    gpu,
+    loads,
+    long_run,
+    loss_memory,
+    many_clients,
+    overhead,
+    padding,
+    step,
+    traffic,
+)
+from benchmarks.__main__ import OF_ALL, app
+from benchmarks.turns import compute_ratio, take_turns
+
+pytestmark = pytest.mark.slow
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 500}
+
+
+def require_table(benchmark, figures) -> None:
+    assert re.search(r"^\|---", benchmark.describe(figures), re.MULTILINE)
+
+
+def test_turns_alternate_and_neighbours_are_compared():
+    order: list[str] = []
+    seconds = iter([9.0, 9.0, 2.0, 1.0, 8.0, 2.0, 9.0, 3.0])
+
+    def work(name: str):
+        def run() -> float:
+            order.append(name)
+            return next(seconds)
+
+        return run
+
+    taken = take_turns({"a": work("a"), "b": work("b")}, 3)
+    assert order == ["a", "b"] * 4
+    assert taken == {"a": [2.0, 8.0, 9.0], "b": [1.0, 2.0, 3.0]}
+    expected = {"value": 3.0, "low": 2.0, "high": 4.0, "n": 3}
+    assert compute_ratio(taken["a"], taken["b"]) == expected
+
+
+def test_all_runs_every_benchmark_but_the_long_one():
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert commands == {*OF_ALL, "long", "all"}
+
+
+def test_one_load_per_client_process_and_none_in_the_server():
+    figures = loads.measure(num_rounds=2, num_clients=2)
+    assert figures["loads_per_client_process"] == [1] and figures["is_the_only_client_process"]
+    assert figures["loads_in_server"] == 0
+    require_table(loads, figures)
+
+
+def test_overhead():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    figures = overhead.measure(0.1, num_rounds=2, num_turns=1, copies=2, rank=2, **sizes)
+    assert 0 < figures["overhead_share"]["value"] < 1
+    assert figures["rounds"][0]["phase_seconds"] > 0
+    require_table(overhead, figures)
+
+
+def test_step():
+    figures = step.measure(1, num_examples=2, length=24, rank=2, num_steps=1, **TINY)
+    assert set(figures["ratio_to_trainer"]) == set(step.WAYS)
+    assert figures["loss_difference"] < 1e-3
+    require_table(step, figures)
+
+
+def test_packing():
+    figures = padding.measure(1, num_examples=4, batch_size=2, limit=192, rank=2, **TINY)
+    shares = figures["padding_share"]
+    assert shares[padding.PACKED] == 0 < shares[padding.LONGEST] < shares[padding.LIMIT]
+    require_table(padding, figures)
+
+
+def test_loss():
+    figures = loss_memory.measure(positions=512, hidden_size=32, vocabulary=5000)
+    assert all(row["share_of_full"] < 0.5 for row in figures["rows"])
+    require_table(loss_memory, figures)
+
+
+def test_bytes():
+    figures = traffic.measure(1, rank=16, large_rank=1, hidden_size=64, intermediate_size=64)
+    counted = figures["rows"][0]
+    assert counted["array_records"] == ["global-adapter", "global-update"]
+    assert all(row["local_adapter_bytes"] == 0 and row["ratio"] > 1 for row in figures["rows"])
+    require_table(traffic, figures)
+
+
+def test_evaluation():
+    figures = evaluation.measure(1, num_questions=4, num_steps=1)
+    assert figures["generated_differently"] == 0 and figures["largest_difference_nats"] < 1e-3
+    require_table(evaluation, figures)
+
+
+def test_large():
+    figures = many_clients.measure({"tiny": [2]})
+    assert figures["rows"][0]["num_clients"] == 2
+    require_table(many_clients, figures)
+
+
+def test_long(monkeypatch):
+    monkeypatch.setattr(long_run, "FIRST_COUNTED_ROUND", 1)
+    figures = long_run.measure(num_rounds=4, every=1)
+    assert [entry["round"] for entry in figures["samples"]] == [0, 1, 2, 3, 4]
+    require_table(long_run, figures)
+
+
+def test_gpu_on_a_cpu():
+    (run, *_) = gpu.choose_runs(None, None)
+    figures = gpu.measure([run], "cpu", "tiny", num_steps=1)
+    assert [phase["phase"] for phase in figures["rows"][0]["phases"]] == ["global", "local"] * 2
+    require_table(gpu, figures)
+
+
+def test_gpu_says_what_is_missing():
+    for arguments, text in (
+        (("cuda", "7b"), "no CUDA device"),
+        (("tpu", "7b"), "expected cuda or cpu"),
+    ):
+        if arguments[0] == "cuda" and gpu.torch.cuda.is_available():
+            continue
+        with pytest.raises(gpu.GpuBenchmarkError, match=text):
+            gpu.measure(gpu.choose_runs(None, None), *arguments, num_steps=1)
+    with pytest.raises(gpu.GpuBenchmarkError, match=r"7\.0GiB"):
+        gpu.parse_bytes("7 potatoes")
+    assert gpu.parse_bytes("7.0GiB") == 7 * 2**30
