@@ -52,7 +52,7 @@ def overhead(
 
 @app.command()
 def step(
-    turns: Turns = 5,
+    turns: Turns = 9,
     examples: Annotated[int, typer.Option(min=1)] = 4,
     length: Annotated[int, typer.Option(min=8, help="Tokens of an example.")] = 200,
     rank: Annotated[int, typer.Option(min=1, help="Of each adapter.")] = 16,

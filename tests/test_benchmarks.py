@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 
@@ -27,6 +28,15 @@ from benchmarks.turns import compute_ratio, take_turns
 
 pytestmark = pytest.mark.slow
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 500}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_core():
+    """Server and clients, a process each, would otherwise wait for each other's threads."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    yield
+    os.sched_setaffinity(0, before)
 
 
 def require_table(benchmark, figures) -> None:
