@@ -2,8 +2,12 @@
 
 The first three ways share the model, its two fused adapters, the loss at answer positions and the
 optimizer; only the layout of a batch differs. The last is transformers' Trainer with PEFT, one
-adapter and its usual collator, which pads to the longest of eight. Lengths are those of short
-questions and answers: log-normal with a mean of 130 tokens, drawn from a fixed seed.
+adapter and batches padded as its usual collators do, to the longest of eight; it also takes the
+logits of every position. Lengths are those of short questions and answers: log-normal with a mean
+of 130 tokens, in a fixed random order.
+
+Padding to the limit makes every linear layer work on so many times the tokens as are real. Packing
+may win back more than that, because attention grows with the square of what it is given.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A two-adapter step against transformers' Trainer with PEFT and one adapter.
 
 Both get the same examples, packed into one row: the Trainer through transformers' own
-``DataCollatorWithFlattening``. Beside that: one adapter in our loop, which shows what the second
+``DataCollatorWithFlattening``. As it does by default, it takes the logits of every position, of
+which a third are answers here. Beside that: one adapter in our loop, which shows what the second
 one costs, and two without ``training.fused_adapters``, as PEFT computes them.
 """
 

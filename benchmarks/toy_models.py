@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -71,10 +72,15 @@ def equal_adapters(rank: int) -> AdaptersConfig:
 
 
 def draw_lengths(count: int, longest: int, seed: int = 1) -> list[int]:
-    """Return lengths of short questions and answers, of 8 to ``longest`` tokens."""
-    rng = random.Random(seed)
-    drawn = (rng.lognormvariate(math.log(MEDIAN_LENGTH), LENGTH_SPREAD) for _ in range(count))
-    return [max(8, min(longest, round(length))) for length in drawn]
+    """Return lengths of short questions and answers in random order, at most ``longest``.
+
+    One from each of ``count`` equal parts of the distribution, so that few have its mean too.
+    """
+    spread = NormalDist(math.log(MEDIAN_LENGTH), LENGTH_SPREAD)
+    quantiles = (spread.inv_cdf((index + 0.5) / count) for index in range(count))
+    lengths = [min(longest, round(math.exp(quantile))) for quantile in quantiles]
+    random.Random(seed).shuffle(lengths)
+    return lengths
 
 
 def build_examples(lengths: Sequence[int], vocabulary: int, seed: int = 2) -> list[Example]:

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import transformers
 from flwr.app import Context, Message, RecordDict
+from transformers import AutoTokenizer
 
 from benchmarks.pipe import FIRST_NODE_ID, PipeGrid, answer_messages, start_clients
 from benchmarks.toy_models import use_tests
@@ -41,8 +43,8 @@ def build_project(
     """
     use_tests()
     from conftest import DEMO_MODEL, build_tiny_config, build_tiny_model
-    from transformers import AutoTokenizer
 
+    transformers.utils.logging.disable_progress_bar()
     (project / "pyproject.toml").write_text('[project]\nname = "fedlora-app"\n')
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     build_tiny_model(len(tokenizer), **(model or {})).save_pretrained(project / "model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import sys
@@ -10,21 +11,6 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT))  # the benchmarks lie beside the package and are not installed
-
-from benchmarks import (
-    evaluation,
-    gpu,
-    loads,
-    long_run,
-    loss_memory,
-    many_clients,
-    overhead,
-    padding,
-    step,
-    traffic,
-)
-from benchmarks.__main__ import OF_ALL, app
-from benchmarks.turns import compute_ratio, take_turns
 
 pytestmark = pytest.mark.slow
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 500}
@@ -39,11 +25,17 @@ def _one_core():
     os.sched_setaffinity(0, before)
 
 
+def bench(name: str):
+    """Return a module of the benchmarks, of which other tests need none."""
+    return importlib.import_module(f"benchmarks.{name}")
+
+
 def require_table(benchmark, figures) -> None:
     assert re.search(r"^\|---", benchmark.describe(figures), re.MULTILINE)
 
 
 def test_turns_alternate_and_neighbours_are_compared():
+    turns = bench("turns")
     order: list[str] = []
     seconds = iter([9.0, 9.0, 2.0, 1.0, 8.0, 2.0, 9.0, 3.0])
 
@@ -54,19 +46,23 @@ def test_turns_alternate_and_neighbours_are_compared():
 
         return run
 
-    taken = take_turns({"a": work("a"), "b": work("b")}, 3)
+    taken = turns.take_turns({"a": work("a"), "b": work("b")}, 3)
     assert order == ["a", "b"] * 4
     assert taken == {"a": [2.0, 8.0, 9.0], "b": [1.0, 2.0, 3.0]}
     expected = {"value": 3.0, "low": 2.0, "high": 4.0, "n": 3}
-    assert compute_ratio(taken["a"], taken["b"]) == expected
+    assert turns.compute_ratio(taken["a"], taken["b"]) == expected
 
 
 def test_all_runs_every_benchmark_but_the_long_one():
-    commands = {command.name or command.callback.__name__ for command in app.registered_commands}
-    assert commands == {*OF_ALL, "long", "all"}
+    main = bench("__main__")
+    commands = {
+        command.name or command.callback.__name__ for command in main.app.registered_commands
+    }
+    assert commands == {*main.OF_ALL, "long", "all"}
 
 
 def test_one_load_per_client_process_and_none_in_the_server():
+    loads = bench("loads")
     figures = loads.measure(num_rounds=2, num_clients=2)
     assert figures["loads_per_client_process"] == [1] and figures["is_the_only_client_process"]
     assert figures["loads_in_server"] == 0
@@ -74,6 +70,7 @@ def test_one_load_per_client_process_and_none_in_the_server():
 
 
 def test_overhead():
+    overhead = bench("overhead")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     figures = overhead.measure(0.1, num_rounds=2, num_turns=1, copies=2, rank=2, **sizes)
     assert 0 < figures["overhead_share"]["value"] < 1
@@ -82,6 +79,7 @@ def test_overhead():
 
 
 def test_step():
+    step = bench("step")
     figures = step.measure(1, num_examples=2, length=24, rank=2, num_steps=1, **TINY)
     assert set(figures["ratio_to_trainer"]) == set(step.WAYS)
     assert figures["loss_difference"] < 1e-3
@@ -89,6 +87,7 @@ def test_step():
 
 
 def test_packing():
+    padding = bench("padding")
     figures = padding.measure(1, num_examples=4, batch_size=2, limit=192, rank=2, **TINY)
     shares = figures["padding_share"]
     assert shares[padding.PACKED] == 0 < shares[padding.LONGEST] < shares[padding.LIMIT]
@@ -96,12 +95,14 @@ def test_packing():
 
 
 def test_loss():
+    loss_memory = bench("loss_memory")
     figures = loss_memory.measure(positions=512, hidden_size=32, vocabulary=5000)
     assert all(row["share_of_full"] < 0.5 for row in figures["rows"])
     require_table(loss_memory, figures)
 
 
 def test_bytes():
+    traffic = bench("traffic")
     figures = traffic.measure(1, rank=16, large_rank=1, hidden_size=64, intermediate_size=64)
     counted = figures["rows"][0]
     assert counted["array_records"] == ["global-adapter", "global-update"]
@@ -110,18 +111,21 @@ def test_bytes():
 
 
 def test_evaluation():
+    evaluation = bench("evaluation")
     figures = evaluation.measure(1, num_questions=4, num_steps=1)
     assert figures["generated_differently"] == 0 and figures["largest_difference_nats"] < 1e-3
     require_table(evaluation, figures)
 
 
 def test_large():
+    many_clients = bench("many_clients")
     figures = many_clients.measure({"tiny": [2]})
     assert figures["rows"][0]["num_clients"] == 2
     require_table(many_clients, figures)
 
 
 def test_long(monkeypatch):
+    long_run = bench("long_run")
     monkeypatch.setattr(long_run, "FIRST_COUNTED_ROUND", 1)
     figures = long_run.measure(num_rounds=4, every=1)
     assert [entry["round"] for entry in figures["samples"]] == [0, 1, 2, 3, 4]
@@ -129,6 +133,7 @@ def test_long(monkeypatch):
 
 
 def test_gpu_on_a_cpu():
+    gpu = bench("gpu")
     (run, *_) = gpu.choose_runs(None, None)
     figures = gpu.measure([run], "cpu", "tiny", num_steps=1)
     assert [phase["phase"] for phase in figures["rows"][0]["phases"]] == ["global", "local"] * 2
@@ -136,6 +141,7 @@ def test_gpu_on_a_cpu():
 
 
 def test_gpu_says_what_is_missing():
+    gpu = bench("gpu")
     for arguments, text in (
         (("cuda", "7b"), "no CUDA device"),
         (("tpu", "7b"), "expected cuda or cpu"),
