@@ -60,7 +60,7 @@ def build_project(
     asked = [{"instruction": f"Name the {c} rule.", "output": f"It is {c}."} for c in COLOURS]
     _write(project / "test.json", asked)
     config = build_tiny_config(tuple(clients), **changes).dump()
-    config["data"]["universal_test"] = "test.json"
+    config["data"] |= {"universal_test": "test.json", "conflict_test": None}
     for client in config["federated"]["clients"]:
         client["local_test"] = "test.json"
     return parse_config(config)

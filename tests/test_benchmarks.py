@@ -63,7 +63,7 @@ def test_all_runs_every_benchmark_but_the_long_one():
 
 def test_one_load_per_client_process_and_none_in_the_server():
     loads = bench("loads")
-    figures = loads.measure(num_rounds=2, num_clients=2)
+    figures = loads.measure(num_rounds=2, num_clients=3)
     assert figures["loads_per_client_process"] == [1] and figures["is_the_only_client_process"]
     assert figures["loads_in_server"] == 0
     require_table(loads, figures)
