@@ -31,8 +31,12 @@ from fedlora_app.adapters import AdaptedModel, adapter_parameters, attach_adapte
 from fedlora_app.config import Config, TrainingConfig
 from fedlora_app.config_file import load_config
 from fedlora_app.errors import MendableError
+from fedlora_app.host_embedding import move_embedding_to_host
 from fedlora_app.memory import read_peak_memory, reset_peak_memory
 from fedlora_app.packing import split_into_packs
+from fedlora_app.planning.cards import CARDS
+from fedlora_app.planning.memory import MicroBatch, Numerics, predict_phase, read_shape
+from fedlora_app.planning.sizes import measure_sizes
 from fedlora_app.rounds import Phase, plan_round
 from fedlora_app.tokens import Example
 from fedlora_app.training import settle_checkpointing, tokens_per_micro_batch
@@ -49,18 +53,8 @@ TINY = {
 }
 SHAPES = {"7b": QWEN_7B, "tiny": TINY}
 TINY_TRAINING = {"max_seq_length": 32, "batch_size": 2, "gradient_accumulation_steps": 2}
-PEAK_TFLOPS = {
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "A10": 125.0,
-    "RTX 4090": 165.2,
-    "RTX 3090": 71.0,
-    "RTX 3070": 40.6,
-}
+PEAK_TFLOPS = {re.sub(r" \d+ GB$", "", card.name): card.peak_tflops for card in CARDS}
+PEAK_TFLOPS |= {"H100 PCIe": 756.0}
 """Makers' figures: dense bf16 with fp32 accumulation. The first name found in the card's counts."""
 LARGE_CONFIG = "conf/qwen2.5-7b-4090.yaml"
 SMALL_CONFIG, SMALL_CAP = "conf/qwen2.5-7b-8gb.yaml", "7.0GiB"
@@ -164,11 +158,9 @@ def measure_here(run: Run, device_name: str, shape: str, num_steps: int) -> dict
     training = _settle(config.training, device, shape)
     applied_cap = _apply_cap(run.cap, device)
     model_config = Qwen2Config(**SHAPES[shape], bos_token_id=None, eos_token_id=None)
-    embedding_on_cpu = getattr(config.model, "embedding_device", "auto") == "cpu"
+    embedding_on_cpu = config.model.embedding_device == "cpu"
     made = make_random_nf4(model_config, device)
     if embedding_on_cpu:
-        from fedlora_app.host_embedding import move_embedding_to_host
-
         move_embedding_to_host(made.model, device)
     model = attach_adapters(made.model, config.adapters)
     phases = []
@@ -300,7 +292,8 @@ def _peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((1e12 * tflops for key, tflops in PEAK_TFLOPS.items() if key in name), None)
+    known = max((key for key in PEAK_TFLOPS if key in name), key=len, default=None)
+    return 1e12 * PEAK_TFLOPS[known] if known else None
 
 
 def _predict(
@@ -312,12 +305,6 @@ def _predict(
     checkpointing: bool,
 ) -> int | None:
     """Return what ``fedlora plan`` predicts torch to allocate; None where it cannot."""
-    try:
-        from fedlora_app.planning.sizes import measure_sizes
-
-        from fedlora_app.planning.memory import MicroBatch, Numerics, predict_phase, read_shape
-    except ImportError:
-        return None
     packs = split_into_packs(examples, tokens_per_micro_batch(training))
     largest = max(packs, key=lambda pack: sum(len(example.input_ids) for example in pack))
     batch = MicroBatch(
@@ -326,7 +313,7 @@ def _predict(
     )
     with torch.device("meta"):
         sizes = measure_sizes(Qwen2ForCausalLM(model_config), config.adapters)
-    on_cpu = getattr(config.model, "embedding_device", "auto") == "cpu"
+    on_cpu = config.model.embedding_device == "cpu"
     return predict_phase(
         *(read_shape(model_config), sizes, config.adapters, training),
         *(Numerics(True, 2, on_cpu), phase, batch, checkpointing),
