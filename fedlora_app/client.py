@@ -341,16 +341,13 @@ class Client:
             )
             selected += select_examples(self.config, client_id, examples, phase, server_round)
             num_steps += count_phase_steps(self.config, examples, phase)
-        training, num_rounds = self.config.training, self.config.federated.num_rounds
+        training = settle_checkpointing(self.config, model, phase, selected)
+        num_rounds = self.config.federated.num_rounds
         # Where the local adapter stands alone there is no global one that it could spoil.
         is_beside = GLOBAL in phase.active
         local_decay = training.local_weight_decay if is_beside else training.global_weight_decay
         weight_decays = {GLOBAL: training.global_weight_decay, LOCAL: local_decay}
         what = f"{self.client_id}, round {server_round}, {phase.name}"
-
-        training = settle_checkpointing(
-            training, model, self.config.adapters, phase.active, phase.trainable, selected
-        )
 
         def train(settings: TrainingConfig) -> PhaseResult:
             return train_phase(

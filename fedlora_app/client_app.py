@@ -38,6 +38,7 @@ from fedlora_app.messages import (
     unpack_state,
 )
 from fedlora_app.model import ModelError
+from fedlora_app.packing import PackingError
 from fedlora_app.project import (
     PACKAGE_DIR,
     ProjectNotFoundError,
@@ -63,6 +64,7 @@ EXPLAINED_ERRORS = (
     DataError,
     MessageError,
     ModelError,
+    PackingError,
     ProjectNotFoundError,
     RunDirectoryError,
     TrainingError,
@@ -202,5 +204,7 @@ def _set_up_process(config: Config) -> None:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(max(1, (cpus or 1) // config.federated.clients_at_once))
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # time for what is overwritten
+    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # read by transformers
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fedlora_app.config import ClientConfig, Config, ConfigError
+from fedlora_app.config import GLOBAL, LOCAL, ClientConfig, Config, ConfigError
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_FAULTS_SHOWN = 50
@@ -155,6 +155,7 @@ def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:
         for name in sorted({name for name in track if track.count(name) > 1}):
             times = f"{track.count(name)} times"
             yield f"experiment.track: {_shorten(name)} is named {times}; once is enough."
+    yield from _kernel_faults(raw)
     federated = raw.get("federated")
     clients = federated.get("clients") if isinstance(federated, dict) else None
     if not isinstance(clients, list):
@@ -189,6 +190,29 @@ def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:
                     f'federated.clients: "{_shorten(str(name))}" has no universal_train and '
                     "data.universal_train is null; set one of them."
                 )
+
+
+def _kernel_faults(raw: dict[str, Any]) -> Iterator[str]:
+    """Find settings of the training step that exclude each other."""
+    training, model, adapters = (
+        raw.get(name) if isinstance(raw.get(name), dict) else {}
+        for name in ("training", "model", "adapters")
+    )
+    dropping = [
+        name
+        for name in (GLOBAL, LOCAL)
+        if isinstance(adapters.get(name), dict) and adapters[name].get("dropout")
+    ]
+    if training.get("fused_adapters") is True and dropping:
+        yield (
+            f"training.fused_adapters: adapters.{dropping[0]}.dropout is not 0, and adapters with "
+            "dropout cannot be fused. Set one of them to 0 or false."
+        )
+    if training.get("attention") == "flash_attention_2" and model.get("dtype") == "float32":
+        yield (
+            "training.attention: flash_attention_2 computes in bfloat16 and model.dtype is "
+            "float32. Set model.dtype to auto or bfloat16."
+        )
 
 
 def _describe(fault: Any) -> str:

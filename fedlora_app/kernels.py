@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
@@ -15,10 +15,11 @@ import torch
 from transformers import PreTrainedModel
 
 from fedlora_app.config import TrainingConfig
+from fedlora_app.model import ModelError
 
 COMPILERS = ("c++", "g++", "clang++")
 
-_compiled: weakref.WeakKeyDictionary[torch.nn.Module, Callable] = weakref.WeakKeyDictionary()
+COMPILED = "_fedlora_compiled"
 _patched: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
@@ -33,10 +34,10 @@ def find_missing_kernels(training: TrainingConfig) -> list[str]:
             faults.append(f"training.{setting} needs a GPU and this client has none.")
         elif is_wanted and find_spec(module) is None:
             faults.append(f"training.{setting} needs a package. Run: pip install {package}")
-    if training.compile and not has_gpu and not any(map(shutil.which, COMPILERS)):
+    if training.compile and not any(map(shutil.which, COMPILERS)):
         faults.append(
-            "training.compile: true needs a C++ compiler on a CPU, and none of "
-            f"{', '.join(COMPILERS)} was found."
+            f"training.compile: true needs a C++ compiler, and none of {', '.join(COMPILERS)} was "
+            "found."
         )
     return faults
 
@@ -44,12 +45,22 @@ def find_missing_kernels(training: TrainingConfig) -> list[str]:
 def apply_liger_kernels(base: PreTrainedModel) -> None:
     """Replace norms, rotary embedding and feed-forward activations of a model by Liger's, once.
 
-    Hsu et al. 2024, https://arxiv.org/abs/2410.10989. The loss stays the project's own.
+    Hsu et al. 2024, https://arxiv.org/abs/2410.10989. The loss stays the project's own. They stay
+    for as long as the process, evaluation included.
+
+    Raises:
+        ModelError: Liger has none for this kind of model.
     """
     if base in _patched:
         return
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
+    if base.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ModelError(
+            f"liger-kernel has nothing for models of type {base.config.model_type}. Set "
+            "training.liger_kernels to false."
+        )
     _apply_liger_kernel_to_instance(base, cross_entropy=False, fused_linear_cross_entropy=False)
     _patched.add(base)
 
@@ -62,9 +73,9 @@ def compiled_layers(base: PreTrainedModel) -> Iterator[None]:
     """
     layers = list(base.base_model.layers)
     for layer in layers:
-        if layer not in _compiled:
-            _compiled[layer] = torch.compile(layer._call_impl, dynamic=True)
-        layer._compiled_call_impl = _compiled[layer]
+        if COMPILED not in layer.__dict__:
+            layer.__dict__[COMPILED] = torch.compile(layer._call_impl, dynamic=True)
+        layer._compiled_call_impl = layer.__dict__[COMPILED]
     try:
         yield
     finally:

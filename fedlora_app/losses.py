@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from fedlora_app.adapters import AdaptedModel, compute_overlap, scaled_local
+from fedlora_app.adapters import AdaptedModel, scaled_local
 from fedlora_app.config import TrainingConfig
 from fedlora_app.packing import compute_hidden_states, pack, packed_attention
 from fedlora_app.tokens import Example
@@ -33,31 +33,26 @@ def answer_log_likelihoods(model: AdaptedModel, examples: Sequence[Example]) -> 
 def compute_losses(
     model: AdaptedModel, examples: Sequence[Example], penalised: TrainingConfig | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the loss of every answer token, and what holds local off global's ground.
+    """Return the loss of every answer token, and how far replayed ones are from global alone.
 
-    The KL term is a mean over the answer tokens of the replayed examples; its reference is
-    the same model with the local adapter at scale 0. Call it within ``packed_attention``.
+    That is KL(global || global + local) at every answer token of the replayed examples, or None
+    where it has no weight; the reference is the same model with the local adapter at scale 0. Call
+    it within ``packed_attention``.
     """
     head = model.get_base_model().get_output_embeddings()
     hidden, targets, counts = _answer_states(model, examples)
     losses = token_losses(head, hidden, targets)
-    if penalised is None:
-        return losses, None
-    penalty = torch.zeros((), device=hidden.device)
-    if penalised.local_orthogonality > 0:
-        penalty = penalty + penalised.local_orthogonality * compute_overlap(model)
     replayed = [example for example in examples if example.is_replayed]
-    if penalised.local_kl_weight > 0 and replayed:
-        with torch.no_grad(), scaled_local(model, 0.0):
-            reference, _, _ = _answer_states(model, replayed)
-        kept = [
-            part
-            for part, example in zip(hidden.split(counts), examples, strict=True)
-            if example.is_replayed
-        ]
-        divergence = _token_divergences(head, torch.cat(kept), reference).mean()
-        penalty = penalty + penalised.local_kl_weight * divergence
-    return losses, penalty
+    if penalised is None or penalised.local_kl_weight == 0 or not replayed:
+        return losses, None
+    with torch.no_grad(), scaled_local(model, 0.0):
+        reference, _, _ = _answer_states(model, replayed)
+    kept = [
+        part
+        for part, example in zip(hidden.split(counts), examples, strict=True)
+        if example.is_replayed
+    ]
+    return losses, _token_divergences(head, torch.cat(kept), reference)
 
 
 def token_losses(

@@ -23,37 +23,47 @@ from fedlora_app.tokens import Example
 
 ATTENTION = "fedlora_packed"
 """Our attention's name among transformers' implementations."""
-FLASH_ATTENTION = "flash_attention_2"
 SHORTEST_WIDTH = 16  # of the groups that attention pads to, each twice as wide as the one before
+TOLERANCE = 0.05  # of hidden states, relative; other kernels and bf16 stay well below it
+
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+"""What some models' attention has beside queries, keys, values and a sliding window."""
 
 _collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
-_trusted: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+_trusted: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
 class PackingError(RuntimeError):
-    """The base model lets packed examples see each other."""
+    """The base model computes something else for packed examples than for each alone."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Examples that attention treats side by side, padded on the right.
+    """Examples of N tokens in all that attention treats side by side, padded on the right.
 
-    ``sources`` (count * width,) are the places in the packed row that their tokens come from, with
-    each example's first in the place of padding, and ``slots`` (N,) the places of real tokens.
+    ``sources`` (count * width,) are the places among the N that the padded tokens come from, the
+    first one's in the place of padding, which ``is_real`` tells; ``slots`` (N,) leads back.
     """
 
     count: int
     width: int
     sources: torch.Tensor
+    is_real: torch.Tensor
     slots: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Groups:
-    """All examples of a row; ``inverse`` (T,) leads from the groups' order to the row's."""
+    """All examples of a row of T tokens; ``order`` (T,) puts them by group, ``inverse`` back."""
 
     groups: list[Group]
+    order: torch.Tensor
     inverse: torch.Tensor
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each group."""
+        return [len(group.slots) for group in self.groups]
 
 
 @dataclass(frozen=True)
@@ -103,16 +113,21 @@ def pack(examples: Sequence[Example], device: torch.device) -> PackedBatch:
         predicting += range(start + example.answer_start - 1, start + end - 1)
         targets += example.input_ids[example.answer_start :]
     inputs = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        name: _send(value, device) if isinstance(value, torch.Tensor) else value
         for name, value in inputs.items()
     }
     inputs["packed_groups"] = _group([len(example.input_ids) for example in examples], device)
     return PackedBatch(
         inputs,
-        torch.tensor(predicting, device=device),
-        torch.tensor(targets, device=device),
+        _send(torch.tensor(predicting), device),
+        _send(torch.tensor(targets), device),
         [example.num_answer_tokens for example in examples],
     )
+
+
+def _send(places: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on a device that need not have finished what it was told before."""
+    return places.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else places
 
 
 @contextmanager
@@ -123,11 +138,12 @@ def packed_attention(base: PreTrainedModel, implementation: str = ATTENTION) -> 
         PackingError: it does not, because some layer mixes tokens by other means.
     """
     before = base.config._attn_implementation
-    base.set_attn_implementation(implementation)
     try:
-        if base not in _trusted:
+        base.set_attn_implementation(implementation)
+        trusted = _trusted.setdefault(base, set())
+        if implementation not in trusted:
             _require_separation(base)
-            _trusted.add(base)
+            trusted.add(implementation)
         yield
     finally:
         base.set_attn_implementation(before)
@@ -150,35 +166,84 @@ def _attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    **_: Any,
+    **settings: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each packed example; heads as (1, H, T, d), out as (1, T, H, d)."""
+    unknown = [name for name in UNSUPPORTED if settings.get(name) is not None]
+    if unknown:
+        raise PackingError(
+            f"The base model's attention asks for {', '.join(unknown)}, which packed examples "
+            "cannot be given. Use another base model."
+        )
+    states = (_by_group(heads, packed_groups) for heads in (query, key, value))
     attended = []
-    for group in packed_groups.groups:
-        parts = (_pad(states, group) for states in (query, key, value))
+    for group, *parts in zip(packed_groups.groups, *states, strict=True):
         padded, _ = sdpa_attention_forward(
             module,
-            *parts,
+            *(_pad(part, group) for part in parts),
             attention_mask=_window_mask(group.width, sliding_window, query.device),
             dropout=dropout,
             scaling=scaling,
             is_causal=True,
         )  # (count, width, H, d)
-        attended.append(padded.flatten(0, 1).index_select(0, group.slots))
-    return torch.cat(attended).index_select(0, packed_groups.inverse)[None], None
+        attended.append(_Unpad.apply(padded.flatten(0, 1), group))
+    rows = _Permute.apply(torch.cat(attended), packed_groups.inverse, packed_groups.order)
+    return rows[None], None
 
 
 AttentionInterface.register(ATTENTION, _attend)
 
 
-def _pad(states: torch.Tensor, group: Group) -> torch.Tensor:
-    """Return a group's part of (1, H, T, d) as (count, H, width, d).
+def _by_group(states: torch.Tensor, groups: Groups) -> tuple[torch.Tensor, ...]:
+    """Return (1, H, T, d) as one (N, H, d) for each group."""
+    rows = states[0].transpose(0, 1)
+    return _Permute.apply(rows, groups.order, groups.inverse).split(groups.sizes)
+
+
+def _pad(rows: torch.Tensor, group: Group) -> torch.Tensor:
+    """Return (N, H, d) as (count, H, width, d).
 
     What stands in the place of padding lies behind all real tokens, so that no query that counts
-    sees it.
+    sees it, and it has no gradient.
     """
-    rows = states[0].transpose(0, 1).index_select(0, group.sources)  # (count * width, H, d)
-    return rows.unflatten(0, (group.count, group.width)).transpose(1, 2)
+    padded = _Pad.apply(rows, group)
+    return padded.unflatten(0, (group.count, group.width)).transpose(1, 2)
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order. Autograd's own gradient would add up where nothing coincides."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor):
+        ctx.inverse = inverse
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor):
+        return gradient.index_select(0, ctx.inverse), None, None
+
+
+class _Pad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, group: Group):
+        ctx.group = group
+        return rows.index_select(0, group.sources)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor):
+        return gradient.index_select(0, ctx.group.slots), None
+
+
+class _Unpad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, padded: torch.Tensor, group: Group):
+        ctx.group = group
+        return padded.index_select(0, group.slots)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor):
+        gradient = gradient.index_select(0, ctx.group.sources)
+        return gradient.masked_fill_(~ctx.group.is_real[:, None, None], 0), None
 
 
 def _window_mask(width: int, window: int | None, device: torch.device) -> torch.Tensor | None:
@@ -200,29 +265,42 @@ def _group(lengths: Sequence[int], device: torch.device) -> Groups:
     groups, order = [], []
     for members in by_width.values():
         width = max(length for _, length in members)  # no wider than needed
-        sources, slots = [], []
+        sources, slots, count = [], [], 0
         for row, (start, length) in enumerate(members):
-            tokens = range(start, start + length)
-            sources += [*tokens, *[start] * (width - length)]
+            sources += [*range(count, count + length), *[0] * (width - length)]
             slots += range(row * width, row * width + length)
-            order += tokens
-        places = (torch.tensor(places, device=device) for places in (sources, slots))
-        groups.append(Group(len(members), width, *places))
-    return Groups(groups, torch.tensor(order, device=device).argsort())
+            order += range(start, start + length)
+            count += length
+        is_real = torch.zeros(len(members) * width, dtype=torch.bool)
+        is_real[slots] = True
+        places = (torch.tensor(sources), is_real, torch.tensor(slots))
+        groups.append(Group(len(members), width, *(_send(p, device) for p in places)))
+    places = torch.tensor(order)
+    return Groups(groups, _send(places, device), _send(places.argsort(), device))
 
 
 def _require_separation(base: PreTrainedModel) -> None:
-    """Compare what a model makes of an example behind two different ones."""
-    device = base.device
-    with torch.no_grad():
-        first, second = (
-            compute_hidden_states(
-                base, pack([Example([token] * 3, 1), Example([0, 1, 2], 1)], device)
-            )
-            for token in (1, 2)
-        )
-    if not torch.equal(first[3:], second[3:]):
+    """Compare what a model makes of an example behind another one, and alone and unpacked.
+
+    In evaluation mode and without a draw from the random numbers, so that nothing depends on
+    whether this process has checked before.
+    """
+    example, packed = Example([0, 1, 2], 1), base.config._attn_implementation
+    was_training = base.training
+    base.eval()
+    try:
+        with torch.no_grad():
+            batch = pack([Example([1, 2, 0, 2], 1), example], base.device)
+            together = compute_hidden_states(base, batch)[4:].float()
+            base.set_attn_implementation("sdpa")
+            ids = torch.tensor([example.input_ids], device=base.device)
+            alone = base.base_model(input_ids=ids, use_cache=False).last_hidden_state[0].float()
+    finally:
+        base.set_attn_implementation(packed)
+        base.train(was_training)
+    if not (together - alone).norm() <= TOLERANCE * alone.norm():
         raise PackingError(
-            "The base model's layers let examples that are packed together see each other, so it "
-            "would be trained on the wrong context. Set training.packing to false."
+            "The base model computes something else for examples that are packed together than "
+            "for each alone, so it would be trained on the wrong context. Set training.packing to "
+            "false; if it is, the model's attention is of a kind that is not supported."
         )

@@ -21,14 +21,17 @@ from fedlora_app.adapters import (
     activate,
     adapter_parameters,
     can_fuse_adapters,
+    compute_overlap,
     fused_adapters,
 )
-from fedlora_app.config import GLOBAL, LOCAL, AdaptersConfig, TrainingConfig
+from fedlora_app.config import GLOBAL, LOCAL, Config, TrainingConfig
 from fedlora_app.kernels import apply_liger_kernels, compiled_layers
 from fedlora_app.losses import compute_losses
 from fedlora_app.memory import read_free_memory, read_peak_memory, reset_peak_memory
+from fedlora_app.model import compute_dtype, uses_4bit
 from fedlora_app.packing import ATTENTION, packed_attention, split_into_packs
-from fedlora_app.planning.memory import PlanError, predict_activation_bytes, predict_loss_bytes
+from fedlora_app.planning.memory import MicroBatch, Numerics, PlanError, predict_step_bytes
+from fedlora_app.rounds import Phase
 from fedlora_app.seeds import derive_seed
 from fedlora_app.tokens import Example
 
@@ -36,7 +39,6 @@ from fedlora_app.tokens import Example
 # the usual 0.999 would still be warming up when a short phase ends.
 ADAM_BETAS = (0.9, 0.99)
 
-LEARNT_BYTES = 12  # of a parameter that learns: its gradient and AdamW's two moments, fp32
 USABLE_SHARE = 0.9  # of the free memory; the rest is lost to fragmentation
 
 Progress = Callable[[int, int, float], None]  # step, number of steps, loss
@@ -82,31 +84,30 @@ def use_less_memory(training: TrainingConfig) -> TrainingConfig:
 
 
 def settle_checkpointing(
-    training: TrainingConfig,
-    model: AdaptedModel,
-    adapters: AdaptersConfig,
-    active: Sequence[str],
-    trainable: Sequence[str],
-    examples: Sequence[Example],
+    config: Config, model: AdaptedModel, phase: Phase, examples: Sequence[Example]
 ) -> TrainingConfig:
-    """Return the settings with ``gradient_checkpointing`` on or off instead of "auto".
+    """Return the training's settings with ``gradient_checkpointing`` on or off instead of "auto".
 
     It is on where what a step holds without it, by ``planning.memory``, would not fit into the
     memory that is free now, or where that cannot be told and the model is on a GPU.
     """
+    training = config.training
     if training.gradient_checkpointing != "auto":
         return training
     per_step = training.batch_size * training.gradient_accumulation_steps
     longest = sorted((len(example.input_ids) for example in examples), reverse=True)[:per_step]
     num_tokens = min(sum(longest), tokens_per_micro_batch(training) or longest[0])
-    parameters = [p for name in trainable for p in adapter_parameters(model, name)]
-    learnt_bytes = LEARNT_BYTES * sum(p.numel() for p in parameters)
-    base = model.get_base_model()
+    parameters = [p for name in phase.trainable for p in adapter_parameters(model, name)]
     try:
-        activations = predict_activation_bytes(
-            base.config, adapters, active, num_tokens, base.dtype.itemsize, checkpointing=False
+        needed = predict_step_bytes(
+            model.get_base_model().config,
+            config.adapters,
+            training,
+            Numerics(uses_4bit(config.model), compute_dtype(config.model).itemsize),
+            phase,
+            MicroBatch(num_tokens, num_tokens),  # as if all were answers, which is the most
+            sum(p.numel() for p in parameters),
         )
-        needed = activations + learnt_bytes + predict_loss_bytes(base.config)
         fits = needed <= USABLE_SHARE * read_free_memory(model.device)
     except PlanError:
         fits = model.device.type != "cuda"
@@ -148,7 +149,6 @@ def train_phase(
         TrainingError: the loss is not finite.
     """
     activate(model, active, trainable)
-    torch.manual_seed(seed)
     reset_peak_memory(model.device)
     checkpointing = training.gradient_checkpointing is True
     _set_checkpointing(model, checkpointing)
@@ -157,8 +157,8 @@ def train_phase(
     penalised = training if protects_global else None
     total = _Tally()
     started = time.monotonic()
-    model.train()
     with _training_forward(model, training, active):
+        torch.manual_seed(seed)
         batches = islice(_step_batches(examples, training, seed), num_steps)
         for step, batch in enumerate(batches):
             position = run_span[0] + (run_span[1] - run_span[0]) * step / num_steps
@@ -174,7 +174,6 @@ def train_phase(
             total.add(batch, loss, penalty)
             if progress is not None:
                 progress(step + 1, num_steps, loss)
-    model.eval()
     return PhaseResult(
         num_steps=num_steps,
         num_examples=len(examples),
@@ -217,13 +216,18 @@ def _accumulate_gradients(
         The mean loss and the mean penalty, which stay on the device until the last micro-batch.
     """
     num_answer_tokens = sum(example.num_answer_tokens for example in batch)
+    num_replayed = sum(example.num_answer_tokens for example in batch if example.is_replayed)
     loss = penalty = torch.zeros((), device=model.device)
     for micro_batch in split_into_packs(batch, tokens_per_micro_batch(training)):
-        losses, micro_penalty = compute_losses(model, micro_batch, penalised)
+        losses, divergences = compute_losses(model, micro_batch, penalised)
         micro_loss = losses.sum() / num_answer_tokens
         loss = loss + micro_loss.detach()
-        if micro_penalty is not None:
-            micro_penalty = len(micro_batch) / len(batch) * micro_penalty
+        if penalised is not None:
+            micro_penalty = len(micro_batch) / len(batch) * penalised.local_orthogonality
+            micro_penalty = micro_penalty * compute_overlap(model)
+            if divergences is not None:
+                weight = penalised.local_kl_weight / num_replayed
+                micro_penalty = micro_penalty + weight * divergences.sum()
             penalty = penalty + micro_penalty.detach()
             micro_loss = micro_loss + micro_penalty
         micro_loss.backward()
@@ -246,15 +250,18 @@ def _training_forward(
     fuses = training.fused_adapters
     if fuses == "auto":
         fuses = can_fuse_adapters(model, active)
+    base = model.get_base_model()
+    if training.liger_kernels:
+        apply_liger_kernels(base)
     with ExitStack() as stack:
+        stack.callback(model.zero_grad, set_to_none=True)  # also of a phase that failed half-way
+        stack.callback(model.eval)
         if fuses:
             stack.enter_context(fused_adapters(model, active))
-        base = model.get_base_model()
-        stack.enter_context(packed_attention(base, implementation))
-        if training.liger_kernels:
-            apply_liger_kernels(base)
         if training.compile:
             stack.enter_context(compiled_layers(base))
+        stack.enter_context(packed_attention(base, implementation))
+        model.train()
         yield
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import build_tiny_model
+from conftest import build_tiny_config, build_tiny_model
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -35,8 +39,10 @@ from fedlora_app.config import GLOBAL, LOCAL, AdaptersConfig, TrainingConfig
 from fedlora_app.losses import compute_losses, token_losses
 from fedlora_app.messages import MessageError
 from fedlora_app.packing import PackingError, pack, packed_attention, split_into_packs
+from fedlora_app.planning import memory as planning_memory
+from fedlora_app.rounds import Phase
 from fedlora_app.tokens import Example
-from fedlora_app.training import settle_checkpointing, train_phase
+from fedlora_app.training import TrainingError, settle_checkpointing, train_phase
 
 BOTH = (GLOBAL, LOCAL)
 CPU = torch.device("cpu")
@@ -332,17 +338,101 @@ def test_ten_steps_are_those_of_trainer_with_peft(adapters_config, tmp_path):
         assert not torch.equal(tensor, start[key])
 
 
-@pytest.mark.parametrize(("free", "expected"), [(2**40, False), (2**20, True)])
+@pytest.mark.parametrize(("free", "expected"), [(2**40, False), (2**10, True)])
 def test_checkpointing_is_chosen_by_the_memory_that_is_free(model, monkeypatch, free, expected):
     from fedlora_app import training
 
     monkeypatch.setattr(training, "read_free_memory", lambda device: free)
-    settings = TrainingConfig()
-    arguments = (model, AdaptersConfig(), BOTH, (LOCAL,), build_examples(LENGTHS))
-    assert settle_checkpointing(settings, *arguments).gradient_checkpointing is expected
-    for wanted in (True, False):
-        settings = TrainingConfig(gradient_checkpointing=wanted)
-        assert settle_checkpointing(settings, *arguments) is settings
+    phase, examples = Phase(BOTH, (LOCAL,), "local"), build_examples(LENGTHS)
+    for wanted in ("auto", True, False):
+        config = build_tiny_config(training={"gradient_checkpointing": wanted})
+        settled = settle_checkpointing(config, model, phase, examples).gradient_checkpointing
+        assert settled is (expected if wanted == "auto" else wanted)
+
+
+def train(model, examples, **settings):
+    return train_phase(
+        model,
+        examples,
+        TrainingConfig(
+            batch_size=1,
+            gradient_accumulation_steps=4,
+            max_seq_length=75,
+            learning_rate=1e-2,
+            **settings,
+        ),
+        active=BOTH,
+        trainable=(LOCAL,),
+        num_steps=2,
+        run_span=(0.0, 1.0),
+        weight_decays={LOCAL: 0.0},
+        seed=1,
+    )
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), None])
+def test_a_phase_that_fails_half_way_leaves_nothing_behind(model, monkeypatch, error):
+    """An error at the second micro-batch, or a loss that is not finite: no gradient stays."""
+    from fedlora_app import training
+
+    start, examples = get_state(model, LOCAL), build_examples(LENGTHS)
+    train(model, examples)
+    expected = get_state(model, LOCAL)
+    set_state(model, LOCAL, start)
+    original, calls = training.compute_losses, itertools.count()
+
+    def fail(*arguments):
+        losses, divergences = original(*arguments)
+        if next(calls) == 1:
+            if error is not None:
+                raise error
+            losses = losses * torch.nan
+        return losses, divergences
+
+    with monkeypatch.context() as patch, pytest.raises((TrainingError, torch.OutOfMemoryError)):
+        patch.setattr(training, "compute_losses", fail)
+        train(model, examples)
+    assert all(p.grad is None for p in model.parameters()) and not model.training
+    set_state(model, LOCAL, start)
+    train(model, examples)
+    state = get_state(model, LOCAL)
+    assert all(torch.equal(state[key], expected[key]) for key in state)
+
+
+def test_the_check_of_packing_moves_no_random_number(adapters_config):
+    """With dropout: the first phase of a process is the same as one after others."""
+    adapters = adapters_config.model_dump(by_alias=True) | {"local": {"rank": 2, "dropout": 0.2}}
+    model = fill_adapters(
+        attach_adapters(build_tiny_model(256), AdaptersConfig.model_validate(adapters))
+    )
+    start, states = get_state(model, LOCAL), []
+    for _ in range(2):
+        set_state(model, LOCAL, start)
+        train(model, build_examples(LENGTHS))
+        states.append(get_state(model, LOCAL))
+    assert all(torch.equal(states[0][key], states[1][key]) for key in start)
+
+
+def test_penalties_do_not_depend_on_the_packs(model):
+    examples = [replace(e, is_replayed=i % 2 == 0) for i, e in enumerate(build_examples(LENGTHS))]
+    start, outcomes = get_state(model, LOCAL), []
+    for packs in (True, False):
+        set_state(model, LOCAL, start)
+        settings = {"local_kl_weight": 1.0, "local_orthogonality": 1.0, "packing": packs}
+        outcomes.append(train(model, examples, **settings).penalty)
+    assert outcomes[0] == pytest.approx(outcomes[1], rel=1e-4) and outcomes[0] > 0
+
+
+def test_attention_that_packing_cannot_give_is_refused():
+    settings = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    base = Gemma2ForCausalLM(Gemma2Config(**settings, **layers)).eval()
+    with pytest.raises(PackingError, match="asks for softcap"), packed_attention(base):
+        pass
+
+
+def test_the_plan_counts_chunks_of_logits_as_the_loss_makes_them():
+    assert planning_memory.CHUNK_ROWS == losses_module.LOGIT_ROWS
 
 
 @pytest.mark.parametrize(
@@ -357,6 +447,8 @@ def test_a_missing_kernel_is_said_before_training(federation, monkeypatch, setti
     monkeypatch.setattr(kernels.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
     config = federation.config
+    model = config.model.model_copy(update={"dtype": "auto"})
+    config = config.model_copy(update={"model": model})
     training = config.training.model_copy(update=setting)
     with pytest.raises(MessageError, match=message):
         federation.run(config=config.model_copy(update={"training": training}))

@@ -193,33 +193,6 @@ def read_shape(model_config: Any) -> Shape:
     )
 
 
-def predict_activation_bytes(
-    model_config: Any,
-    adapters: AdaptersConfig,
-    active: Sequence[str],
-    num_tokens: int,
-    dtype_bytes: int,
-    checkpointing: bool,
-) -> int:
-    """Return what the decoder's layers hold at the peak of a forward and backward pass.
-
-    Without the head, whose logits do not depend on the layers, and without the base's weights.
-
-    Args:
-        model_config: the transformers configuration of the base model.
-        num_tokens: of the micro-batch, all its examples together.
-        dtype_bytes: of the dtype that the layers compute in.
-        checkpointing: only each layer's input is kept, and one layer at a time is recomputed.
-
-    Raises:
-        PlanError: the configuration is no decoder's.
-    """
-    shape = read_shape(model_config)
-    in_use = [_adapter(adapters, name) for name in active]
-    step = _Step(shape, in_use, num_tokens, dtype_bytes, checkpointing)
-    return step.kept_bytes + step.layer_bytes
-
-
 def predict_phase(
     shape: Shape,
     sizes: BaseSizes,
@@ -235,20 +208,12 @@ def predict_phase(
     Two moments of a step compete for the peak, and what the larger one adds is an item: the
     backward pass of a layer, and the loss.
     """
-    in_use = [_adapter(adapters, name) for name in phase.active]
     num_parameters = adapter_sizes(sizes, adapters)
     learning = sum(num_parameters[name] for name in phase.trainable)
     width = numerics.dtype_bytes
-    step = _Step(
-        *(shape, in_use, batch.num_tokens, width, checkpointing),
-        padding=batch.padding,
-        fuses=training.fused_adapters is not False,
+    kept, layer, loss = _step_bytes(
+        shape, adapters, training, numerics, phase, batch, checkpointing, sizes.largest_linear
     )
-    layer = step.layer_bytes
-    if numerics.is_4bit:
-        layer += DEQUANTISED_COPIES * sizes.largest_linear * width
-    holds_together = training.local_kl_weight > 0 and phase == Phase(BOTH, (LOCAL,), "local")
-    loss = _loss_bytes(shape, batch, width, DIVERGENCE_BYTES if holds_together else LOGIT_BYTES)
     moment = "backward pass of a layer" if layer >= loss else "loss"
     embedding = Item("input embedding", sizes.embedding * width)
     body = Item("base, linear layers", sizes.linear * width)
@@ -263,7 +228,7 @@ def predict_phase(
         both,
         Item("gradients", FP32_BYTES * learning, "+".join(phase.trainable)),
         Item("optimizer state", ADAM_BYTES[training.optimizer] * learning, training.optimizer),
-        Item("activations", step.kept_bytes, "layers' inputs" if checkpointing else "all layers"),
+        Item("activations", kept, "layers' inputs" if checkpointing else "all layers"),
         Item("largest moment", max(layer, loss), moment),
     ]
     peak = sum(item.num_bytes for item in items)
@@ -286,9 +251,59 @@ def adapter_sizes(sizes: BaseSizes, adapters: AdaptersConfig) -> dict[str, int]:
     return {name: _adapter(adapters, name).rank * n for name, n in sizes.adapter_units.items()}
 
 
-def predict_loss_bytes(model_config: Any) -> int:
-    """Return what the logits of one chunk of answer positions need at the peak."""
-    return LOGIT_BYTES * CHUNK_ROWS * read_shape(model_config).vocabulary
+def predict_step_bytes(
+    model_config: Any,
+    adapters: AdaptersConfig,
+    training: TrainingConfig,
+    numerics: Numerics,
+    phase: Phase,
+    batch: MicroBatch,
+    num_learning: int,
+) -> int:
+    """Return what a step without checkpointing needs beside the base and its adapters.
+
+    Args:
+        num_learning: parameters that learn in the phase.
+
+    Raises:
+        PlanError: the configuration is no decoder's.
+    """
+    shape = read_shape(model_config)
+    largest = max(inputs * outputs for inputs, outputs in shape.modules.values())
+    kept, layer, loss = _step_bytes(
+        shape, adapters, training, numerics, phase, batch, False, largest
+    )
+    learnt = (FP32_BYTES + ADAM_BYTES[training.optimizer]) * num_learning
+    return learnt + kept + max(layer, loss)
+
+
+def _step_bytes(
+    shape: Shape,
+    adapters: AdaptersConfig,
+    training: TrainingConfig,
+    numerics: Numerics,
+    phase: Phase,
+    batch: MicroBatch,
+    checkpointing: bool,
+    largest_linear: int,
+) -> tuple[int, int, int]:
+    """Return what the layers keep, and what the backward pass of one and the loss add."""
+    width = numerics.dtype_bytes
+    step = _Step(
+        shape,
+        [_adapter(adapters, name) for name in phase.active],
+        batch.num_tokens,
+        width,
+        checkpointing,
+        padding=batch.padding,
+        fuses=training.fused_adapters is not False,
+    )
+    layer = step.layer_bytes
+    if numerics.is_4bit:
+        layer += DEQUANTISED_COPIES * largest_linear * width
+    holds_together = training.local_kl_weight > 0 and phase == Phase(BOTH, (LOCAL,), "local")
+    loss = _loss_bytes(shape, batch, width, DIVERGENCE_BYTES if holds_together else LOGIT_BYTES)
+    return step.kept_bytes, layer, loss
 
 
 def _adapter(adapters: AdaptersConfig, name: str) -> AdapterConfig:
