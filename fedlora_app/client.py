@@ -121,9 +121,8 @@ class Client:
         Raises:
             AdapterError: the local adapter is missing, or is not what the run wrote.
         """
-        # Nobody writes before all have checked.
-        for folder in (self._own_dir, self._final_dir.parent):
-            remove_partials(folder)
+        remove_partials(self._own_dir)
+        remove_partials(self._final_dir.parent, self.client_id)
         if local_round >= 0:
             self._require_local(local_round, local_sha256)
         return {"base_model": model_module.compute_fingerprint(self.config.model, self.root)}
@@ -182,6 +181,7 @@ class Client:
         """
         plan = plan_round(self.config, server_round)
         loaded, model = self._prepare(global_state, local_round, local_sha256)
+        shutil.rmtree(self._final_dir, ignore_errors=True)  # of a run that had fewer rounds
         metrics: Metrics = {}
         facts = {
             "base_model": loaded.fingerprint,

@@ -140,6 +140,9 @@ def _answer(message: Message, context: Context, handle: Handler) -> Message:
         return handle(Client(config, client_id, run_dir, root), task, message)
     except EXPLAINED_ERRORS as error:
         return build_error_reply(message, client_id, str(error))
+    except torch.OutOfMemoryError:
+        why = "out of memory outside of training. Lower evaluation.batch_size, or see fedlora plan"
+        return build_error_reply(message, client_id, why)
     except OSError as error:
         what = f"{error.strerror or type(error).__name__}: {error.filename or 'a file'}"
         return build_error_reply(message, client_id, what)

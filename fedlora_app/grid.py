@@ -15,8 +15,11 @@ from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from fedlora_app.progress import format_duration
+
 FIRST_POLL_SECONDS = 0.02
 LONGEST_POLL_SECONDS = 0.5
+WAITING_REPORT_SECONDS = 600.0
 TIME_TO_LIVE_SECONDS = 10 * 365 * 24 * 3600.0
 
 
@@ -33,6 +36,8 @@ class PacedGrid(Grid):
         self.unwrapped = grid
         self._clients_at_once = clients_at_once
         self._client_timeout_seconds = client_timeout_seconds or math.inf
+        self.names: dict[int, str] = {}
+        self._reported = 0.0
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -62,11 +67,26 @@ class PacedGrid(Grid):
                     replies.pop(0)
                 else:
                     yield _as_from_its_client(replies.pop(0), request)
+            if has_come:  # others may have come while these were dealt with
+                pause = FIRST_POLL_SECONDS
+                continue
             for message_id in [i for i in pending if self._is_late(asked_at[i])]:
                 yield self._give_up(pending.pop(message_id))
-            pause = FIRST_POLL_SECONDS if has_come else min(1.2 * pause, LONGEST_POLL_SECONDS)
-            if not has_come:
-                time.sleep(pause)
+            self._report_waiting(pending, asked_at)
+            pause = min(1.2 * pause, LONGEST_POLL_SECONDS)
+            time.sleep(pause)
+
+    def _report_waiting(self, pending: dict[str, Message], asked_at: dict[str, float]) -> None:
+        """Say now and then who has been asked for long, so that a silent client is seen."""
+        now = time.monotonic()
+        if not pending or now - self._reported < WAITING_REPORT_SECONDS:
+            return
+        since, message = min((asked_at[i], i) for i in pending)
+        if now - since >= WAITING_REPORT_SECONDS:
+            node = pending[message].metadata.dst_node_id
+            name = self.names.get(node, f"node {node}")
+            print(f"Still waiting for {name}, {format_duration(now - since)}.", flush=True)
+            self._reported = now
 
     def _is_late(self, asked_at: float) -> bool:
         return time.monotonic() - asked_at > self._client_timeout_seconds

@@ -33,8 +33,10 @@ ABOUT_RECORD = "about"
 WIRE_BYTES = {"float32": 4, "uint16": 2}
 MAX_ARRAY_HEADER_BYTES = 4096
 MAX_ERROR_CHARS = 10_000
+MAX_PATH_CHARS = 4096
 NUMPY_FORMAT = "numpy.ndarray"  # what Flower calls it
 
+COUNTED = ("examples", "truncated", "dropped")
 DECLARED_METRICS = re.compile(
     r"""
     num-examples | update_norm | evaluation_seconds | peak_memory_bytes
@@ -47,6 +49,10 @@ DECLARED_METRICS = re.compile(
     | (base|global|local|global\+local)/conflict/(exact_match|ranked_first)_each
     """,
     re.VERBOSE,
+)
+CHECK_IN_COUNTS = (
+    *(f"{kind}_{what}" for kind in ("universal", "local") for what in COUNTED),
+    *("skipped_records", "unscored_conflicts"),
 )
 SHA256 = r"[0-9a-f]{64}"
 DECLARED_FACTS = {
@@ -119,7 +125,7 @@ def unpack_state(
         array = record[key]
         if array.dtype != wire_dtype:
             raise MessageError(
-                f"{sender} sent {key} as {array.dtype}, expected {wire_dtype} (for {dtype})."
+                f"{sender} sent {key} as {array.dtype:.50}, expected {wire_dtype} (for {dtype})."
             )
         if len(array.data) > shape.numel() * WIRE_BYTES[wire_dtype] + MAX_ARRAY_HEADER_BYTES:
             raise MessageError(f"{sender} sent {key} as {len(array.data)} bytes, too many for it.")
@@ -181,7 +187,11 @@ def build_reply(
     Raises:
         MessageError, AdapterError: something in it is not declared; nothing is sent.
     """
-    undeclared = [name for name in metrics if not DECLARED_METRICS.fullmatch(name)]
+    undeclared = [
+        name
+        for name, value in metrics.items()
+        if not DECLARED_METRICS.fullmatch(name) or not _is_possible(name, value)
+    ]
     undeclared += [name for name, value in facts.items() if not _is_declared(name, value)]
     if undeclared:
         raise MessageError(f"These were not declared and stay here: {', '.join(undeclared)}.")
@@ -203,7 +213,7 @@ def build_reply(
 
 def build_error_reply(message: Message, client_id: str, why: str) -> Message:
     """Return a reply that says why the client could not do its task."""
-    about = {"client-id": client_id, "error": why}
+    about = {"client-id": client_id, "error": why[:MAX_ERROR_CHARS]}
     return Message(RecordDict({ABOUT_RECORD: ConfigRecord(about)}), reply_to=message)
 
 
@@ -258,7 +268,7 @@ def read_reply(message: Message, client_id: str | None, server_round: int) -> Re
     """
     sender = client_id or f"node {message.metadata.src_node_id}"
     if message.has_error():
-        raise MessageError(f"{sender}: {message.error.reason}")
+        raise MessageError(f"{sender}: {str(message.error.reason)[:MAX_ERROR_CHARS]}")
     about = message.content.config_records.get(ABOUT_RECORD, ConfigRecord())
     named = about.get("client-id")
     if client_id is None and isinstance(named, str) and re.fullmatch(SAFE_NAME, named):
@@ -286,6 +296,13 @@ def read_reply(message: Message, client_id: str | None, server_round: int) -> Re
         facts=_read_facts(client_id, about.get("facts", "{}")),
         arrays=message.content.array_records.get(UPDATE_RECORD),
     )
+
+
+def require_counts(reply: Reply) -> None:
+    """Raise ``MessageError`` unless a client that checks in says how many examples it has."""
+    missing = [name for name in CHECK_IN_COUNTS if not isinstance(reply.metrics.get(name), int)]
+    if missing:
+        raise MessageError(f"{reply.client_id} did not say how many {', '.join(missing)} it has.")
 
 
 def _is_possible(name: str, value: Any) -> bool:
@@ -318,7 +335,21 @@ def _is_declared(fact: str, value: str) -> bool:
     patterns = [text for name, text in DECLARED_FACTS.items() if re.fullmatch(name, fact)]
     if not patterns or not re.fullmatch(patterns[0], value):
         return False
-    return fact != "findings" or all(set(f) == FINDING_KEYS for f in json.loads(value))
+    return fact != "findings" or all(map(_is_finding, json.loads(value)))
+
+
+def _is_finding(finding: Any) -> bool:
+    """Tell whether something names a rule, a file and a number, and holds no other text."""
+    return (
+        isinstance(finding, dict)
+        and set(finding) == FINDING_KEYS
+        and finding["severity"] in ("error", "warning")
+        and isinstance(finding["rule"], str)
+        and re.fullmatch("[a-z-]{1,60}", finding["rule"]) is not None
+        and isinstance(finding["file"], str)
+        and len(finding["file"]) <= MAX_PATH_CHARS
+        and (finding["record"] is None or isinstance(finding["record"], int))
+    )
 
 
 def _view_array(array: Array) -> torch.Tensor:

@@ -6,17 +6,18 @@ make the rest differ from what an undisturbed run gives is refused before anythi
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from fedlora_app.config import GLOBAL, LOCAL, Config, ConfigError
 from fedlora_app.config_file import parse_config
-from fedlora_app.run_directory import RunDirectoryError
+from fedlora_app.run_directory import RunDirectoryError, read_complete_history, rounds_until
 from fedlora_app.saved_run import SavedRun, load_run
 
 FRESH = -1
@@ -49,6 +50,27 @@ class Resumption:
                     newest[client] = (entry["round"], sha256)
         return newest
 
+    def with_changes(self, given: Config, num_rounds: int | None) -> Resumption:
+        """Return the resumption with what may change taken from a configuration.
+
+        Raises:
+            ConfigError: something else differs, or a number of rounds that num-rounds does not say.
+        """
+        require_same_settings(self.config, given)
+        rounds = given.federated.num_rounds
+        if num_rounds is None and rounds != self.config.federated.num_rounds:
+            raise ConfigError(
+                f"resume: the run has {self.config.federated.num_rounds} rounds and {rounds} are "
+                f"given. To change them, set num-rounds={rounds} in --run-config."
+            )
+        federated = {"keep_rounds": given.federated.keep_rounds}
+        experiment = {"track": given.experiment.track}
+        changes = {
+            "federated": self.config.federated.model_copy(update=federated),
+            "experiment": self.config.experiment.model_copy(update=experiment),
+        }
+        return replace(self, config=self.config.model_copy(update=changes))
+
     @property
     def global_sha256(self) -> str:
         """The hash of the global adapter to go on from."""
@@ -66,9 +88,11 @@ def find_resumption(given: str, places: list[Path], num_rounds: int | None) -> R
         RunDirectoryError: there is no such run or round, or its global adapter is damaged.
         ConfigError: nothing is left to do.
     """
-    name, _, number = given.partition("@")
+    match = re.fullmatch("(?s)(.*)@([^@/]*)", given)  # a folder's name may hold an @ as well
+    whole = any(os.path.isdir(place / given) for place in places)
+    name, number = match.groups() if match and not whole else (given, "")
     tried = [place / name for place in places]
-    path = next((path for path in tried if path.is_dir()), None)
+    path = next((path for path in tried if os.path.isdir(path)), None)
     if path is None:
         listing = " and no ".join(map(str, dict.fromkeys(tried)))
         raise RunDirectoryError(f"resume: there is no run {listing}.")
@@ -87,9 +111,12 @@ def find_resumption(given: str, places: list[Path], num_rounds: int | None) -> R
         raw = config.dump()
         raw["federated"]["num_rounds"] = num_rounds
         config = parse_config(raw, source=f"{saved.path / 'config.json'} with num-rounds")
-    total = config.federated.num_rounds
-    if after > total:
-        raise ConfigError(f"resume: {after} rounds are complete and num-rounds is {total}.")
+    total, planned = config.federated.num_rounds, saved.config.federated.num_rounds
+    if after > total or after == total < planned:
+        raise ConfigError(
+            f"resume: {after} rounds are complete and num-rounds is {total}, so that no round is "
+            f"left to end the run with. It was to have {planned}; more are possible."
+        )
     if saved.manifest.get("finished") and after == total:
         raise ConfigError(
             f"resume: {saved.path} has finished its {total} rounds. For more of them, set "
@@ -97,6 +124,7 @@ def find_resumption(given: str, places: list[Path], num_rounds: int | None) -> R
         )
     if after > FRESH:
         _check_global(saved, after)
+        read_complete_history(saved.path, rounds_until(saved.manifest, after))
     return Resumption(saved, after, config)
 
 
@@ -104,14 +132,16 @@ def _check_global(saved: SavedRun, after: int) -> None:
     try:
         saved.adapter_sha256(after)
     except RunDirectoryError as error:
-        raise RunDirectoryError(f"{error}{suggest_earlier(saved.path.name, after)}") from None
+        raise RunDirectoryError(f"{error}{suggest_earlier(saved.path, after)}") from None
 
 
-def suggest_earlier(name: str, after: int) -> str:
-    """Return how to go on from the round before a damaged one."""
-    if after == 0:
-        return "\nThere is no earlier round; start a new run."
-    return f"\nTo go on from the round before it: resume='{name}@{after - 1}'"
+def suggest_earlier(run_dir: Path, after: int) -> str:
+    """Return how to go on from the newest round before a damaged one that is still kept."""
+    kept = [path.name.removeprefix("round_") for path in (run_dir / "server").glob("round_*")]
+    earlier = [int(number) for number in kept if number.isdecimal() and int(number) < after]
+    if not earlier:
+        return "\nNo earlier round is kept; start a new run."
+    return f"\nTo go on from the newest round before it: resume='{run_dir.name}@{max(earlier)}'"
 
 
 def require_same_settings(kept: Config, given: Config) -> None:

@@ -25,8 +25,8 @@ from fedlora_app.storage import (
     extend_atomically,
     extend_json_list,
     lock_folder,
+    new_folder,
     remove_partials,
-    replace_folder,
     write_atomically,
     write_json,
 )
@@ -124,13 +124,15 @@ class RunDirectory:
         }
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replace_folder(path) as partial:  # a run directory always has both files
+            with new_folder(path) as partial:  # a run directory always has both files
                 partial.chmod(0o700)
                 write_json(partial / "config.json", config.dump())
                 write_json(partial / "manifest.json", run.manifest)
+            run._take_lock()
         except OSError as error:
+            if isinstance(error, FileExistsError):
+                cls.require_absent(path)  # another run was quicker
             raise RunDirectoryError(f"{path} cannot be made: {error.strerror}.") from None
-        run._take_lock()
         run._point_latest()
         return run
 
@@ -155,14 +157,17 @@ class RunDirectory:
         Args:
             after_round: below 0 for none.
         """
+        entries = read_complete_history(self.path, rounds_until(self.manifest, after_round))
         for folder in (self.path, self.path / "server", self.path / "final"):
             remove_partials(folder)
+        shutil.rmtree(self.final_global, ignore_errors=True)  # it would be of an earlier round
         rounds = [entry for entry in self.manifest["rounds"] if entry["round"] <= after_round]
         stop = {"time": _now(), "after_round": after_round}
         resumed = [*self.manifest.get("resumed", []), stop]
         self.manifest |= {"finished": None, "rounds": rounds, "resumed": resumed}
         write_json(self.path / "config.json", config.dump())
-        self._rewind_history(after_round)
+        write_json(self.path / "history.json", entries)
+        write_atomically(self.path / "history.csv", TABLE_HEADING + _as_rows(entries))
         self._rewind_events(after_round)
         self._write_manifest()
         self._point_latest()
@@ -254,24 +259,15 @@ class RunDirectory:
         extend_json_list(self.path / "history.json", entries)
         extend_atomically(table, rows if table.exists() else TABLE_HEADING + rows)
 
-    def _rewind_history(self, after_round: int) -> None:
-        """Drop the entries of later rounds from both files."""
-        path, entries = self.path / "history.json", []
-        if path.exists():
-            entries = json.loads(path.read_text(encoding="utf-8"))
-        entries = [entry for entry in entries if entry["round"] <= after_round]
-        write_json(path, entries)
-        write_atomically(self.path / "history.csv", TABLE_HEADING + _as_rows(entries))
-
     def _rewind_events(self, after_round: int) -> None:
         """Drop the events of later rounds, and a last line that a stop has cut."""
         path, kept = self.path / "metrics.jsonl", []
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
         for line in lines:
             try:
                 if json.loads(line).get("round", after_round) <= after_round:
-                    kept.append(line + "\n")
-            except ValueError:
+                    kept.append(line.decode() + "\n")
+            except (ValueError, AttributeError, TypeError):
                 continue
         write_atomically(path, "".join(kept))
 
@@ -288,6 +284,36 @@ class RunDirectory:
         except OSError as error:
             partial.unlink(missing_ok=True)
             print(f"Note: {link} was not updated: {error.strerror}.", flush=True)
+
+
+def rounds_until(manifest: dict[str, Any], after_round: int) -> set[int]:
+    """Return the complete rounds up to one."""
+    return {entry["round"] for entry in manifest["rounds"] if entry["round"] <= after_round}
+
+
+def read_complete_history(path: Path, rounds: set[int]) -> list[dict[str, Any]]:
+    """Return the entries of ``history.json`` that are of these rounds.
+
+    Raises:
+        RunDirectoryError: it is damaged, or a round is not in it.
+    """
+    history = path / "history.json"
+    try:
+        entries = json.loads(history.read_text(encoding="utf-8")) if rounds else []
+        kept = [entry for entry in entries if entry["round"] in rounds]
+        fields = {
+            key for entry in kept for key in ("client", "phase", "metrics") if key not in entry
+        }
+        missing = rounds - {entry["round"] for entry in kept}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise RunDirectoryError(
+            f"{history} cannot be read ({type(error).__name__}), and the run is to go on with it. "
+            "Restore it, or start a new run."
+        ) from None
+    if fields or missing:
+        what = f"round {min(missing)}" if missing else min(fields)
+        raise RunDirectoryError(f"{history} lacks {what}. Restore it, or start a new run.")
+    return kept
 
 
 def _as_rows(entries: list[dict[str, Any]]) -> str:

@@ -22,6 +22,9 @@ EVALUATION_FILE = "evaluation.json"
 MAX_KEY_SHOWN = 100
 
 
+EXAMPLE_COUNTS = ("universal_examples", "local_examples")
+
+
 @dataclass(frozen=True)
 class SavedRun:
     """One run directory with its checked configuration."""
@@ -102,8 +105,19 @@ class SavedRun:
                 raise RunDirectoryError(f"{weights} is damaged: {error}") from error
         return counts
 
+    def local_round(self, server_round: int, client_id: str) -> int:
+        """Return the round of the local adapter that a client had after a round.
+
+        It is an earlier one where the client had no part in the round.
+        """
+        name = f"{LOCAL}:{client_id}"
+        rounds = [e["round"] for e in self.manifest["rounds"] if name in e["adapters"]]
+        return max((r for r in rounds if r <= server_round), default=server_round)
+
     def adapter_folder(self, server_round: int, client_id: str | None = None) -> Path:
-        """Folder of the global adapter after a round, or of a client's local one."""
+        """Folder of the global adapter after a round, or of the local one that a client had."""
+        if client_id is not None:
+            server_round = self.local_round(server_round, client_id)
         name = f"round_{server_round:03d}"
         if client_id is None:
             return self.path / "server" / name
@@ -121,6 +135,9 @@ class SavedRun:
             raise RunDirectoryError(
                 f"{self.path} has no complete round {server_round}. Complete: {done}."
             )
+        if client_id is not None:
+            own_round = self.local_round(server_round, client_id)
+            entry = next(e for e in self.manifest["rounds"] if e["round"] == own_round)
         recorded = entry["adapters"].get(GLOBAL if client_id is None else f"{LOCAL}:{client_id}")
         weights = self._weights_file(server_round, client_id)
         if recorded is None:
@@ -209,6 +226,8 @@ def _find_manifest_faults(manifest: dict[str, Any]) -> Iterator[str]:
     for client, facts in sections["clients"].items():
         if not isinstance(facts, dict):
             yield f'"clients" has no object for {client[:MAX_KEY_SHOWN]!r}'
+        elif any(not isinstance(facts.get(k, 0), int) for k in EXAMPLE_COUNTS):
+            yield f'"clients" has no number of examples for {client[:MAX_KEY_SHOWN]!r}'
 
 
 def _is_round(entry: Any) -> bool:

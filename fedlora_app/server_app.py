@@ -35,6 +35,7 @@ from fedlora_app.messages import (
     Task,
     build_task_content,
     read_reply,
+    require_counts,
 )
 from fedlora_app.model import build_empty_model
 from fedlora_app.project import find_project_root, hash_package
@@ -45,7 +46,6 @@ from fedlora_app.resumption import (
     describe_other_software,
     find_resumption,
     require_same_data,
-    require_same_settings,
 )
 from fedlora_app.run_directory import (
     RunDirectory,
@@ -100,6 +100,7 @@ def main(grid: Grid, context: Context) -> None:
         )
         task = build_check_in(settings)
         check_ins = meet_clients(paced, config, task, context.run_config)
+        paced.names = {node: client for client, (node, _) in check_ins.items()}
         reports = {client: _read_report(reply) for client, (_, reply) in sorted(check_ins.items())}
         if resumption is None:
             base_commit = getattr(model.get_base_model().config, "_commit_hash", None)
@@ -255,7 +256,7 @@ def read_settings(run_config: dict[str, Any]) -> Settings:
         raise ConfigError("run-name has no effect with resume: the run keeps its name.")
     resumption = find_resumption(str(run_config["resume"]), places, num_rounds)
     if ("config", config_path) not in DECLARED_DEFAULTS or run_config["overrides"] or mode:
-        require_same_settings(resumption.config, load())
+        resumption = resumption.with_changes(load(), num_rounds)
     require_trackers(resumption.config)
     path = resumption.saved.path
     return Settings(resumption.config, root, path.name, str(path.parent), resumption)
@@ -287,6 +288,7 @@ def meet_clients(
         try:
             reply = read_reply(message, None, CHECK_IN_ROUND)
             config.client(reply.client_id)  # raises where the experiment has none of that id
+            require_counts(reply)
             if reply.client_id in met:
                 raise MessageError(
                     f'Two nodes are the client "{reply.client_id}". Give each SuperNode its own '
@@ -332,6 +334,8 @@ def _explain_disk_errors(run: RunDirectory) -> Iterator[None]:
     """Say what is intact when something cannot be written."""
     try:
         yield
+    except ConnectionError:
+        raise  # of Flower, and no disk's
     except OSError as error:
         complete = [entry["round"] for entry in run.manifest.get("rounds", [])]
         state = (

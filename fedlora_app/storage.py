@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -74,31 +75,59 @@ def make_private_dir(folder: Path) -> None:
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that takes ``folder``'s place when the block ends well."""
-    partial = _partial(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with _partial_folder(folder) as partial:
         yield partial
-        for path in (path for path in partial.rglob("*") if path.is_file()):
-            with path.open("r+b") as file:
-                os.fsync(file.fileno())
         old = partial.with_suffix(".old")
         shutil.rmtree(old, ignore_errors=True)
+        _sync_files(partial)
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
         _sync_folder(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes ``folder`` when the block ends well.
+
+    Raises:
+        FileExistsError: it exists by then, and is left alone.
+    """
+    with _partial_folder(folder) as partial:
+        yield partial
+        _sync_files(partial)
+        try:
+            partial.rename(folder)  # onto a folder that holds something it cannot
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise FileExistsError(errno.EEXIST, "exists already", str(folder)) from None
+            raise
+        _sync_folder(folder.parent)
+
+
+@contextmanager
+def _partial_folder(folder: Path) -> Iterator[Path]:
+    partial = _partial(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def remove_partials(folder: Path) -> None:
-    """Remove what writers that were killed have left half done in a folder."""
-    for path in folder.glob(".*.partial"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for path in folder.glob(".*.old"):
-        shutil.rmtree(path)
+def remove_partials(folder: Path, name: str = "*") -> None:
+    """Remove what writers that were killed have left half done in a folder.
+
+    Args:
+        name: of the file or folder that they were writing.
+    """
+    for path in (*folder.glob(f".{name}.*.partial"), *folder.glob(f".{name}.*.old")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def lock_folder(folder: Path) -> IO[str] | None:
@@ -129,6 +158,14 @@ def _open_private(path: str, flags: int) -> int:
 def _partial(path: Path) -> Path:
     """Return where to write first; another process, a killed one's heir too, has another place."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def _sync_files(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("r+b") as file:
+                os.fsync(file.fileno())
+    _sync_folder(folder)
 
 
 def _sync_folder(folder: Path) -> None:

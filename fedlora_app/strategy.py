@@ -139,7 +139,7 @@ class GlobalAdapterFedAvg(FedAvg):
                 faults.append(str(error))
         if faults:
             listing = "\n".join(faults)
-            hint = suggest_earlier(self._run.path.name, self._rounds_before)
+            hint = suggest_earlier(self._run.path, self._rounds_before)
             raise RoundError(f"The run cannot go on:\n{listing}{hint}")
 
     def configure_train(
@@ -331,6 +331,7 @@ class GlobalAdapterFedAvg(FedAvg):
                     fold(reply)
                 reply = replace(reply, arrays=None)
             except (MessageError, AdapterError) as error:
+                reply = None
                 self._failures[client] = str(error)
                 self._run.add_failure(server_round, client, str(error))
                 self._report(f"round {server_round}: {error}")

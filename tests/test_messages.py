@@ -22,6 +22,7 @@ from fedlora_app.messages import (
 )
 
 STATE = {"x.lora_A.weight": torch.randn(2, 3), "x.lora_B.weight": torch.randn(3, 2)}
+FINDING = {"severity": "error", "rule": "train-test", "file": "data/a.json", "record": 3}
 SHAPES = {key: tensor.shape for key, tensor in STATE.items()}
 
 
@@ -43,6 +44,9 @@ def _identity():
         ({"process": "1, secret"}, None),
         ({"findings": "secret"}, None),
         ({"findings": json.dumps([{"text": "secret"}])}, None),
+        ({"findings": json.dumps([FINDING | {"record": "secret"}])}, None),
+        ({"findings": json.dumps([FINDING | {"rule": "a secret of 1,000"}])}, None),
+        ({"findings": json.dumps([list(FINDING)])}, None),
         ({}, STATE | {"y.lora_A.weight": torch.zeros(2, 3)}),
         ({}, {key: tensor.T.contiguous() for key, tensor in STATE.items()}),
     ],
@@ -50,6 +54,17 @@ def _identity():
 def test_what_is_not_as_declared_stays_at_the_client(facts, update):
     with pytest.raises((MessageError, AdapterError), match="stay here|The update"):
         build_reply(build_request(), "ann", 1, {}, facts, update, shapes=SHAPES)
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [{"update_norm": [0.25] * 1000}, {"update_norm": float("nan")}, {"num-examples": -1}],
+)
+def test_a_value_that_a_metric_cannot_have_stays_at_the_client(metrics):
+    with pytest.raises(MessageError, match="stay here"):
+        build_reply(build_request(), "ann", 1, metrics, {})
+    finding = json.dumps([FINDING])
+    assert build_reply(build_request(), "ann", 1, {}, {"findings": finding}).has_content()
 
 
 def build_request() -> Message:

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from conftest import build_tiny_config
 from federation import Federation
-from flwr.app import MessageType
+from flwr.app import Error, Message, MessageType
 
 from fedlora_app.config import ConfigError
+from fedlora_app.evaluation.answering import open_round
 from fedlora_app.run_directory import RunDirectory, RunDirectoryError
+from fedlora_app.saved_run import load_run
 from fedlora_app.storage import WEIGHTS_FILE, hash_file
 from fedlora_app.strategy import RoundError
 
@@ -97,6 +99,88 @@ def test_so_does_one_of_the_joint_schedule(tiny_project, tmp_path, undisturbed, 
     federation = stopped_run(tiny_project, tmp_path, number, config)
     federation.run("run", config, resume="run")
     assert snapshot(tmp_path / "run") == undisturbed["joint"]
+
+
+@pytest.mark.parametrize("mode", ["fedavg", "local-only", "centralized"])
+def test_so_do_runs_of_the_other_modes(tiny_project, tmp_path, mode):
+    config = build_tiny_config(federated={"mode": mode})
+    whole = snapshot(Federation(tiny_project, tmp_path / "whole", config).run("run"))
+    federation = stopped_run(tiny_project, tmp_path / "stopped", 7, config)
+    federation.run("run", config, resume="run")
+    assert snapshot(tmp_path / "stopped" / "run") == whole
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        ("", "cannot be read"),
+        ('{"a": 1}', "cannot be read"),
+        ('[{"x": 1}]', "cannot be read"),
+        ('[{"round": 0, "client": "ann", "phase": "evaluate", "metrics": {}}]', "lacks round 1"),
+        ('[{"round": 0}, {"round": 1}]', "lacks client"),
+    ],
+)
+def test_a_history_that_is_damaged_is_refused_before_anything_changes(
+    tiny_project, tmp_path, content, message
+):
+    federation = stopped_run(tiny_project, tmp_path, 10)
+    run = tmp_path / "run"
+    if content is None:
+        (run / "history.json").unlink()
+    else:
+        (run / "history.json").write_text(content)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(RunDirectoryError, match=message):
+        federation.run("run", resume="run", **{"num-rounds": 3})
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_cannot_be_cut_to_the_rounds_that_it_has(tiny_project, tmp_path):
+    """It would end without a last evaluation and without final local adapters."""
+    federation = stopped_run(tiny_project, tmp_path, 10)  # round 1 of 2 is complete
+    with pytest.raises(ConfigError, match="no round is left to end the run with"):
+        federation.run("run", resume="run", **{"num-rounds": 1})
+
+
+def test_what_may_change_is_taken_from_the_settings_that_are_given(tiny_project, tmp_path):
+    federation = stopped_run(tiny_project, tmp_path, 10)
+    config = build_tiny_config(federated={"keep_rounds": 1})
+    federation.run("run", config, resume="run")
+    kept = [path.name for path in (tmp_path / "run" / "server").iterdir()]
+    assert kept == ["round_002"]
+
+
+def test_final_adapters_are_never_those_of_a_run_with_fewer_rounds(tiny_project, tmp_path):
+    federation = Federation(tiny_project, tmp_path, build_tiny_config())
+    federation.run("run")
+    with pytest.raises(Stopped):
+        federation.run("run", tamper=stop_at(5), resume="run", **{"num-rounds": 3})
+    assert not (tmp_path / "run" / "final" / "global").exists()
+
+
+def test_a_client_that_missed_the_last_round_answers_with_what_it_had(tiny_project, tmp_path):
+    def fail(message, reply):
+        task = message.content.config_records["task"]
+        if (task["client_id"], task["server_round"]) == ("bob", 2):
+            return Message(Error(0, "gone"), reply_to=message)
+        return reply
+
+    config = build_tiny_config(federated={"min_clients": 1})
+    run = Federation(tiny_project, tmp_path, config).run("run", tamper=fail)
+    saved = load_run(run)
+    assert saved.last_round == 2
+    assert (saved.local_round(2, "ann"), saved.local_round(2, "bob")) == (2, 1)
+    opened = open_round(saved, tiny_project)
+    assert opened.hashes["local:bob"] == saved.adapter_sha256(1, "bob")
+
+
+def test_a_run_s_name_may_hold_an_at_sign(tiny_project, tmp_path):
+    folder = tmp_path / "me@home"
+    federation = stopped_run(tiny_project, folder, 10)
+    federation.run("run", resume=str(folder / "run"))
+    with pytest.raises(RunDirectoryError, match="there is no run"):
+        federation.run("run", resume="x" * 300)
 
 
 def test_a_run_stopped_twice_while_it_writes_ends_in_the_same_bytes(

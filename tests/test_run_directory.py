@@ -99,3 +99,16 @@ def test_an_interrupted_folder_leaves_the_old_one(tmp_path):
         raise KeyError
     assert (folder / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_of_two_runs_at_the_same_moment_one_is_refused(tmp_path, monkeypatch):
+    """Both find no folder; the one that comes second leaves the other's alone."""
+    first = create(tmp_path / "run", tmp_path)
+    before = (first.path / "manifest.json").read_bytes()
+    absent = RunDirectory.require_absent
+    checks = iter([lambda path: None, absent])
+    monkeypatch.setattr(RunDirectory, "require_absent", lambda path: next(checks)(path))
+    with pytest.raises(RunDirectoryError, match="exists already and is left as it is"):
+        create(tmp_path / "run", tmp_path)
+    assert (first.path / "manifest.json").read_bytes() == before
+    assert not list(tmp_path.glob(".*.partial"))
