@@ -96,8 +96,11 @@ def describe(figures: dict[str, Any]) -> str:
 
 
 def _growth(samples: list[dict[str, Any]], peer: str) -> dict[str, Any]:
-    """Return the slope of the memory with its 95 % interval, and last minus first of the counts."""
-    counted = [entry for entry in samples if entry["round"] >= FIRST_COUNTED_ROUND]
+    """Return the slope of the memory with its 95 % interval, and last minus first of the counts.
+
+    Without the last sample, which is taken when the run has printed its closing table.
+    """
+    counted = [entry for entry in samples[:-1] if entry["round"] >= FIRST_COUNTED_ROUND]
     rounds = [entry["round"] for entry in counted]
     kib = [entry[peer]["rss_bytes"] / 1024 for entry in counted]
     line = stats.linregress(rounds, kib)
