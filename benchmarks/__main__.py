@@ -207,6 +207,7 @@ def _keep(name: str, figures: dict[str, Any]) -> None:
     )
     about = {
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "arguments": sys.argv[1:],
         "cpu": cpu,
         "cpu_count": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

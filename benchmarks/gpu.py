@@ -55,6 +55,8 @@ SHAPES = {"7b": QWEN_7B, "tiny": TINY}
 TINY_TRAINING = {"max_seq_length": 32, "batch_size": 2, "gradient_accumulation_steps": 2}
 PEAK_TFLOPS = {re.sub(r" \d+ GB$", "", card.name): card.peak_tflops for card in CARDS}
 PEAK_TFLOPS |= {"H100 PCIe": 756.0}
+SAME_CARD = r"NVIDIA|GeForce|SXM\d?|\d+GB|HBM\w*"
+"""Words of a driver's name for a card that do not tell it from others."""
 """Makers' figures: dense bf16 with fp32 accumulation. The first name found in the card's counts."""
 LARGE_CONFIG = "conf/qwen2.5-7b-4090.yaml"
 SMALL_CONFIG, SMALL_CAP = "conf/qwen2.5-7b-8gb.yaml", "7.0GiB"
@@ -235,9 +237,8 @@ def _measure_phase(
     examples: Sequence[Example],
     num_steps: int,
 ) -> dict[str, Any]:
-    training = settle_checkpointing(
-        training, model, config.adapters, phase.active, phase.trainable, examples
-    )
+    config = config.model_copy(update={"training": training})
+    training = settle_checkpointing(config, model, phase, examples)
     checkpointing = training.gradient_checkpointing is True
     reset_peak_memory(model.device)
     run = build_phase(model, examples, training, phase.active, phase.trainable, num_steps)
@@ -259,7 +260,13 @@ def _measure_phase(
         "share_of_peak": peak and round(needed / seconds / peak, 4),
         "share_of_peak_with_recomputation": peak and round(computed / seconds / peak, 4),
         "peak_memory_bytes": read_peak_memory(model.device),
+        "reserved_bytes": _reserved_bytes(model.device),
     }
+
+
+def _reserved_bytes(device: torch.device) -> int | None:
+    """Return what torch had taken from the card at most, with what it did not use of it."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
 
 
 def _count_flops(
@@ -291,9 +298,10 @@ def _count_flops(
 def _peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    known = max((key for key in PEAK_TFLOPS if key in name), key=len, default=None)
-    return 1e12 * PEAK_TFLOPS[known] if known else None
+    # "NVIDIA A100-SXM4-80GB" is an A100; an "RTX 3070 Ti" or "H100 NVL" is another card.
+    words = re.split("[ -]", torch.cuda.get_device_name(device))
+    name = " ".join(word for word in words if not re.fullmatch(SAME_CARD, word))
+    return 1e12 * PEAK_TFLOPS[name] if name in PEAK_TFLOPS else None
 
 
 def _predict(
