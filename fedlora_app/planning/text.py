@@ -144,7 +144,8 @@ def _describe_time(plan: Plan) -> str:
         f"Times are calculated from makers' peak figures at an assumed efficiency of "
         f"{EFFICIENCY:.0%}, not measured. A round is the training of all clients one after the "
         "other; loading, evaluation and messages come on top, and a small model waits for its "
-        "kernels to start instead."
+        "kernels to start instead. Nor is the memory of evaluation counted, which answers "
+        "evaluation.batch_size questions at once."
     )
 
 
