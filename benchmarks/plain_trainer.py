@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, Qwen2Config, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.toy_models import build_base
+from benchmarks.toy_models import DEVICE, build_base
 from benchmarks.turns import Work
 from fedlora_app.adapters import AdaptedModel
 from fedlora_app.config import GLOBAL, LOCAL, TrainingConfig
@@ -70,7 +70,8 @@ class PlainTrainer:
                 max_steps=num_steps + 1,
                 learning_rate=LEARNING_RATE,
                 lr_scheduler_type="constant",
-                use_cpu=True,
+                use_cpu=DEVICE.type == "cpu",
+                bf16=DEVICE.type == "cuda",
                 report_to=[],
                 save_strategy="no",
                 logging_strategy="no",

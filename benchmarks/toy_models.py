@@ -24,6 +24,8 @@ ANSWER_SHARE = 1 / 3
 """Of an example's tokens, those that the loss is taken on."""
 FIRST_TOKEN = 3
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 QWEN_7B = {
     "vocab_size": 152_064,
     "hidden_size": 3584,
@@ -37,8 +39,17 @@ QWEN_7B = {
 """The sizes of Qwen2.5-7B."""
 
 
+def name_dtype() -> str:
+    """Return what the models compute in, for tables."""
+    return str(DTYPE).removeprefix("torch.")
+
+
 def small_config(**changes: Any) -> Qwen2Config:
-    """Return a Qwen2 of 60 million parameters, 28 of them in the linear layers."""
+    """Return a Qwen2 of 60 million parameters, 28 of them in the linear layers.
+
+    On a GPU, which would wait for such a one, it has a billion, most of them there.
+    """
+    large = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
     sizes = {
         "vocab_size": 32_000,
         "hidden_size": 512,
@@ -51,13 +62,13 @@ def small_config(**changes: Any) -> Qwen2Config:
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    return Qwen2Config(**(sizes | changes))
+    return Qwen2Config(**(sizes | (large if DEVICE.type == "cuda" else {}) | changes))
 
 
 def build_base(config: Qwen2Config) -> Qwen2ForCausalLM:
-    """Return a model with random weights, the same ones every time, fp32."""
+    """Return a model with random weights, the same ones every time, where it is measured."""
     torch.manual_seed(0)
-    return Qwen2ForCausalLM(config).requires_grad_(False).eval()
+    return Qwen2ForCausalLM(config).to(DEVICE, DTYPE).requires_grad_(False).eval()
 
 
 def build_adapted(config: Qwen2Config, rank: int) -> AdaptedModel:

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 Work = Callable[[], float]
 """Does something once and returns the seconds that count."""
 
@@ -21,6 +23,8 @@ def timed(work: Callable[[], object]) -> Work:
     def run() -> float:
         started = time.perf_counter()
         work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         return time.perf_counter() - started
 
     return run
