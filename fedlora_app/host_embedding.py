@@ -29,7 +29,7 @@ class HostEmbedding(nn.Module):
         """Return (B, T, D) for the ids (B, T), which may be on any device."""
         rows = functional.embedding(input_ids.to("cpu"), self.weight)
         if self.device.type == "cuda":
-            rows = rows.pin_memory()  # so that the copy need not wait for the layers before it
+            rows = rows.pin_memory()  # the ids had to wait for the device; the rows need not
         return rows.to(self.device, non_blocking=True)
 
     def extra_repr(self) -> str:

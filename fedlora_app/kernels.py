@@ -18,8 +18,9 @@ from fedlora_app.config import TrainingConfig
 from fedlora_app.model import ModelError
 
 COMPILERS = ("c++", "g++", "clang++")
-
 COMPILED = "_fedlora_compiled"
+"""Where a layer keeps what it was compiled to."""
+
 _patched: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
