@@ -34,8 +34,15 @@ from fedlora_app.errors import MendableError
 from fedlora_app.host_embedding import move_embedding_to_host
 from fedlora_app.memory import read_peak_memory, reset_peak_memory
 from fedlora_app.packing import split_into_packs
-from fedlora_app.planning.cards import CARDS
-from fedlora_app.planning.memory import MicroBatch, Numerics, predict_phase, read_shape
+from fedlora_app.planning.cards import CARDS, Work, compute_flops
+from fedlora_app.planning.memory import (
+    BaseSizes,
+    MicroBatch,
+    Numerics,
+    predict_phase,
+    read_shape,
+)
+from fedlora_app.planning.plan import parse_memory
 from fedlora_app.planning.sizes import measure_sizes
 from fedlora_app.rounds import Phase, plan_round
 from fedlora_app.tokens import Example
@@ -60,7 +67,6 @@ SAME_CARD = r"NVIDIA|GeForce|SXM\d?|\d+GB|HBM\w*"
 """Makers' figures: dense bf16 with fp32 accumulation. The first name found in the card's counts."""
 LARGE_CONFIG = "conf/qwen2.5-7b-4090.yaml"
 SMALL_CONFIG, SMALL_CAP = "conf/qwen2.5-7b-8gb.yaml", "7.0GiB"
-UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
 
 
 class GpuBenchmarkError(MendableError):
@@ -100,7 +106,7 @@ def measure(runs: Sequence[Run], device: str, shape: str, num_steps: int) -> dic
     rows = []
     for run in runs:
         if run.cap is not None:
-            parse_bytes(run.cap)
+            parse_memory(run.cap)
         load_config(ROOT / run.config)
         arguments = json.dumps([asdict(run), device, shape, num_steps])
         command = [sys.executable, "-m", __spec__.name, arguments]
@@ -141,18 +147,6 @@ def describe(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def parse_bytes(text: str) -> int:
-    """Return the bytes of, say, "7.0GiB".
-
-    Raises:
-        GpuBenchmarkError: it is no number with a unit.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GM]i?B)", text)
-    if match is None:
-        raise GpuBenchmarkError(f"{text!r} is no amount of memory. Expected, say, 7.0GiB.")
-    return round(float(match[1]) * UNITS[match[2]])
-
-
 def measure_here(run: Run, device_name: str, shape: str, num_steps: int) -> dict[str, Any]:
     """Measure one configuration in this process; call it in a fresh one."""
     device = torch.device(device_name, 0) if device_name == "cuda" else torch.device("cpu")
@@ -165,6 +159,8 @@ def measure_here(run: Run, device_name: str, shape: str, num_steps: int) -> dict
     if embedding_on_cpu:
         move_embedding_to_host(made.model, device)
     model = attach_adapters(made.model, config.adapters)
+    with torch.device("meta"):
+        sizes = measure_sizes(Qwen2ForCausalLM(model_config), config.adapters)
     phases = []
     per_step = training.batch_size * training.gradient_accumulation_steps
     limit = training.max_seq_length
@@ -177,9 +173,11 @@ def measure_here(run: Run, device_name: str, shape: str, num_steps: int) -> dict
         for phase in (plan.train, plan.personalise):
             if phase is not None:
                 about = {"examples": kind, "phase": phase.name}
-                measured = _measure_phase(model, config, training, phase, examples, num_steps)
+                measured = _measure_phase(
+                    model, sizes, config, training, phase, examples, num_steps
+                )
                 predicted = _predict(
-                    *(model_config, config, training, phase, examples),
+                    *(model_config, sizes, config, training, phase, examples),
                     checkpointing=measured["checkpointing"],
                 )
                 phases.append(about | measured | {"predicted_bytes": predicted})
@@ -223,7 +221,7 @@ def _settle(training: TrainingConfig, device: torch.device, shape: str) -> Train
 def _apply_cap(cap: str | None, device: torch.device) -> int | None:
     if cap is None or device.type != "cuda":
         return None
-    wanted = parse_bytes(cap)
+    wanted = parse_memory(cap)
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, wanted / total), device)
     return wanted
@@ -231,6 +229,7 @@ def _apply_cap(cap: str | None, device: torch.device) -> int | None:
 
 def _measure_phase(
     model: AdaptedModel,
+    sizes: BaseSizes,
     config: Config,
     training: TrainingConfig,
     phase: Phase,
@@ -248,7 +247,8 @@ def _measure_phase(
         return {"out_of_memory": True, "checkpointing": checkpointing}
     num_tokens = sum(len(example.input_ids) for example in examples)
     needed, computed = (
-        _count_flops(model, phase, examples, recomputes) for recomputes in (False, checkpointing)
+        _count_flops(model, sizes, phase, examples, recomputes)
+        for recomputes in (False, checkpointing)
     )
     peak = _peak_flops(model.device)
     return {
@@ -270,29 +270,25 @@ def _reserved_bytes(device: torch.device) -> int | None:
 
 
 def _count_flops(
-    model: AdaptedModel, phase: Phase, examples: Sequence[Example], recomputes: bool
+    model: AdaptedModel,
+    sizes: BaseSizes,
+    phase: Phase,
+    examples: Sequence[Example],
+    recomputes: bool,
 ) -> float:
-    """Return the operations of a step: forward, backward to activations and adapters, the head."""
-    config = model.get_base_model().config
-    head_size = config.hidden_size // config.num_attention_heads
-    key = config.num_key_value_heads * head_size
-    layer = 2 * config.hidden_size * (config.hidden_size + key)
-    layer += 3 * config.hidden_size * config.intermediate_size
+    """Return the operations of a step, as ``fedlora plan`` counts them."""
     active, learning = (
         sum(p.numel() for name in names for p in adapter_parameters(model, name))
         for names in (phase.active, phase.trainable)
     )
-    passes = 3 if recomputes else 2
-    num_tokens = sum(len(example.input_ids) for example in examples)
-    pairs = sum(len(example.input_ids) ** 2 for example in examples)
-    num_targets = sum(example.num_answer_tokens for example in examples)
-    weights = 2 * passes * (config.num_hidden_layers * layer + active) + 2 * learning
-    attention = 2 * config.num_hidden_layers * config.hidden_size * (passes + 1)
-    return (
-        weights * num_tokens
-        + attention * pairs  # causal, half of them
-        + 4 * config.vocab_size * config.hidden_size * num_targets
+    work = Work(
+        tokens=sum(len(example.input_ids) for example in examples),
+        answer_tokens=sum(example.num_answer_tokens for example in examples),
+        attention_pairs=sum(len(example.input_ids) ** 2 for example in examples),
+        micro_batches=0,
     )
+    shape = read_shape(model.get_base_model().config)
+    return compute_flops(shape, sizes, work, active, learning, recomputes)
 
 
 def _peak_flops(device: torch.device) -> float | None:
@@ -306,6 +302,7 @@ def _peak_flops(device: torch.device) -> float | None:
 
 def _predict(
     model_config: Qwen2Config,
+    sizes: BaseSizes,
     config: Config,
     training: TrainingConfig,
     phase: Phase,
@@ -319,8 +316,6 @@ def _predict(
         sum(len(example.input_ids) for example in largest),
         sum(example.num_answer_tokens for example in largest),
     )
-    with torch.device("meta"):
-        sizes = measure_sizes(Qwen2ForCausalLM(model_config), config.adapters)
     on_cpu = config.model.embedding_device == "cpu"
     return predict_phase(
         *(read_shape(model_config), sizes, config.adapters, training),
