@@ -1,8 +1,8 @@
 """Runs that are killed at random moments and continued end in the bytes of an undisturbed one.
 
-``pytest -m killtest`` (about ten minutes). The first test kills real server and client code in one
+``pytest -m killtest`` (about eleven minutes). The first test kills real server and client code in one
 process, half of the times exactly at a file operation or message and half after a random time; the
-second kills Flower's daemon with its simulation.
+second kills Flower's daemon with its simulation, the third one of its workers.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -134,6 +135,50 @@ def test_flower_s_daemon_and_simulation_are_killed(tmp_path):
     launch("killed", None)
     assert snapshot(tmp_path / "killed" / "run") == expected
     assert load_config(tmp_path / "killed" / "run" / "config.json").federated.num_rounds == 2
+
+
+def test_a_killed_worker_stops_the_round_with_its_client_named(tmp_path):
+    """Ray's worker dies while a client trains; what was complete before stays."""
+    flower = Flower(tmp_path / "home")
+    log = tmp_path / "log"
+    settings = f"output-dir='{tmp_path}' run-name='run' overrides='training.global_epochs=1'"
+    command = [Path(sys.executable).parent / "flwr", "run", ".", "--stream", "--run-config"]
+    try:
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [*command, settings],
+                cwd=CHILD.parents[1],
+                env=flower.env,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+            wait_for(log, "round 1/8 [")
+            own = family(processes_with(str(flower.port)))
+            workers = [pid for pid in own if is_worker(pid)]
+            for pid in workers:
+                os.kill(pid, signal.SIGKILL)
+            wait_for(log, "is untouched")
+            process.wait(timeout=60)
+    finally:
+        for pid in family(processes_with(str(flower.port))):
+            os.kill(pid, signal.SIGKILL)
+    assert workers
+    text = log.read_text()
+    assert "clients did their part and 2 are required (federated.min_clients)" in text
+    assert re.search("(northgate|riverton): .*ActorDiedError", text)
+    rounds = json.loads((tmp_path / "run" / "manifest.json").read_text())["rounds"]
+    assert [entry["round"] for entry in rounds][:2] == [0, 1]
+
+
+def is_worker(pid: int) -> bool:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::ClientAppActor")
+
+
+def wait_for(log: Path, text: str, seconds: float = 150.0) -> None:
+    deadline = time.monotonic() + seconds
+    while text not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.2)
 
 
 def family(pids: list[int]) -> list[int]:
