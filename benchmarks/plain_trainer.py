@@ -52,7 +52,6 @@ class PlainTrainer:
         )
         self.model = get_peft_model(base, lora)
         self.losses: list[float] = []
-        self._num_steps = num_steps
         self._clock = _StepClock()
         rows = [
             {

@@ -186,8 +186,9 @@ def _attend(
             scaling=scaling,
             is_causal=True,
         )  # (count, width, H, d)
-        attended.append(_Unpad.apply(padded.flatten(0, 1), group))
-    rows = _Permute.apply(torch.cat(attended), packed_groups.inverse, packed_groups.order)
+        rows = padded.flatten(0, 1)
+        attended.append(_Gather.apply(rows, group.slots, group.sources, group.is_real))
+    rows = _Gather.apply(torch.cat(attended), packed_groups.inverse, packed_groups.order)
     return rows[None], None
 
 
@@ -197,7 +198,7 @@ AttentionInterface.register(ATTENTION, _attend)
 def _by_group(states: torch.Tensor, groups: Groups) -> tuple[torch.Tensor, ...]:
     """Return (1, H, T, d) as one (N, H, d) for each group."""
     rows = states[0].transpose(0, 1)
-    return _Permute.apply(rows, groups.order, groups.inverse).split(groups.sizes)
+    return _Gather.apply(rows, groups.order, groups.inverse).split(groups.sizes)
 
 
 def _pad(rows: torch.Tensor, group: Group) -> torch.Tensor:
@@ -206,44 +207,34 @@ def _pad(rows: torch.Tensor, group: Group) -> torch.Tensor:
     What stands in the place of padding lies behind all real tokens, so that no query that counts
     sees it, and it has no gradient.
     """
-    padded = _Pad.apply(rows, group)
+    padded = _Gather.apply(rows, group.sources, group.slots)
     return padded.unflatten(0, (group.count, group.width)).transpose(1, 2)
 
 
-class _Permute(torch.autograd.Function):
-    """Rows in another order. Autograd's own gradient would add up where nothing coincides."""
+class _Gather(torch.autograd.Function):
+    """Rows from other places, and their gradients straight back from where each row went.
+
+    Autograd's own gradient would be a sum over places, where nothing coincides.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor):
-        ctx.inverse = inverse
-        return rows.index_select(0, order)
+    def forward(
+        ctx: Any,
+        rows: torch.Tensor,
+        there: torch.Tensor,
+        back: torch.Tensor,
+        is_used: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the rows at ``there``; the gradient of row i is that of ``back[i]``, or 0."""
+        ctx.back, ctx.is_used = back, is_used
+        return rows.index_select(0, there)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor):
-        return gradient.index_select(0, ctx.inverse), None, None
-
-
-class _Pad(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, group: Group):
-        ctx.group = group
-        return rows.index_select(0, group.sources)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor):
-        return gradient.index_select(0, ctx.group.slots), None
-
-
-class _Unpad(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, padded: torch.Tensor, group: Group):
-        ctx.group = group
-        return padded.index_select(0, group.slots)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor):
-        gradient = gradient.index_select(0, ctx.group.sources)
-        return gradient.masked_fill_(~ctx.group.is_real[:, None, None], 0), None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        gradient = gradient.index_select(0, ctx.back)
+        if ctx.is_used is not None:
+            gradient = gradient.masked_fill_(~ctx.is_used[:, None, None], 0)
+        return gradient, None, None, None
 
 
 def _window_mask(width: int, window: int | None, device: torch.device) -> torch.Tensor | None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from fedlora_app import client as client_module
 from fedlora_app import model as model_module
 from fedlora_app.config import ConfigError
-from fedlora_app.messages import ABOUT_RECORD, METRIC_RECORD, UPDATE_RECORD
+from fedlora_app.messages import ABOUT_RECORD, METRIC_RECORD, UPDATE_RECORD, MessageError
 from fedlora_app.report.pieces import read_pieces
 from fedlora_app.run_directory import RunDirectoryError
 from fedlora_app.strategy import GlobalAdapterFedAvg, RoundError
@@ -667,6 +667,14 @@ class TestCheckIn:
         assert b"test-in-training" in sent
         assert b"red rule" not in sent and b"also stands" not in sent
 
+    def test_a_client_that_does_not_say_what_it_has(self, federation):
+        def forget(message, reply):
+            _metrics(reply).pop("local_examples", None)
+            return reply
+
+        with pytest.raises(MessageError, match="did not say how many local_examples it has"):
+            federation.run(tamper=forget)
+
     def test_two_nodes_that_are_one_client(self, federation):
         from fedlora_app import client_app
 
@@ -771,4 +779,13 @@ def test_a_client_that_has_no_memory_at_all_says_what_to_lower(federation, monke
 
     monkeypatch.setattr(training, "compute_losses", full)
     with pytest.raises(RoundError, match=r"also with batches of 1 and.*training\.max_seq_length"):
+        federation.run("run")
+
+
+def test_no_memory_outside_of_training_names_what_to_lower(federation, monkeypatch):
+    def full(*args, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(client_module, "evaluate_client", full)
+    with pytest.raises(RoundError, match=r"outside of training\. Lower evaluation\.batch_size"):
         federation.run("run")

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 from federation import LoopbackGrid
 from flwr.app import Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedlora_app import grid as grid_module
 from fedlora_app.grid import PacedGrid, build_message
 
 
@@ -101,3 +104,26 @@ def test_a_client_that_never_answers_fails_and_the_others_are_still_asked():
     assert set(replies) == {0, 1, 2}
     assert "no answer within 0.2 seconds" in replies[1].error.reason
     assert not replies[0].has_error() and not replies[2].has_error()
+
+
+def test_a_reply_that_comes_while_another_is_dealt_with_is_not_late():
+    class SecondLater(SlowGrid):
+        def pull_messages(self, message_ids):
+            ready = [i for i in message_ids if i == "m0" or "m0" not in self._replies]
+            yield from super().pull_messages(ready[:1])
+
+    messages = (build_message(RecordDict(), "train", node) for node in range(2))
+    grid = PacedGrid(SecondLater(1), 2, client_timeout_seconds=0.2)
+    replies = []
+    for reply in grid.send_and_receive(messages):
+        replies.append(reply)
+        time.sleep(0.3)  # an update is folded in
+    assert len(replies) == 2 and not any(reply.has_error() for reply in replies)
+
+
+def test_a_client_that_is_waited_for_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(grid_module, "WAITING_REPORT_SECONDS", 0.05)
+    grid = PacedGrid(SlowGrid(polls_needed=12), 1)
+    grid.names = {5: "ann"}
+    assert len(list(grid.send_and_receive([build_message(RecordDict(), "train", 5)]))) == 1
+    assert "Still waiting for ann, " in capsys.readouterr().out

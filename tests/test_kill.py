@@ -1,8 +1,8 @@
 """Runs that are killed at random moments and continued end in the bytes of an undisturbed one.
 
-``pytest -m killtest`` (about eleven minutes). The first test kills real server and client code in one
-process, half of the times exactly at a file operation or message and half after a random time; the
-second kills Flower's daemon with its simulation, the third one of its workers.
+``pytest -m killtest`` (about eleven minutes). The first test kills real server and client code in
+one process, half of the times exactly at a file operation or message and half after a random time;
+the second kills Flower's daemon with its simulation, the third one of its workers.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ import json
 import pytest
 from conftest import build_tiny_config
 
+from fedlora_app.resumption import suggest_earlier
 from fedlora_app.run_directory import (
     RunDirectory,
     RunDirectoryError,
@@ -112,3 +113,22 @@ def test_of_two_runs_at_the_same_moment_one_is_refused(tmp_path, monkeypatch):
         create(tmp_path / "run", tmp_path)
     assert (first.path / "manifest.json").read_bytes() == before
     assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_events_outlast_a_rewind_whatever_they_quote(tmp_path):
+    """Line separators that JSON does not escape, and a last line cut within a character."""
+    run = create(tmp_path / "run", tmp_path)
+    run.log_event("failure", round=1, why="one\u2028two\x85three")
+    run.log_event("failure", round=2, why="later")
+    path = run.path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + '{"round": 1, "why": "é'.encode()[:-1])
+    run.rewind(build_tiny_config(), after_round=1)
+    (event,) = [json.loads(line) for line in path.read_bytes().splitlines()]
+    assert event["why"] == "one\u2028two\x85three"
+
+
+def test_the_earlier_round_that_is_suggested_is_still_kept(tmp_path):
+    for number in (0, 2, 5):
+        (tmp_path / "run" / "server" / f"round_{number:03d}").mkdir(parents=True)
+    assert suggest_earlier(tmp_path / "run", 5).endswith("resume='run@2'")
+    assert "No earlier round is kept" in suggest_earlier(tmp_path / "run", 0)
