@@ -168,6 +168,7 @@ def _build_strategy(
         server_round=0,
         local_round=-1,
         local_sha256="",
+        global_sha256="",
         resumes=False,
         run_name="large",
         project_dir="",

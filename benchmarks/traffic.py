@@ -1,7 +1,7 @@
 """Bytes that travel per client and round, over the least that could.
 
 The least is the global adapter's update once up, in ``federated.upload_dtype``, and its fp32
-weights twice down, before each phase. Counted are the messages of a real federation, each in full
+weights once down. Counted are the messages of a real federation, each in full
 as Flower serialises it; and for Qwen2.5-7B its rank-16 adapter, packed as in a message, beside what
 else the real messages held. Bytes of local adapters are looked for in everything that was sent.
 """
@@ -98,7 +98,7 @@ def _count_run(
                 shapes |= {key: array.shape for key, array in record.items()}
     per_client = {key: total / num_rounds / len(CLIENTS) for key, total in totals.items()}
     num_parameters = sum(map(math.prod, shapes.values()))
-    least = (DTYPE_BYTES[dtype] + 2 * FP32_BYTES) * num_parameters
+    least = (DTYPE_BYTES[dtype] + FP32_BYTES) * num_parameters
     return {
         "what": f"{len(CLIENTS)} clients, {num_rounds} rounds, counted",
         "upload_dtype": dtype,
@@ -120,11 +120,11 @@ def _calculate(counted: dict[str, Any], rank: int) -> dict[str, Any]:
     shapes = state_shapes(attach_adapters(base, equal_adapters(rank)), GLOBAL)
     state = {key: torch.zeros(shape) for key, shape in shapes.items()}
     packed = {
-        "down": 2 * _serialised_bytes(RecordDict({ADAPTER_RECORD: pack_state(state)})),
+        "down": _serialised_bytes(RecordDict({ADAPTER_RECORD: pack_state(state)})),
         "up": _serialised_bytes(RecordDict({UPDATE_RECORD: pack_state(state, dtype)})),
     }
     num_parameters = sum(map(math.prod, shapes.values()))
-    least = (DTYPE_BYTES[dtype] + 2 * FP32_BYTES) * num_parameters
+    least = (DTYPE_BYTES[dtype] + FP32_BYTES) * num_parameters
     # Names and headers of the counted run's arrays are in here too, which is on the safe side.
     sent = {
         f"bytes_{direction}": size

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -129,8 +130,19 @@ class Client:
 
     def global_shapes(self) -> dict[str, torch.Size]:
         """Return the shapes that a global adapter must have here."""
-        loaded = load_base_model(self.config.model, self.root)
-        return state_shapes(attach_once(loaded, self.config.adapters), GLOBAL)
+        return state_shapes(self._load_model()[1], GLOBAL)
+
+    def keep_global(self, state: AdapterState) -> str:
+        """Keep the global adapter for a later message; return its file's sha256."""
+        return self._save(self._load_model()[1], GLOBAL, state, self._kept_global_dir)
+
+    def kept_global(self, sha256: str) -> AdapterState:
+        """Return the global adapter that this client kept when it last personalised.
+
+        Raises:
+            AdapterError: it is missing or damaged; the server sends it again in the next round.
+        """
+        return self._load(self._load_model()[1], GLOBAL, self._kept_global_dir, sha256)
 
     def train(
         self,
@@ -175,9 +187,11 @@ class Client:
 
         Round 0 makes the initial local adapter and evaluates the base model alone.
 
+        The global adapter is kept for the next message, unless this is the last round.
+
         Returns:
             The metrics, of which ``peak_memory_bytes`` is the evaluation's, and facts: hashes of
-            the base model and the local adapter, the process.
+            the base model and of the adapters that were kept, the process.
         """
         plan = plan_round(self.config, server_round)
         loaded, model = self._prepare(global_state, local_round, local_sha256)
@@ -213,8 +227,12 @@ class Client:
             )
         metrics["evaluation_seconds"] = time.monotonic() - started
         metrics["peak_memory_bytes"] = read_peak_memory(model.device)
-        if is_final and LOCAL in plan.evaluated:
-            self._save_local(model, self._final_dir)
+        if is_final:
+            self._forget_global()
+            if LOCAL in plan.evaluated:
+                self._save_local(model, self._final_dir)
+        else:
+            facts["global_adapter"] = self._save(model, GLOBAL, global_state, self._kept_global_dir)
         self._thin(server_round, local_round)
         return metrics, facts
 
@@ -270,6 +288,10 @@ class Client:
     def _final_dir(self) -> Path:
         return self.run_dir / "final" / "clients" / self.client_id
 
+    @property
+    def _kept_global_dir(self) -> Path:
+        return self._own_dir / "received"
+
     def _round_dir(self, server_round: int) -> Path:
         return self._own_dir / f"round_{server_round:03d}"
 
@@ -294,6 +316,12 @@ class Client:
                 "Restore it, or go on from an earlier round."
             )
 
+    def _forget_global(self) -> None:
+        shutil.rmtree(self._kept_global_dir, ignore_errors=True)
+        for folder in (self._own_dir, self._own_dir.parent):
+            with suppress(OSError):  # it holds local adapters
+                folder.rmdir()
+
     def _thin(self, server_round: int, local_round: int) -> None:
         """Delete old rounds, but not what this one began with: it may yet fail elsewhere."""
         keep = self.config.federated.keep_rounds
@@ -306,27 +334,32 @@ class Client:
         self, global_state: AdapterState, local_round: int, local_sha256: str = ""
     ) -> tuple[LoadedModel, AdaptedModel]:
         """Set both adapters from scratch; ``local_round`` below 0 means a fresh local one."""
-        loaded = load_base_model(self.config.model, self.root)
-        model = attach_once(loaded, self.config.adapters)
+        loaded, model = self._load_model()
         if local_round < 0:
             seed = derive_seed(self.config.experiment.seed, "initial", self.client_id)
             local_state = build_initial_state(model, LOCAL, seed)
         else:
-            local_state = load_adapter(
-                self._round_dir(local_round),
-                model,
-                LOCAL,
-                self.config.model.name,
-                within=self.run_dir,
-                sha256=local_sha256 or None,
-            )
+            local_state = self._load(model, LOCAL, self._round_dir(local_round), local_sha256)
         set_state(model, GLOBAL, global_state)
         set_state(model, LOCAL, local_state)
         return loaded, model
 
+    def _load_model(self) -> tuple[LoadedModel, AdaptedModel]:
+        loaded = load_base_model(self.config.model, self.root)
+        return loaded, attach_once(loaded, self.config.adapters)
+
+    def _load(self, model: AdaptedModel, name: str, folder: Path, sha256: str) -> AdapterState:
+        base_name = self.config.model.name
+        return load_adapter(
+            folder, model, name, base_name, within=self.run_dir, sha256=sha256 or None
+        )
+
     def _save_local(self, model: AdaptedModel, folder: Path) -> str:
+        return self._save(model, LOCAL, get_state(model, LOCAL), folder)
+
+    def _save(self, model: AdaptedModel, name: str, state: AdapterState, folder: Path) -> str:
         make_private_dir(folder.parent)
-        return save_adapter(folder, model, LOCAL, get_state(model, LOCAL), self.config.model.name)
+        return save_adapter(folder, model, name, state, self.config.model.name)
 
     def _run_phase(
         self, loaded: LoadedModel, model: AdaptedModel, phase: Phase, server_round: int

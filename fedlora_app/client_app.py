@@ -94,13 +94,16 @@ def evaluate(message: Message, context: Context) -> Message:
 def _check_in(client: Client, task: Task, message: Message) -> Message:
     if task.client_id:
         counts, facts = {}, client.verify(task.local_round, task.local_sha256)
+        if ADAPTER_RECORD in message.content.array_records:
+            state = _received_state(client, task, message)
+            facts["global_adapter"] = client.keep_global(state)
     else:
         counts, facts = client.check_in(resumes=task.resumes)
     return build_reply(message, client.client_id, task.server_round, counts, facts)
 
 
 def _train(client: Client, task: Task, message: Message) -> Message:
-    state = _received_state(client, message)
+    state = _received_state(client, task, message)
     update, metrics, facts = client.train(
         task.server_round, state, task.local_round, task.local_sha256
     )
@@ -117,7 +120,7 @@ def _train(client: Client, task: Task, message: Message) -> Message:
 
 
 def _personalise(client: Client, task: Task, message: Message) -> Message:
-    state = _received_state(client, message)
+    state = _received_state(client, task, message)
     metrics, facts = client.personalise(
         task.server_round, state, task.local_round, task.local_sha256
     )
@@ -184,10 +187,13 @@ def _folders(task: Task, context: Context) -> tuple[Path, str]:
     return root, str(context.node_config.get("output-dir", "results"))
 
 
-def _received_state(client: Client, message: Message) -> AdapterState:
+def _received_state(client: Client, task: Task, message: Message) -> AdapterState:
+    """Return the global adapter that came with the message, or else was kept."""
     arrays = message.content.array_records.get(ADAPTER_RECORD)
+    if arrays is None and task.global_sha256:
+        return client.kept_global(task.global_sha256)
     if arrays is None:
-        raise MessageError("The server sent no global adapter.")
+        raise MessageError("The server sent no global adapter and named none.")
     return unpack_state(arrays, client.global_shapes(), "The server")
 
 

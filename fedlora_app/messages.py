@@ -57,7 +57,7 @@ CHECK_IN_COUNTS = (
 SHA256 = r"[0-9a-f]{64}"
 DECLARED_FACTS = {
     r"sha256/(universal|local)_train|sha256/(universal|local|conflict)(_validation)?": SHA256,
-    r"base_model|local_adapter": SHA256,
+    r"base_model|global_adapter|local_adapter": SHA256,
     r"device": r"[^\n]{1,200}",
     r"process": r"\d+, base model loaded \d+ times",
     r"findings": r"\[.*\]",
@@ -75,8 +75,9 @@ class Task:
     """What the server asks of a client, beside the adapter itself.
 
     ``local_round`` is the round whose local adapter the client continues from, -1 for none, and
-    ``local_sha256`` its hash. ``resumes`` tells that the run is continued, so that the client's
-    folder may be there already.
+    ``local_sha256`` its hash. ``global_sha256`` is that of the global adapter, which the client has
+    kept where the message does not bring it. ``resumes`` tells that the run is continued, so that
+    the client's folder may be there already.
     ``project_dir`` and ``output_dir`` hold for simulated nodes, which share the server's disk;
     others have folders of their own.
     """
@@ -85,6 +86,7 @@ class Task:
     server_round: int
     local_round: int
     local_sha256: str
+    global_sha256: str
     resumes: bool
     run_name: str
     project_dir: str

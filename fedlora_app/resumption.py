@@ -50,6 +50,12 @@ class Resumption:
                     newest[client] = (entry["round"], sha256)
         return newest
 
+    @property
+    def evaluated_clients(self) -> set[str]:
+        """Who evaluated the round after which the run goes on."""
+        entries = read_complete_history(self.saved.path, {self.after_round})
+        return {entry["client"] for entry in entries if entry["phase"] == "evaluate"}
+
     def with_changes(self, given: Config, num_rounds: int | None) -> Resumption:
         """Return the resumption with what may change taken from a configuration.
 

@@ -132,6 +132,7 @@ def build_check_in(settings: Settings) -> Task:
         server_round=CHECK_IN_ROUND,
         local_round=NO_LOCAL[0],
         local_sha256=NO_LOCAL[1],
+        global_sha256="",
         resumes=settings.resumption is not None,
         run_name=settings.run_name,
         project_dir=str(settings.root),
@@ -190,7 +191,7 @@ def _restore(
             flush=True,
         )
     if after == FRESH:
-        strategy.verify_clients(grid)
+        strategy.verify_clients(grid, None, set())
         return ArrayRecord()
     state = load_adapter(
         saved.adapter_folder(after),
@@ -200,8 +201,9 @@ def _restore(
         within=saved.path,
         sha256=resumption.global_sha256,
     )
-    arrays = strategy.restore(state, after, resumption.local_adapters)
-    strategy.verify_clients(grid)
+    sha256 = resumption.global_sha256
+    arrays = strategy.restore(state, sha256, after, resumption.local_adapters)
+    strategy.verify_clients(grid, arrays, resumption.evaluated_clients)
     return arrays
 
 

@@ -92,6 +92,8 @@ class GlobalAdapterFedAvg(FedAvg):
         self._run = run
         self._report = report
         self._global_state: AdapterState = {}
+        self._global_sha256 = ""
+        self._held: dict[str, str] = {}  # sha256 of the global adapter that a client has kept
         self._rounds_before = 0  # that an earlier process has completed
         self._locals: dict[str, tuple[int, str]] = dict.fromkeys(nodes, NO_LOCAL)
         self._adapter_hashes: dict[str, str] = {}
@@ -105,29 +107,43 @@ class GlobalAdapterFedAvg(FedAvg):
     def save_initial(self, state: AdapterState) -> ArrayRecord:
         """Keep the initial global adapter as that of round 0 and return it as arrays."""
         self._global_state = state
-        self._adapter_hashes = {GLOBAL: self._save_global(0)}
+        self._global_sha256 = self._save_global(0)
+        self._adapter_hashes = {GLOBAL: self._global_sha256}
         return pack_state(state)
 
     def restore(
-        self, state: AdapterState, after_round: int, local_adapters: dict[str, tuple[int, str]]
+        self,
+        state: AdapterState,
+        sha256: str,
+        after_round: int,
+        local_adapters: dict[str, tuple[int, str]],
     ) -> ArrayRecord:
         """Go on after a complete round, with its adapters; returns the global one as arrays.
 
         Flower counts the rounds that follow from 1 again; here they keep their own numbers.
         """
-        self._global_state = state
+        self._global_state, self._global_sha256 = state, sha256
         self._rounds_before = after_round
         self._locals |= local_adapters
         return pack_state(state)
 
-    def verify_clients(self, grid: Grid) -> None:
+    def verify_clients(self, grid: Grid, arrays: ArrayRecord | None, holders: set[str]) -> None:
         """Have every client check what it has kept, before anything is trained.
+
+        Args:
+            holders: who had kept the global adapter, and gets it again, whatever has become of it.
 
         Raises:
             RoundError: with what every client found wrong, together.
         """
         task = replace(self._task, server_round=CHECK_IN_ROUND)
-        messages = self._messages(task, None, MessageType.QUERY, self.serving_order)
+        messages = (
+            message
+            for client in self.serving_order
+            for message in self._messages(
+                task, arrays if client in holders else None, MessageType.QUERY, [client]
+            )
+        )
         faults = []
         for message in grid.send_and_receive(messages):
             client = self._clients_by_node.get(message.metadata.src_node_id, "an unknown node")
@@ -135,6 +151,7 @@ class GlobalAdapterFedAvg(FedAvg):
                 reply = read_reply(message, client, CHECK_IN_ROUND)
                 _require_base(reply)
                 self._require_same_base({client: reply.facts["base_model"]})
+                self._held[client] = reply.facts.get("global_adapter", "")
             except (MessageError, RoundError) as error:
                 faults.append(str(error))
         if faults:
@@ -179,7 +196,8 @@ class GlobalAdapterFedAvg(FedAvg):
             self._log_aggregation_error(server_round, mean)
             self._aggregation_seconds += time.monotonic() - started
             self._aggregation_metrics["aggregation_seconds"] = self._aggregation_seconds
-        self._adapter_hashes[GLOBAL] = self._save_global(server_round)
+        self._global_sha256 = self._save_global(server_round)
+        self._adapter_hashes[GLOBAL] = self._global_sha256
         return pack_state(self._global_state), None
 
     def configure_evaluate(
@@ -210,6 +228,7 @@ class GlobalAdapterFedAvg(FedAvg):
                 self._run.add_metrics(server_round, client, personalise.name, training)
             self._run.add_metrics(server_round, client, "evaluate", evaluation)
             self._note_local(reply, server_round)
+            self._held[client] = reply.facts.get("global_adapter", "")
             self._base_models[client] = reply.facts["base_model"]
             self._run.log_event("facts", round=server_round, client=client, **reply.facts)
         self._require(len(reports), len(self.nodes), server_round)
@@ -295,10 +314,13 @@ class GlobalAdapterFedAvg(FedAvg):
     def _messages(
         self, task: Task, arrays: ArrayRecord | None, message_type: str, order: list[str]
     ) -> Iterator[Message]:
+        """Yield each client's message; who holds the global adapter already gets its hash only."""
+        task = replace(task, global_sha256=self._global_sha256)
         for client in order:
             local_round, sha256 = self._locals[client]
             own = replace(task, client_id=client, local_round=local_round, local_sha256=sha256)
-            content = build_task_content(own, arrays)
+            is_held = self._global_sha256 and self._held.pop(client, "") == self._global_sha256
+            content = build_task_content(own, None if is_held else arrays)
             message = build_message(content, message_type, self.nodes[client])
             self._traffic.add(client, "down", message)
             yield message

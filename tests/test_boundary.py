@@ -221,7 +221,7 @@ class TestWhatLeavesAClient:
             facts |= set(json.loads(about["facts"]))
             assert not reply.metadata.group_id and not reply.has_error()
         assert facts == {
-            *("device", "process", "findings", "base_model", "local_adapter"),
+            *("device", "process", "findings", "base_model", "global_adapter", "local_adapter"),
             *("sha256/universal_train", "sha256/local_train"),
             *("sha256/universal", "sha256/local", "sha256/conflict", "sha256/local_validation"),
         }

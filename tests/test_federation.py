@@ -17,7 +17,13 @@ from safetensors.torch import load_file
 from fedlora_app import client as client_module
 from fedlora_app import model as model_module
 from fedlora_app.config import ConfigError
-from fedlora_app.messages import ABOUT_RECORD, METRIC_RECORD, UPDATE_RECORD, MessageError
+from fedlora_app.messages import (
+    ABOUT_RECORD,
+    METRIC_RECORD,
+    UPDATE_RECORD,
+    MessageError,
+    read_task,
+)
 from fedlora_app.report.pieces import read_pieces
 from fedlora_app.run_directory import RunDirectoryError
 from fedlora_app.strategy import GlobalAdapterFedAvg, RoundError
@@ -197,6 +203,8 @@ def test_no_local_adapter_is_in_any_message(tiny_project, tmp_path, monkeypatch)
     original = client_module.save_adapter
 
     def plant(folder, model, name, state, base_name):
+        if name == "global":
+            return original(folder, model, name, state, base_name)
         key = next(key for key in state if "lora_A" in key)
         state[key].fill_(planted)
         sha256 = original(folder, model, name, state, base_name)
@@ -352,8 +360,35 @@ def test_traffic_is_what_the_grid_saw(federation):
             assert total > counts[name]
     assert traffic[0, "ann"]["adapter_bytes_up"] == 0
     once = traffic[0, "ann"]["adapter_bytes_down"]
-    assert traffic[1, "ann"]["adapter_bytes_down"] == 2 * once
+    assert traffic[1, "ann"]["adapter_bytes_down"] == once
     assert traffic[1, "ann"]["adapter_bytes_up"] == once
+
+
+def test_an_average_is_sent_once_and_again_to_who_has_lost_it(tiny_project, tmp_path):
+    """A client keeps it for its next training; one that cannot fails that round only."""
+    config = build_tiny_config(federated={"num_rounds": 3, "min_clients": 1})
+    federation = Federation(tiny_project, tmp_path, config)
+    kept = tmp_path / "run" / "clients" / "bob" / "received" / WEIGHTS
+
+    def damage(message, reply):
+        task = read_task(message)
+        kind = message.metadata.message_type
+        if (task.client_id, task.server_round, kind) == ("bob", 1, "evaluate"):
+            kept.write_bytes(kept.read_bytes()[:-1] + b"!")
+        return reply
+
+    run = federation.run(tamper=damage)
+    brings = {}
+    for message in federation.grids[0].sent[2:]:
+        task = read_task(message)
+        key = task.client_id, task.server_round, message.metadata.message_type
+        brings[key] = bool(message.content.array_records)
+    assert all(arrays == (kind == "evaluate") for (_, _, kind), arrays in brings.items())
+    assert {key[:2] for key in brings} >= {("bob", 2), ("bob", 3)}
+    rounds = json.loads((run / "manifest.json").read_text())["rounds"]
+    assert [list(entry.get("failures", {})) for entry in rounds] == [[], [], ["bob"], []]
+    assert "received" in rounds[2]["failures"]["bob"]
+    assert not list(run.glob("clients/*/received"))
 
 
 def test_bf16_uploads_travel_as_half_the_bytes(tiny_project, tmp_path):
@@ -361,7 +396,7 @@ def test_bf16_uploads_travel_as_half_the_bytes(tiny_project, tmp_path):
     run = Federation(tiny_project, tmp_path, config).run()
     metrics = entries(run, "traffic")[-1]["metrics"]
     headers = 128 * len(server_state(run, 0))  # of the .npy format
-    payload = metrics["adapter_bytes_down"] / 2 - headers
+    payload = metrics["adapter_bytes_down"] - headers
     assert metrics["adapter_bytes_up"] - headers == payload / 2
 
 

@@ -58,7 +58,7 @@ class Traffic:
     least_up_per_client: int
     """The same update in two bytes a weight."""
     least_down_per_client: int
-    """The average once, in two bytes a weight."""
+    """The average in two bytes a weight."""
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ def _plan_traffic(config: Config, num_parameters: int) -> Traffic:
     upload = UPLOAD_BYTES[config.federated.upload_dtype]
     return Traffic(
         up_per_client=upload * num_parameters,
-        down_per_client=2 * FP32_BYTES * num_parameters,  # to train on, and the new average
+        down_per_client=FP32_BYTES * num_parameters,
         num_senders=len(training_clients(config)),
         num_receivers=len(config.client_ids),
         least_up_per_client=2 * num_parameters,

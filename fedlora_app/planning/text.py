@@ -112,8 +112,8 @@ def _describe_traffic(traffic: Traffic) -> str:
         f"Per round {format_size(up)} up from each of {traffic.num_senders} clients and "
         f"{format_size(down)} down to each of {traffic.num_receivers}, {format_size(total)} in "
         f"all; at least {format_size(traffic.least_up_per_client)} and "
-        f"{format_size(traffic.least_down_per_client)}, with two bytes a weight and the average "
-        "sent once. Local adapters never travel."
+        f"{format_size(traffic.least_down_per_client)}, with two bytes a weight. Local adapters "
+        "never travel."
     )
 
 
