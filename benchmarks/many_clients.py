@@ -22,12 +22,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.pipe import FIRST_NODE_ID, PipeGrid, answer_messages, start_clients
 from benchmarks.process import MIB, peak_bytes, reset_peak, resident_bytes
-from fedlora_app.adapters import (
-    AdaptedModel,
-    attach_adapters,
-    build_initial_state,
-    state_shapes,
-)
+from fedlora_app.adapters import AdaptedModel, attach_adapters, build_initial_state, state_shapes
 from fedlora_app.config import GLOBAL, Config
 from fedlora_app.grid import PacedGrid
 from fedlora_app.messages import (

@@ -1,4 +1,4 @@
-"""The two LoRA adapters: attached to the base, filled, switched, read and written.
+"""The two LoRA adapters: attached to the base, filled, switched, merged.
 
 The only module that imports PEFT. ``y = W0 x + s_G B_G A_G x + s_L B_L A_L x``, where the
 global pair (A_G, B_G) is averaged by the server and the local pair never leaves its client.
@@ -10,16 +10,10 @@ not name the adapter; so a state always travels and is stored together with its 
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from peft import (
@@ -32,33 +26,21 @@ from peft import (
 )
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from fedlora_app.config import GLOBAL, LOCAL, AdapterConfig, AdaptersConfig
 from fedlora_app.errors import MendableError
 from fedlora_app.model import LoadedModel
 from fedlora_app.seeds import derive_seed
-from fedlora_app.storage import WEIGHTS_FILE, hash_file, replace_folder
 
-CONFIG_FILE = "adapter_config.json"
-ROLE_KEY = "fedlora_role"
-FP32_BYTES = 4
-HEADER_LENGTH_BYTES = 8
-"""What a safetensors file begins with: the length of its table of contents."""
-MAX_HEADER_BYTES = 8 << 20
-"""Room for a table of some 50,000 tensors, beside their values."""
-MAX_CONFIG_BYTES = 1 << 20
 MAX_SHOWN_CHARS = 200
-FUSED_FORWARDS = "_fedlora_fused_forwards"
 PLAIN = "default"
 """PEFT's own name for an only adapter."""
 
 AdapterState = dict[str, torch.Tensor]
 AdaptedModel = PeftModel
-"""The base model with its adapters attached, for annotations elsewhere."""
+AdaptedLayer = LoraLayer
+"""The base model with its adapters attached and one module of it, for annotations elsewhere."""
 
 
 class AdapterError(MendableError):
@@ -206,7 +188,7 @@ def scaled_local(model: AdaptedModel, factor: float | torch.Tensor) -> Iterator[
     Args:
         factor: a number, or one for each row of the batch as (B, 1, 1).
     """
-    layers = _lora_layers(model, LOCAL)
+    layers = lora_layers(model, LOCAL)
     before = [layer.scaling[LOCAL] for layer in layers]
     for layer, scaling in zip(layers, before, strict=True):
         layer.scaling[LOCAL] = factor * scaling
@@ -217,52 +199,6 @@ def scaled_local(model: AdaptedModel, factor: float | torch.Tensor) -> Iterator[
             layer.scaling[LOCAL] = scaling
 
 
-def can_fuse_adapters(model: AdaptedModel, active: Iterable[str]) -> bool:
-    """Tell whether ``fused_adapters`` computes the same: without dropout it does."""
-    layers = _lora_layers(model)
-    dropouts = [layer.lora_dropout[n] for layer in layers for n in active if n in layer.lora_A]
-    return all(isinstance(dropout, torch.nn.Identity) for dropout in dropouts)
-
-
-@contextmanager
-def fused_adapters(model: AdaptedModel, active: Sequence[str]) -> Iterator[None]:
-    """Compute what several adapters add as one adapter of their joint rank, in the block.
-
-    s_G B_G A_G x + s_L B_L A_L x = [s_G B_G, s_L B_L] [A_G; A_L] x: two matrix products in the
-    input's dtype instead of four in the adapters'. The adapters' own parameters are what learns.
-
-    Raises:
-        AdapterError: an adapter has dropout, which would be one for both.
-    """
-    if not can_fuse_adapters(model, active):
-        raise AdapterError(
-            "Adapters with dropout cannot be fused. Set their dropout to 0, or "
-            "training.fused_adapters to false."
-        )
-    layers = _lora_layers(model)
-    for layer in layers:
-        names = tuple(name for name in active if name in layer.lora_A)
-        kept = layer.__dict__.setdefault(FUSED_FORWARDS, {})  # the same ones for torch.compile
-        layer.forward = kept.setdefault(names, partial(_forward_fused, layer, names))
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def _forward_fused(layer: LoraLayer, names: Sequence[str], inputs: torch.Tensor) -> torch.Tensor:
-    """Return W0 x + B A x with the joint A (r, in) and B (out, r) of several adapters."""
-    outputs = layer.base_layer(inputs)
-    if not names:
-        return outputs
-    scaled = [layer.scaling[name] * layer.lora_B[name].weight for name in names]
-    joint_b = torch.cat(scaled, dim=1).to(inputs.dtype)
-    joint_a = torch.cat([layer.lora_A[name].weight for name in names]).to(inputs.dtype)
-    inner = functional.linear(inputs, joint_a).flatten(0, -2)
-    return torch.addmm(outputs.flatten(0, -2), inner, joint_b.T).view(outputs.shape)
-
-
 def compute_overlap(model: AdaptedModel) -> torch.Tensor:
     """Return how much the adapters' input subspaces overlap, a differentiable scalar.
 
@@ -271,7 +207,7 @@ def compute_overlap(model: AdaptedModel) -> torch.Tensor:
     equation 7), made scale-free so that a smaller adapter alone does not lower it.
     """
     overlaps = []
-    for layer in _lora_layers(model, GLOBAL, LOCAL):
+    for layer in lora_layers(model, GLOBAL, LOCAL):
         a_global = layer.lora_A[GLOBAL].weight.detach().float()  # (r_G, in)
         a_local = layer.lora_A[LOCAL].weight.float()  # (r_L, in)
         sizes = a_global.square().sum() * a_local.square().sum()
@@ -290,22 +226,10 @@ def adapter_parameters(model: AdaptedModel, name: str) -> list[torch.nn.Paramete
     return [p for key, p in model.named_parameters() if any(mark in key for mark in marks)]
 
 
-def save_adapter(
-    folder: Path, model: AdaptedModel, name: str, state: AdapterState, base_name: str
-) -> str:
-    """Write a PEFT folder atomically and return its weights' sha256.
-
-    The folder loads with ``PeftModel.from_pretrained(base, folder)``.
-    """
-    check_state(state, state_shapes(model, name), f"{folder}")
-    with replace_folder(folder) as partial:
-        _write_peft_files(partial, model.peft_config[name], state, base_name, {ROLE_KEY: name})
-    return hash_file(folder / WEIGHTS_FILE)
-
-
-def save_plain_adapter(folder: Path, adapter: PlainAdapter, base_name: str) -> None:
-    """Write the two files of a PEFT folder, as PEFT itself would, into an existing folder."""
-    _write_peft_files(folder, adapter.peft_config, adapter.state, base_name, {"format": "pt"})
+def lora_layers(model: AdaptedModel, *names: str) -> list[LoraLayer]:
+    """Return the modules that hold all of these adapters."""
+    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
+    return [layer for layer in layers if set(names) <= set(layer.scaling)]
 
 
 def merge_into_base(base: PreTrainedModel, adapter: PlainAdapter) -> None:
@@ -322,7 +246,7 @@ def merge_into_base(base: PreTrainedModel, adapter: PlainAdapter) -> None:
     check_state(adapter.state, shapes, "the adapter to merge")
     set_peft_model_state_dict(model, adapter.state, adapter_name=PLAIN)
     embedding = base.get_input_embeddings().weight
-    for layer in _lora_layers(model, PLAIN):
+    for layer in lora_layers(model, PLAIN):
         weight = layer.get_base_layer().weight
         if weight is embedding:
             raise AdapterError(
@@ -332,128 +256,6 @@ def merge_into_base(base: PreTrainedModel, adapter: PlainAdapter) -> None:
         merged = weight.data.float() + layer.get_delta_weight(PLAIN).detach().float()
         weight.data.copy_(merged)
     detach_adapters(base)
-
-
-def load_adapter(
-    folder: Path,
-    model: AdaptedModel,
-    name: str,
-    base_name: str,
-    *,
-    within: Path | None = None,
-    sha256: str | None = None,
-) -> AdapterState:
-    """Read an adapter that was saved in this role, for this base and with these shapes.
-
-    Only safetensors and JSON are read, each once and after its size; other files are left alone.
-
-    Args:
-        within: the run directory that a link may not lead out of; the folder itself with None.
-        sha256: what the weight file's hash must be.
-
-    Raises:
-        AdapterError: the folder is missing, damaged or belongs to something else.
-    """
-    weights, config_path = folder / WEIGHTS_FILE, folder / CONFIG_FILE
-    shapes = state_shapes(model, name)
-    largest = MAX_HEADER_BYTES + sum(FP32_BYTES * shape.numel() for shape in shapes.values())
-    content, config = (
-        _read_adapter_file(path, limit, within or folder, name)
-        for path, limit in ((weights, largest), (config_path, MAX_CONFIG_BYTES))
-    )
-    found = hashlib.sha256(content).hexdigest()
-    if sha256 is not None and found != sha256:
-        raise AdapterError(
-            f"{weights} is not the file that was written: its sha256 begins with {found[:12]}, "
-            f"expected {sha256[:12]}. Restore it."
-        )
-    stored_base = _parse_object(config, config_path).get("base_model_name_or_path")
-    role, state = _parse_weights(content, weights)
-    if role != name:
-        found_role = str(role)[:MAX_SHOWN_CHARS]
-        raise AdapterError(f"{folder} holds the adapter of role {found_role!r}, expected {name!r}.")
-    if stored_base != base_name:
-        raise AdapterError(
-            f"{folder} was trained on the base model {str(stored_base)[:MAX_SHOWN_CHARS]!r}, and "
-            f"this run uses {base_name!r}."
-        )
-    for key, tensor in state.items():
-        if tensor.dtype != torch.float32:
-            raise AdapterError(f"{folder}: {key} holds {tensor.dtype}, expected torch.float32.")
-    check_state(state, shapes, str(folder))
-    return state
-
-
-def _read_adapter_file(path: Path, largest: int, within: Path, name: str) -> bytes:
-    """Return the content of a regular file that lies, links followed, inside ``within``."""
-    try:
-        if path.exists() and not path.resolve().is_relative_to(within.resolve()):
-            raise AdapterError(f"{path} is a link that leads out of {within}. Put a copy there.")
-        if not path.is_file():
-            raise AdapterError(
-                f"{path} does not exist or is no regular file. Expected a PEFT folder with "
-                f"{CONFIG_FILE} and {WEIGHTS_FILE}; a {name} adapter is never silently started "
-                "anew."
-            )
-        with path.open("rb") as file:
-            content = file.read(largest + 1)
-    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead to themselves
-        raise AdapterError(f"{path} cannot be read: {error}") from error
-    if len(content) > largest:
-        raise AdapterError(
-            f"{path} has more than {largest} bytes, which it cannot have with this rank and base "
-            "model. It is damaged, or another adapter's."
-        )
-    return content
-
-
-def _parse_object(content: bytes, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise AdapterError(f"{path} is damaged: it holds no object.")
-    return value
-
-
-def _parse_weights(content: bytes, path: Path) -> tuple[str | None, AdapterState]:
-    """Return the role that a safetensors file names, and its tensors sorted by key."""
-    try:
-        state = load(content)
-        size = int.from_bytes(content[:HEADER_LENGTH_BYTES], "little")
-        header = json.loads(content[HEADER_LENGTH_BYTES : HEADER_LENGTH_BYTES + size])
-        role = (header.get("__metadata__") or {}).get(ROLE_KEY)
-    except (SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
-        raise AdapterError(f"{path} is damaged: {error}") from error
-    return role, dict(sorted(state.items()))
-
-
-def _write_peft_files(
-    folder: Path,
-    config: LoraConfig,
-    state: AdapterState,
-    base_name: str,
-    metadata: dict[str, str],
-) -> None:
-    """Write configuration and weights, the same bytes for the same values.
-
-    Args:
-        metadata: one entry only, because safetensors orders several at random.
-    """
-    content = config.to_dict() | {
-        "base_model_name_or_path": base_name,
-        "inference_mode": True,
-        "target_modules": sorted(config.target_modules),
-    }
-    (folder / CONFIG_FILE).write_text(
-        json.dumps(content, indent=2, sort_keys=True, default=_jsonable) + "\n", encoding="utf-8"
-    )
-    tensors = {key: state[key].contiguous() for key in sorted(state)}
-    try:
-        save_file(tensors, folder / WEIGHTS_FILE, metadata=metadata)
-    except SafetensorError as error:  # a full disk, for one
-        raise OSError(errno.EIO, str(error), str(folder / WEIGHTS_FILE)) from error
 
 
 def _check_targets(base: PreTrainedModel, config: AdaptersConfig) -> None:
@@ -484,12 +286,6 @@ def _lora_config(config: AdapterConfig) -> LoraConfig:
     )
 
 
-def _lora_layers(model: AdaptedModel, *names: str) -> list[LoraLayer]:
-    """Return the modules that hold all of these adapters."""
-    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
-    return [layer for layer in layers if set(names) <= set(layer.scaling)]
-
-
 def _parameters(model: AdaptedModel, name: str) -> AdapterState:
     return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
 
@@ -499,7 +295,3 @@ def _first(names: list[str]) -> str:
         return ""
     first = names[0] if names[0].isprintable() else ascii(names[0])
     return f" ({first[:MAX_SHOWN_CHARS]}{', ...' if len(names) > 1 else ''})"
-
-
-def _jsonable(value: object) -> object:
-    return sorted(value) if isinstance(value, set) else str(value)

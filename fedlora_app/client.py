@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from fedlora_app import model as model_module
+from fedlora_app.adapter_files import load_adapter, save_adapter
 from fedlora_app.adapters import (
     AdaptedModel,
     AdapterError,
@@ -25,8 +26,6 @@ from fedlora_app.adapters import (
     attach_once,
     build_initial_state,
     get_state,
-    load_adapter,
-    save_adapter,
     set_state,
     state_shapes,
 )

@@ -16,13 +16,8 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError
 
-from fedlora_app.adapters import (
-    AdapterState,
-    PlainAdapter,
-    attach_adapters,
-    merge_into_base,
-    save_plain_adapter,
-)
+from fedlora_app.adapter_files import save_plain_adapter
+from fedlora_app.adapters import AdapterState, PlainAdapter, attach_adapters, merge_into_base
 from fedlora_app.config import GLOBAL, LOCAL
 from fedlora_app.errors import MendableError
 from fedlora_app.model import (

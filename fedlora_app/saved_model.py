@@ -11,13 +11,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedlora_app.adapter_files import load_adapter
 from fedlora_app.adapters import (
     AdaptedModel,
     AdapterState,
     activate,
     attach_once,
     base_only,
-    load_adapter,
     scaled_local,
     set_state,
 )

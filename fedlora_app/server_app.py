@@ -18,13 +18,8 @@ from typing import Any
 from flwr.app import ArrayRecord, Context, MessageType, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from fedlora_app.adapters import (
-    AdaptedModel,
-    attach_adapters,
-    build_initial_state,
-    load_adapter,
-    state_shapes,
-)
+from fedlora_app.adapter_files import load_adapter
+from fedlora_app.adapters import AdaptedModel, attach_adapters, build_initial_state, state_shapes
 from fedlora_app.config import GLOBAL, LOCAL, Config, ConfigError
 from fedlora_app.config_file import load_config
 from fedlora_app.grid import PacedGrid, build_message

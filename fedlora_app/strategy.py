@@ -16,13 +16,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from fedlora_app.adapters import (
-    AdaptedModel,
-    AdapterError,
-    AdapterState,
-    save_adapter,
-    state_shapes,
-)
+from fedlora_app.adapter_files import save_adapter
+from fedlora_app.adapters import AdaptedModel, AdapterError, AdapterState, state_shapes
 from fedlora_app.aggregation import AggregationError, WeightedMean
 from fedlora_app.aggregation_error import ProductSketch
 from fedlora_app.config import GLOBAL, LOCAL, Config

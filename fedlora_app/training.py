@@ -16,15 +16,9 @@ from itertools import count, islice
 
 import torch
 
-from fedlora_app.adapters import (
-    AdaptedModel,
-    activate,
-    adapter_parameters,
-    can_fuse_adapters,
-    compute_overlap,
-    fused_adapters,
-)
+from fedlora_app.adapters import AdaptedModel, activate, adapter_parameters, compute_overlap
 from fedlora_app.config import GLOBAL, LOCAL, Config, TrainingConfig
+from fedlora_app.fused import can_fuse_adapters, fused_adapters
 from fedlora_app.kernels import apply_liger_kernels, compiled_layers
 from fedlora_app.losses import compute_losses
 from fedlora_app.memory import read_free_memory, read_peak_memory, reset_peak_memory

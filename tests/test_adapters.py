@@ -8,6 +8,7 @@ from conftest import build_tiny_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from fedlora_app.adapter_files import load_adapter, save_adapter
 from fedlora_app.adapters import (
     AdapterError,
     activate,
@@ -17,8 +18,6 @@ from fedlora_app.adapters import (
     build_initial_state,
     compute_overlap,
     get_state,
-    load_adapter,
-    save_adapter,
     scaled_local,
     set_state,
     state_shapes,

@@ -38,7 +38,7 @@ LAYERS = [
         "adapters",
         "evaluation.questions",
     },
-    {"packing", "losses"},
+    {"packing", "losses", "adapter_files", "fused"},
     {
         "training",
         "gate",

@@ -32,14 +32,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from fedlora_app.adapters import (
-    AdapterError,
-    attach_adapters,
-    build_initial_state,
-    load_adapter,
-    save_adapter,
-    state_shapes,
-)
+from fedlora_app.adapter_files import load_adapter, save_adapter
+from fedlora_app.adapters import AdapterError, attach_adapters, build_initial_state, state_shapes
 from fedlora_app.client_data import load_client_files, tokenize_client_files
 from fedlora_app.config import LOCAL, AdaptersConfig, Config, ConfigError
 from fedlora_app.config_file import load_config, parse_config

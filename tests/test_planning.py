@@ -21,15 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, T5Config
 
 from fedlora_app import command, packing
-from fedlora_app.adapters import (
-    AdapterError,
-    activate,
-    adapter_parameters,
-    attach_adapters,
-    fused_adapters,
-)
+from fedlora_app.adapters import AdapterError, activate, adapter_parameters, attach_adapters
 from fedlora_app.config import GLOBAL, LOCAL, AdaptersConfig, TrainingConfig
 from fedlora_app.config_file import load_config
+from fedlora_app.fused import fused_adapters
 from fedlora_app.losses import token_losses
 from fedlora_app.model import ModelError, build_empty_model
 from fedlora_app.planning.advice import apply_change

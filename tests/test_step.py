@@ -30,12 +30,11 @@ from fedlora_app.adapters import (
     activate,
     adapter_parameters,
     attach_adapters,
-    can_fuse_adapters,
-    fused_adapters,
     get_state,
     set_state,
 )
 from fedlora_app.config import GLOBAL, LOCAL, AdaptersConfig, TrainingConfig
+from fedlora_app.fused import can_fuse_adapters, fused_adapters
 from fedlora_app.losses import compute_losses, token_losses
 from fedlora_app.messages import MessageError
 from fedlora_app.packing import PackingError, pack, packed_attention, split_into_packs

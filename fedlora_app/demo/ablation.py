@@ -20,7 +20,8 @@ from pathlib import Path
 import datasets
 import transformers
 
-from fedlora_app.adapters import AdapterState, attach_adapters, load_adapter
+from fedlora_app.adapter_files import load_adapter
+from fedlora_app.adapters import AdapterState, attach_adapters
 from fedlora_app.client import Client
 from fedlora_app.client_evaluation import Metrics
 from fedlora_app.config import GLOBAL, Config, ConfigError

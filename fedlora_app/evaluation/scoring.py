@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from fedlora_app.adapters import AdaptedModel, scaled_local
+from fedlora_app.fused import fused_answering
 from fedlora_app.gate import Gate
 from fedlora_app.losses import LOGIT_ROWS
 from fedlora_app.tokens import encode_answer, encode_prompt
@@ -96,34 +97,37 @@ def score_prompts(
     for row in rows:
         rows_left[row.prompt] += 1
     done = sum(not p.candidates and not p.generates for p in prompts)
-    for batch in _batches(rows, batch_size):
-        with _gated(model, gate, [row.prompt_ids for row in batch]):
-            scored = _score_rows(model, tokenizer, batch)
-        for row, scores in zip(batch, scored, strict=True):
-            for candidate, ids, (total, is_greedy) in zip(
-                row.candidates, row.answer_ids, scores, strict=True
-            ):
-                totals[row.prompt][candidate] = total
-                if is_greedy and len(ids) <= max_new_tokens:
-                    greedy[row.prompt] = ids
-            rows_left[row.prompt] -= 1
-            is_answered = row.prompt in greedy or not prompts[row.prompt].generates
-            done += rows_left[row.prompt] == 0 and is_answered
-        if progress is not None:
-            progress(done)
-    waiting = [i for i, p in enumerate(prompts) if p.generates and i not in greedy]
-    generated = {i: _decode(tokenizer, ids) for i, ids in greedy.items() if prompts[i].generates}
-    stop_ids = _stop_ids(tokenizer, prompts)
-    waiting.sort(key=lambda index: len(prompt_ids[index]))
-    for start in range(0, len(waiting), batch_size):
-        indices = waiting[start : start + batch_size]
-        batch_ids = [prompt_ids[index] for index in indices]
-        with _gated(model, gate, batch_ids):
-            texts = _generate(model, tokenizer, batch_ids, stop_ids, max_new_tokens)
-        generated.update(zip(indices, texts, strict=True))
-        done += len(indices)
-        if progress is not None:
-            progress(done)
+    with fused_answering(model):
+        for batch in _batches(rows, batch_size):
+            with _gated(model, gate, [row.prompt_ids for row in batch]):
+                scored = _score_rows(model, tokenizer, batch)
+            for row, scores in zip(batch, scored, strict=True):
+                for candidate, ids, (total, is_greedy) in zip(
+                    row.candidates, row.answer_ids, scores, strict=True
+                ):
+                    totals[row.prompt][candidate] = total
+                    if is_greedy and len(ids) <= max_new_tokens:
+                        greedy[row.prompt] = ids
+                rows_left[row.prompt] -= 1
+                is_answered = row.prompt in greedy or not prompts[row.prompt].generates
+                done += rows_left[row.prompt] == 0 and is_answered
+            if progress is not None:
+                progress(done)
+        waiting = [i for i, p in enumerate(prompts) if p.generates and i not in greedy]
+        generated = {
+            i: _decode(tokenizer, ids) for i, ids in greedy.items() if prompts[i].generates
+        }
+        stop_ids = _stop_ids(tokenizer, prompts)
+        waiting.sort(key=lambda index: len(prompt_ids[index]))
+        for start in range(0, len(waiting), batch_size):
+            indices = waiting[start : start + batch_size]
+            batch_ids = [prompt_ids[index] for index in indices]
+            with _gated(model, gate, batch_ids):
+                texts = _generate(model, tokenizer, batch_ids, stop_ids, max_new_tokens)
+            generated.update(zip(indices, texts, strict=True))
+            done += len(indices)
+            if progress is not None:
+                progress(done)
     return [Answered(tuple(totals[i]), generated.get(i, "")) for i in range(len(prompts))]
 
 
@@ -146,7 +150,7 @@ def generate_answer(
     """
     model.eval()
     stop_ids = _stop_ids(tokenizer, [Prompt("", "?")])
-    with _gated(model, gate, [gate_ids or prompt_ids]):
+    with fused_answering(model), _gated(model, gate, [gate_ids or prompt_ids]):
         (text,) = _generate(model, tokenizer, [prompt_ids], stop_ids, max_new_tokens, streamer)
     return text
 
