@@ -42,7 +42,7 @@ from fedlora_app.config import GLOBAL, LOCAL, ClientConfig, Config, ConfigError,
 from fedlora_app.data import DataError
 from fedlora_app.evaluation.linter import Finding, describe_findings, lint
 from fedlora_app.kernels import find_missing_kernels
-from fedlora_app.memory import read_peak_memory, reset_peak_memory
+from fedlora_app.memory import is_out_of_memory, read_peak_memory, reset_peak_memory
 from fedlora_app.model import (
     LoadedModel,
     ModelError,
@@ -373,7 +373,10 @@ class Client:
             )
             selected += select_examples(self.config, client_id, examples, phase, server_round)
             num_steps += count_phase_steps(self.config, examples, phase)
-        training = settle_checkpointing(self.config, model, phase, selected)
+        kind = (self.run_dir, phase.name)
+        training = loaded.smaller_batches.get(kind) or settle_checkpointing(
+            self.config, model, phase, selected
+        )
         num_rounds = self.config.federated.num_rounds
         # Where the local adapter stands alone there is no global one that it could spoil.
         is_beside = GLOBAL in phase.active
@@ -400,12 +403,15 @@ class Client:
         before = {name: get_state(model, name) for name in phase.trainable}
         try:
             return train(training)
-        except torch.OutOfMemoryError:
-            pass  # outside this block, so that the exception's frames let go of their tensors
-        smaller = use_less_memory(training)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside that block, so that the exception's frames have let go of their tensors.
+        smaller = loaded.smaller_batches[kind] = use_less_memory(training)
         print(
-            f"{what}: out of memory with batches of {training.batch_size}; once more with "
-            f"{smaller.batch_size} x {smaller.gradient_accumulation_steps} and checkpointing.",
+            f"{what}: out of memory with batches of {training.batch_size}; once more, as in the "
+            f"rounds to come, with {smaller.batch_size} x {smaller.gradient_accumulation_steps} "
+            "and checkpointing.",
             flush=True,
         )
         for name, state in before.items():
@@ -413,7 +419,9 @@ class Client:
         torch.cuda.empty_cache()
         try:
             return replace(train(smaller), memory_retries=1)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise TrainingError(
                 f"{what}: out of memory, also with batches of {smaller.batch_size} and gradient "
                 "checkpointing. Lower training.max_seq_length or the adapters' ranks."

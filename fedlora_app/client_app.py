@@ -12,6 +12,9 @@ import os
 # this stands in the environment before Ray starts. Flower imports this module before that.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Packed batches have ever other lengths, and pieces of fixed size would not fit the next one.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its name before torch 2.9
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import sys
 import traceback
@@ -28,6 +31,7 @@ from fedlora_app.adapters import AdapterError, AdapterState
 from fedlora_app.client import Client
 from fedlora_app.config import Config, ConfigError
 from fedlora_app.data import DataError
+from fedlora_app.memory import is_out_of_memory
 from fedlora_app.messages import (
     ADAPTER_RECORD,
     MessageError,
@@ -143,13 +147,13 @@ def _answer(message: Message, context: Context, handle: Handler) -> Message:
         return handle(Client(config, client_id, run_dir, root), task, message)
     except EXPLAINED_ERRORS as error:
         return build_error_reply(message, client_id, str(error))
-    except torch.OutOfMemoryError:
-        why = "out of memory outside of training. Lower evaluation.batch_size, or see fedlora plan"
-        return build_error_reply(message, client_id, why)
     except OSError as error:
         what = f"{error.strerror or type(error).__name__}: {error.filename or 'a file'}"
         return build_error_reply(message, client_id, what)
     except Exception as error:
+        if is_out_of_memory(error):
+            why = "out of memory outside of training. Lower evaluation.batch_size, or see fedlora "
+            return build_error_reply(message, client_id, why + "plan")
         traceback.print_exc()  # here and not in the reply: its text may hold anything
         why = f"{type(error).__name__} in {type(error).__module__}; this client's log has the rest"
         return build_error_reply(message, client_id, why)
@@ -214,6 +218,7 @@ def _set_up_process(config: Config) -> None:
     torch.set_num_threads(max(1, (cpus or 1) // config.federated.clients_at_once))
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # time for what is overwritten
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape of a packed batch
     os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # read by transformers
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()

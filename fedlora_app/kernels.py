@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import shutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
+from types import MethodType
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from fedlora_app.config import TrainingConfig
@@ -19,7 +22,7 @@ from fedlora_app.model import ModelError
 
 COMPILERS = ("c++", "g++", "clang++")
 COMPILED = "_fedlora_compiled"
-"""Where a layer keeps what it was compiled to."""
+"""Where a layer keeps its compiled forward."""
 
 _patched: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
@@ -75,10 +78,25 @@ def compiled_layers(base: PreTrainedModel) -> Iterator[None]:
     layers = list(base.base_model.layers)
     for layer in layers:
         if COMPILED not in layer.__dict__:
-            layer.__dict__[COMPILED] = torch.compile(layer._call_impl, dynamic=True)
-        layer._compiled_call_impl = layer.__dict__[COMPILED]
+            layer.__dict__[COMPILED] = _compile_forward(layer)
+        layer.__dict__["forward"] = layer.__dict__[COMPILED]
     try:
         yield
     finally:
         for layer in layers:
-            layer._compiled_call_impl = None
+            del layer.__dict__["forward"]
+
+
+def _compile_forward(layer: torch.nn.Module) -> Callable[..., torch.Tensor]:
+    """Return a layer's forward, compiled inside of its checkpoint where it has one."""
+    plain = type(layer).forward
+    if plain.__code__.co_name == "forward_with_checkpointing":  # of transformers
+        plain = plain.__wrapped__
+    compiled = torch.compile(MethodType(plain, layer), dynamic=True)
+
+    def forward(*args: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        if getattr(layer, "gradient_checkpointing", False) and layer.training:
+            return checkpoint(partial(compiled, **kwargs), *args, use_reentrant=False)
+        return compiled(*args, **kwargs)
+
+    return forward

@@ -15,14 +15,25 @@ MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes; getrusage(2)
 def read_free_memory(device: torch.device) -> int:
     """Return the bytes that torch could still allocate on a GPU, or this process on a CPU."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
+        torch.cuda.empty_cache()  # of pieces, which are no whole
+        free, total = torch.cuda.mem_get_info(device)
+        cap = torch.cuda.get_per_process_memory_fraction(device) * total
+        reserved = torch.cuda.memory_reserved(device)
+        unused = reserved - torch.cuda.memory_allocated(device)
+        return min(free, int(cap) - reserved) + unused
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         sizes = dict(line.split(":", 1) for line in lines)
         return int(sizes["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):  # no Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether a card's memory was too small, whoever of torch and its libraries says so."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        text in str(error) for text in ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    )
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -6,10 +6,11 @@ reads the model's configuration and allocates no weights.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from fedlora_app.chat_template import find_template_fault
-from fedlora_app.config import ModelConfig
+from fedlora_app.config import ModelConfig, TrainingConfig
 from fedlora_app.errors import MendableError
 from fedlora_app.host_embedding import SHARED_WEIGHTS, move_embedding_to_host
 from fedlora_app.quantised_copy import QuantisedCopy
@@ -50,6 +51,8 @@ class LoadedModel:
     fingerprint: str
     adapted: Any = None
     """The model with its adapters and their configuration, kept here so that both go together."""
+    smaller_batches: dict[Any, TrainingConfig] = field(default_factory=dict)
+    """The settings with which a kind of phase fitted into memory, after it once had not."""
 
 
 _resident: dict[str, LoadedModel] = {}
@@ -66,7 +69,7 @@ def load_base_model(config: ModelConfig, root: Path) -> LoadedModel:
     global num_loads
     key = config.model_dump_json() + str(root)
     if key not in _resident:
-        _resident.clear()  # never two base models in memory
+        _let_go()
         tokenizer = load_tokenizer(config, root)
         model = _load(config, root)
         num_loads += 1
@@ -78,6 +81,14 @@ def load_base_model(config: ModelConfig, root: Path) -> LoadedModel:
     return _resident[key]
 
 
+def _let_go() -> None:
+    """Free the resident model, which refers to itself, so that there are never two in memory."""
+    _resident.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def load_unquantised_model(config: ModelConfig, root: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Return the base model on the CPU, a copy of its own that may be changed.
 
@@ -86,7 +97,7 @@ def load_unquantised_model(config: ModelConfig, root: Path, dtype: torch.dtype) 
     Raises:
         ModelError: it is not there.
     """
-    _resident.clear()  # never two base models in memory
+    _let_go()
     kwargs = {"dtype": dtype, "device_map": {"": "cpu"}, "use_safetensors": True}
     return _from_pretrained(AutoModelForCausalLM, config, root, **kwargs).eval()
 

@@ -23,15 +23,12 @@ from fedlora_app.kernels import apply_liger_kernels, compiled_layers
 from fedlora_app.losses import compute_losses
 from fedlora_app.memory import read_free_memory, read_peak_memory, reset_peak_memory
 from fedlora_app.model import compute_dtype, uses_4bit
+from fedlora_app.optimizer import fresh_optimizer
 from fedlora_app.packing import ATTENTION, packed_attention, split_into_packs
 from fedlora_app.planning.memory import MicroBatch, Numerics, PlanError, predict_step_bytes
 from fedlora_app.rounds import Phase
 from fedlora_app.seeds import derive_seed
 from fedlora_app.tokens import Example
-
-# The optimizer starts afresh in every phase, because the server has moved what it tracks;
-# the usual 0.999 would still be warming up when a short phase ends.
-ADAM_BETAS = (0.9, 0.99)
 
 USABLE_SHARE = 0.9  # of the free memory; the rest is lost to fragmentation
 
@@ -146,12 +143,15 @@ def train_phase(
     reset_peak_memory(model.device)
     checkpointing = training.gradient_checkpointing is True
     _set_checkpointing(model, checkpointing)
-    optimizer = _build_optimizer(model, training, {n: weight_decays[n] for n in trainable})
     protects_global = tuple(trainable) == (LOCAL,) and GLOBAL in active and _has_penalty(training)
     penalised = training if protects_global else None
     total = _Tally()
     started = time.monotonic()
-    with _training_forward(model, training, active):
+    decays = {name: weight_decays[name] for name in trainable}
+    with (
+        _training_forward(model, training, active),
+        fresh_optimizer(model, training, decays) as optimizer,
+    ):
         torch.manual_seed(seed)
         batches = islice(_step_batches(examples, training, seed), num_steps)
         for step, batch in enumerate(batches):
@@ -286,21 +286,6 @@ def _step_batches(
         random.Random(derive_seed(seed, "shuffle", epoch)).shuffle(order)
         for start in range(0, len(order), per_step):
             yield [examples[index] for index in order[start : start + per_step]]
-
-
-def _build_optimizer(
-    model: AdaptedModel, training: TrainingConfig, weight_decays: dict[str, float]
-) -> torch.optim.Optimizer:
-    """Return AdamW over the trainable adapters, one parameter group each."""
-    groups = [
-        {"params": adapter_parameters(model, name), "weight_decay": weight_decay}
-        for name, weight_decay in weight_decays.items()
-    ]
-    if training.optimizer == "paged_adamw_8bit":
-        from bitsandbytes.optim import PagedAdamW8bit
-
-        return PagedAdamW8bit(groups, lr=training.learning_rate, betas=ADAM_BETAS)
-    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=ADAM_BETAS, fused=True)
 
 
 def _set_checkpointing(model: AdaptedModel, wanted: bool) -> None:

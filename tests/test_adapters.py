@@ -23,6 +23,7 @@ from fedlora_app.adapters import (
     state_shapes,
 )
 from fedlora_app.config import GLOBAL, LOCAL, AdaptersConfig
+from fedlora_app.fused import fused_answering
 
 INPUT_IDS = torch.arange(1, 13).reshape(2, 6)
 
@@ -219,3 +220,29 @@ def test_adapters_may_sit_on_different_modules(tiny_model):
                 scales[name] = module.scaling[LOCAL]
     assert scales and all("q_proj" in name for name in scales)
     assert set(scales.values()) == {0.5 * config.local.alpha / 2}
+
+
+def test_fused_answers_are_those_of_peft_at_every_scale(adapted):
+    """Numbers, one for each row, none for a while: what a gate and its fitting make of a batch."""
+    ids = torch.randint(3, 200, (3, 7), generator=torch.Generator().manual_seed(1))
+    factors = (1.0, 0.0, 0.5, torch.tensor([0.0, 1.0, 2.5])[:, None, None])
+
+    def answer():
+        logits = []
+        for factor in factors:
+            with scaled_local(adapted, factor):
+                logits.append(adapted(ids).logits)
+        with base_only(adapted):
+            logits.append(adapted(ids).logits)
+        return [*logits, adapted(ids).logits]
+
+    with torch.inference_mode():
+        for active in ((GLOBAL,), (LOCAL,), (GLOBAL, LOCAL)):
+            activate(adapted, active)
+            expected = answer()
+            with fused_answering(adapted):
+                found = answer()
+            for ours, theirs in zip(found, expected, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+            assert (expected[-1] - expected[-2]).abs().max() > 0.01
+    assert not any("forward" in module.__dict__ for module in adapted.modules())

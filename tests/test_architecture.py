@@ -38,7 +38,7 @@ LAYERS = [
         "adapters",
         "evaluation.questions",
     },
-    {"packing", "losses", "adapter_files", "fused"},
+    {"packing", "losses", "adapter_files", "fused", "optimizer"},
     {
         "training",
         "gate",

@@ -30,6 +30,7 @@ from fedlora_app.adapters import (
     activate,
     adapter_parameters,
     attach_adapters,
+    build_initial_state,
     get_state,
     set_state,
 )
@@ -463,28 +464,41 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled_layers_train_as_plain_ones_and_are_compiled_once(adapted):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_train_as_plain_ones_and_are_compiled_once(
+    tokenizer, adapters_config, checkpointing
+):
+    """More layers than torch.compile makes graphs of one function, and both kinds of phases."""
+    from torch._dynamo import config as dynamo
     from torch._dynamo.utils import counters
 
-    counters.clear()
-    examples, start = build_examples(LENGTHS), get_state(adapted, LOCAL)
+    base = build_tiny_model(len(tokenizer), num_hidden_layers=4)
+    model = attach_adapters(base, adapters_config)
+    start = {name: build_initial_state(model, name, 1) for name in BOTH}
+    settings = {"max_seq_length": 128, "gradient_checkpointing": checkpointing}
     outcomes, graphs = [], []
-    for compiles in (False, True, True):
-        set_state(adapted, LOCAL, start)
-        settings = TrainingConfig(compile=compiles, max_seq_length=128)
-        result = train_phase(
-            adapted,
-            examples,
-            settings,
-            active=BOTH,
-            trainable=(LOCAL,),
-            num_steps=2,
-            run_span=(0.0, 1.0),
-            weight_decays={LOCAL: 0.0},
-            seed=1,
-        )
-        outcomes.append(result.train_loss)
-        graphs.append(counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    counters.clear()
+    with dynamo.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):
+        for compiles in (False, True, True):
+            for name, state in start.items():
+                set_state(model, name, state)
+            losses = [
+                train_phase(
+                    model,
+                    build_examples(LENGTHS),
+                    TrainingConfig(compile=compiles, **settings),
+                    active=active,
+                    trainable=trainable,
+                    num_steps=2,
+                    run_span=(0.0, 1.0),
+                    weight_decays=dict.fromkeys(BOTH, 0.0),
+                    seed=1,
+                ).train_loss
+                for active, trainable in (((GLOBAL,), (GLOBAL,)), (BOTH, (LOCAL,)))
+            ]
+            outcomes.append(losses)
+            graphs.append(counters["stats"]["unique_graphs"])
     assert outcomes[1] == outcomes[2] == pytest.approx(outcomes[0], rel=1e-5)
     assert 0 == graphs[0] < graphs[1] == graphs[2]
-    assert all(layer._compiled_call_impl is None for layer in adapted.get_base_model().model.layers)
+    assert not any("forward" in layer.__dict__ for layer in base.model.layers)

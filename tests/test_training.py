@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedlora_app import losses as losses_module
+from fedlora_app import optimizer
 from fedlora_app.adapters import (
     activate,
     adapter_parameters,
@@ -274,6 +275,37 @@ def test_the_peak_of_memory_covers_what_was_held_at_once(adapted):
     held = torch.ones(2**24)  # 64 MiB, so that the process cannot have taken less
     result = train(adapted, build_examples(4))
     assert held.nbytes < result.peak_memory_bytes < 2**40
+
+
+def test_pages_of_one_phase_serve_the_next(adapted, monkeypatch):
+    """bitsandbytes takes them from CUDA and gives none back; what they held is forgotten."""
+    from bitsandbytes import functional
+    from bitsandbytes.optim import PagedAdamW8bit
+
+    made = []
+
+    def make(self, p, dtype=torch.float32):
+        made.append(torch.zeros_like(p, dtype=dtype))
+        made[-1].is_paged = True
+        return made[-1]
+
+    monkeypatch.setattr(PagedAdamW8bit, "get_state_buffer", make)
+    monkeypatch.setattr(functional, "prefetch_tensor", lambda page: None)
+    monkeypatch.setattr(functional, "fill", lambda page, value: page.fill_(value))
+    optimizer._unused_pages.clear()
+    start, outcomes, counts = get_state(adapted, LOCAL), [], []
+    for _ in range(3):
+        set_state(adapted, LOCAL, start)
+        settings = {"optimizer": "paged_adamw_8bit"}
+        train(adapted, build_examples(8), trainable=(LOCAL,), settings=settings)
+        outcomes.append(get_state(adapted, LOCAL))
+        counts.append(len(made))
+    assert counts == [2 * len(start)] * 3
+    for outcome in outcomes[1:]:
+        assert all(torch.equal(outcome[key], outcomes[0][key]) for key in start)
+    assert not torch.equal(
+        *(torch.cat([t.flatten() for t in s.values()]) for s in (start, outcome))
+    )
 
 
 @pytest.mark.gpu
