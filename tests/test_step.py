@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -464,22 +465,26 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "num_layers", "checkpointing"),
+    [("aot_eager", 10, False), ("aot_eager", 10, True), ("inductor", 2, True)],
+)
 def test_compiled_layers_train_as_plain_ones_and_are_compiled_once(
-    tokenizer, adapters_config, checkpointing
+    tokenizer, adapters_config, monkeypatch, backend, num_layers, checkpointing
 ):
-    """More layers than torch.compile makes graphs of one function, and both kinds of phases."""
+    """Both kinds of phases, and more layers than torch.compile makes graphs of one function."""
     from torch._dynamo import config as dynamo
     from torch._dynamo.utils import counters
 
-    base = build_tiny_model(len(tokenizer), num_hidden_layers=4)
+    base = build_tiny_model(len(tokenizer), num_hidden_layers=num_layers)
     model = attach_adapters(base, adapters_config)
     start = {name: build_initial_state(model, name, 1) for name in BOTH}
     settings = {"max_seq_length": 128, "gradient_checkpointing": checkpointing}
     outcomes, graphs = [], []
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch._dynamo.reset()
     counters.clear()
-    with dynamo.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):
+    with dynamo.patch(fail_on_recompile_limit_hit=True):
         for compiles in (False, True, True):
             for name, state in start.items():
                 set_state(model, name, state)

@@ -20,8 +20,6 @@ ADAM_BYTES = {"adamw": 8, "paged_adamw_8bit": 2}
 """Of the optimizer's two moments, per parameter that learns."""
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 """Per weight: four bits, a quantised scale per 64 weights, an fp32 one per 256 of those."""
-DEQUANTISED_COPIES = 2
-"""Of the largest linear weight, in the dtype of the computation, while it is multiplied."""
 CHUNK_ROWS = 256
 """Answer positions whose logits are held at a time."""
 LOGIT_BYTES = 6
@@ -38,6 +36,8 @@ INPUT_GROUPS = (
 USUAL_PADDING = 1.25
 """Attention's padded tokens for each real one, between 1 and 2 and mostly near 1."""
 ADAPTERS = "adapters"
+CUBLAS_BYTES = 2 * 8 * 4096 * 1024
+"""What CUBLAS_WORKSPACE_CONFIG asks for, for the forward pass and for autograd's thread."""
 CONTEXT_BYTES = 500_000_000
 """What CUDA takes for itself; outside of what torch counts."""
 RESERVE = 0.05
@@ -240,6 +240,7 @@ def predict_phase(
         items=tuple(items),
         outside=(
             Item("CUDA context", CONTEXT_BYTES, "assumed"),
+            Item("cuBLAS workspaces", CUBLAS_BYTES, "assumed"),
             Item("allocator's reserve", round(RESERVE * peak), f"assumed, {RESERVE:.0%}"),
         ),
         host=(*host, *([embedding] if numerics.embedding_on_cpu else [])),
@@ -300,7 +301,7 @@ def _step_bytes(
     )
     layer = step.layer_bytes
     if numerics.is_4bit:
-        layer += DEQUANTISED_COPIES * largest_linear * width
+        layer += largest_linear * width  # as it is while it is multiplied
     holds_together = training.local_kl_weight > 0 and phase == Phase(BOTH, (LOCAL,), "local")
     loss = _loss_bytes(shape, batch, width, DIVERGENCE_BYTES if holds_together else LOGIT_BYTES)
     return step.kept_bytes, layer, loss
