@@ -18,12 +18,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks.plain_trainer import build_phase
+from benchmarks.plain_trainer import PHASE_SEED, build_phase
 from benchmarks.process import MIB
 from benchmarks.random_nf4 import make_random_nf4
 from benchmarks.toy_models import QWEN_7B, ROOT, build_examples, draw_lengths
@@ -46,7 +47,7 @@ from fedlora_app.planning.plan import parse_memory
 from fedlora_app.planning.sizes import measure_sizes
 from fedlora_app.rounds import Phase, plan_round
 from fedlora_app.tokens import Example
-from fedlora_app.training import settle_checkpointing, tokens_per_micro_batch
+from fedlora_app.training import settle_checkpointing, step_batches, tokens_per_micro_batch
 
 TINY = {
     "vocab_size": 512,
@@ -139,8 +140,8 @@ def describe(figures: dict[str, Any]) -> str:
             f"{row['load_seconds']:.1f} s.",
             "",
             "| examples | phase | tokens a second | of the peak | with recomputation "
-            "| checkpointing | peak memory, MiB | predicted, MiB |",
-            "|---|---|---|---|---|---|---|---|",
+            "| checkpointing | peak memory, MiB | predicted, MiB | reserved, MiB |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for phase in row["phases"]:
             lines.append(_describe_phase(phase))
@@ -166,7 +167,7 @@ def measure_here(run: Run, device_name: str, shape: str, num_steps: int) -> dict
     limit = training.max_seq_length
     for kind, lengths in (
         (f"{limit} tokens", [limit] * per_step),
-        ("short", draw_lengths(per_step, limit)),
+        ("short", draw_lengths(per_step * (num_steps + 1), limit)),  # no step like another
     ):
         examples = build_examples(lengths, model_config.vocab_size)
         plan = plan_round(config, 1)
@@ -177,7 +178,8 @@ def measure_here(run: Run, device_name: str, shape: str, num_steps: int) -> dict
                     model, sizes, config, training, phase, examples, num_steps
                 )
                 predicted = _predict(
-                    *(model_config, sizes, config, training, phase, examples),
+                    *(model_config, sizes, config, training, phase),
+                    batches=list(_batches(examples, training, num_steps)),
                     checkpointing=measured["checkpointing"],
                 )
                 phases.append(about | measured | {"predicted_bytes": predicted})
@@ -202,12 +204,13 @@ def _describe_phase(phase: dict[str, Any]) -> str:
     predicted = phase["predicted_bytes"]
     shown = "not known" if predicted is None else f"{predicted / MIB:,.0f}"
     if phase["out_of_memory"]:
-        return f"{about}| out of memory | | | {phase['checkpointing']} | | {shown} |"
+        return f"{about}| out of memory | | | {phase['checkpointing']} | | {shown} | |"
     shares = (phase["share_of_peak"], phase["share_of_peak_with_recomputation"])
     cells = ["not known" if share is None else f"{share:.1%}" for share in shares]
     return (
         f"{about}| {phase['tokens_per_second']:,.0f} | {' | '.join(cells)} "
-        f"| {phase['checkpointing']} | {phase['peak_memory_bytes'] / MIB:,.0f} | {shown} |"
+        f"| {phase['checkpointing']} | {phase['peak_memory_bytes'] / MIB:,.0f} | {shown} "
+        f"| {(phase['reserved_bytes'] or 0) / MIB:,.0f} |"
     )
 
 
@@ -245,16 +248,17 @@ def _measure_phase(
         seconds = run()
     except torch.OutOfMemoryError:
         return {"out_of_memory": True, "checkpointing": checkpointing}
-    num_tokens = sum(len(example.input_ids) for example in examples)
+    timed = [e for batch in _batches(examples, training, num_steps)[1:] for e in batch]
+    num_tokens = sum(len(example.input_ids) for example in timed) / num_steps
     needed, computed = (
-        _count_flops(model, sizes, phase, examples, recomputes)
+        _count_flops(model, sizes, phase, timed, recomputes) / num_steps
         for recomputes in (False, checkpointing)
     )
     peak = _peak_flops(model.device)
     return {
         "out_of_memory": False,
         "checkpointing": checkpointing,
-        "tokens_per_step": num_tokens,
+        "tokens_per_step": round(num_tokens, 1),
         "seconds_per_step": round(seconds, 4),
         "tokens_per_second": round(num_tokens / seconds, 1),
         "share_of_peak": peak and round(needed / seconds / peak, 4),
@@ -262,6 +266,13 @@ def _measure_phase(
         "peak_memory_bytes": read_peak_memory(model.device),
         "reserved_bytes": _reserved_bytes(model.device),
     }
+
+
+def _batches(
+    examples: Sequence[Example], training: TrainingConfig, num_steps: int
+) -> list[list[Example]]:
+    """Return the examples of every step of a phase; the first is not timed."""
+    return list(islice(step_batches(examples, training, PHASE_SEED), num_steps + 1))
 
 
 def _reserved_bytes(device: torch.device) -> int | None:
@@ -306,11 +317,12 @@ def _predict(
     config: Config,
     training: TrainingConfig,
     phase: Phase,
-    examples: Sequence[Example],
+    batches: Sequence[Sequence[Example]],
     checkpointing: bool,
 ) -> int | None:
     """Return what ``fedlora plan`` predicts torch to allocate; None where it cannot."""
-    packs = split_into_packs(examples, tokens_per_micro_batch(training))
+    budget = tokens_per_micro_batch(training)
+    packs = [pack for batch in batches for pack in split_into_packs(batch, budget)]
     largest = max(packs, key=lambda pack: sum(len(example.input_ids) for example in pack))
     batch = MicroBatch(
         sum(len(example.input_ids) for example in largest),

@@ -24,6 +24,7 @@ from fedlora_app.tokens import Example
 from fedlora_app.training import train_phase
 
 LEARNING_RATE = 1e-4
+PHASE_SEED = 1
 IGNORED = -100
 
 
@@ -123,7 +124,7 @@ def build_phase(
                 num_steps=num_steps + 1,
                 run_span=(0.0, 1.0),
                 weight_decays={GLOBAL: 0.0, LOCAL: 0.0},
-                seed=1,
+                seed=PHASE_SEED,
                 progress=lambda *_: ends.append(time.perf_counter()),
             )
         if losses is not None:

@@ -153,7 +153,7 @@ def train_phase(
         fresh_optimizer(model, training, decays) as optimizer,
     ):
         torch.manual_seed(seed)
-        batches = islice(_step_batches(examples, training, seed), num_steps)
+        batches = islice(step_batches(examples, training, seed), num_steps)
         for step, batch in enumerate(batches):
             position = run_span[0] + (run_span[1] - run_span[0]) * step / num_steps
             for group in optimizer.param_groups:
@@ -276,10 +276,14 @@ def _has_penalty(training: TrainingConfig) -> bool:
     return training.local_kl_weight > 0 or training.local_orthogonality > 0
 
 
-def _step_batches(
+def step_batches(
     examples: Sequence[Example], training: TrainingConfig, seed: int
 ) -> Iterator[list[Example]]:
-    """Yield one optimizer step's examples after another, epoch after epoch."""
+    """Yield one optimizer step's examples after another, epoch after epoch, for ever.
+
+    Args:
+        seed: that of the phase.
+    """
     per_step = training.batch_size * training.gradient_accumulation_steps
     for epoch in count():
         order = list(range(len(examples)))
