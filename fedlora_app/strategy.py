@@ -21,6 +21,7 @@ from fedlora_app.adapters import AdaptedModel, AdapterError, AdapterState, state
 from fedlora_app.aggregation import AggregationError, WeightedMean
 from fedlora_app.aggregation_error import ProductSketch
 from fedlora_app.config import GLOBAL, LOCAL, Config
+from fedlora_app.fingerprint import COVERS, explain_fingerprint
 from fedlora_app.grid import build_message
 from fedlora_app.messages import (
     CHECK_IN_ROUND,
@@ -254,10 +255,11 @@ class GlobalAdapterFedAvg(FedAvg):
             listing = ", ".join(f"{c}: {f[:12]}" for c, f in sorted(found.items()))
             raise RoundError(
                 f"The clients do not hold the same base model ({listing}). Compare model.name, "
-                "model.revision and the weight files."
+                "model.revision and the model's files: weights, config.json, tokenizer, chat "
+                f"template.{explain_fingerprint(recorded)}"
             )
         for fingerprint in found.values():
-            recorded["fingerprint"] = fingerprint
+            recorded |= {"fingerprint": fingerprint, "fingerprint_covers": COVERS}
 
     def save_final(self) -> None:
         """Keep the last global adapter where users look for it."""

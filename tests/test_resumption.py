@@ -246,16 +246,49 @@ def test_changed_data_are_refused_by_client_and_file(tiny_project, tmp_path):
     assert hash_file(tmp_path / "results" / "run" / "manifest.json") == before
 
 
-def test_another_base_model_is_refused(tiny_project, tmp_path):
+def change_weights(model: Path) -> None:
+    content = bytearray((model / "model.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (model / "model.safetensors").write_bytes(content)
+
+
+def change_configuration(model: Path) -> None:
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 0.1}))
+
+
+def change_template(model: Path) -> None:
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text("{# another #}" + template)
+
+
+@pytest.mark.parametrize("change", [change_weights, change_configuration, change_template])
+def test_another_base_model_is_refused(tiny_project, tmp_path, change):
     project = tmp_path / "project"
     shutil.copytree(tiny_project, project)
     federation = stopped_run(project, tmp_path / "results", 7)
-    weights = project / "model" / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    with pytest.raises(RoundError, match="do not hold the same base model"):
+    change(project / "model")
+    with pytest.raises(RoundError, match="do not hold the same base model") as caught:
         federation.run("run", resume="run")
+    assert "older version" not in str(caught.value)
+
+
+def test_a_run_of_a_version_with_another_fingerprint_says_how_to_go_on(
+    tiny_project, tmp_path, undisturbed
+):
+    federation = stopped_run(tiny_project, tmp_path, 7)
+    path = tmp_path / "run" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    about = manifest["base_model"]
+    assert about.pop("fingerprint_covers")
+    about["fingerprint"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(RoundError, match='delete "fingerprint" from "base_model"'):
+        federation.run("run", resume="run")
+    del about["fingerprint"]
+    path.write_text(json.dumps(manifest))
+    federation.run("run", resume="run")
+    assert snapshot(tmp_path / "run") == undisturbed["phased"]
 
 
 @pytest.mark.parametrize("part", ["server", "clients/ann"])
