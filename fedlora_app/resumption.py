@@ -17,6 +17,7 @@ from typing import Any
 
 from fedlora_app.config import GLOBAL, LOCAL, Config, ConfigError
 from fedlora_app.config_file import parse_config
+from fedlora_app.project import hash_package
 from fedlora_app.run_directory import RunDirectoryError, read_complete_history, rounds_until
 from fedlora_app.saved_run import SavedRun, load_run
 
@@ -186,8 +187,14 @@ def require_same_data(manifest: Mapping[str, Any], reports: Mapping[str, Any]) -
         )
 
 
-def describe_other_software(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for every version that is not the run's; its bytes may then differ."""
+def describe_other_software(
+    manifest: Mapping[str, Any], reports: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield a line for all code and hardware that is not the run's; its bytes may then differ.
+
+    Args:
+        reports: what each client says at its check-in now.
+    """
     now = {"python": platform.python_version()}
     for name in manifest.get("versions", {}):
         try:
@@ -195,6 +202,13 @@ def describe_other_software(manifest: Mapping[str, Any]) -> Iterator[str]:
         except PackageNotFoundError:
             now[name] = "none"
     before = {"python": manifest.get("python"), **manifest.get("versions", {})}
+    code = "other code of this project, sha256"
+    now[code] = hash_package()[:12]
+    before[code] = str(manifest.get("package_sha256", now[code]))[:12]  # older runs have none
+    for client, report in reports.items():
+        name = f"{client} on"
+        now[name] = report.get("device")
+        before[name] = manifest.get("clients", {}).get(client, {}).get("device")
     for name, found in now.items():
         if before[name] != found:
             yield (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import resource
 import shutil
@@ -15,6 +16,8 @@ from flwr.app import Error, Message, MessageType
 
 from fedlora_app.config import ConfigError
 from fedlora_app.evaluation.answering import open_round
+from fedlora_app.project import hash_package
+from fedlora_app.resumption import describe_other_software
 from fedlora_app.run_directory import RunDirectory, RunDirectoryError
 from fedlora_app.saved_run import load_run
 from fedlora_app.storage import WEIGHTS_FILE, hash_file
@@ -289,6 +292,51 @@ def test_a_run_of_a_version_with_another_fingerprint_says_how_to_go_on(
     path.write_text(json.dumps(manifest))
     federation.run("run", resume="run")
     assert snapshot(tmp_path / "run") == undisturbed["phased"]
+
+
+def test_what_a_run_goes_on_with_instead_is_noted(tiny_project, tmp_path, capsys):
+    federation = stopped_run(tiny_project, tmp_path, 7)
+    path = tmp_path / "run" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["package_sha256"] == hash_package()
+    now, device = manifest["versions"], manifest["clients"]["bob"]["device"]
+    changed = {
+        "python": "3.0.1",
+        "versions": now | {"torch": "0.1", "lost-package": "0.2"},
+        "package_sha256": "a" * 64,
+        "clients": {**manifest["clients"]},
+    }
+    changed["clients"]["bob"] |= {"device": "A GPU, 24.0 GiB"}
+    path.write_text(json.dumps(manifest | changed))
+    capsys.readouterr()
+    federation.run("run", resume="run")
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Note")]
+    expected = [
+        ("python", "3.0.1", platform.python_version()),
+        ("torch", "0.1", now["torch"]),
+        ("lost-package", "0.2", "none"),
+        ("other code of this project, sha256", "a" * 12, hash_package()[:12]),
+        ("bob on", "A GPU, 24.0 GiB", device),
+    ]
+    assert notes == [
+        f"Note: the run began with {name} {before}, and this is {found}; what follows may differ "
+        "from an undisturbed run."
+        for name, before, found in expected
+    ]
+
+
+def test_nothing_is_noted_where_nothing_changed_or_an_older_run_does_not_say(
+    tiny_project, tmp_path, capsys
+):
+    federation = stopped_run(tiny_project, tmp_path, 7)
+    path = tmp_path / "run" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    reports = manifest["clients"]
+    assert not list(describe_other_software(manifest, reports))
+    del manifest["package_sha256"]
+    path.write_text(json.dumps(manifest))
+    federation.run("run", resume="run")
+    assert "Note: the run began" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("part", ["server", "clients/ann"])
