@@ -172,11 +172,7 @@ def require_same_data(manifest: Mapping[str, Any], reports: Mapping[str, Any]) -
     faults = []
     recorded = manifest.get("clients", {})
     for client, report in reports.items():
-        before = recorded.get(client, {})
-        names = {key for key in before.keys() | report.keys() if key.startswith(DATA_HASH)}
-        changed = sorted(
-            key.removeprefix(DATA_HASH) for key in names if before.get(key) != report.get(key)
-        )
+        changed = find_changed_data(recorded.get(client, {}), report)
         if changed:
             faults.append(f"  {client}: {', '.join(changed)}")
     if faults:
@@ -185,6 +181,26 @@ def require_same_data(manifest: Mapping[str, Any], reports: Mapping[str, Any]) -
             f"resume: these files are not those that the run began with:\n{listing}\n"
             "Restore them, or start a new run."
         )
+
+
+def find_changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the roles of the data files whose hashes differ between two reports of a client."""
+    names = {key for key in before.keys() | now.keys() if key.startswith(DATA_HASH)}
+    return sorted(key.removeprefix(DATA_HASH) for key in names if before.get(key) != now.get(key))
+
+
+def describe_changed_data(config: Config, client: str, changed: list[str]) -> str:
+    """Return the error for data files that are not those that a client checked in with."""
+
+    def find_path(role: str) -> str | None:
+        key = role if "_" in role else f"{role}_test"
+        return getattr(config.client(client), key, None) or getattr(config.data, key, None)
+
+    listing = ", ".join(f"{role} ({find_path(role)})" for role in changed)
+    return (
+        f"{client}: these data files are not those that the run began with: {listing}. Restore "
+        "them and go on with resume, or start a new run."
+    )
 
 
 def describe_other_software(

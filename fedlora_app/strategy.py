@@ -35,7 +35,12 @@ from fedlora_app.messages import (
     unpack_state,
 )
 from fedlora_app.progress import client_lines
-from fedlora_app.resumption import suggest_earlier
+from fedlora_app.resumption import (
+    DATA_HASH,
+    describe_changed_data,
+    find_changed_data,
+    suggest_earlier,
+)
 from fedlora_app.rounds import plan_round, training_clients
 from fedlora_app.run_directory import SERVER, RunDirectory
 from fedlora_app.summary import describe_round
@@ -226,7 +231,8 @@ class GlobalAdapterFedAvg(FedAvg):
             self._note_local(reply, server_round)
             self._held[client] = reply.facts.get("global_adapter", "")
             self._base_models[client] = reply.facts["base_model"]
-            self._run.log_event("facts", round=server_round, client=client, **reply.facts)
+            facts = {k: v for k, v in reply.facts.items() if not k.startswith(DATA_HASH)}
+            self._run.log_event("facts", round=server_round, client=client, **facts)
         self._require(len(reports), len(self.nodes), server_round)
         self._require_same_base(self._base_models)
         self._complete_round(server_round, reports)
@@ -244,6 +250,11 @@ class GlobalAdapterFedAvg(FedAvg):
             sha256 = reply.facts["local_adapter"]
             self._locals[reply.client_id] = (server_round, sha256)
             self._adapter_hashes[f"{LOCAL}:{reply.client_id}"] = sha256
+
+    def _require_same_data(self, reply: Reply) -> None:
+        recorded = self._run.manifest["clients"].get(reply.client_id, {})
+        if changed := find_changed_data(recorded, reply.facts):
+            raise MessageError(describe_changed_data(self.config, reply.client_id, changed))
 
     def _require_same_base(self, base_models: dict[str, str]) -> None:
         """Enter the clients' base model in the manifest, or raise where it is not one."""
@@ -346,6 +357,7 @@ class GlobalAdapterFedAvg(FedAvg):
                 if client not in self.nodes or client in answered:
                     raise MessageError(f"{client}: a reply that nobody asked for")
                 reply = read_reply(message, client, server_round)
+                self._require_same_data(reply)
                 if fold is not None:
                     fold(reply)
                 reply = replace(reply, arrays=None)
