@@ -180,7 +180,9 @@ def _partial(path: Path) -> Path:
 
 def _sync_files(folder: Path) -> None:
     for path in folder.rglob("*"):
-        if path.is_file():
+        if path.is_dir():
+            _sync_folder(path)
+        elif path.is_file():
             with path.open("r+b") as file:
                 os.fsync(file.fileno())
     _sync_folder(folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import re
-import resource
 import shutil
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from conftest import build_tiny_config
 from federation import Federation
 from flwr.app import Error, Message, MessageType
+from full_disk import limit_files, no_larger_files_than
 
 from fedlora_app.config import ConfigError
 from fedlora_app.evaluation.answering import open_round
@@ -249,6 +249,62 @@ def test_changed_data_are_refused_by_client_and_file(tiny_project, tmp_path):
     assert hash_file(tmp_path / "results" / "run" / "manifest.json") == before
 
 
+def change_data_after(kind: str, path: Path):
+    """Return what changes a file when bob has done his part of round 1."""
+
+    def tamper(message, reply):
+        task = message.content.config_records["task"]
+        now = (message.metadata.message_type, task["client_id"], task["server_round"])
+        if now == (kind, "bob", 1):
+            path.write_text(path.read_text().replace("red", "rose"))
+        return reply
+
+    return tamper
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "roles"),
+    [
+        (MessageType.TRAIN, "ann_universal.json", "universal_train (ann_universal.json)"),
+        (
+            MessageType.EVALUATE,
+            "ann_local.json",
+            "local (ann_local.json), local_train (ann_local.json)",
+        ),
+        (MessageType.EVALUATE, "universal_test.json", "universal (universal_test.json)"),
+    ],
+)
+def test_data_that_change_during_a_run_are_refused_and_named(
+    tiny_project, tmp_path, undisturbed, kind, name, roles
+):
+    project = tmp_path / "project"
+    shutil.copytree(tiny_project, project)
+    path = project / name
+    content = path.read_text()
+    federation = Federation(project, tmp_path, build_tiny_config())
+    with pytest.raises(RoundError) as caught:
+        federation.run("run", tamper=change_data_after(kind, path))
+    told = f"ann: these data files are not those that the run began with: {roles}. Restore them"
+    assert told in str(caught.value)
+    with pytest.raises(ConfigError, match="these files are not those that the run began with"):
+        federation.run("run", resume="run")
+    path.write_text(content)
+    federation.run("run", resume="run")
+    assert snapshot(tmp_path / "run") == undisturbed["phased"]
+
+
+def test_an_update_from_changed_data_is_not_counted(tiny_project, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(tiny_project, project)
+    config = build_tiny_config(federated={"min_clients": 1})
+    tamper = change_data_after(MessageType.EVALUATE, project / "ann_local.json")
+    run = Federation(project, tmp_path, config).run("run", tamper=tamper)
+    history = json.loads((run / "history.json").read_text())
+    phases = {(entry["client"], entry["phase"]) for entry in history if entry["round"] == 2}
+    assert {phase for client, phase in phases if client == "ann"} == {"failure", "traffic"}
+    assert ("bob", "evaluate") in phases
+
+
 def change_weights(model: Path) -> None:
     content = bytearray((model / "model.safetensors").read_bytes())
     content[len(content) // 2] ^= 1
@@ -365,32 +421,43 @@ def test_two_runs_cannot_write_one_run_directory(tiny_project, tmp_path):
     federation.run("run", resume="run")
 
 
-@pytest.mark.parametrize("who", ["server", "client"])
-def test_a_full_disk_stops_the_run_and_the_last_round_stays_whole(
-    tiny_project, tmp_path, undisturbed, who
+@pytest.mark.parametrize(
+    ("kind", "server_round", "limit"),
+    [
+        (MessageType.QUERY, 0, 200),
+        (MessageType.QUERY, 0, 3000),
+        (MessageType.TRAIN, 2, 900),
+        (MessageType.TRAIN, 2, 6000),
+        (MessageType.EVALUATE, 1, 500),
+        (MessageType.EVALUATE, 1, 6000),
+    ],
+)
+def test_a_full_disk_stops_the_run_names_the_file_and_the_last_round_stays_whole(
+    tiny_project, tmp_path, undisturbed, kind, server_round, limit
 ):
-    """A limit on the size of files stands for a disk that takes no more."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    kind = {"server": MessageType.TRAIN, "client": MessageType.EVALUATE}[who]
+    """Files cannot grow beyond a limit as soon as bob has done his part of a round."""
 
     def fill(message, reply):
         task = message.content.config_records["task"]
-        is_due = task["server_round"] == (2 if who == "server" else 1)
-        if is_due and message.metadata.message_type == kind and task["client_id"] == "bob":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (6000, before[1]))
+        is_bob = message.metadata.dst_node_id == 12
+        if is_bob and (message.metadata.message_type, task["server_round"]) == (kind, server_round):
+            limit_files(limit)
         return reply
 
     federation = Federation(tiny_project, tmp_path, build_tiny_config())
-    try:
-        with pytest.raises((RunDirectoryError, RoundError)) as caught:
-            federation.run("run", tamper=fill)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "File too large" in str(caught.value)
-    assert "resume='run'" in str(caught.value) or "is untouched" in str(caught.value)
-    assert not list((tmp_path / "run").rglob(".*.partial"))
-    federation.run("run", resume="run")
-    assert snapshot(tmp_path / "run") == undisturbed["phased"]
+    run = tmp_path / "run"
+    with (
+        no_larger_files_than(None),
+        pytest.raises((RunDirectoryError, RoundError)) as caught,
+    ):
+        federation.run("run", tamper=fill)
+    text = str(caught.value)
+    assert "File too large" in text and ".partial" not in text
+    assert "resume='run'" in text or "is untouched" in text or not run.exists()
+    assert re.search(rf"{re.escape(str(run))}\S*( cannot be|\b)", text)
+    assert not list(tmp_path.rglob(".*.partial"))
+    federation.run("run", **({"resume": "run"} if run.exists() else {}))
+    assert snapshot(run) == undisturbed["phased"]
 
 
 def test_there_is_nothing_to_resume(tiny_project, tmp_path):
