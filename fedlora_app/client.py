@@ -13,6 +13,7 @@ import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -107,10 +108,10 @@ class Client:
             counts[f"{name}_examples"] = len(tokenized.examples)
             counts[f"{name}_truncated"] = tokenized.num_truncated
             counts[f"{name}_dropped"] = tokenized.num_dropped
-        facts = {f"sha256/{name}": file.sha256 for name, file in files.all.items()}
         # The texts of findings quote the data; they are printed here and stay here.
         named = [{k: v for k, v in vars(f).items() if k != "text"} for f in findings]
-        return counts, {**facts, "device": describe_device(), "findings": json.dumps(named)}
+        about = {"device": describe_device(), "findings": json.dumps(named)}
+        return counts, files.hashes | about
 
     def verify(self, local_round: int, local_sha256: str) -> dict[str, str]:
         """Check that this client still holds what the run is to go on with.
@@ -159,14 +160,14 @@ class Client:
 
         Returns:
             The global adapter's update (new minus received, fp32); the metrics, of which
-            ``num-examples`` counts this phase's examples only; and as a fact the hash of the
-            local adapter where it was trained too.
+            ``num-examples`` counts this phase's examples only; and as facts the hashes of the
+            data, and of the local adapter where it was trained too.
         """
         phase = plan_round(self.config, server_round).train
         assert phase is not None, "this mode has nothing to train before the average"
         loaded, model = self._prepare(global_state, local_round, local_sha256)
         result = self._run_phase(loaded, model, phase, server_round)
-        facts = {}
+        facts = self._files[self.client_id].hashes
         if LOCAL in phase.trainable:
             facts["local_adapter"] = self._save_local(model, self._round_dir(server_round))
         trained = get_state(model, GLOBAL)
@@ -190,13 +191,14 @@ class Client:
 
         Returns:
             The metrics, of which ``peak_memory_bytes`` is the evaluation's, and facts: hashes of
-            the base model and of the adapters that were kept, the process.
+            the data, of the base model and of the adapters that were kept, the process.
         """
         plan = plan_round(self.config, server_round)
         loaded, model = self._prepare(global_state, local_round, local_sha256)
         shutil.rmtree(self._final_dir, ignore_errors=True)  # of a run that had fewer rounds
         metrics: Metrics = {}
-        facts = {
+        files = self._files[self.client_id]
+        facts = files.hashes | {
             "base_model": loaded.fingerprint,
             "process": f"{os.getpid()}, base model loaded {model_module.num_loads} times",
         }
@@ -212,7 +214,6 @@ class Client:
             answering.append((GLOBAL,))
         started = time.monotonic()
         reset_peak_memory(model.device)
-        files = load_client_files(self.config, self._own, self.root)
         for active in answering:
             metrics |= evaluate_client(
                 self.config,
@@ -301,6 +302,15 @@ class Client:
             return self.config.client_ids
         return [self.client_id]
 
+    @cached_property
+    def _files(self) -> dict[str, ClientFiles]:
+        """Whatever this client works with, read once so that its hashes are of what was used."""
+        owners = dict.fromkeys([*self._data_owners(), self.client_id])
+        return {
+            owner: load_client_files(self.config, self.config.client(owner), self.root)
+            for owner in owners
+        }
+
     def _require_local(self, local_round: int, local_sha256: str) -> None:
         """Compare a kept adapter with what the server knows of it."""
         weights = self._round_dir(local_round) / WEIGHTS_FILE
@@ -367,9 +377,8 @@ class Client:
         num_steps = 0
         for client_id in self._data_owners():
             client = self.config.client(client_id)
-            files = load_client_files(self.config, client, self.root)
             examples = tokenize_client_files(
-                self.config, client, files, loaded.tokenizer, self.root
+                self.config, client, self._files[client_id], loaded.tokenizer, self.root
             )
             selected += select_examples(self.config, client_id, examples, phase, server_round)
             num_steps += count_phase_steps(self.config, examples, phase)

@@ -42,6 +42,11 @@ class ClientFiles:
         named = {"universal_train": self.universal, "local_train": self.local}
         return named | self.tests | validations
 
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Every file's sha256 as a fact, under the name of its role."""
+        return {f"sha256/{name}": file.sha256 for name, file in self.all.items()}
+
 
 @dataclass(frozen=True)
 class ClientExamples:

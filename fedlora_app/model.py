@@ -31,11 +31,11 @@ from transformers.utils import cached_file
 from fedlora_app.chat_template import find_template_fault
 from fedlora_app.config import ModelConfig, TrainingConfig
 from fedlora_app.errors import MendableError
+from fedlora_app.fingerprint import fingerprint_model, fingerprint_weights
 from fedlora_app.host_embedding import SHARED_WEIGHTS, move_embedding_to_host
 from fedlora_app.quantised_copy import QuantisedCopy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-FINGERPRINT_EDGE_BYTES = 1 << 20
 
 
 class ModelError(MendableError):
@@ -169,18 +169,16 @@ def compute_dtype(config: ModelConfig) -> torch.dtype:
 def compute_fingerprint(config: ModelConfig, root: Path) -> str:
     """Return a hash by which two clients see whether they hold the same base model.
 
-    It covers each weight file's size, first and last mebibyte (so all of safetensors'
-    table of contents) and not every byte of, say, 15 GB.
+    It covers its weights, configuration, tokenizer and chat template.
+
+    Raises:
+        ModelError: a file cannot be read.
     """
-    digest = hashlib.sha256()
-    for path in sorted(_weights_folder(config, root).glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(json.dumps([path.name, size]).encode())
-        with path.open("rb") as file:
-            digest.update(file.read(FINGERPRINT_EDGE_BYTES))
-            file.seek(max(0, size - FINGERPRINT_EDGE_BYTES))
-            digest.update(file.read(FINGERPRINT_EDGE_BYTES))
-    return digest.hexdigest()
+    folder = _weights_folder(config, root)
+    try:
+        return fingerprint_model(folder)
+    except OSError as error:
+        raise ModelError(f"{error.filename or folder} cannot be read: {error.strerror}.") from None
 
 
 def find_embedding_fault(config: ModelConfig, root: Path) -> str | None:
@@ -261,7 +259,7 @@ def _find_copy(
         return None  # nothing there yet, or nothing left to quantise
     return QuantisedCopy.of(
         {
-            "fingerprint": compute_fingerprint(config, root),
+            "weights": fingerprint_weights(folder),
             "config": hashlib.sha256(content).hexdigest(),
             "dtype": str(compute_dtype(config)),
             "quantisation": quantisation.to_dict(),

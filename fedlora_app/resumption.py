@@ -17,6 +17,7 @@ from typing import Any
 
 from fedlora_app.config import GLOBAL, LOCAL, Config, ConfigError
 from fedlora_app.config_file import parse_config
+from fedlora_app.project import hash_package
 from fedlora_app.run_directory import RunDirectoryError, read_complete_history, rounds_until
 from fedlora_app.saved_run import SavedRun, load_run
 
@@ -171,11 +172,7 @@ def require_same_data(manifest: Mapping[str, Any], reports: Mapping[str, Any]) -
     faults = []
     recorded = manifest.get("clients", {})
     for client, report in reports.items():
-        before = recorded.get(client, {})
-        names = {key for key in before.keys() | report.keys() if key.startswith(DATA_HASH)}
-        changed = sorted(
-            key.removeprefix(DATA_HASH) for key in names if before.get(key) != report.get(key)
-        )
+        changed = find_changed_data(recorded.get(client, {}), report)
         if changed:
             faults.append(f"  {client}: {', '.join(changed)}")
     if faults:
@@ -186,8 +183,34 @@ def require_same_data(manifest: Mapping[str, Any], reports: Mapping[str, Any]) -
         )
 
 
-def describe_other_software(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for every version that is not the run's; its bytes may then differ."""
+def find_changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the roles of the data files whose hashes differ between two reports of a client."""
+    names = {key for key in before.keys() | now.keys() if key.startswith(DATA_HASH)}
+    return sorted(key.removeprefix(DATA_HASH) for key in names if before.get(key) != now.get(key))
+
+
+def describe_changed_data(config: Config, client: str, changed: list[str]) -> str:
+    """Return the error for data files that are not those that a client checked in with."""
+
+    def find_path(role: str) -> str | None:
+        key = role if "_" in role else f"{role}_test"
+        return getattr(config.client(client), key, None) or getattr(config.data, key, None)
+
+    listing = ", ".join(f"{role} ({find_path(role)})" for role in changed)
+    return (
+        f"{client}: these data files are not those that the run began with: {listing}. Restore "
+        "them and go on with resume, or start a new run."
+    )
+
+
+def describe_other_software(
+    manifest: Mapping[str, Any], reports: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield a line for all code and hardware that is not the run's; its bytes may then differ.
+
+    Args:
+        reports: what each client says at its check-in now.
+    """
     now = {"python": platform.python_version()}
     for name in manifest.get("versions", {}):
         try:
@@ -195,6 +218,13 @@ def describe_other_software(manifest: Mapping[str, Any]) -> Iterator[str]:
         except PackageNotFoundError:
             now[name] = "none"
     before = {"python": manifest.get("python"), **manifest.get("versions", {})}
+    code = "other code of this project, sha256"
+    now[code] = hash_package()[:12]
+    before[code] = str(manifest.get("package_sha256", now[code]))[:12]  # older runs have none
+    for client, report in reports.items():
+        name = f"{client} on"
+        now[name] = report.get("device")
+        before[name] = manifest.get("clients", {}).get(client, {}).get("device")
     for name, found in now.items():
         if before[name] != found:
             yield (

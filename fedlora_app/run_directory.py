@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from fedlora_app.config import SAFE_NAME, Config
 from fedlora_app.errors import MendableError
+from fedlora_app.project import hash_package
 from fedlora_app.storage import (
     extend_atomically,
     extend_json_list,
@@ -116,6 +117,7 @@ class RunDirectory:
                 "commit": base_commit,
             },
             "git_commit": _git_commit(root),
+            "package_sha256": hash_package(),
             "python": platform.python_version(),
             "versions": {name: version(name) for name in RECORDED_PACKAGES},
             "server_hardware": {"machine": platform.machine(), "cpu_count": os.cpu_count()},

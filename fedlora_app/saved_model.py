@@ -23,6 +23,7 @@ from fedlora_app.adapters import (
 )
 from fedlora_app.client_data import load_client_files
 from fedlora_app.config import GLOBAL, LOCAL, ConfigError
+from fedlora_app.fingerprint import explain_fingerprint
 from fedlora_app.gate import Gate, fit_gate
 from fedlora_app.model import LoadedModel, ModelError, load_base_model
 from fedlora_app.saved_run import SavedRun
@@ -84,12 +85,14 @@ class SavedModel:
 
     def check_base(self, fingerprint: str) -> None:
         """Raise ``ModelError`` unless a base model is the one that the run was trained on."""
-        recorded = self.run.manifest["base_model"].get("fingerprint", fingerprint)
+        about = self.run.manifest["base_model"]
+        recorded = about.get("fingerprint", fingerprint)
         if fingerprint != recorded:
             raise ModelError(
                 f"The base model {self.run.config.model.name} is not the one that the run was "
                 f"trained on: its fingerprint is {fingerprint[:12]}, in manifest.json "
-                f"{recorded[:12]}. Restore the weight files, or set model.revision."
+                f"{recorded[:12]}. Restore its weights, config.json, tokenizer and chat template, "
+                f"or set model.revision.{explain_fingerprint(about)}"
             )
 
     @contextmanager

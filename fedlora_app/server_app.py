@@ -103,6 +103,8 @@ def main(grid: Grid, context: Context) -> None:
             stack.enter_context(closing(run))
         else:
             require_same_data(run.manifest, reports)
+            for note in describe_other_software(run.manifest, reports):
+                print(note, flush=True)
         stack.enter_context(_explain_disk_errors(run))
         shapes = {name: state_shapes(model, name) for name in (GLOBAL, LOCAL)}
         print(describe_start(config, shapes, reports), flush=True)
@@ -176,8 +178,6 @@ def _restore(
 ) -> ArrayRecord:
     """Give the strategy what the run has kept, after all clients have checked what they have."""
     saved, after = resumption.saved, resumption.after_round
-    for note in describe_other_software(saved.manifest):
-        print(note, flush=True)
     before, now = saved.config.federated.num_rounds, strategy.config.federated.num_rounds
     if now != before:
         print(

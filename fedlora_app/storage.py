@@ -36,18 +36,22 @@ def extend_atomically(path: Path, text: str, keep: int | None = None) -> None:
     """
     partial = _partial(path)
     partial.unlink(missing_ok=True)
-    with open(partial, "xb", opener=_open_private) as file:
-        if keep != 0 and path.exists():
-            with path.open("rb") as old:
-                shutil.copyfileobj(old, file)
-            if keep is not None:
-                file.truncate(keep)
-                file.seek(keep)
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    _sync_folder(path.parent)
+    with _naming(path):
+        try:
+            with open(partial, "xb", opener=_open_private) as file:
+                if keep != 0 and path.exists():
+                    with path.open("rb") as old:
+                        shutil.copyfileobj(old, file)
+                    if keep is not None:
+                        file.truncate(keep)
+                        file.seek(keep)
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        _sync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -112,9 +116,23 @@ def _partial_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        yield partial
+        with _naming(folder):
+            yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Have errors of the disk name what was to be written, and not what stands in for it."""
+    try:
+        yield
+    except OSError as error:
+        partial, named = str(_partial(path)), error.filename
+        if error.errno is None or not (named is None or str(named).startswith(partial)):
+            raise
+        name = str(path) + str(named or partial).removeprefix(partial)
+        raise OSError(error.errno, error.strerror or str(error), name) from error
 
 
 def remove_partials(folder: Path, name: str = "*") -> None:
@@ -162,7 +180,9 @@ def _partial(path: Path) -> Path:
 
 def _sync_files(folder: Path) -> None:
     for path in folder.rglob("*"):
-        if path.is_file():
+        if path.is_dir():
+            _sync_folder(path)
+        elif path.is_file():
             with path.open("r+b") as file:
                 os.fsync(file.fileno())
     _sync_folder(folder)

@@ -21,6 +21,7 @@ from fedlora_app.adapters import AdaptedModel, AdapterError, AdapterState, state
 from fedlora_app.aggregation import AggregationError, WeightedMean
 from fedlora_app.aggregation_error import ProductSketch
 from fedlora_app.config import GLOBAL, LOCAL, Config
+from fedlora_app.fingerprint import COVERS, explain_fingerprint
 from fedlora_app.grid import build_message
 from fedlora_app.messages import (
     CHECK_IN_ROUND,
@@ -34,7 +35,12 @@ from fedlora_app.messages import (
     unpack_state,
 )
 from fedlora_app.progress import client_lines
-from fedlora_app.resumption import suggest_earlier
+from fedlora_app.resumption import (
+    DATA_HASH,
+    describe_changed_data,
+    find_changed_data,
+    suggest_earlier,
+)
 from fedlora_app.rounds import plan_round, training_clients
 from fedlora_app.run_directory import SERVER, RunDirectory
 from fedlora_app.summary import describe_round
@@ -225,7 +231,8 @@ class GlobalAdapterFedAvg(FedAvg):
             self._note_local(reply, server_round)
             self._held[client] = reply.facts.get("global_adapter", "")
             self._base_models[client] = reply.facts["base_model"]
-            self._run.log_event("facts", round=server_round, client=client, **reply.facts)
+            facts = {k: v for k, v in reply.facts.items() if not k.startswith(DATA_HASH)}
+            self._run.log_event("facts", round=server_round, client=client, **facts)
         self._require(len(reports), len(self.nodes), server_round)
         self._require_same_base(self._base_models)
         self._complete_round(server_round, reports)
@@ -244,6 +251,11 @@ class GlobalAdapterFedAvg(FedAvg):
             self._locals[reply.client_id] = (server_round, sha256)
             self._adapter_hashes[f"{LOCAL}:{reply.client_id}"] = sha256
 
+    def _require_same_data(self, reply: Reply) -> None:
+        recorded = self._run.manifest["clients"].get(reply.client_id, {})
+        if changed := find_changed_data(recorded, reply.facts):
+            raise MessageError(describe_changed_data(self.config, reply.client_id, changed))
+
     def _require_same_base(self, base_models: dict[str, str]) -> None:
         """Enter the clients' base model in the manifest, or raise where it is not one."""
         recorded = self._run.manifest["base_model"]
@@ -254,10 +266,11 @@ class GlobalAdapterFedAvg(FedAvg):
             listing = ", ".join(f"{c}: {f[:12]}" for c, f in sorted(found.items()))
             raise RoundError(
                 f"The clients do not hold the same base model ({listing}). Compare model.name, "
-                "model.revision and the weight files."
+                "model.revision and the model's files: weights, config.json, tokenizer, chat "
+                f"template.{explain_fingerprint(recorded)}"
             )
         for fingerprint in found.values():
-            recorded["fingerprint"] = fingerprint
+            recorded |= {"fingerprint": fingerprint, "fingerprint_covers": COVERS}
 
     def save_final(self) -> None:
         """Keep the last global adapter where users look for it."""
@@ -344,6 +357,7 @@ class GlobalAdapterFedAvg(FedAvg):
                 if client not in self.nodes or client in answered:
                     raise MessageError(f"{client}: a reply that nobody asked for")
                 reply = read_reply(message, client, server_round)
+                self._require_same_data(reply)
                 if fold is not None:
                     fold(reply)
                 reply = replace(reply, arrays=None)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.data import DataError, Record, RecordFile, format_question
 from fedlora_app.model import ModelError
+from fedlora_app.storage import hash_file, make_private_dir, new_folder, write_json
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
+CONTENTS_FILE = "contents.json"
 
 Turn = tuple[str, str]
 """A question of a conversation, and the answer that it got."""
@@ -201,28 +204,33 @@ def _cache_key(tokenizer: PreTrainedTokenizerBase, system_prompt: str, file: Rec
 
 
 def _load_cached(folder: Path) -> list[Example] | None:
-    if not (folder / "dataset_info.json").exists():
+    """Return what a folder holds, None if there is none; a damaged one is named and removed."""
+    if not folder.is_dir():
         return None
-    columns = load_from_disk(str(folder), keep_in_memory=True).to_dict()
-    return [
-        Example(ids, start)
-        for ids, start in zip(columns["input_ids"], columns["answer_start"], strict=True)
-    ]
+    try:
+        hashes = json.loads((folder / CONTENTS_FILE).read_text(encoding="utf-8"))
+        changed = [name for name, sha256 in hashes.items() if hash_file(folder / name) != sha256]
+        if changed:
+            raise ValueError(f"{min(changed)} is not what was written")
+        columns = load_from_disk(str(folder), keep_in_memory=True).to_dict()
+        return [
+            Example(ids, start)
+            for ids, start in zip(columns["input_ids"], columns["answer_start"], strict=True)
+        ]
+    except Exception as error:  # pyarrow and datasets raise nearly anything for damaged files
+        reason = error.args[0] if type(error) is ValueError else type(error).__name__
+        print(f"The tokens in {folder} are made anew: {reason}.", flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
 
 
 def _save_cached(examples: list[Example], folder: Path) -> None:
-    """Write the dataset beside its place and rename it, so that no reader sees a part."""
-    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    Dataset.from_dict(
-        {
-            "input_ids": [example.input_ids for example in examples],
-            "answer_start": [example.answer_start for example in examples],
-        }
-    ).save_to_disk(str(partial))
-    try:
-        partial.rename(folder)
-    except OSError:  # another process was first, with the same content
-        for file in partial.iterdir():
-            file.unlink()
-        partial.rmdir()
+    columns = {
+        "input_ids": [example.input_ids for example in examples],
+        "answer_start": [example.answer_start for example in examples],
+    }
+    make_private_dir(folder.parent)
+    with suppress(FileExistsError), new_folder(folder) as partial:  # another process was first
+        Dataset.from_dict(columns).save_to_disk(str(partial))
+        hashes = {path.name: hash_file(path) for path in sorted(partial.iterdir())}
+        write_json(partial / CONTENTS_FILE, hashes)

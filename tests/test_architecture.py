@@ -24,6 +24,7 @@ LAYERS = [
         "tracking",
         "chat_template",
         "quantised_copy",
+        "fingerprint",
         "host_embedding",
         "planning.memory",
         "planning.cards",

@@ -9,6 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 from fedlora_app.adapters import AdapterError
 from fedlora_app.messages import (
     ABOUT_RECORD,
+    MAX_ARRAY_HEADER_BYTES,
     MessageError,
     Task,
     Traffic,
@@ -99,6 +100,17 @@ def test_another_dtype_is_refused():
     record = ArrayRecord({key: Array(t.double().numpy()) for key, t in STATE.items()})
     with pytest.raises(MessageError, match="ann sent x.lora_A.weight as float64, expected float32"):
         unpack_state(record, SHAPES, "ann")
+
+
+@pytest.mark.parametrize(("dtype", "bytes_each"), [("float32", 4), ("bfloat16", 2)])
+def test_an_array_of_more_bytes_than_its_tensor_has_is_refused_unread(dtype, bytes_each):
+    key, tensor = next(iter(STATE.items()))
+    record = pack_state(STATE, dtype)
+    array = record[key]
+    most = tensor.numel() * bytes_each + MAX_ARRAY_HEADER_BYTES
+    array.data += b"x" * (most + 1 - len(array.data))
+    with pytest.raises(MessageError, match=f"ann sent {key} as {most + 1} bytes, too many for it"):
+        unpack_state(record, SHAPES, "ann", dtype)
 
 
 @pytest.mark.parametrize("name", ["answer", "local_weights", "train_global/text", "global/x/n"])

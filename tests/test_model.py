@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,8 +13,8 @@ from federation import Federation
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from fedlora_app import fingerprint, quantised_copy
 from fedlora_app import model as model_module
-from fedlora_app import quantised_copy
 from fedlora_app.adapters import (
     activate,
     adapter_parameters,
@@ -86,14 +87,100 @@ def test_a_base_without_a_chat_template_is_refused(config, tiny_project, tmp_pat
         load_tokenizer(config, tmp_path)
 
 
-def test_the_fingerprint_knows_other_weights(config, tiny_project, tmp_path):
-    shutil.copytree(tiny_project / "model", tmp_path / "model")
-    assert compute_fingerprint(config, tmp_path) == compute_fingerprint(config, tiny_project)
-    weights = tmp_path / "model" / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    assert compute_fingerprint(config, tmp_path) != compute_fingerprint(config, tiny_project)
+FINGERPRINTED = {
+    "weights": "model.safetensors",
+    "configuration": "config.json",
+    "tokenizer": "tokenizer.json",
+    "its settings": "tokenizer_config.json",
+    "template": "chat_template.jinja",
+}
+
+
+def flip_middle(path: Path) -> None:
+    """Change one bit and leave the size as it is."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def kept_hashes(tmp_path, monkeypatch) -> Path:
+    """Where hashes of files are kept, also of small ones."""
+    monkeypatch.setattr(fingerprint, "KEPT_FROM_BYTES", 0)
+    monkeypatch.setattr(fingerprint, "SAID_FROM_BYTES", 1)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache" / "hashes"
+
+
+class TestFingerprint:
+    @pytest.mark.parametrize("part", FINGERPRINTED)
+    def test_a_bit_in_the_middle_of_a_file_makes_another(
+        self, config, tiny_project, tmp_path, part
+    ):
+        shutil.copytree(tiny_project / "model", tmp_path / "model")
+        assert compute_fingerprint(config, tmp_path) == compute_fingerprint(config, tiny_project)
+        flip_middle(tmp_path / "model" / FINGERPRINTED[part])
+        assert compute_fingerprint(config, tmp_path) != compute_fingerprint(config, tiny_project)
+
+    def test_what_a_download_may_lack_is_no_difference(self, config, tiny_project, tmp_path):
+        shutil.copytree(tiny_project / "model", tmp_path / "model")
+        for name in ("README.md", "generation_config.json", "vocab.json", "merges.txt"):
+            (tmp_path / "model" / name).write_text("{}")
+        assert compute_fingerprint(config, tmp_path) == compute_fingerprint(config, tiny_project)
+
+    def test_a_vocabulary_counts_where_it_is_the_tokenizer(self, tmp_path):
+        (tmp_path / "vocab.json").write_text("{}")
+        before = fingerprint.fingerprint_model(tmp_path)
+        (tmp_path / "vocab.json").write_text("[]")
+        assert fingerprint.fingerprint_model(tmp_path) != before
+
+    def test_weights_are_read_once_and_again_when_they_changed(
+        self, config, tiny_project, tmp_path, kept_hashes, monkeypatch, capsys
+    ):
+        shutil.copytree(tiny_project / "model", tmp_path / "model")
+        weights = tmp_path / "model" / "model.safetensors"
+        read = []
+        monkeypatch.setattr(fingerprint, "hash_file", lambda p: read.append(p) or hash_file(p))
+
+        def compute_in_a_new_process() -> str:
+            fingerprint._hash_once.cache_clear()
+            return compute_fingerprint(config, tmp_path)
+
+        first = compute_in_a_new_process()
+        assert weights in read and "GB of weights in" in capsys.readouterr().err
+        read.clear()
+        assert compute_in_a_new_process() == first and not read
+        assert not capsys.readouterr().err
+        times = weights.stat()
+        flip_middle(weights)
+        os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert compute_in_a_new_process() != first and read == [weights]
+
+    @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b'{"sha256": 1}'])
+    def test_damaged_notes_are_made_anew(
+        self, config, tiny_project, kept_hashes, content, monkeypatch
+    ):
+        first = compute_fingerprint(config, tiny_project)
+        assert list(kept_hashes.iterdir())
+        for path in kept_hashes.iterdir():
+            path.write_bytes(content)
+        assert compute_fingerprint(config, tiny_project) == first
+        assert all(json.loads(path.read_text())["sha256"] for path in kept_hashes.iterdir())
+
+    def test_no_place_for_notes_is_no_error(
+        self, config, tiny_project, kept_hashes, tmp_path, capsys
+    ):
+        expected = compute_fingerprint(config, tiny_project)
+        shutil.rmtree(kept_hashes.parent)
+        kept_hashes.parent.write_text("a file")
+        assert compute_fingerprint(config, tiny_project) == expected
+        assert "could not be kept in" in capsys.readouterr().err
+
+    def test_an_unreadable_model_is_a_named_error(self, config, tiny_project, tmp_path):
+        shutil.copytree(tiny_project / "model", tmp_path / "model")
+        (tmp_path / "model" / "second.safetensors").symlink_to("nowhere")
+        with pytest.raises(ModelError, match="second.safetensors cannot be read"):
+            compute_fingerprint(config, tmp_path)
 
 
 def test_a_models_own_sampling_settings_do_not_reach_the_evaluation(config, tiny_project, tmp_path):

@@ -299,7 +299,12 @@ def test_another_base_model_is_refused(runs, tiny_project, tmp_path):
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["base_model"]["fingerprint"] = "0" * 64
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ModelError, match="is not the one that the run was trained on"):
+    with pytest.raises(ModelError, match="is not the one that the run was trained on") as caught:
+        evaluate(copy, tiny_project)
+    assert "older version" not in str(caught.value)
+    del manifest["base_model"]["fingerprint_covers"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ModelError, match="The run's fingerprint is an older version's"):
         evaluate(copy, tiny_project)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
-import resource
 import shutil
 from pathlib import Path
 
@@ -12,9 +12,12 @@ import pytest
 from conftest import build_tiny_config
 from federation import Federation
 from flwr.app import Error, Message, MessageType
+from full_disk import limit_files, no_larger_files_than
 
 from fedlora_app.config import ConfigError
 from fedlora_app.evaluation.answering import open_round
+from fedlora_app.project import hash_package
+from fedlora_app.resumption import describe_other_software
 from fedlora_app.run_directory import RunDirectory, RunDirectoryError
 from fedlora_app.saved_run import load_run
 from fedlora_app.storage import WEIGHTS_FILE, hash_file
@@ -246,16 +249,150 @@ def test_changed_data_are_refused_by_client_and_file(tiny_project, tmp_path):
     assert hash_file(tmp_path / "results" / "run" / "manifest.json") == before
 
 
-def test_another_base_model_is_refused(tiny_project, tmp_path):
+def change_data_after(kind: str, path: Path):
+    """Return what changes a file when bob has done his part of round 1."""
+
+    def tamper(message, reply):
+        task = message.content.config_records["task"]
+        now = (message.metadata.message_type, task["client_id"], task["server_round"])
+        if now == (kind, "bob", 1):
+            path.write_text(path.read_text().replace("red", "rose"))
+        return reply
+
+    return tamper
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "roles"),
+    [
+        (MessageType.TRAIN, "ann_universal.json", "universal_train (ann_universal.json)"),
+        (
+            MessageType.EVALUATE,
+            "ann_local.json",
+            "local (ann_local.json), local_train (ann_local.json)",
+        ),
+        (MessageType.EVALUATE, "universal_test.json", "universal (universal_test.json)"),
+    ],
+)
+def test_data_that_change_during_a_run_are_refused_and_named(
+    tiny_project, tmp_path, undisturbed, kind, name, roles
+):
+    project = tmp_path / "project"
+    shutil.copytree(tiny_project, project)
+    path = project / name
+    content = path.read_text()
+    federation = Federation(project, tmp_path, build_tiny_config())
+    with pytest.raises(RoundError) as caught:
+        federation.run("run", tamper=change_data_after(kind, path))
+    told = f"ann: these data files are not those that the run began with: {roles}. Restore them"
+    assert told in str(caught.value)
+    with pytest.raises(ConfigError, match="these files are not those that the run began with"):
+        federation.run("run", resume="run")
+    path.write_text(content)
+    federation.run("run", resume="run")
+    assert snapshot(tmp_path / "run") == undisturbed["phased"]
+
+
+def test_an_update_from_changed_data_is_not_counted(tiny_project, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(tiny_project, project)
+    config = build_tiny_config(federated={"min_clients": 1})
+    tamper = change_data_after(MessageType.EVALUATE, project / "ann_local.json")
+    run = Federation(project, tmp_path, config).run("run", tamper=tamper)
+    history = json.loads((run / "history.json").read_text())
+    phases = {(entry["client"], entry["phase"]) for entry in history if entry["round"] == 2}
+    assert {phase for client, phase in phases if client == "ann"} == {"failure", "traffic"}
+    assert ("bob", "evaluate") in phases
+
+
+def change_weights(model: Path) -> None:
+    content = bytearray((model / "model.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (model / "model.safetensors").write_bytes(content)
+
+
+def change_configuration(model: Path) -> None:
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 0.1}))
+
+
+def change_template(model: Path) -> None:
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text("{# another #}" + template)
+
+
+@pytest.mark.parametrize("change", [change_weights, change_configuration, change_template])
+def test_another_base_model_is_refused(tiny_project, tmp_path, change):
     project = tmp_path / "project"
     shutil.copytree(tiny_project, project)
     federation = stopped_run(project, tmp_path / "results", 7)
-    weights = project / "model" / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    with pytest.raises(RoundError, match="do not hold the same base model"):
+    change(project / "model")
+    with pytest.raises(RoundError, match="do not hold the same base model") as caught:
         federation.run("run", resume="run")
+    assert "older version" not in str(caught.value)
+
+
+def test_a_run_of_a_version_with_another_fingerprint_says_how_to_go_on(
+    tiny_project, tmp_path, undisturbed
+):
+    federation = stopped_run(tiny_project, tmp_path, 7)
+    path = tmp_path / "run" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    about = manifest["base_model"]
+    assert about.pop("fingerprint_covers")
+    about["fingerprint"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(RoundError, match='delete "fingerprint" from "base_model"'):
+        federation.run("run", resume="run")
+    del about["fingerprint"]
+    path.write_text(json.dumps(manifest))
+    federation.run("run", resume="run")
+    assert snapshot(tmp_path / "run") == undisturbed["phased"]
+
+
+def test_what_a_run_goes_on_with_instead_is_noted(tiny_project, tmp_path, capsys):
+    federation = stopped_run(tiny_project, tmp_path, 7)
+    path = tmp_path / "run" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["package_sha256"] == hash_package()
+    now, device = manifest["versions"], manifest["clients"]["bob"]["device"]
+    changed = {
+        "python": "3.0.1",
+        "versions": now | {"torch": "0.1", "lost-package": "0.2"},
+        "package_sha256": "a" * 64,
+        "clients": {**manifest["clients"]},
+    }
+    changed["clients"]["bob"] |= {"device": "A GPU, 24.0 GiB"}
+    path.write_text(json.dumps(manifest | changed))
+    capsys.readouterr()
+    federation.run("run", resume="run")
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Note")]
+    expected = [
+        ("python", "3.0.1", platform.python_version()),
+        ("torch", "0.1", now["torch"]),
+        ("lost-package", "0.2", "none"),
+        ("other code of this project, sha256", "a" * 12, hash_package()[:12]),
+        ("bob on", "A GPU, 24.0 GiB", device),
+    ]
+    assert notes == [
+        f"Note: the run began with {name} {before}, and this is {found}; what follows may differ "
+        "from an undisturbed run."
+        for name, before, found in expected
+    ]
+
+
+def test_nothing_is_noted_where_nothing_changed_or_an_older_run_does_not_say(
+    tiny_project, tmp_path, capsys
+):
+    federation = stopped_run(tiny_project, tmp_path, 7)
+    path = tmp_path / "run" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    reports = manifest["clients"]
+    assert not list(describe_other_software(manifest, reports))
+    del manifest["package_sha256"]
+    path.write_text(json.dumps(manifest))
+    federation.run("run", resume="run")
+    assert "Note: the run began" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("part", ["server", "clients/ann"])
@@ -284,32 +421,43 @@ def test_two_runs_cannot_write_one_run_directory(tiny_project, tmp_path):
     federation.run("run", resume="run")
 
 
-@pytest.mark.parametrize("who", ["server", "client"])
-def test_a_full_disk_stops_the_run_and_the_last_round_stays_whole(
-    tiny_project, tmp_path, undisturbed, who
+@pytest.mark.parametrize(
+    ("kind", "server_round", "limit"),
+    [
+        (MessageType.QUERY, 0, 200),
+        (MessageType.QUERY, 0, 3000),
+        (MessageType.TRAIN, 2, 900),
+        (MessageType.TRAIN, 2, 6000),
+        (MessageType.EVALUATE, 1, 500),
+        (MessageType.EVALUATE, 1, 6000),
+    ],
+)
+def test_a_full_disk_stops_the_run_names_the_file_and_the_last_round_stays_whole(
+    tiny_project, tmp_path, undisturbed, kind, server_round, limit
 ):
-    """A limit on the size of files stands for a disk that takes no more."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    kind = {"server": MessageType.TRAIN, "client": MessageType.EVALUATE}[who]
+    """Files cannot grow beyond a limit as soon as bob has done his part of a round."""
 
     def fill(message, reply):
         task = message.content.config_records["task"]
-        is_due = task["server_round"] == (2 if who == "server" else 1)
-        if is_due and message.metadata.message_type == kind and task["client_id"] == "bob":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (6000, before[1]))
+        is_bob = message.metadata.dst_node_id == 12
+        if is_bob and (message.metadata.message_type, task["server_round"]) == (kind, server_round):
+            limit_files(limit)
         return reply
 
     federation = Federation(tiny_project, tmp_path, build_tiny_config())
-    try:
-        with pytest.raises((RunDirectoryError, RoundError)) as caught:
-            federation.run("run", tamper=fill)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "File too large" in str(caught.value)
-    assert "resume='run'" in str(caught.value) or "is untouched" in str(caught.value)
-    assert not list((tmp_path / "run").rglob(".*.partial"))
-    federation.run("run", resume="run")
-    assert snapshot(tmp_path / "run") == undisturbed["phased"]
+    run = tmp_path / "run"
+    with (
+        no_larger_files_than(None),
+        pytest.raises((RunDirectoryError, RoundError)) as caught,
+    ):
+        federation.run("run", tamper=fill)
+    text = str(caught.value)
+    assert "File too large" in text and ".partial" not in text
+    assert "resume='run'" in text or "is untouched" in text or not run.exists()
+    assert re.search(rf"{re.escape(str(run))}\S*( cannot be|\b)", text)
+    assert not list(tmp_path.rglob(".*.partial"))
+    federation.run("run", **({"resume": "run"} if run.exists() else {}))
+    assert snapshot(run) == undisturbed["phased"]
 
 
 def test_there_is_nothing_to_resume(tiny_project, tmp_path):

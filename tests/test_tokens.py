@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from full_disk import no_larger_files_than
 
+from fedlora_app import tokens
 from fedlora_app.data import DataError, Record, load_records
 from fedlora_app.model import ModelError
 from fedlora_app.tokens import encode_answer, encode_example, encode_prompt, tokenize_file
@@ -79,3 +81,63 @@ def test_the_cache_gives_the_same_examples_and_knows_the_prompt(tokenizer, file,
     assert first == again
     assert first != other
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+class TestDamagedCache:
+    """What a power failure or a hand leaves of a cached file is made anew, and said."""
+
+    @pytest.fixture
+    def tokenize(self, tokenizer, file, tmp_path):
+        def tokenize():
+            return tokenize_file(
+                tokenizer,
+                "one",
+                file,
+                max_seq_length=500,
+                skip_invalid=False,
+                cache_dir=tmp_path / "cache",
+            )
+
+        return tokenize
+
+    @pytest.mark.parametrize("keep", [0, 8, 30, 0.5, 0.99, None])
+    @pytest.mark.parametrize(
+        "name", ["*.arrow", "state.json", "dataset_info.json", "contents.json"]
+    )
+    def test_it_is_made_anew(self, tokenize, tmp_path, capsys, name, keep):
+        expected = tokenize()
+        (folder,) = (tmp_path / "cache").iterdir()
+        (path,) = folder.glob(name)
+        content = path.read_bytes()
+        if keep is None:
+            path.unlink()
+        else:
+            path.write_bytes(content[: keep if isinstance(keep, int) else int(len(content) * keep)])
+        assert not capsys.readouterr().out
+        assert tokenize() == expected
+        assert f"The tokens in {folder} are made anew: " in capsys.readouterr().out
+        assert path.read_bytes() == content
+        assert tokenize() == expected and not capsys.readouterr().out
+
+    def test_so_are_zeros_in_the_middle(self, tokenize, tmp_path, capsys):
+        expected = tokenize()
+        (path,) = (tmp_path / "cache").rglob("*.arrow")
+        content = bytearray(path.read_bytes())
+        middle = len(content) // 2
+        content[middle : middle + 64] = bytes(64)
+        path.write_bytes(content)
+        assert tokenize() == expected
+        assert f"{path.name} is not what was written" in capsys.readouterr().out
+
+    def test_a_full_disk_leaves_nothing_and_is_named(self, tokenize, tmp_path):
+        with no_larger_files_than(500), pytest.raises(OSError, match="File too large") as caught:
+            tokenize()
+        assert str(tmp_path / "cache") in caught.value.filename
+        assert not list((tmp_path / "cache").iterdir())
+        assert tokenize().examples
+
+    def test_another_process_may_be_first(self, tokenize, tmp_path, monkeypatch):
+        expected = tokenize()
+        monkeypatch.setattr(tokens, "_load_cached", lambda folder: None)
+        assert tokenize() == expected
+        assert len(list((tmp_path / "cache").iterdir())) == 1
