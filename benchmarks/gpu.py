@@ -336,6 +336,7 @@ def _predict(
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as a client has it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as a client has them
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     run, *rest = json.loads(sys.argv[1])
     print(json.dumps(measure_here(Run(**run), *rest)))

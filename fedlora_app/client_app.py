@@ -218,7 +218,6 @@ def _set_up_process(config: Config) -> None:
     torch.set_num_threads(max(1, (cpus or 1) // config.federated.clients_at_once))
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # time for what is overwritten
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape of a packed batch
     os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # read by transformers
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()

@@ -193,6 +193,7 @@ def _attend(
 
 
 AttentionInterface.register(ATTENTION, _attend)
+torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and few come twice
 
 
 def _by_group(states: torch.Tensor, groups: Groups) -> tuple[torch.Tensor, ...]:
