@@ -154,22 +154,25 @@ class RunDirectory:
     def rewind(self, config: Config, after_round: int) -> None:
         """Forget what came after a complete round; its files are written anew.
 
+        The manifest comes first: where this stops, the rest holds more rounds than count, and
+        never fewer.
+
         Args:
             after_round: below 0 for none.
         """
         entries = read_complete_history(self.path, rounds_until(self.manifest, after_round))
         for folder in (self.path, self.path / "server", self.path / "final"):
             remove_partials(folder)
-        shutil.rmtree(self.final_global, ignore_errors=True)  # it would be of an earlier round
         rounds = [entry for entry in self.manifest["rounds"] if entry["round"] <= after_round]
         stop = {"time": _now(), "after_round": after_round}
         resumed = [*self.manifest.get("resumed", []), stop]
         self.manifest |= {"finished": None, "rounds": rounds, "resumed": resumed}
+        self._write_manifest()
         write_json(self.path / "config.json", config.dump())
+        shutil.rmtree(self.final_global, ignore_errors=True)  # it would be of an earlier round
         write_json(self.path / "history.json", entries)
         write_atomically(self.path / "history.csv", TABLE_HEADING + _as_rows(entries))
         self._rewind_events(after_round)
-        self._write_manifest()
         self._point_latest()
 
     def thin(self, keep_rounds: int) -> None:

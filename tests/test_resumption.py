@@ -13,6 +13,7 @@ from conftest import build_tiny_config
 from federation import Federation
 from flwr.app import Error, Message, MessageType
 
+from fedlora_app import run_directory, storage
 from fedlora_app.config import ConfigError
 from fedlora_app.evaluation.answering import open_round
 from fedlora_app.run_directory import RunDirectory, RunDirectoryError
@@ -202,6 +203,43 @@ def test_a_run_stopped_twice_while_it_writes_ends_in_the_same_bytes(
             federation.run("run", **resume)
     federation.run("run", resume="run")
     assert snapshot(tmp_path / "run") == undisturbed["phased"]
+
+
+@pytest.mark.parametrize("number", range(1, 6))
+def test_a_rewind_that_stops_at_any_write_can_be_gone_on_with(
+    tiny_project, tmp_path, undisturbed, monkeypatch, number
+):
+    """Manifest, configuration, history, its table and the events are written in its course."""
+    federation = stopped_run(tiny_project, tmp_path, 11)  # rounds 0 and 1 are complete
+    original, writes = run_directory.write_atomically, 0
+
+    def stop(path, text):
+        nonlocal writes
+        writes += 1
+        if writes == number:
+            raise Stopped
+        original(path, text)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(run_directory, "write_atomically", stop)
+        patch.setattr(run_directory, "write_json", lambda p, v: stop(p, storage._dump(v)))
+        federation.run("run", resume="run@0")
+    shutil.copytree(tmp_path / "run", tmp_path / "other" / "run")
+    federation.run("run", resume="latest")
+    assert snapshot(tmp_path / "run") == undisturbed["phased"]
+    federation.output_dir = tmp_path / "other"  # of the clients
+    federation.run("run", resume=str(tmp_path / "other" / "run@0"))
+    assert snapshot(tmp_path / "other" / "run") == undisturbed["phased"]
+
+
+def test_a_history_that_lacks_a_round_names_the_round_before_it(tiny_project, tmp_path):
+    federation = stopped_run(tiny_project, tmp_path, 11)
+    path = tmp_path / "run" / "history.json"
+    entries = json.loads(path.read_text())
+    path.write_text(json.dumps([entry for entry in entries if entry["round"] == 0]))
+    with pytest.raises(RunDirectoryError, match=r"lacks round 1\.(?s:.*)resume='run@0'$"):
+        federation.run("run", resume="latest")
+    federation.run("run", resume="run@0")
 
 
 def test_more_rounds_can_be_added_to_a_finished_run(tiny_project, tmp_path, undisturbed, capsys):
