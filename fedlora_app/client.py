@@ -181,12 +181,16 @@ class Client:
         global_state: AdapterState,
         local_round: int,
         local_sha256: str = "",
+        oldest_local_round: int = 0,
     ) -> tuple[Metrics, dict[str, str]]:
         """Fit the local adapter to the new global one, keep it, and evaluate.
 
         Round 0 makes the initial local adapter and evaluates the base model alone.
 
         The global adapter is kept for the next message, unless this is the last round.
+
+        Args:
+            oldest_local_round: older local adapters are deleted.
 
         Returns:
             The metrics, of which ``peak_memory_bytes`` is the evaluation's, and facts: hashes of
@@ -232,7 +236,7 @@ class Client:
                 self._save_local(model, self._final_dir)
         else:
             facts["global_adapter"] = self._save(model, GLOBAL, global_state, self._kept_global_dir)
-        self._thin(server_round, local_round)
+        self._thin(oldest_local_round)
         return metrics, facts
 
     def evaluate(self, global_state: AdapterState, local_round: int) -> Metrics:
@@ -321,12 +325,10 @@ class Client:
             with suppress(OSError):  # it holds local adapters
                 folder.rmdir()
 
-    def _thin(self, server_round: int, local_round: int) -> None:
-        """Delete old rounds, but not what this one began with: it may yet fail elsewhere."""
-        keep = self.config.federated.keep_rounds
-        for folder in sorted(self._own_dir.glob("round_*")) if keep else []:
-            number = int(folder.name.removeprefix("round_"))
-            if number < min(server_round - keep, local_round):
+    def _thin(self, oldest_local_round: int) -> None:
+        """Delete the local adapters that no round needs any more that the server keeps."""
+        for folder in sorted(self._own_dir.glob("round_*")):
+            if int(folder.name.removeprefix("round_")) < oldest_local_round:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _prepare(

@@ -122,7 +122,7 @@ def _train(client: Client, task: Task, message: Message) -> Message:
 def _personalise(client: Client, task: Task, message: Message) -> Message:
     state = _received_state(client, task, message)
     metrics, facts = client.personalise(
-        task.server_round, state, task.local_round, task.local_sha256
+        task.server_round, state, task.local_round, task.local_sha256, task.oldest_local_round
     )
     return build_reply(message, client.client_id, task.server_round, metrics, facts)
 

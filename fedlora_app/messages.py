@@ -77,7 +77,8 @@ class Task:
     ``local_round`` is the round whose local adapter the client continues from, -1 for none, and
     ``local_sha256`` its hash. ``global_sha256`` is that of the global adapter, which the client has
     kept where the message does not bring it. ``resumes`` tells that the run is continued, so that
-    the client's folder may be there already.
+    the client's folder may be there already. ``oldest_local_round`` is the oldest of the client's
+    local adapters that a kept round needs.
     ``project_dir`` and ``output_dir`` hold for simulated nodes, which share the server's disk;
     others have folders of their own.
     """
@@ -93,6 +94,7 @@ class Task:
     output_dir: str
     package_sha256: str
     experiment: str
+    oldest_local_round: int = 0
 
     @property
     def config(self) -> Config:

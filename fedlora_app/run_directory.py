@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-from fedlora_app.config import SAFE_NAME, Config
+from fedlora_app.config import LOCAL, SAFE_NAME, Config
 from fedlora_app.errors import MendableError
 from fedlora_app.storage import (
     extend_atomically,
@@ -177,9 +177,16 @@ class RunDirectory:
 
     def thin(self, keep_rounds: int) -> None:
         """Delete the adapters of all but the newest complete rounds."""
-        complete = sorted(entry["round"] for entry in self.manifest["rounds"])
-        for server_round in complete[:-keep_rounds]:
+        for server_round in self._complete_rounds[:-keep_rounds]:
             shutil.rmtree(self.server_round(server_round), ignore_errors=True)
+
+    def oldest_local_round(self, client: str, keep_rounds: int) -> int:
+        """Return the oldest round whose local adapter a client needs for the rounds to keep.
+
+        In the oldest of these it may have had no part, and have gone on with an earlier one.
+        """
+        kept = self._complete_rounds[-keep_rounds:]
+        return find_local_round(self.manifest, client, kept[0]) if kept else 0
 
     @staticmethod
     def require_absent(path: Path) -> None:
@@ -254,6 +261,10 @@ class RunDirectory:
                 "directory; wait for it, or stop it (flwr list, flwr stop)."
             )
 
+    @property
+    def _complete_rounds(self) -> list[int]:
+        return sorted(entry["round"] for entry in self.manifest["rounds"])
+
     def _extend_history(self) -> None:
         """Add what is new to both files; what they hold already is not read."""
         entries, self._new_history = self._new_history, []
@@ -287,6 +298,16 @@ class RunDirectory:
         except OSError as error:
             partial.unlink(missing_ok=True)
             print(f"Note: {link} was not updated: {error.strerror}.", flush=True)
+
+
+def find_local_round(manifest: dict[str, Any], client: str, server_round: int) -> int:
+    """Return the round of the local adapter that a client had after a round.
+
+    It is an earlier one where the client had no part in the round.
+    """
+    name = f"{LOCAL}:{client}"
+    rounds = [e["round"] for e in manifest["rounds"] if name in e["adapters"]]
+    return max((number for number in rounds if number <= server_round), default=server_round)
 
 
 def rounds_until(manifest: dict[str, Any], after_round: int) -> set[int]:

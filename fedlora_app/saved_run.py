@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from fedlora_app.config import GLOBAL, LOCAL, Config
 from fedlora_app.config_file import parse_config
 from fedlora_app.rounds import plan_round
-from fedlora_app.run_directory import RunDirectoryError
+from fedlora_app.run_directory import RunDirectoryError, find_local_round
 from fedlora_app.storage import WEIGHTS_FILE, hash_file
 
 EVALUATION_FILE = "evaluation.json"
@@ -106,13 +106,8 @@ class SavedRun:
         return counts
 
     def local_round(self, server_round: int, client_id: str) -> int:
-        """Return the round of the local adapter that a client had after a round.
-
-        It is an earlier one where the client had no part in the round.
-        """
-        name = f"{LOCAL}:{client_id}"
-        rounds = [e["round"] for e in self.manifest["rounds"] if name in e["adapters"]]
-        return max((r for r in rounds if r <= server_round), default=server_round)
+        """Return the round of the local adapter that a client had after a round."""
+        return find_local_round(self.manifest, client_id, server_round)
 
     def adapter_folder(self, server_round: int, client_id: str | None = None) -> Path:
         """Folder of the global adapter after a round, or of the local one that a client had."""

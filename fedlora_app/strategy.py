@@ -311,9 +311,13 @@ class GlobalAdapterFedAvg(FedAvg):
     ) -> Iterator[Message]:
         """Yield each client's message; who holds the global adapter already gets its hash only."""
         task = replace(task, global_sha256=self._global_sha256)
+        keep_rounds = self.config.federated.keep_rounds
         for client in order:
             local_round, sha256 = self._locals[client]
             own = replace(task, client_id=client, local_round=local_round, local_sha256=sha256)
+            if keep_rounds is not None:
+                oldest = self._run.oldest_local_round(client, keep_rounds)
+                own = replace(own, oldest_local_round=oldest)
             is_held = self._global_sha256 and self._held.pop(client, "") == self._global_sha256
             content = build_task_content(own, None if is_held else arrays)
             message = build_message(content, message_type, self.nodes[client])
