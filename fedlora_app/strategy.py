@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -144,7 +145,7 @@ class GlobalAdapterFedAvg(FedAvg):
             client = self._clients_by_node.get(message.metadata.src_node_id, "an unknown node")
             try:
                 reply = read_reply(message, client, CHECK_IN_ROUND)
-                _require_base(reply)
+                _require_facts(["base_model"], reply)
                 self._require_same_base({client: reply.facts["base_model"]})
                 self._held[client] = reply.facts.get("global_adapter", "")
             except (MessageError, RoundError) as error:
@@ -178,13 +179,17 @@ class GlobalAdapterFedAvg(FedAvg):
             RoundError: fewer than ``federated.min_clients`` sent a valid update.
         """
         server_round += self._rounds_before
-        phase = plan_round(self.config, server_round).train
+        plan = plan_round(self.config, server_round)
+        phase = plan.train
         if phase is not None:
             mean = WeightedMean(self._shapes | self._sketch.shapes)
             count = self._count_clients(server_round, "train", len(training_clients(self.config)))
-            for reply in self._valid_replies(server_round, replies, count, self._fold_into(mean)):
+            expected = ["local_adapter"] if LOCAL in phase.trainable else []
+            fold = self._fold_into(mean, expected)
+            for reply in self._valid_replies(server_round, replies, count, fold):
                 self._run.add_metrics(server_round, reply.client_id, phase.name, reply.metrics)
-                self._note_local(reply, server_round)
+                if expected:
+                    self._note_local(reply, server_round, is_last=plan.personalise is None)
             self._require(mean.num_updates, len(training_clients(self.config)), server_round)
             started = time.monotonic()
             self._global_state = mean.apply_to(self._global_state)
@@ -212,17 +217,22 @@ class GlobalAdapterFedAvg(FedAvg):
                 one base model.
         """
         server_round += self._rounds_before
-        personalise = plan_round(self.config, server_round).personalise
+        plan = plan_round(self.config, server_round)
+        expected = ["base_model"]
+        expected += ["local_adapter"] if LOCAL in plan.evaluated else []
+        expected += ["global_adapter"] if server_round < self.config.federated.num_rounds else []
         reports: dict[str, dict[str, Any]] = {}
         count = self._count_clients(server_round, "evaluate", len(self.nodes))
-        for reply in self._valid_replies(server_round, replies, count, _require_base):
+        fold = partial(_require_facts, expected)
+        for reply in self._valid_replies(server_round, replies, count, fold):
             client = reply.client_id
             reports[client] = reply.metrics
             evaluation, training = _split_evaluation(reply.metrics)
-            if training and personalise is not None:
-                self._run.add_metrics(server_round, client, personalise.name, training)
+            if training and plan.personalise is not None:
+                self._run.add_metrics(server_round, client, plan.personalise.name, training)
             self._run.add_metrics(server_round, client, "evaluate", evaluation)
-            self._note_local(reply, server_round)
+            if "local_adapter" in expected:
+                self._note_local(reply, server_round, is_last=True)
             self._held[client] = reply.facts.get("global_adapter", "")
             self._base_models[client] = reply.facts["base_model"]
             self._run.log_event("facts", round=server_round, client=client, **reply.facts)
@@ -237,11 +247,15 @@ class GlobalAdapterFedAvg(FedAvg):
         messages = self.configure_evaluate(0, arrays, ConfigRecord(), grid)
         self.aggregate_evaluate(0, grid.send_and_receive(messages))
 
-    def _note_local(self, reply: Reply, server_round: int) -> None:
-        """Remember the local adapter that a client says it has written."""
-        if "local_adapter" in reply.facts:
-            sha256 = reply.facts["local_adapter"]
-            self._locals[reply.client_id] = (server_round, sha256)
+    def _note_local(self, reply: Reply, server_round: int, is_last: bool) -> None:
+        """Remember the local adapter that a client says it has written.
+
+        Args:
+            is_last: the round writes no other in its place, which may be there and its hash lost.
+        """
+        sha256 = reply.facts["local_adapter"]
+        self._locals[reply.client_id] = (server_round, sha256)
+        if is_last:
             self._adapter_hashes[f"{LOCAL}:{reply.client_id}"] = sha256
 
     def _require_same_base(self, base_models: dict[str, str]) -> None:
@@ -362,9 +376,10 @@ class GlobalAdapterFedAvg(FedAvg):
             answered.add(client)
             yield reply
 
-    def _fold_into(self, mean: WeightedMean) -> Callable[[Reply], None]:
+    def _fold_into(self, mean: WeightedMean, expected: list[str]) -> Callable[[Reply], None]:
         def fold(reply: Reply) -> None:
             started, sender = time.monotonic(), reply.client_id
+            _require_facts(expected, reply)
             num_examples = reply.metrics.get("num-examples")
             if not isinstance(num_examples, int) or num_examples < 1:
                 raise MessageError(
@@ -405,9 +420,11 @@ class GlobalAdapterFedAvg(FedAvg):
             )
 
 
-def _require_base(reply: Reply) -> None:
-    if "base_model" not in reply.facts:
-        raise MessageError(f"{reply.client_id} did not say which base model it holds.")
+def _require_facts(expected: list[str], reply: Reply) -> None:
+    for name in expected:
+        if name not in reply.facts:
+            what = name.replace("_", " ")
+            raise MessageError(f"{reply.client_id} did not say which {what} it holds.")
 
 
 def _split_evaluation(metrics: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

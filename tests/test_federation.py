@@ -583,6 +583,33 @@ class TestFaultyClients:
         manifest = json.loads((run / "manifest.json").read_text())
         assert "not finite" in manifest["rounds"][1]["failures"]["bob"]
 
+    @pytest.mark.parametrize(
+        ("schedule", "kind", "fact"),
+        [
+            ("phased", "evaluate", "local_adapter"),
+            ("phased", "evaluate", "global_adapter"),
+            ("joint", "train", "local_adapter"),
+        ],
+    )
+    def test_who_does_not_say_what_it_has_kept_has_failed(self, federation, schedule, kind, fact):
+        """Else the next round would go on from an older adapter without a word."""
+
+        def leave_out(message, reply):
+            task, about = read_task(message), reply.content.config_records[ABOUT_RECORD]
+            metadata = message.metadata
+            if (metadata.dst_node_id, task.server_round) == (
+                12,
+                1,
+            ) and kind in metadata.message_type:
+                facts = json.loads(about["facts"])
+                del facts[fact]
+                about["facts"] = json.dumps(facts)
+            return reply
+
+        config = build_tiny_config(("ann", "bob", "cy"), training={"schedule": schedule})
+        with pytest.raises(RoundError, match=f"bob did not say which {fact.replace('_', ' ')} it"):
+            federation.run(config=config, tamper=leave_out)
+
     def test_a_reply_that_is_sent_twice_counts_once(self, federation):
         strategy_calls = []
         original = GlobalAdapterFedAvg.aggregate_train

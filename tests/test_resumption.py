@@ -176,6 +176,28 @@ def test_a_client_that_missed_the_last_round_answers_with_what_it_had(tiny_proje
     assert opened.hashes["local:bob"] == saved.adapter_sha256(1, "bob")
 
 
+def test_a_report_lost_in_the_last_joint_round_leaves_the_adapter_of_the_round_before(
+    tiny_project, tmp_path
+):
+    """What the client has written in that round is not what the server knows of."""
+
+    def lose(message, reply):
+        task = message.content.config_records["task"]
+        is_evaluation = message.metadata.message_type == MessageType.EVALUATE
+        if is_evaluation and (task["client_id"], task["server_round"]) == ("bob", 2):
+            return Message(Error(0, "gone"), reply_to=message)
+        return reply
+
+    config = build_tiny_config(training={"schedule": "joint"}, federated={"min_clients": 1})
+    federation = Federation(tiny_project, tmp_path, config)
+    run = federation.run("run", tamper=lose)
+    opened = open_round(load_run(run), tiny_project)
+    assert opened.hashes["local:bob"] == opened.run.adapter_sha256(1, "bob")
+    federation.run("run", config, resume="run", **{"num-rounds": 3})
+    saved = load_run(run)
+    assert saved.local_round(3, "bob") == 3 and saved.adapter_sha256(3, "bob")
+
+
 def test_a_run_s_name_may_hold_an_at_sign(tiny_project, tmp_path):
     folder = tmp_path / "me@home"
     federation = stopped_run(tiny_project, folder, 10)
