@@ -348,19 +348,20 @@ class GlobalAdapterFedAvg(FedAvg):
         """Yield what can be counted; keep the reason for what cannot.
 
         Args:
-            count: called with the number of replies that have come, whatever they are worth.
+            count: called with the number of clients that have answered, whatever it is worth.
         """
         answered: set[str] = set()
-        number = 0  # enumerate() would keep each message until the next has come
         for message in replies:
-            number += 1
-            count(number)
             client = self._clients_by_node.get(message.metadata.src_node_id, "an unknown node")
             if client in self.nodes:
                 self._traffic.add(client, "up", message)
+            if client not in self.nodes or client in answered:
+                self._run.log_event("unasked_reply", round=server_round, client=client)
+                del message
+                continue
+            answered.add(client)
+            count(len(answered))
             try:
-                if client not in self.nodes or client in answered:
-                    raise MessageError(f"{client}: a reply that nobody asked for")
                 reply = read_reply(message, client, server_round)
                 if fold is not None:
                     fold(reply)
@@ -373,7 +374,6 @@ class GlobalAdapterFedAvg(FedAvg):
                 continue
             finally:
                 del message  # and with it the update, before the next one comes
-            answered.add(client)
             yield reply
 
     def _fold_into(self, mean: WeightedMean, expected: list[str]) -> Callable[[Reply], None]:

@@ -625,6 +625,13 @@ class TestFaultyClients:
         plain = federation.run("once")
         assert strategy_calls == [3, 3]
         assert equal(server_state(run, 2), server_state(plain, 2))
+        manifest = json.loads((run / "manifest.json").read_text())
+        assert not any("failures" in entry for entry in manifest["rounds"])
+        assert not entries(run, "failure")
+        assert not any("went on without" in problem for problem in read_pieces(run).problems)
+        events = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        unasked = [(e["round"], e["client"]) for e in events if e["event"] == "unasked_reply"]
+        assert unasked == [(1, "ann"), (2, "ann")]
 
 
 def _arrays(reply):
