@@ -64,6 +64,10 @@ from fedlora_app.training import (
 )
 
 
+class LostGlobalError(AdapterError):
+    """The global adapter that a client had kept is missing or damaged; the server has it."""
+
+
 @dataclass(frozen=True)
 class Client:
     """One client for the length of one message.
@@ -139,9 +143,13 @@ class Client:
         """Return the global adapter that this client kept when it last personalised.
 
         Raises:
-            AdapterError: it is missing or damaged; the server sends it again in the next round.
+            LostGlobalError: it is missing, damaged or another one.
         """
-        return self._load(self._load_model()[1], GLOBAL, self._kept_global_dir, sha256)
+        _, model = self._load_model()
+        try:
+            return self._load(model, GLOBAL, self._kept_global_dir, sha256)
+        except AdapterError as error:
+            raise LostGlobalError(str(error)) from None
 
     def train(
         self,

@@ -25,7 +25,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedlora_app.adapters import AdapterError, AdapterState
-from fedlora_app.client import Client
+from fedlora_app.client import Client, LostGlobalError
 from fedlora_app.config import Config, ConfigError
 from fedlora_app.data import DataError
 from fedlora_app.messages import (
@@ -33,6 +33,7 @@ from fedlora_app.messages import (
     MessageError,
     Task,
     build_error_reply,
+    build_need_reply,
     build_reply,
     read_task,
     unpack_state,
@@ -141,6 +142,9 @@ def _answer(message: Message, context: Context, handle: Handler) -> Message:
         root, output_dir = _folders(task, context)
         run_dir = root / output_dir / check_run_name(task.run_name)
         return handle(Client(config, client_id, run_dir, root), task, message)
+    except LostGlobalError as error:
+        print(f"{client_id}: asking for the global adapter again. {error}", flush=True)
+        return build_need_reply(message, client_id, task.server_round)
     except EXPLAINED_ERRORS as error:
         return build_error_reply(message, client_id, str(error))
     except torch.OutOfMemoryError:

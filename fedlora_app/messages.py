@@ -61,6 +61,7 @@ DECLARED_FACTS = {
     r"device": r"[^\n]{1,200}",
     r"process": r"\d+, base model loaded \d+ times",
     r"findings": r"\[.*\]",
+    r"needs": r"global adapter",
 }
 """What a fact may be called, and what it may say."""
 FINDING_KEYS = {"severity", "rule", "file", "record"}
@@ -215,6 +216,11 @@ def build_reply(
     return Message(RecordDict(records), reply_to=message)
 
 
+def build_need_reply(message: Message, client_id: str, server_round: int) -> Message:
+    """Return a reply that asks for the same message with the global adapter in it."""
+    return build_reply(message, client_id, server_round, {}, {"needs": "global adapter"})
+
+
 def build_error_reply(message: Message, client_id: str, why: str) -> Message:
     """Return a reply that says why the client could not do its task."""
     about = {"client-id": client_id, "error": why[:MAX_ERROR_CHARS]}
@@ -262,6 +268,11 @@ class Reply:
     metrics: dict[str, Any]
     facts: dict[str, str]
     arrays: ArrayRecord | None
+
+    @property
+    def needs_global(self) -> bool:
+        """Whether the client has lost the global adapter and has done nothing without it."""
+        return "needs" in self.facts
 
 
 def read_reply(message: Message, client_id: str | None, server_round: int) -> Reply:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -168,6 +169,7 @@ class GlobalAdapterFedAvg(FedAvg):
         clients = training_clients(self.config)
         order = [client for client in self.serving_order if client in clients]
         task = replace(self._task, server_round=server_round)
+        self._ask_again = partial(self._send_to_who_lost_it, grid, task, MessageType.TRAIN)
         return self._messages(task, arrays, MessageType.TRAIN, order)
 
     def aggregate_train(
@@ -205,6 +207,7 @@ class GlobalAdapterFedAvg(FedAvg):
     ) -> Iterable[Message]:
         """Yield one message per client, with the new global adapter."""
         task = replace(self._task, server_round=server_round + self._rounds_before)
+        self._ask_again = partial(self._send_to_who_lost_it, grid, task, MessageType.EVALUATE)
         return self._messages(task, arrays, MessageType.EVALUATE, self.serving_order)
 
     def aggregate_evaluate(
@@ -283,6 +286,7 @@ class GlobalAdapterFedAvg(FedAvg):
         self._failures: dict[str, str] = {}
         self._aggregation_seconds = 0.0
         self._aggregation_metrics: dict[str, float] = {}
+        self._ask_again: Callable[[list[str]], Iterable[Message]] = lambda clients: ()
 
     def _complete_round(self, server_round: int, reports: dict[str, dict[str, Any]]) -> None:
         """Add what the server itself has measured, enter the round and report it."""
@@ -338,6 +342,15 @@ class GlobalAdapterFedAvg(FedAvg):
             self._traffic.add(client, "down", message)
             yield message
 
+    def _send_to_who_lost_it(
+        self, grid: Grid, task: Task, message_type: str, clients: list[str]
+    ) -> Iterator[Message]:
+        """Send the same messages once more, with the global adapter; yield the replies."""
+        if clients:
+            arrays = pack_state(self._global_state)
+            again = self._messages(task, arrays, message_type, list(clients))
+            yield from grid.send_and_receive(again)
+
     def _valid_replies(
         self,
         server_round: int,
@@ -347,11 +360,14 @@ class GlobalAdapterFedAvg(FedAvg):
     ) -> Iterator[Reply]:
         """Yield what can be counted; keep the reason for what cannot.
 
+        Who has lost the global adapter is asked again, once, after all others have answered.
+
         Args:
             count: called with the number of clients that have answered, whatever it is worth.
         """
         answered: set[str] = set()
-        for message in replies:
+        losers: list[str] = []
+        for message in chain(replies, self._ask_again(losers)):
             client = self._clients_by_node.get(message.metadata.src_node_id, "an unknown node")
             if client in self.nodes:
                 self._traffic.add(client, "up", message)
@@ -363,6 +379,13 @@ class GlobalAdapterFedAvg(FedAvg):
             count(len(answered))
             try:
                 reply = read_reply(message, client, server_round)
+                if reply.needs_global and client not in losers:
+                    losers.append(client)
+                    answered.remove(client)
+                    self._run.log_event("lost_adapter", round=server_round, client=client)
+                    continue
+                if reply.needs_global:
+                    raise MessageError(f"{client} lost the global adapter that it was just sent.")
                 if fold is not None:
                     fold(reply)
                 reply = replace(reply, arrays=None)
