@@ -52,6 +52,7 @@ from fedlora_app.model import (
 )
 from fedlora_app.progress import step_lines
 from fedlora_app.rounds import BOTH, Phase, plan_round, training_clients
+from fedlora_app.run_directory import require_within
 from fedlora_app.seeds import derive_seed
 from fedlora_app.storage import WEIGHTS_FILE, hash_file, make_private_dir, remove_partials
 from fedlora_app.tokens import Example
@@ -81,6 +82,16 @@ class Client:
     client_id: str
     run_dir: Path
     root: Path
+
+    def require_own_folders(self) -> None:
+        """Raise ``RunDirectoryError`` where links lead from what this client keeps out of the run.
+
+        To be called before anything there is read or written.
+        """
+        kept = self._own_dir.glob("*") if self._own_dir.is_dir() else ()
+        links = [path for path in kept if path.is_symlink()]
+        for path in (self._own_dir, self._final_dir, *links):
+            require_within(path, self.run_dir)
 
     def check_in(self, *, resumes: bool = False) -> tuple[Metrics, dict[str, str]]:
         """Check and tokenise this client's data before anything large is loaded.

@@ -141,7 +141,9 @@ def _answer(message: Message, context: Context, handle: Handler) -> Message:
         _set_up_process(config)
         root, output_dir = _folders(task, context)
         run_dir = root / output_dir / check_run_name(task.run_name)
-        return handle(Client(config, client_id, run_dir, root), task, message)
+        client = Client(config, client_id, run_dir, root)
+        client.require_own_folders()
+        return handle(client, task, message)
     except LostGlobalError as error:
         print(f"{client_id}: asking for the global adapter again. {error}", flush=True)
         return build_need_reply(message, client_id, task.server_round)

@@ -22,6 +22,7 @@ from typing import IO, Any
 from fedlora_app.config import LOCAL, SAFE_NAME, Config
 from fedlora_app.errors import MendableError
 from fedlora_app.storage import (
+    LOCK_FILE,
     extend_atomically,
     extend_json_list,
     lock_folder,
@@ -48,11 +49,27 @@ RECORDED_PACKAGES = (
 )
 
 
+WRITTEN_BY_SERVER = (
+    *("config.json", "manifest.json", "metrics.jsonl", "history.json", "history.csv"),
+    *("server", "final", "final/global"),
+)
 TABLE_HEADING = "round,client,phase,metric,value\n"
 
 
 class RunDirectoryError(MendableError):
     """A run directory exists already or cannot be written."""
+
+
+def require_within(path: Path, run_dir: Path) -> None:
+    """Raise ``RunDirectoryError`` where links lead from a path in a run directory out of it."""
+    try:
+        is_within = path.resolve().is_relative_to(run_dir.resolve())
+    except RuntimeError:  # links that lead to themselves
+        is_within = False
+    if not is_within:
+        raise RunDirectoryError(
+            f"{path} is a link that leads out of the run directory. Put a copy there."
+        )
 
 
 def check_run_name(name: str) -> str:
@@ -144,8 +161,10 @@ class RunDirectory:
             manifest: what ``manifest.json`` holds.
 
         Raises:
-            RunDirectoryError: another process is writing in it.
+            RunDirectoryError: another process is writing in it, or a part of it lies elsewhere.
         """
+        for name in (*WRITTEN_BY_SERVER, LOCK_FILE):
+            require_within(path / name, path)
         run = cls(path)
         run.manifest = dict(manifest)
         run._take_lock()

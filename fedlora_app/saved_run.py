@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from fedlora_app.config import GLOBAL, LOCAL, Config
 from fedlora_app.config_file import parse_config
 from fedlora_app.rounds import plan_round
-from fedlora_app.run_directory import RunDirectoryError, find_local_round
+from fedlora_app.run_directory import RunDirectoryError, find_local_round, require_within
 from fedlora_app.storage import WEIGHTS_FILE, hash_file
 
 EVALUATION_FILE = "evaluation.json"
@@ -149,10 +149,7 @@ class SavedRun:
         weights = self.adapter_folder(server_round, client_id) / WEIGHTS_FILE
         if not weights.is_file():
             raise RunDirectoryError(f"{weights} does not exist or is no regular file.")
-        if not weights.resolve().is_relative_to(self.path):
-            raise RunDirectoryError(
-                f"{weights} is a link that leads out of the run directory. Put a copy there."
-            )
+        require_within(weights, self.path)
         return weights
 
 
@@ -172,6 +169,8 @@ def load_run(path: Path | str) -> SavedRun:
         raise RunDirectoryError(
             f"{path} is no run directory: {missing[0]} is missing. Expected what flwr run wrote."
         )
+    for name in names:
+        require_within(path / name, path)
     manifest = _read_object(path / "manifest.json")
     faults = list(_find_manifest_faults(manifest))
     if faults:

@@ -335,6 +335,31 @@ def test_a_damaged_round_is_reported_and_the_one_before_it_used_on_demand(
     assert snapshot(tmp_path / "run") == undisturbed["phased"]
 
 
+@pytest.mark.parametrize("number", [3, 11])  # no round is complete, or round 1
+@pytest.mark.parametrize("name", ["manifest.json", "server", "clients/ann", "final"])
+def test_links_out_of_the_run_are_refused_before_anything_changes(
+    tiny_project, tmp_path, number, name
+):
+    federation = stopped_run(tiny_project, tmp_path, number)
+    link, outside = tmp_path / "run" / name, tmp_path / "outside"
+    if link.exists():
+        link.rename(outside)
+    else:
+        outside.mkdir()
+        link.parent.mkdir(exist_ok=True)
+    link.symlink_to(outside)
+
+    def content():
+        files = (path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock")
+        outer = {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()}
+        return {path: path.read_bytes() for path in files} | outer
+
+    before = content()
+    with pytest.raises(ValueError, match=f"{name} is a link that leads out of the run directory"):
+        federation.run("run", resume="run")
+    assert content() == before and link.is_symlink()
+
+
 def test_two_runs_cannot_write_one_run_directory(tiny_project, tmp_path):
     federation = stopped_run(tiny_project, tmp_path, 7)
     other = RunDirectory.reopen(tmp_path / "run", {})
