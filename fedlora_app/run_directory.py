@@ -14,6 +14,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -327,6 +328,20 @@ def find_local_round(manifest: dict[str, Any], client: str, server_round: int) -
     name = f"{LOCAL}:{client}"
     rounds = [e["round"] for e in manifest["rounds"] if name in e["adapters"]]
     return max((number for number in rounds if number <= server_round), default=server_round)
+
+
+def describe_missing_finals(manifest: dict[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each client without a local adapter of the last round."""
+    rounds = sorted(manifest["rounds"], key=lambda entry: entry["round"])
+    for client in manifest["clients"]:
+        name = f"{LOCAL}:{client}"
+        having = [entry["round"] for entry in rounds if name in entry.get("adapters", {})]
+        if having and having[-1] < rounds[-1]["round"]:
+            yield (
+                f"{client} did not report in the last round; what may be in final/clients/{client} "
+                f"is not to be used. fedlora ask, evaluate and export take its local adapter of "
+                f"round {having[-1]}, clients/{client}/round_{having[-1]:03d}."
+            )
 
 
 def rounds_until(manifest: dict[str, Any], after_round: int) -> set[int]:

@@ -38,7 +38,7 @@ from fedlora_app.messages import (
 from fedlora_app.progress import client_lines
 from fedlora_app.resumption import suggest_earlier
 from fedlora_app.rounds import plan_round, training_clients
-from fedlora_app.run_directory import SERVER, RunDirectory
+from fedlora_app.run_directory import SERVER, RunDirectory, describe_missing_finals
 from fedlora_app.summary import describe_round
 
 NO_LOCAL = (-1, "")  # the round of a client's local adapter, and its sha256
@@ -277,8 +277,10 @@ class GlobalAdapterFedAvg(FedAvg):
             recorded["fingerprint"] = fingerprint
 
     def save_final(self) -> None:
-        """Keep the last global adapter where users look for it."""
+        """Keep the last global adapter where users look for it, and say who has no local one."""
         self._save_global(None)
+        for sentence in describe_missing_finals(self._run.manifest):
+            self._report(sentence)
 
     def _begin_round(self) -> None:
         self._round_started = time.monotonic()

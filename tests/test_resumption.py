@@ -16,6 +16,7 @@ from flwr.app import Error, Message, MessageType
 from fedlora_app import run_directory, storage
 from fedlora_app.config import ConfigError
 from fedlora_app.evaluation.answering import open_round
+from fedlora_app.report.pieces import read_pieces
 from fedlora_app.run_directory import RunDirectory, RunDirectoryError
 from fedlora_app.saved_run import load_run
 from fedlora_app.storage import WEIGHTS_FILE, hash_file
@@ -160,7 +161,9 @@ def test_final_adapters_are_never_those_of_a_run_with_fewer_rounds(tiny_project,
     assert not (tmp_path / "run" / "final" / "global").exists()
 
 
-def test_a_client_that_missed_the_last_round_answers_with_what_it_had(tiny_project, tmp_path):
+def test_a_client_that_missed_the_last_round_answers_with_what_it_had(
+    tiny_project, tmp_path, capsys
+):
     def fail(message, reply):
         task = message.content.config_records["task"]
         if (task["client_id"], task["server_round"]) == ("bob", 2):
@@ -174,6 +177,11 @@ def test_a_client_that_missed_the_last_round_answers_with_what_it_had(tiny_proje
     assert (saved.local_round(2, "ann"), saved.local_round(2, "bob")) == (2, 1)
     opened = open_round(saved, tiny_project)
     assert opened.hashes["local:bob"] == saved.adapter_sha256(1, "bob")
+    problems = "\n".join(read_pieces(run).problems)
+    for text in (capsys.readouterr().out, problems):
+        assert "bob did not report in the last round" in text
+        assert "its local adapter of round 1, clients/bob/round_001." in text
+        assert "ann did not report" not in text
 
 
 def test_a_report_lost_in_the_last_joint_round_leaves_the_adapter_of_the_round_before(
