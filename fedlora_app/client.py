@@ -346,7 +346,8 @@ class Client:
 
     def _thin(self, oldest_local_round: int) -> None:
         """Delete the local adapters that no round needs any more that the server keeps."""
-        for folder in sorted(self._own_dir.glob("round_*")):
+        folders = sorted(self._own_dir.glob("round_*")) if oldest_local_round > 0 else []
+        for folder in folders:
             if int(folder.name.removeprefix("round_")) < oldest_local_round:
                 shutil.rmtree(folder, ignore_errors=True)
 

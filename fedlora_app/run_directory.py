@@ -164,8 +164,9 @@ class RunDirectory:
         Raises:
             RunDirectoryError: another process is writing in it, or a part of it lies elsewhere.
         """
-        for name in (*WRITTEN_BY_SERVER, LOCK_FILE):
-            require_within(path / name, path)
+        links = (folder for folder in (path / "server").glob("*") if folder.is_symlink())
+        for own in (*(path / name for name in WRITTEN_BY_SERVER), path / LOCK_FILE, *links):
+            require_within(own, path)
         run = cls(path)
         run.manifest = dict(manifest)
         run._take_lock()
