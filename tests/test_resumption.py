@@ -363,7 +363,7 @@ def test_links_out_of_the_run_are_refused_before_anything_changes(
         return {path: path.read_bytes() for path in files} | outer
 
     before = content()
-    with pytest.raises(ValueError, match=f"{name} is a link that leads out of the run directory"):
+    with pytest.raises(ValueError, match=f"{name}.* is a link that leads out of the run directory"):
         federation.run("run", resume="run")
     assert content() == before and link.is_symlink()
 
