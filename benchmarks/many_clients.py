@@ -121,7 +121,7 @@ def _serve(server: Connection, adapter: str, num_clients: int) -> None:
     }  # one for all
     evaluation = {f"global+local/{s}/{m}": 0.5 for s in EVALUATED for m in METRICS}
     report = {"evaluation_seconds": 1.0, "peak_memory_bytes": 1} | evaluation
-    facts = {"base_model": "0" * 64, "local_adapter": "1" * 64}
+    facts = {"base_model": "0" * 64, "local_adapter": "1" * 64, "global_adapter": "2" * 64}
 
     def answer(message: Message) -> Message:
         task = read_task(message)

@@ -53,6 +53,7 @@ from fedlora_app.model import (
 )
 from fedlora_app.progress import step_lines
 from fedlora_app.rounds import BOTH, Phase, plan_round, training_clients
+from fedlora_app.run_directory import require_within
 from fedlora_app.seeds import derive_seed
 from fedlora_app.storage import WEIGHTS_FILE, hash_file, make_private_dir, remove_partials
 from fedlora_app.tokens import Example
@@ -63,6 +64,10 @@ from fedlora_app.training import (
     train_phase,
     use_less_memory,
 )
+
+
+class LostGlobalError(AdapterError):
+    """The global adapter that a client had kept is missing or damaged; the server has it."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,16 @@ class Client:
     client_id: str
     run_dir: Path
     root: Path
+
+    def require_own_folders(self) -> None:
+        """Raise ``RunDirectoryError`` where links lead from what this client keeps out of the run.
+
+        To be called before anything there is read or written.
+        """
+        kept = self._own_dir.glob("*") if self._own_dir.is_dir() else ()
+        links = [path for path in kept if path.is_symlink()]
+        for path in (self._own_dir, self._final_dir, *links):
+            require_within(path, self.run_dir)
 
     def check_in(self, *, resumes: bool = False) -> tuple[Metrics, dict[str, str]]:
         """Check and tokenise this client's data before anything large is loaded.
@@ -140,9 +155,13 @@ class Client:
         """Return the global adapter that this client kept when it last personalised.
 
         Raises:
-            AdapterError: it is missing or damaged; the server sends it again in the next round.
+            LostGlobalError: it is missing, damaged or another one.
         """
-        return self._load(self._load_model()[1], GLOBAL, self._kept_global_dir, sha256)
+        _, model = self._load_model()
+        try:
+            return self._load(model, GLOBAL, self._kept_global_dir, sha256)
+        except AdapterError as error:
+            raise LostGlobalError(str(error)) from None
 
     def train(
         self,
@@ -182,12 +201,16 @@ class Client:
         global_state: AdapterState,
         local_round: int,
         local_sha256: str = "",
+        oldest_local_round: int = 0,
     ) -> tuple[Metrics, dict[str, str]]:
         """Fit the local adapter to the new global one, keep it, and evaluate.
 
         Round 0 makes the initial local adapter and evaluates the base model alone.
 
         The global adapter is kept for the next message, unless this is the last round.
+
+        Args:
+            oldest_local_round: older local adapters are deleted.
 
         Returns:
             The metrics, of which ``peak_memory_bytes`` is the evaluation's, and facts: hashes of
@@ -233,7 +256,7 @@ class Client:
                 self._save_local(model, self._final_dir)
         else:
             facts["global_adapter"] = self._save(model, GLOBAL, global_state, self._kept_global_dir)
-        self._thin(server_round, local_round)
+        self._thin(oldest_local_round)
         return metrics, facts
 
     def evaluate(self, global_state: AdapterState, local_round: int) -> Metrics:
@@ -331,12 +354,11 @@ class Client:
             with suppress(OSError):  # it holds local adapters
                 folder.rmdir()
 
-    def _thin(self, server_round: int, local_round: int) -> None:
-        """Delete old rounds, but not what this one began with: it may yet fail elsewhere."""
-        keep = self.config.federated.keep_rounds
-        for folder in sorted(self._own_dir.glob("round_*")) if keep else []:
-            number = int(folder.name.removeprefix("round_"))
-            if number < min(server_round - keep, local_round):
+    def _thin(self, oldest_local_round: int) -> None:
+        """Delete the local adapters that no round needs any more that the server keeps."""
+        folders = sorted(self._own_dir.glob("round_*")) if oldest_local_round > 0 else []
+        for folder in folders:
+            if int(folder.name.removeprefix("round_")) < oldest_local_round:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _prepare(

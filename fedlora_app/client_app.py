@@ -28,7 +28,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedlora_app.adapters import AdapterError, AdapterState
-from fedlora_app.client import Client
+from fedlora_app.client import Client, LostGlobalError
 from fedlora_app.config import Config, ConfigError
 from fedlora_app.data import DataError
 from fedlora_app.memory import is_out_of_memory
@@ -37,6 +37,7 @@ from fedlora_app.messages import (
     MessageError,
     Task,
     build_error_reply,
+    build_need_reply,
     build_reply,
     read_task,
     unpack_state,
@@ -126,7 +127,7 @@ def _train(client: Client, task: Task, message: Message) -> Message:
 def _personalise(client: Client, task: Task, message: Message) -> Message:
     state = _received_state(client, task, message)
     metrics, facts = client.personalise(
-        task.server_round, state, task.local_round, task.local_sha256
+        task.server_round, state, task.local_round, task.local_sha256, task.oldest_local_round
     )
     return build_reply(message, client.client_id, task.server_round, metrics, facts)
 
@@ -144,7 +145,12 @@ def _answer(message: Message, context: Context, handle: Handler) -> Message:
         _set_up_process(config)
         root, output_dir = _folders(task, context)
         run_dir = root / output_dir / check_run_name(task.run_name)
-        return handle(Client(config, client_id, run_dir, root), task, message)
+        client = Client(config, client_id, run_dir, root)
+        client.require_own_folders()
+        return handle(client, task, message)
+    except LostGlobalError as error:
+        print(f"{client_id}: asking for the global adapter again. {error}", flush=True)
+        return build_need_reply(message, client_id, task.server_round)
     except EXPLAINED_ERRORS as error:
         return build_error_reply(message, client_id, str(error))
     except OSError as error:

@@ -61,6 +61,7 @@ DECLARED_FACTS = {
     r"device": r"[^\n]{1,200}",
     r"process": r"\d+, base model loaded \d+ times",
     r"findings": r"\[.*\]",
+    r"needs": r"global adapter",
 }
 """What a fact may be called, and what it may say."""
 FINDING_KEYS = {"severity", "rule", "file", "record"}
@@ -77,7 +78,8 @@ class Task:
     ``local_round`` is the round whose local adapter the client continues from, -1 for none, and
     ``local_sha256`` its hash. ``global_sha256`` is that of the global adapter, which the client has
     kept where the message does not bring it. ``resumes`` tells that the run is continued, so that
-    the client's folder may be there already.
+    the client's folder may be there already. ``oldest_local_round`` is the oldest of the client's
+    local adapters that a kept round needs.
     ``project_dir`` and ``output_dir`` hold for simulated nodes, which share the server's disk;
     others have folders of their own.
     """
@@ -93,6 +95,7 @@ class Task:
     output_dir: str
     package_sha256: str
     experiment: str
+    oldest_local_round: int = 0
 
     @property
     def config(self) -> Config:
@@ -213,6 +216,11 @@ def build_reply(
     return Message(RecordDict(records), reply_to=message)
 
 
+def build_need_reply(message: Message, client_id: str, server_round: int) -> Message:
+    """Return a reply that asks for the same message with the global adapter in it."""
+    return build_reply(message, client_id, server_round, {}, {"needs": "global adapter"})
+
+
 def build_error_reply(message: Message, client_id: str, why: str) -> Message:
     """Return a reply that says why the client could not do its task."""
     about = {"client-id": client_id, "error": why[:MAX_ERROR_CHARS]}
@@ -260,6 +268,11 @@ class Reply:
     metrics: dict[str, Any]
     facts: dict[str, str]
     arrays: ArrayRecord | None
+
+    @property
+    def needs_global(self) -> bool:
+        """Whether the client has lost the global adapter and has done nothing without it."""
+        return "needs" in self.facts
 
 
 def read_reply(message: Message, client_id: str | None, server_round: int) -> Reply:

@@ -131,7 +131,7 @@ def find_resumption(given: str, places: list[Path], num_rounds: int | None) -> R
         )
     if after > FRESH:
         _check_global(saved, after)
-        read_complete_history(saved.path, rounds_until(saved.manifest, after))
+        _check_history(saved, after)
     return Resumption(saved, after, config)
 
 
@@ -140,6 +140,23 @@ def _check_global(saved: SavedRun, after: int) -> None:
         saved.adapter_sha256(after)
     except RunDirectoryError as error:
         raise RunDirectoryError(f"{error}{suggest_earlier(saved.path, after)}") from None
+
+
+def _check_history(saved: SavedRun, after: int) -> None:
+    rounds = rounds_until(saved.manifest, after)
+    try:
+        read_complete_history(saved.path, rounds)
+    except RunDirectoryError as error:
+        damaged = next(n for n in sorted(rounds) if not _has_history(saved.path, n))
+        hint = suggest_earlier(saved.path, damaged) if damaged > min(rounds) else ""
+        raise RunDirectoryError(f"{error}{hint}") from None
+
+
+def _has_history(path: Path, server_round: int) -> bool:
+    try:
+        return bool(read_complete_history(path, {server_round}))
+    except RunDirectoryError:
+        return False
 
 
 def suggest_earlier(run_dir: Path, after: int) -> str:

@@ -14,15 +14,17 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-from fedlora_app.config import SAFE_NAME, Config
+from fedlora_app.config import LOCAL, SAFE_NAME, Config
 from fedlora_app.errors import MendableError
 from fedlora_app.project import hash_package
 from fedlora_app.storage import (
+    LOCK_FILE,
     extend_atomically,
     extend_json_list,
     lock_folder,
@@ -49,11 +51,27 @@ RECORDED_PACKAGES = (
 )
 
 
+WRITTEN_BY_SERVER = (
+    *("config.json", "manifest.json", "metrics.jsonl", "history.json", "history.csv"),
+    *("server", "final", "final/global"),
+)
 TABLE_HEADING = "round,client,phase,metric,value\n"
 
 
 class RunDirectoryError(MendableError):
     """A run directory exists already or cannot be written."""
+
+
+def require_within(path: Path, run_dir: Path) -> None:
+    """Raise ``RunDirectoryError`` where links lead from a path in a run directory out of it."""
+    try:
+        is_within = path.resolve().is_relative_to(run_dir.resolve())
+    except RuntimeError:  # links that lead to themselves
+        is_within = False
+    if not is_within:
+        raise RunDirectoryError(
+            f"{path} is a link that leads out of the run directory. Put a copy there."
+        )
 
 
 def check_run_name(name: str) -> str:
@@ -146,8 +164,11 @@ class RunDirectory:
             manifest: what ``manifest.json`` holds.
 
         Raises:
-            RunDirectoryError: another process is writing in it.
+            RunDirectoryError: another process is writing in it, or a part of it lies elsewhere.
         """
+        links = (folder for folder in (path / "server").glob("*") if folder.is_symlink())
+        for own in (*(path / name for name in WRITTEN_BY_SERVER), path / LOCK_FILE, *links):
+            require_within(own, path)
         run = cls(path)
         run.manifest = dict(manifest)
         run._take_lock()
@@ -156,29 +177,39 @@ class RunDirectory:
     def rewind(self, config: Config, after_round: int) -> None:
         """Forget what came after a complete round; its files are written anew.
 
+        The manifest comes first: where this stops, the rest holds more rounds than count, and
+        never fewer.
+
         Args:
             after_round: below 0 for none.
         """
         entries = read_complete_history(self.path, rounds_until(self.manifest, after_round))
         for folder in (self.path, self.path / "server", self.path / "final"):
             remove_partials(folder)
-        shutil.rmtree(self.final_global, ignore_errors=True)  # it would be of an earlier round
         rounds = [entry for entry in self.manifest["rounds"] if entry["round"] <= after_round]
         stop = {"time": _now(), "after_round": after_round}
         resumed = [*self.manifest.get("resumed", []), stop]
         self.manifest |= {"finished": None, "rounds": rounds, "resumed": resumed}
+        self._write_manifest()
         write_json(self.path / "config.json", config.dump())
+        shutil.rmtree(self.final_global, ignore_errors=True)  # it would be of an earlier round
         write_json(self.path / "history.json", entries)
         write_atomically(self.path / "history.csv", TABLE_HEADING + _as_rows(entries))
         self._rewind_events(after_round)
-        self._write_manifest()
         self._point_latest()
 
     def thin(self, keep_rounds: int) -> None:
         """Delete the adapters of all but the newest complete rounds."""
-        complete = sorted(entry["round"] for entry in self.manifest["rounds"])
-        for server_round in complete[:-keep_rounds]:
+        for server_round in self._complete_rounds[:-keep_rounds]:
             shutil.rmtree(self.server_round(server_round), ignore_errors=True)
+
+    def oldest_local_round(self, client: str, keep_rounds: int) -> int:
+        """Return the oldest round whose local adapter a client needs for the rounds to keep.
+
+        In the oldest of these it may have had no part, and have gone on with an earlier one.
+        """
+        kept = self._complete_rounds[-keep_rounds:]
+        return find_local_round(self.manifest, client, kept[0]) if kept else 0
 
     @staticmethod
     def require_absent(path: Path) -> None:
@@ -253,6 +284,10 @@ class RunDirectory:
                 "directory; wait for it, or stop it (flwr list, flwr stop)."
             )
 
+    @property
+    def _complete_rounds(self) -> list[int]:
+        return sorted(entry["round"] for entry in self.manifest["rounds"])
+
     def _extend_history(self) -> None:
         """Add what is new to both files; what they hold already is not read."""
         entries, self._new_history = self._new_history, []
@@ -286,6 +321,30 @@ class RunDirectory:
         except OSError as error:
             partial.unlink(missing_ok=True)
             print(f"Note: {link} was not updated: {error.strerror}.", flush=True)
+
+
+def find_local_round(manifest: dict[str, Any], client: str, server_round: int) -> int:
+    """Return the round of the local adapter that a client had after a round.
+
+    It is an earlier one where the client had no part in the round.
+    """
+    name = f"{LOCAL}:{client}"
+    rounds = [e["round"] for e in manifest["rounds"] if name in e["adapters"]]
+    return max((number for number in rounds if number <= server_round), default=server_round)
+
+
+def describe_missing_finals(manifest: dict[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each client without a local adapter of the last round."""
+    rounds = sorted(manifest["rounds"], key=lambda entry: entry["round"])
+    for client in manifest["clients"]:
+        name = f"{LOCAL}:{client}"
+        having = [entry["round"] for entry in rounds if name in entry.get("adapters", {})]
+        if having and having[-1] < rounds[-1]["round"]:
+            yield (
+                f"{client} did not report in the last round; what may be in final/clients/{client} "
+                f"is not to be used. fedlora ask, evaluate and export take its local adapter of "
+                f"round {having[-1]}, clients/{client}/round_{having[-1]:03d}."
+            )
 
 
 def rounds_until(manifest: dict[str, Any], after_round: int) -> set[int]:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from fedlora_app.config import GLOBAL, LOCAL, Config
 from fedlora_app.config_file import parse_config
 from fedlora_app.rounds import plan_round
-from fedlora_app.run_directory import RunDirectoryError
+from fedlora_app.run_directory import RunDirectoryError, find_local_round, require_within
 from fedlora_app.storage import WEIGHTS_FILE, hash_file
 
 EVALUATION_FILE = "evaluation.json"
@@ -106,13 +106,8 @@ class SavedRun:
         return counts
 
     def local_round(self, server_round: int, client_id: str) -> int:
-        """Return the round of the local adapter that a client had after a round.
-
-        It is an earlier one where the client had no part in the round.
-        """
-        name = f"{LOCAL}:{client_id}"
-        rounds = [e["round"] for e in self.manifest["rounds"] if name in e["adapters"]]
-        return max((r for r in rounds if r <= server_round), default=server_round)
+        """Return the round of the local adapter that a client had after a round."""
+        return find_local_round(self.manifest, client_id, server_round)
 
     def adapter_folder(self, server_round: int, client_id: str | None = None) -> Path:
         """Folder of the global adapter after a round, or of the local one that a client had."""
@@ -154,10 +149,7 @@ class SavedRun:
         weights = self.adapter_folder(server_round, client_id) / WEIGHTS_FILE
         if not weights.is_file():
             raise RunDirectoryError(f"{weights} does not exist or is no regular file.")
-        if not weights.resolve().is_relative_to(self.path):
-            raise RunDirectoryError(
-                f"{weights} is a link that leads out of the run directory. Put a copy there."
-            )
+        require_within(weights, self.path)
         return weights
 
 
@@ -177,6 +169,8 @@ def load_run(path: Path | str) -> SavedRun:
         raise RunDirectoryError(
             f"{path} is no run directory: {missing[0]} is missing. Expected what flwr run wrote."
         )
+    for name in names:
+        require_within(path / name, path)
     manifest = _read_object(path / "manifest.json")
     faults = list(_find_manifest_faults(manifest))
     if faults:

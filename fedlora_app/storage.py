@@ -16,6 +16,7 @@ from typing import IO, Any
 WEIGHTS_FILE = "adapter_model.safetensors"
 """What holds the tensors in a PEFT folder."""
 LOCK_FILE = ".lock"
+MAKE_ATTEMPTS = 100
 EMPTY_LIST, LIST_END = "[]\n", "\n]\n"
 
 
@@ -71,9 +72,15 @@ def extend_json_list(path: Path, items: list[Any]) -> None:
 
 def make_private_dir(folder: Path) -> None:
     """Make a folder and its missing parents, each readable by its owner only."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    for path in reversed(missing):
-        path.mkdir(mode=0o700, exist_ok=True)
+    for attempts_left in reversed(range(MAKE_ATTEMPTS)):
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            for path in reversed(missing):
+                path.mkdir(mode=0o700, exist_ok=True)
+            return
+        except FileNotFoundError:  # another process has removed a parent, which was empty
+            if not attempts_left:
+                raise
 
 
 @contextmanager

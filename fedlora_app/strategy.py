@@ -10,6 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -42,7 +44,7 @@ from fedlora_app.resumption import (
     suggest_earlier,
 )
 from fedlora_app.rounds import plan_round, training_clients
-from fedlora_app.run_directory import SERVER, RunDirectory
+from fedlora_app.run_directory import SERVER, RunDirectory, describe_missing_finals
 from fedlora_app.summary import describe_round
 
 NO_LOCAL = (-1, "")  # the round of a client's local adapter, and its sha256
@@ -150,7 +152,7 @@ class GlobalAdapterFedAvg(FedAvg):
             client = self._clients_by_node.get(message.metadata.src_node_id, "an unknown node")
             try:
                 reply = read_reply(message, client, CHECK_IN_ROUND)
-                _require_base(reply)
+                _require_facts(["base_model"], reply)
                 self._require_same_base({client: reply.facts["base_model"]})
                 self._held[client] = reply.facts.get("global_adapter", "")
             except (MessageError, RoundError) as error:
@@ -173,6 +175,7 @@ class GlobalAdapterFedAvg(FedAvg):
         clients = training_clients(self.config)
         order = [client for client in self.serving_order if client in clients]
         task = replace(self._task, server_round=server_round)
+        self._ask_again = partial(self._send_to_who_lost_it, grid, task, MessageType.TRAIN)
         return self._messages(task, arrays, MessageType.TRAIN, order)
 
     def aggregate_train(
@@ -184,13 +187,17 @@ class GlobalAdapterFedAvg(FedAvg):
             RoundError: fewer than ``federated.min_clients`` sent a valid update.
         """
         server_round += self._rounds_before
-        phase = plan_round(self.config, server_round).train
+        plan = plan_round(self.config, server_round)
+        phase = plan.train
         if phase is not None:
             mean = WeightedMean(self._shapes | self._sketch.shapes)
             count = self._count_clients(server_round, "train", len(training_clients(self.config)))
-            for reply in self._valid_replies(server_round, replies, count, self._fold_into(mean)):
+            expected = ["local_adapter"] if LOCAL in phase.trainable else []
+            fold = self._fold_into(mean, expected)
+            for reply in self._valid_replies(server_round, replies, count, fold):
                 self._run.add_metrics(server_round, reply.client_id, phase.name, reply.metrics)
-                self._note_local(reply, server_round)
+                if expected:
+                    self._note_local(reply, server_round, is_last=plan.personalise is None)
             self._require(mean.num_updates, len(training_clients(self.config)), server_round)
             started = time.monotonic()
             self._global_state = mean.apply_to(self._global_state)
@@ -206,6 +213,7 @@ class GlobalAdapterFedAvg(FedAvg):
     ) -> Iterable[Message]:
         """Yield one message per client, with the new global adapter."""
         task = replace(self._task, server_round=server_round + self._rounds_before)
+        self._ask_again = partial(self._send_to_who_lost_it, grid, task, MessageType.EVALUATE)
         return self._messages(task, arrays, MessageType.EVALUATE, self.serving_order)
 
     def aggregate_evaluate(
@@ -218,17 +226,22 @@ class GlobalAdapterFedAvg(FedAvg):
                 one base model.
         """
         server_round += self._rounds_before
-        personalise = plan_round(self.config, server_round).personalise
+        plan = plan_round(self.config, server_round)
+        expected = ["base_model"]
+        expected += ["local_adapter"] if LOCAL in plan.evaluated else []
+        expected += ["global_adapter"] if server_round < self.config.federated.num_rounds else []
         reports: dict[str, dict[str, Any]] = {}
         count = self._count_clients(server_round, "evaluate", len(self.nodes))
-        for reply in self._valid_replies(server_round, replies, count, _require_base):
+        fold = partial(_require_facts, expected)
+        for reply in self._valid_replies(server_round, replies, count, fold):
             client = reply.client_id
             reports[client] = reply.metrics
             evaluation, training = _split_evaluation(reply.metrics)
-            if training and personalise is not None:
-                self._run.add_metrics(server_round, client, personalise.name, training)
+            if training and plan.personalise is not None:
+                self._run.add_metrics(server_round, client, plan.personalise.name, training)
             self._run.add_metrics(server_round, client, "evaluate", evaluation)
-            self._note_local(reply, server_round)
+            if "local_adapter" in expected:
+                self._note_local(reply, server_round, is_last=True)
             self._held[client] = reply.facts.get("global_adapter", "")
             self._base_models[client] = reply.facts["base_model"]
             facts = {k: v for k, v in reply.facts.items() if not k.startswith(DATA_HASH)}
@@ -244,11 +257,15 @@ class GlobalAdapterFedAvg(FedAvg):
         messages = self.configure_evaluate(0, arrays, ConfigRecord(), grid)
         self.aggregate_evaluate(0, grid.send_and_receive(messages))
 
-    def _note_local(self, reply: Reply, server_round: int) -> None:
-        """Remember the local adapter that a client says it has written."""
-        if "local_adapter" in reply.facts:
-            sha256 = reply.facts["local_adapter"]
-            self._locals[reply.client_id] = (server_round, sha256)
+    def _note_local(self, reply: Reply, server_round: int, is_last: bool) -> None:
+        """Remember the local adapter that a client says it has written.
+
+        Args:
+            is_last: the round writes no other in its place, which may be there and its hash lost.
+        """
+        sha256 = reply.facts["local_adapter"]
+        self._locals[reply.client_id] = (server_round, sha256)
+        if is_last:
             self._adapter_hashes[f"{LOCAL}:{reply.client_id}"] = sha256
 
     def _require_same_data(self, reply: Reply) -> None:
@@ -273,8 +290,10 @@ class GlobalAdapterFedAvg(FedAvg):
             recorded |= {"fingerprint": fingerprint, "fingerprint_covers": COVERS}
 
     def save_final(self) -> None:
-        """Keep the last global adapter where users look for it."""
+        """Keep the last global adapter where users look for it, and say who has no local one."""
         self._save_global(None)
+        for sentence in describe_missing_finals(self._run.manifest):
+            self._report(sentence)
 
     def _begin_round(self) -> None:
         self._round_started = time.monotonic()
@@ -282,6 +301,7 @@ class GlobalAdapterFedAvg(FedAvg):
         self._failures: dict[str, str] = {}
         self._aggregation_seconds = 0.0
         self._aggregation_metrics: dict[str, float] = {}
+        self._ask_again: Callable[[list[str]], Iterable[Message]] = lambda clients: ()
 
     def _complete_round(self, server_round: int, reports: dict[str, dict[str, Any]]) -> None:
         """Add what the server itself has measured, enter the round and report it."""
@@ -324,14 +344,27 @@ class GlobalAdapterFedAvg(FedAvg):
     ) -> Iterator[Message]:
         """Yield each client's message; who holds the global adapter already gets its hash only."""
         task = replace(task, global_sha256=self._global_sha256)
+        keep_rounds = self.config.federated.keep_rounds
         for client in order:
             local_round, sha256 = self._locals[client]
             own = replace(task, client_id=client, local_round=local_round, local_sha256=sha256)
+            if keep_rounds is not None:
+                oldest = self._run.oldest_local_round(client, keep_rounds)
+                own = replace(own, oldest_local_round=oldest)
             is_held = self._global_sha256 and self._held.pop(client, "") == self._global_sha256
             content = build_task_content(own, None if is_held else arrays)
             message = build_message(content, message_type, self.nodes[client])
             self._traffic.add(client, "down", message)
             yield message
+
+    def _send_to_who_lost_it(
+        self, grid: Grid, task: Task, message_type: str, clients: list[str]
+    ) -> Iterator[Message]:
+        """Send the same messages once more, with the global adapter; yield the replies."""
+        if clients:
+            arrays = pack_state(self._global_state)
+            again = self._messages(task, arrays, message_type, list(clients))
+            yield from grid.send_and_receive(again)
 
     def _valid_replies(
         self,
@@ -342,21 +375,32 @@ class GlobalAdapterFedAvg(FedAvg):
     ) -> Iterator[Reply]:
         """Yield what can be counted; keep the reason for what cannot.
 
+        Who has lost the global adapter is asked again, once, after all others have answered.
+
         Args:
-            count: called with the number of replies that have come, whatever they are worth.
+            count: called with the number of clients that have answered, whatever it is worth.
         """
         answered: set[str] = set()
-        number = 0  # enumerate() would keep each message until the next has come
-        for message in replies:
-            number += 1
-            count(number)
+        losers: list[str] = []
+        for message in chain(replies, self._ask_again(losers)):
             client = self._clients_by_node.get(message.metadata.src_node_id, "an unknown node")
             if client in self.nodes:
                 self._traffic.add(client, "up", message)
+            if client not in self.nodes or client in answered:
+                self._run.log_event("unasked_reply", round=server_round, client=client)
+                del message
+                continue
+            answered.add(client)
+            count(len(answered))
             try:
-                if client not in self.nodes or client in answered:
-                    raise MessageError(f"{client}: a reply that nobody asked for")
                 reply = read_reply(message, client, server_round)
+                if reply.needs_global and client not in losers:
+                    losers.append(client)
+                    answered.remove(client)
+                    self._run.log_event("lost_adapter", round=server_round, client=client)
+                    continue
+                if reply.needs_global:
+                    raise MessageError(f"{client} lost the global adapter that it was just sent.")
                 self._require_same_data(reply)
                 if fold is not None:
                     fold(reply)
@@ -369,12 +413,12 @@ class GlobalAdapterFedAvg(FedAvg):
                 continue
             finally:
                 del message  # and with it the update, before the next one comes
-            answered.add(client)
             yield reply
 
-    def _fold_into(self, mean: WeightedMean) -> Callable[[Reply], None]:
+    def _fold_into(self, mean: WeightedMean, expected: list[str]) -> Callable[[Reply], None]:
         def fold(reply: Reply) -> None:
             started, sender = time.monotonic(), reply.client_id
+            _require_facts(expected, reply)
             num_examples = reply.metrics.get("num-examples")
             if not isinstance(num_examples, int) or num_examples < 1:
                 raise MessageError(
@@ -415,9 +459,11 @@ class GlobalAdapterFedAvg(FedAvg):
             )
 
 
-def _require_base(reply: Reply) -> None:
-    if "base_model" not in reply.facts:
-        raise MessageError(f"{reply.client_id} did not say which base model it holds.")
+def _require_facts(expected: list[str], reply: Reply) -> None:
+    for name in expected:
+        if name not in reply.facts:
+            what = name.replace("_", " ")
+            raise MessageError(f"{reply.client_id} did not say which {what} it holds.")
 
 
 def _split_evaluation(metrics: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from fedlora_app.messages import (
     METRIC_RECORD,
     UPDATE_RECORD,
     MessageError,
+    build_need_reply,
     read_task,
 )
 from fedlora_app.report.pieces import read_pieces
@@ -364,10 +366,13 @@ def test_traffic_is_what_the_grid_saw(federation):
     assert traffic[1, "ann"]["adapter_bytes_up"] == once
 
 
-def test_an_average_is_sent_once_and_again_to_who_has_lost_it(tiny_project, tmp_path):
-    """A client keeps it for its next training; one that cannot fails that round only."""
-    config = build_tiny_config(federated={"num_rounds": 3, "min_clients": 1})
-    federation = Federation(tiny_project, tmp_path, config)
+@pytest.mark.parametrize("clients_at_once", [1, 2])
+def test_an_average_is_sent_once_and_again_to_who_has_lost_it(
+    tiny_project, tmp_path, clients_at_once
+):
+    """A client keeps it for its next training, and asks for it where it cannot be read."""
+    settings = {"num_rounds": 3, "clients_at_once": clients_at_once}
+    federation = Federation(tiny_project, tmp_path, build_tiny_config(federated=settings))
     kept = tmp_path / "run" / "clients" / "bob" / "received" / WEIGHTS
 
     def damage(message, reply):
@@ -375,6 +380,8 @@ def test_an_average_is_sent_once_and_again_to_who_has_lost_it(tiny_project, tmp_
         kind = message.metadata.message_type
         if (task.client_id, task.server_round, kind) == ("bob", 1, "evaluate"):
             kept.write_bytes(kept.read_bytes()[:-1] + b"!")
+        if (task.client_id, task.server_round, kind) == ("bob", 2, "evaluate"):
+            shutil.rmtree(kept.parent)
         return reply
 
     run = federation.run(tamper=damage)
@@ -382,13 +389,36 @@ def test_an_average_is_sent_once_and_again_to_who_has_lost_it(tiny_project, tmp_
     for message in federation.grids[0].sent[2:]:
         task = read_task(message)
         key = task.client_id, task.server_round, message.metadata.message_type
-        brings[key] = bool(message.content.array_records)
-    assert all(arrays == (kind == "evaluate") for (_, _, kind), arrays in brings.items())
-    assert {key[:2] for key in brings} >= {("bob", 2), ("bob", 3)}
+        brings.setdefault(key, []).append(bool(message.content.array_records))
+    asked_again = {("bob", 2, "train"), ("bob", 3, "train")}
+    for key, arrays in brings.items():
+        assert arrays == ([False, True] if key in asked_again else [key[2] == "evaluate"])
+    assert asked_again < set(brings)
+    events = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    lost = [(e["round"], e["client"]) for e in events if e["event"] == "lost_adapter"]
+    assert lost == [(2, "bob"), (3, "bob")]
     rounds = json.loads((run / "manifest.json").read_text())["rounds"]
-    assert [list(entry.get("failures", {})) for entry in rounds] == [[], [], ["bob"], []]
-    assert "received" in rounds[2]["failures"]["bob"]
+    assert not any("failures" in entry for entry in rounds)
+    traffic = {(e["round"], e["client"]): e["metrics"] for e in entries(run, "traffic")}
+    down = {key: counts["adapter_bytes_down"] for key, counts in traffic.items()}
+    assert down[2, "bob"] == 2 * down[2, "ann"] == 2 * down[1, "bob"]
     assert not list(run.glob("clients/*/received"))
+    if clients_at_once == 1:
+        whole = Federation(tiny_project, tmp_path / "whole", federation.config).run()
+        assert adapter_bytes(run) == adapter_bytes(whole)
+
+
+def test_who_loses_the_average_that_it_was_just_sent_has_failed(federation):
+    def always_ask(message, reply):
+        task = read_task(message)
+        if (task.client_id, task.server_round) == ("bob", 1):
+            return build_need_reply(message, "bob", 1)
+        return reply
+
+    with pytest.raises(RoundError, match="bob lost the global adapter that it was just sent"):
+        federation.run(tamper=always_ask)
+    asked = [read_task(m) for m in federation.grids[0].sent]
+    assert [t.client_id for t in asked if t.server_round == 1] == ["ann", "bob", "bob"]
 
 
 def test_bf16_uploads_travel_as_half_the_bytes(tiny_project, tmp_path):
@@ -583,6 +613,33 @@ class TestFaultyClients:
         manifest = json.loads((run / "manifest.json").read_text())
         assert "not finite" in manifest["rounds"][1]["failures"]["bob"]
 
+    @pytest.mark.parametrize(
+        ("schedule", "kind", "fact"),
+        [
+            ("phased", "evaluate", "local_adapter"),
+            ("phased", "evaluate", "global_adapter"),
+            ("joint", "train", "local_adapter"),
+        ],
+    )
+    def test_who_does_not_say_what_it_has_kept_has_failed(self, federation, schedule, kind, fact):
+        """Else the next round would go on from an older adapter without a word."""
+
+        def leave_out(message, reply):
+            task, about = read_task(message), reply.content.config_records[ABOUT_RECORD]
+            metadata = message.metadata
+            if (metadata.dst_node_id, task.server_round) == (
+                12,
+                1,
+            ) and kind in metadata.message_type:
+                facts = json.loads(about["facts"])
+                del facts[fact]
+                about["facts"] = json.dumps(facts)
+            return reply
+
+        config = build_tiny_config(("ann", "bob", "cy"), training={"schedule": schedule})
+        with pytest.raises(RoundError, match=f"bob did not say which {fact.replace('_', ' ')} it"):
+            federation.run(config=config, tamper=leave_out)
+
     def test_a_reply_that_is_sent_twice_counts_once(self, federation):
         strategy_calls = []
         original = GlobalAdapterFedAvg.aggregate_train
@@ -598,6 +655,13 @@ class TestFaultyClients:
         plain = federation.run("once")
         assert strategy_calls == [3, 3]
         assert equal(server_state(run, 2), server_state(plain, 2))
+        manifest = json.loads((run / "manifest.json").read_text())
+        assert not any("failures" in entry for entry in manifest["rounds"])
+        assert not entries(run, "failure")
+        assert not any("went on without" in problem for problem in read_pieces(run).problems)
+        events = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        unasked = [(e["round"], e["client"]) for e in events if e["event"] == "unasked_reply"]
+        assert unasked == [(1, "ann"), (2, "ann")]
 
 
 def _arrays(reply):

@@ -43,6 +43,7 @@ def _identity():
         ({"local_adapter": "0" * 63}, None),
         ({"sha256/local": "secret"}, None),
         ({"process": "1, secret"}, None),
+        ({"needs": "the text of a record"}, None),
         ({"findings": "secret"}, None),
         ({"findings": json.dumps([{"text": "secret"}])}, None),
         ({"findings": json.dumps([FINDING | {"record": "secret"}])}, None),

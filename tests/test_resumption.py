@@ -14,9 +14,11 @@ from federation import Federation
 from flwr.app import Error, Message, MessageType
 from full_disk import limit_files, no_larger_files_than
 
+from fedlora_app import run_directory, storage
 from fedlora_app.config import ConfigError
 from fedlora_app.evaluation.answering import open_round
 from fedlora_app.project import hash_package
+from fedlora_app.report.pieces import read_pieces
 from fedlora_app.resumption import describe_other_software
 from fedlora_app.run_directory import RunDirectory, RunDirectoryError
 from fedlora_app.saved_run import load_run
@@ -162,7 +164,9 @@ def test_final_adapters_are_never_those_of_a_run_with_fewer_rounds(tiny_project,
     assert not (tmp_path / "run" / "final" / "global").exists()
 
 
-def test_a_client_that_missed_the_last_round_answers_with_what_it_had(tiny_project, tmp_path):
+def test_a_client_that_missed_the_last_round_answers_with_what_it_had(
+    tiny_project, tmp_path, capsys
+):
     def fail(message, reply):
         task = message.content.config_records["task"]
         if (task["client_id"], task["server_round"]) == ("bob", 2):
@@ -176,6 +180,33 @@ def test_a_client_that_missed_the_last_round_answers_with_what_it_had(tiny_proje
     assert (saved.local_round(2, "ann"), saved.local_round(2, "bob")) == (2, 1)
     opened = open_round(saved, tiny_project)
     assert opened.hashes["local:bob"] == saved.adapter_sha256(1, "bob")
+    problems = "\n".join(read_pieces(run).problems)
+    for text in (capsys.readouterr().out, problems):
+        assert "bob did not report in the last round" in text
+        assert "its local adapter of round 1, clients/bob/round_001." in text
+        assert "ann did not report" not in text
+
+
+def test_a_report_lost_in_the_last_joint_round_leaves_the_adapter_of_the_round_before(
+    tiny_project, tmp_path
+):
+    """What the client has written in that round is not what the server knows of."""
+
+    def lose(message, reply):
+        task = message.content.config_records["task"]
+        is_evaluation = message.metadata.message_type == MessageType.EVALUATE
+        if is_evaluation and (task["client_id"], task["server_round"]) == ("bob", 2):
+            return Message(Error(0, "gone"), reply_to=message)
+        return reply
+
+    config = build_tiny_config(training={"schedule": "joint"}, federated={"min_clients": 1})
+    federation = Federation(tiny_project, tmp_path, config)
+    run = federation.run("run", tamper=lose)
+    opened = open_round(load_run(run), tiny_project)
+    assert opened.hashes["local:bob"] == opened.run.adapter_sha256(1, "bob")
+    federation.run("run", config, resume="run", **{"num-rounds": 3})
+    saved = load_run(run)
+    assert saved.local_round(3, "bob") == 3 and saved.adapter_sha256(3, "bob")
 
 
 def test_a_run_s_name_may_hold_an_at_sign(tiny_project, tmp_path):
@@ -205,6 +236,43 @@ def test_a_run_stopped_twice_while_it_writes_ends_in_the_same_bytes(
             federation.run("run", **resume)
     federation.run("run", resume="run")
     assert snapshot(tmp_path / "run") == undisturbed["phased"]
+
+
+@pytest.mark.parametrize("number", range(1, 6))
+def test_a_rewind_that_stops_at_any_write_can_be_gone_on_with(
+    tiny_project, tmp_path, undisturbed, monkeypatch, number
+):
+    """Manifest, configuration, history, its table and the events are written in its course."""
+    federation = stopped_run(tiny_project, tmp_path, 11)  # rounds 0 and 1 are complete
+    original, writes = run_directory.write_atomically, 0
+
+    def stop(path, text):
+        nonlocal writes
+        writes += 1
+        if writes == number:
+            raise Stopped
+        original(path, text)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(run_directory, "write_atomically", stop)
+        patch.setattr(run_directory, "write_json", lambda p, v: stop(p, storage._dump(v)))
+        federation.run("run", resume="run@0")
+    shutil.copytree(tmp_path / "run", tmp_path / "other" / "run")
+    federation.run("run", resume="latest")
+    assert snapshot(tmp_path / "run") == undisturbed["phased"]
+    federation.output_dir = tmp_path / "other"  # of the clients
+    federation.run("run", resume=str(tmp_path / "other" / "run@0"))
+    assert snapshot(tmp_path / "other" / "run") == undisturbed["phased"]
+
+
+def test_a_history_that_lacks_a_round_names_the_round_before_it(tiny_project, tmp_path):
+    federation = stopped_run(tiny_project, tmp_path, 11)
+    path = tmp_path / "run" / "history.json"
+    entries = json.loads(path.read_text())
+    path.write_text(json.dumps([entry for entry in entries if entry["round"] == 0]))
+    with pytest.raises(RunDirectoryError, match=r"lacks round 1\.(?s:.*)resume='run@0'$"):
+        federation.run("run", resume="latest")
+    federation.run("run", resume="run@0")
 
 
 def test_more_rounds_can_be_added_to_a_finished_run(tiny_project, tmp_path, undisturbed, capsys):
@@ -412,6 +480,31 @@ def test_a_damaged_round_is_reported_and_the_one_before_it_used_on_demand(
     assert snapshot(tmp_path / "run") == undisturbed["phased"]
 
 
+@pytest.mark.parametrize("number", [3, 11])  # no round is complete, or round 1
+@pytest.mark.parametrize("name", ["manifest.json", "server", "clients/ann", "final"])
+def test_links_out_of_the_run_are_refused_before_anything_changes(
+    tiny_project, tmp_path, number, name
+):
+    federation = stopped_run(tiny_project, tmp_path, number)
+    link, outside = tmp_path / "run" / name, tmp_path / "outside"
+    if link.exists():
+        link.rename(outside)
+    else:
+        outside.mkdir()
+        link.parent.mkdir(exist_ok=True)
+    link.symlink_to(outside)
+
+    def content():
+        files = (path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock")
+        outer = {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()}
+        return {path: path.read_bytes() for path in files} | outer
+
+    before = content()
+    with pytest.raises(ValueError, match=f"{name}.* is a link that leads out of the run directory"):
+        federation.run("run", resume="run")
+    assert content() == before and link.is_symlink()
+
+
 def test_two_runs_cannot_write_one_run_directory(tiny_project, tmp_path):
     federation = stopped_run(tiny_project, tmp_path, 7)
     other = RunDirectory.reopen(tmp_path / "run", {})
@@ -481,6 +574,32 @@ def test_old_rounds_are_thinned_and_the_newest_never(tiny_project, tmp_path):
     assert kept == {"round_004"} and kept_locals == {"round_003", "round_004"}
     whole = Federation(tiny_project, tmp_path / "b", config)
     assert snapshot(whole.run("run"))["history"] == snapshot(run)["history"]
+
+
+def test_kept_rounds_keep_the_local_adapters_that_they_need(tiny_project, tmp_path):
+    """bob has no part in rounds 1 and 2, so that these need his adapter of round 0."""
+
+    def fail(message, reply):
+        task = message.content.config_records["task"]
+        if task["client_id"] == "bob" and task["server_round"] in (1, 2):
+            return Message(Error(0, "gone"), reply_to=message)
+        return reply
+
+    config = build_tiny_config(federated={"num_rounds": 4, "min_clients": 1, "keep_rounds": 3})
+    federation = Federation(tiny_project, tmp_path, config)
+    run = federation.run("run", tamper=fail)
+    kept = [
+        sorted(path.name for path in (run / folder).glob("round_*"))
+        for folder in ("server", "clients/ann", "clients/bob")
+    ]
+    of_server = ["round_002", "round_003", "round_004"]
+    assert kept[0] == of_server and kept[1] == ["round_001", *of_server]
+    assert kept[2] == ["round_000", *kept[1]]
+    for server_round in (2, 3, 4):
+        opened = open_round(load_run(run), tiny_project, server_round)
+        assert (opened.run.local_round(server_round, "bob") == 0) == (server_round == 2)
+    federation.run("run", config, resume="run@2")
+    assert load_run(run).adapter_sha256(3, "bob")
 
 
 def test_a_round_without_a_client_is_continued_from_what_that_client_has(tiny_project, tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import build_tiny_config
@@ -12,7 +13,7 @@ from fedlora_app.run_directory import (
     check_run_name,
     default_run_name,
 )
-from fedlora_app.storage import replace_folder, write_atomically, write_json
+from fedlora_app.storage import make_private_dir, replace_folder, write_atomically, write_json
 
 
 def create(path, tmp_path):
@@ -81,6 +82,20 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match="run cannot be made: "):
         create(tmp_path / "file" / "run", tmp_path)
+
+
+def test_a_folder_is_made_although_another_process_removes_its_empty_parent(tmp_path, monkeypatch):
+    original, folder = Path.mkdir, tmp_path / "clients" / "ann"
+    removed = []
+
+    def remove_first(path, *args, **settings):
+        if path == folder and not removed:
+            removed.append(path.parent.rmdir())
+        original(path, *args, **settings)
+
+    monkeypatch.setattr(Path, "mkdir", remove_first)
+    make_private_dir(folder)
+    assert removed and folder.is_dir() and folder.parent.stat().st_mode & 0o077 == 0
 
 
 def test_an_interrupted_write_leaves_the_old_content(tmp_path):

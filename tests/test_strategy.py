@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import weakref
 
 import pytest
@@ -104,5 +105,5 @@ def test_a_long_round_says_how_many_clients_have_answered(strategy, monkeypatch)
     arrays = strategy.save_initial(state)
     messages = list(strategy.configure_train(1, arrays, ConfigRecord(), None))
     strategy.aggregate_train(1, (reply_from(m, strategy, 0.5) for m in messages))
-    assert lines[0] == "round 1/2, train: 1 of 60 clients, about 0 s left"
+    assert re.fullmatch(r"round 1/2, train: 1 of 60 clients, about \d+ s left", lines[0])
     assert len(lines) == NUM_CLIENTS - 1  # none once all have

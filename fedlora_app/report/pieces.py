@@ -16,7 +16,7 @@ from fedlora_app.config import ConfigError
 from fedlora_app.config_file import parse_config
 from fedlora_app.project import ProjectNotFoundError, find_project_root
 from fedlora_app.report.history import read_history
-from fedlora_app.run_directory import RunDirectoryError
+from fedlora_app.run_directory import RunDirectoryError, describe_missing_finals
 from fedlora_app.saved_run import EVALUATION_FILE
 
 
@@ -135,6 +135,7 @@ def _is_round(entry: Any) -> bool:
         and isinstance(entry.get("round"), int)
         and isinstance(entry.get("seconds", 0), int | float)
         and _is_dict(entry.get("failures", {}))
+        and _is_dict(entry.get("adapters", {}))
     )
 
 
@@ -165,6 +166,8 @@ def _find_what_is_missing(pieces: Pieces) -> Iterator[str]:
     for entry in pieces.manifest.get("rounds", []):
         for client, why in (entry.get("failures") or {}).items():
             yield f"Round {entry['round']} went on without {client}: {why}"
+    if pieces.manifest.get("finished"):
+        yield from describe_missing_finals(pieces.manifest)
     for entry in pieces.history:
         if any(k.endswith("/memory_retries") and v for k, v in entry["metrics"].items()):
             yield (
