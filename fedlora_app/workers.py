@@ -19,7 +19,7 @@ from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
 START_SECONDS = 300.0
-LOST = "its worker process died (killed, out of memory or crashed); a new one takes its place"
+LOST = "its worker process died (killed, out of memory or crashed)"
 POOL_METHODS = {
     "submit": ["self", "actor_fn", "job"],
     "fetch_result_and_return_actor_to_pool": ["self", "future"],

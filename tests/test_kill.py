@@ -1,6 +1,6 @@
 """Runs that are killed at random moments and continued end in the bytes of an undisturbed one.
 
-``pytest -m killtest`` (about a quarter of an hour). The first test kills real server and client code in
+``pytest -m killtest`` (a quarter of an hour). The first test kills real server and client code in
 one process, half of the times exactly at a file operation or message and half after a random time;
 the second kills Flower's daemon with its simulation; the third kills or halts its worker, which
 must cost no more than one client's part in one round.
