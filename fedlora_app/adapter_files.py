@@ -171,6 +171,10 @@ def _write_peft_files(
         json.dumps(content, indent=2, sort_keys=True, default=_jsonable) + "\n", encoding="utf-8"
     )
     tensors = {key: state[key].contiguous() for key in sorted(state)}
+    owners = {tensor.data_ptr(): key for key, tensor in tensors.items()}
+    for key, tensor in tensors.items():
+        if owners[tensor.data_ptr()] != key:  # Flower sends equal arrays once, as one memory
+            tensors[key] = tensor.clone()
     try:
         save_file(tensors, folder / WEIGHTS_FILE, metadata=metadata)
     except SafetensorError as error:  # a full disk, for one

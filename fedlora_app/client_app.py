@@ -54,7 +54,10 @@ from fedlora_app.project import (
 from fedlora_app.run_directory import RunDirectoryError, check_run_name
 from fedlora_app.storage import keep_files_private
 from fedlora_app.training import TrainingError
+from fedlora_app.workers import watch_workers
 
+if "flwr.simulation.app" in sys.modules:
+    watch_workers()  # Flower imports this module before it starts them
 if "flwr.simulation.app" in sys.modules and is_unpacked_bundle(PACKAGE_DIR.parent):
     # Ray's workers look for modules in the folder that Flower's process works in, before
     # anywhere else. From here they load the bundle that is run, and not another checkout.

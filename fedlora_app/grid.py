@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
@@ -21,22 +22,45 @@ FIRST_POLL_SECONDS = 0.02
 LONGEST_POLL_SECONDS = 0.5
 WAITING_REPORT_SECONDS = 600.0
 TIME_TO_LIVE_SECONDS = 10 * 365 * 24 * 3600.0
+CHECK_IN_SECONDS = 600.0  # at least: Ray starts and libraries are imported meanwhile
+REFUSED = (
+    "Flower did not accept the message for it. Its SuperNode is gone, or the message is too "
+    "large; the log has more"
+)
+
+
+class Workers(Protocol):
+    """The processes of a simulation, which take one message after another."""
+
+    def started_at(self, message_id: str) -> float | None:
+        """Return when a worker got the message, by the monotonic clock; None if none has it."""
+
+    def stop(self, message_id: str) -> bool:
+        """Kill the worker that deals with the message; tell whether there was one."""
 
 
 class PacedGrid(Grid):
     """Wraps a grid; replies are yielded as they come, and only then are others asked.
 
     Args:
-        client_timeout_seconds: after which a client has failed; None waits for ever.
+        client_timeout_seconds: after which a client has failed; None waits for ever. In a
+            simulation it counts from where a worker takes the client's message.
+        find_workers: returns a simulation's workers once there are any, else None.
     """
 
     def __init__(
-        self, grid: Grid, clients_at_once: int, client_timeout_seconds: float | None = None
+        self,
+        grid: Grid,
+        clients_at_once: int,
+        client_timeout_seconds: float | None = None,
+        find_workers: Callable[[], Workers | None] = lambda: None,
     ) -> None:
         self.unwrapped = grid
         self._clients_at_once = clients_at_once
         self._client_timeout_seconds = client_timeout_seconds or math.inf
+        self._find_workers = find_workers
         self.names: dict[int, str] = {}
+        self.has_running_clients = False  # that were given up and could not be stopped
         self._reported = 0.0
 
     def send_and_receive(
@@ -49,6 +73,7 @@ class PacedGrid(Grid):
         waiting_messages = iter(messages)
         pending: dict[str, Message] = {}
         asked_at: dict[str, float] = {}
+        started_at: dict[str, float] = {}
         pause = FIRST_POLL_SECONDS
         while True:
             while len(pending) < self._clients_at_once:
@@ -56,7 +81,10 @@ class PacedGrid(Grid):
                 if message is None:
                     break
                 message_id = self._push(message)
-                pending[message_id], asked_at[message_id] = message, time.monotonic()
+                if message_id:
+                    pending[message_id], asked_at[message_id] = message, time.monotonic()
+                else:
+                    yield _fail(message, REFUSED)
             if not pending:
                 return
             replies = list(self.unwrapped.pull_messages(list(pending)))
@@ -70,41 +98,61 @@ class PacedGrid(Grid):
             if has_come:  # others may have come while these were dealt with
                 pause = FIRST_POLL_SECONDS
                 continue
-            for message_id in [i for i in pending if self._is_late(asked_at[i])]:
-                yield self._give_up(pending.pop(message_id))
-            self._report_waiting(pending, asked_at)
+            self._note_starts(pending, asked_at, started_at)
+            for message_id in [i for i in pending if self._is_late(pending[i], started_at.get(i))]:
+                yield self._give_up(message_id, pending.pop(message_id))
+            busy = {i: started_at[i] for i in pending if i in started_at}
+            self._report_waiting(pending, busy or asked_at)
             pause = min(1.2 * pause, LONGEST_POLL_SECONDS)
             time.sleep(pause)
 
-    def _report_waiting(self, pending: dict[str, Message], asked_at: dict[str, float]) -> None:
+    def _note_starts(
+        self, pending: dict[str, Message], asked_at: dict[str, float], started_at: dict[str, float]
+    ) -> None:
+        """Note since when each client can be at work: in a simulation it may wait in line."""
+        workers = self._find_workers()
+        for message_id in pending:
+            if message_id not in started_at:
+                start = workers.started_at(message_id) if workers else asked_at[message_id]
+                if start is not None:
+                    started_at[message_id] = start
+
+    def _report_waiting(self, pending: dict[str, Message], since: dict[str, float]) -> None:
         """Say now and then who has been asked for long, so that a silent client is seen."""
         now = time.monotonic()
         if not pending or now - self._reported < WAITING_REPORT_SECONDS:
             return
-        since, message = min((asked_at[i], i) for i in pending)
-        if now - since >= WAITING_REPORT_SECONDS:
+        start, message = min((since[i], i) for i in pending if i in since)
+        if now - start >= WAITING_REPORT_SECONDS:
             node = pending[message].metadata.dst_node_id
             name = self.names.get(node, f"node {node}")
-            print(f"Still waiting for {name}, {format_duration(now - since)}.", flush=True)
+            print(f"Still waiting for {name}, {format_duration(now - start)}.", flush=True)
             self._reported = now
 
-    def _is_late(self, asked_at: float) -> bool:
-        return time.monotonic() - asked_at > self._client_timeout_seconds
+    def _limit(self, request: Message) -> float:
+        """Return how many seconds the client has."""
+        if request.metadata.message_type == MessageType.QUERY:
+            return max(self._client_timeout_seconds, CHECK_IN_SECONDS)
+        return self._client_timeout_seconds
 
-    def _give_up(self, request: Message) -> Message:
-        why = (
-            f"no answer within {self._client_timeout_seconds:g} seconds "
-            "(federated.client_timeout_seconds)"
-        )
-        return Message(Error(ErrorCode.NODE_UNAVAILABLE, why), reply_to=request)
+    def _is_late(self, request: Message, started_at: float | None) -> bool:
+        if started_at is None:
+            return False
+        return time.monotonic() - started_at > self._limit(request)
 
-    def _push(self, message: Message) -> str:
-        ids = list(self.unwrapped.push_messages([message]))
-        if not ids:
-            raise ConnectionError(
-                f"Flower did not accept a message for node {message.metadata.dst_node_id}."
-            )
-        return ids[0]
+    def _give_up(self, message_id: str, request: Message) -> Message:
+        """Return an error in the place of the reply, and end the client's work where we can."""
+        workers = self._find_workers()
+        if workers is None or not workers.stop(message_id):
+            self.has_running_clients = True
+        limit = self._limit(request)
+        is_set = limit == self._client_timeout_seconds
+        what = "federated.client_timeout_seconds" if is_set else "the least for a check-in"
+        return _fail(request, f"no answer within {limit:g} seconds ({what})")
+
+    def _push(self, message: Message) -> str | None:
+        """Return the message's id; Flower has none, or an empty one, for what it refuses."""
+        return next(iter(self.unwrapped.push_messages([message])), None)
 
     def set_run(self, run):  # noqa: D102
         self.unwrapped.set_run(run)
@@ -131,6 +179,10 @@ def _as_from_its_client(reply: Message, request: Message) -> Message:
     if not reply.has_error():
         return reply
     return Message(reply.error, reply_to=request)
+
+
+def _fail(request: Message, why: str) -> Message:
+    return Message(Error(ErrorCode.NODE_UNAVAILABLE, why), reply_to=request)
 
 
 def build_message(content: RecordDict, message_type: str, node_id: int) -> Message:

@@ -53,6 +53,7 @@ from fedlora_app.storage import keep_files_private
 from fedlora_app.strategy import NO_LOCAL, GlobalAdapterFedAvg
 from fedlora_app.summary import describe_run, describe_start
 from fedlora_app.tracking import build_trackers, require_trackers
+from fedlora_app.workers import current_pool
 
 DECLARED_DEFAULTS = {("config", "conf/demo.yaml"), ("output-dir", "results")}  # pyproject.toml
 CONNECT_REPORT_SECONDS = 30.0
@@ -91,8 +92,12 @@ def main(grid: Grid, context: Context) -> None:
             stack.enter_context(closing(run))
         model = attach_adapters(build_empty_model(config.model, settings.root), config.adapters)
         paced = PacedGrid(
-            grid, config.federated.clients_at_once, config.federated.client_timeout_seconds
+            grid,
+            config.federated.clients_at_once,
+            config.federated.client_timeout_seconds,
+            current_pool,
         )
+        stack.enter_context(_show_errors(paced))
         task = build_check_in(settings)
         check_ins = meet_clients(paced, config, task, context.run_config)
         paced.names = {node: client for client, (node, _) in check_ins.items()}
@@ -302,7 +307,7 @@ def meet_clients(
 
 def wait_for_nodes(grid: PacedGrid, num_clients: int, run_config: dict[str, Any]) -> list[int]:
     """Return the nodes, waiting for SuperNodes to connect; a simulation has all it gets."""
-    is_simulation = type(grid.unwrapped).__name__ == "InMemoryGrid"
+    is_simulation = _is_simulation(grid)
     reported = 0.0
     while True:
         node_ids = sorted(grid.get_node_ids())
@@ -320,10 +325,25 @@ def wait_for_nodes(grid: PacedGrid, num_clients: int, run_config: dict[str, Any]
         time.sleep(1)
 
 
+def _is_simulation(grid: PacedGrid) -> bool:
+    return type(grid.unwrapped).__name__ == "InMemoryGrid"
+
+
 def _read_report(reply: Reply) -> dict[str, Any]:
     """Return what a client said of itself, with its list of findings about the data."""
     findings = json.loads(reply.facts.get("findings", "[]"))
     return {**reply.metrics, **reply.facts, "findings": findings}
+
+
+@contextmanager
+def _show_errors(grid: PacedGrid) -> Iterator[None]:
+    """Print what ends the run where Flower would wait for a hung worker before it does."""
+    try:
+        yield
+    except Exception as error:
+        if grid.has_running_clients and _is_simulation(grid):
+            print(f"{error}\nFlower waits for the worker that hangs; end it.", flush=True)
+        raise
 
 
 @contextmanager

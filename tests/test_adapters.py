@@ -246,3 +246,12 @@ def test_fused_answers_are_those_of_peft_at_every_scale(adapted):
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
             assert (expected[-1] - expected[-2]).abs().max() > 0.01
     assert not any("forward" in module.__dict__ for module in adapted.modules())
+
+
+def test_tensors_that_share_their_memory_are_written_as_others(adapted, tmp_path):
+    """As they come out of a message: Flower sends equal arrays once."""
+    state = {key: torch.zeros_like(tensor) for key, tensor in get_state(adapted, GLOBAL).items()}
+    expected = save_adapter(tmp_path / "apart", adapted, GLOBAL, state, "base")
+    by_shape = {tensor.shape: tensor for tensor in state.values()}
+    shared = {key: by_shape[tensor.shape] for key, tensor in state.items()}
+    assert save_adapter(tmp_path / "shared", adapted, GLOBAL, shared, "base") == expected

@@ -14,7 +14,7 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
     if path.stem != "__init__" and path.parent.name != "demo"
 }
-FLOWER_EDGE = {"client_app", "server_app", "strategy", "grid", "messages"}
+FLOWER_EDGE = {"client_app", "server_app", "strategy", "grid", "messages", "workers"}
 LAYERS = [
     {"errors"},
     {"project", "seeds", "storage", "telemetry", "build_hook", "config", "progress", "memory"},
@@ -59,7 +59,7 @@ LAYERS = [
     {"evaluation.membership", "evaluation.answering", "conversation", "model_card"},
     {"export"},
     {"client", "messages", "evaluation.tables"},
-    {"grid", "strategy", "evaluation.protocol", "evaluation.text"},
+    {"grid", "workers", "strategy", "evaluation.protocol", "evaluation.text"},
     {"client_app", "server_app", "study"},
     {"planning.sizes", "planning.workload", "planning.advice"},
     {"planning.plan"},

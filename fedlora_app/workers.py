@@ -1,0 +1,147 @@
+"""What a simulation needs when one of Ray's workers dies or hangs.
+
+Flower puts the actor of a dead worker back into its pool, where every later client fails on
+it, and waits without a limit for one that hangs. Here such an actor is replaced, and a hung
+one can be stopped. The pool is Flower's own and internal: where it looks otherwise, Flower's
+behaviour remains, with a note. Deployments have no pool.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
+
+START_SECONDS = 300.0
+LOST = "its worker process died (killed, out of memory or crashed)"
+POOL_METHODS = {
+    "submit": ["self", "actor_fn", "job"],
+    "fetch_result_and_return_actor_to_pool": ["self", "future"],
+    "add_actor_back_to_pool": ["self", "future"],
+}
+
+_pool: WatchedPool | None = None
+
+
+@dataclass
+class Job:
+    """A message in the hands of an actor."""
+
+    app_fn: Any
+    message: Message
+    context: Any
+    started_at: float
+    is_lost: bool = False
+
+
+class WatchedPool:
+    """Mixed into Flower's pool of actors: knows who does what, and replaces the lost."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        global _pool
+        super().__init__(*args, **kwargs)
+        self._jobs: dict[Any, Job] = {}
+        self._jobs_lock = threading.Lock()
+        _pool = self
+
+    def submit(self, actor_fn: Any, job: tuple) -> Any:
+        """Give a message to an idle actor."""
+        app_fn, message, _, context = job
+        with self._jobs_lock:
+            future = super().submit(actor_fn, job)
+            self._jobs[future] = Job(app_fn, message, context, time.monotonic())
+        return future
+
+    def fetch_result_and_return_actor_to_pool(self, future: Any) -> tuple[Message, Any]:
+        """Return a client's reply, which says so where its worker was lost."""
+        from ray.exceptions import RayError, RayTaskError  # only a simulation needs Ray
+
+        job = self._jobs[future]
+        try:
+            return super().fetch_result_and_return_actor_to_pool(future)
+        except RayError as error:
+            if isinstance(error, RayTaskError):  # raised by the client; its worker lives
+                raise
+            job.is_lost = True
+            self.add_actor_back_to_pool(future)
+            return Message(Error(ErrorCode.UNKNOWN, LOST), reply_to=job.message), job.context
+
+    def add_actor_back_to_pool(self, future: Any) -> None:
+        """Return an actor to the pool, or a new one in its place."""
+        with self._jobs_lock:
+            job = self._jobs.pop(future)
+        if job.is_lost:
+            self._future_to_actor[future] = self._replace(self._future_to_actor[future], job)
+        super().add_actor_back_to_pool(future)
+
+    def started_at(self, message_id: str) -> float | None:
+        """Return when an actor got the message, by the monotonic clock; None if none has it."""
+        with self._jobs_lock:
+            jobs = list(self._jobs.values())
+        starts = (job.started_at for job in jobs if job.message.metadata.message_id == message_id)
+        return next(starts, None)
+
+    def stop(self, message_id: str) -> bool:
+        """Kill the worker that deals with the message; tell whether there was one."""
+        import ray
+
+        with self._jobs_lock:
+            for future, job in self._jobs.items():
+                if job.message.metadata.message_id == message_id:
+                    job.is_lost = True  # also where its reply comes in this moment
+                    ray.kill(self._future_to_actor[future])
+                    return True
+        return False
+
+    def _replace(self, lost: Any, job: Job) -> Any:
+        """Return a new actor once it has imported the app, which is no client's time."""
+        import ray
+
+        try:
+            ray.kill(lost)  # it may only be out of reach, and keep what the new one needs
+            actor = self.create_actor_fn()
+            ready = actor.__ray_call__.remote(_import_app, job.app_fn)
+            ray.get(ready, timeout=START_SECONDS)
+            return actor
+        except Exception as error:  # the next client fails with Flower's own message
+            _note(f"a lost worker could not be replaced ({type(error).__name__}: {error})")
+            return lost
+
+
+def watch_workers() -> None:
+    """Have Flower build its pool as a ``WatchedPool``; call it before the pool is built."""
+    try:
+        from flwr.server.superlink.fleet.vce.backend import raybackend
+
+        pool = raybackend.BasicActorPool
+        for name, parameters in POOL_METHODS.items():
+            if list(inspect.signature(getattr(pool, name)).parameters) != parameters:
+                raise AttributeError(f"{pool.__name__}.{name}")
+    except (ImportError, AttributeError) as error:
+        _note(f"this Flower's pool of workers is another one ({error})")
+        return
+    if not issubclass(pool, WatchedPool):
+        raybackend.BasicActorPool = type("WatchedActorPool", (WatchedPool, pool), {})
+
+
+def current_pool() -> WatchedPool | None:
+    """Return the pool of the simulation in this process, once it is built."""
+    return _pool
+
+
+def _import_app(actor: Any, app_fn: Any) -> None:
+    app_fn()
+
+
+def _note(what: str) -> None:
+    print(
+        f"Note: {what}. A client that hangs or whose worker dies then takes the others with it.",
+        file=sys.stderr,
+        flush=True,
+    )
