@@ -185,11 +185,11 @@ def test_steps_count_the_last_incomplete_batch():
 
 
 def test_every_epoch_sees_every_example_once(adapted):
-    from fedlora_app.training import _step_batches
+    from fedlora_app.training import step_batches
 
     settings = TrainingConfig(batch_size=2, gradient_accumulation_steps=1)
     examples = build_examples(5)
-    batches = list(itertools.islice(_step_batches(examples, settings, 3), 6))
+    batches = list(itertools.islice(step_batches(examples, settings, 3), 6))
     for epoch in (batches[:3], batches[3:]):
         seen = [tuple(example.input_ids) for batch in epoch for example in batch]
         assert sorted(seen) == sorted(tuple(example.input_ids) for example in examples)
