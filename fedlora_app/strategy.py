@@ -24,7 +24,7 @@ from fedlora_app.aggregation import AggregationError, WeightedMean
 from fedlora_app.aggregation_error import ProductSketch
 from fedlora_app.config import GLOBAL, LOCAL, Config
 from fedlora_app.fingerprint import COVERS, explain_fingerprint
-from fedlora_app.grid import build_message
+from fedlora_app.grid import PacedGrid, build_message
 from fedlora_app.messages import (
     CHECK_IN_ROUND,
     MessageError,
@@ -167,7 +167,10 @@ class GlobalAdapterFedAvg(FedAvg):
     ) -> Iterable[Message]:
         """Yield one message per training client, made when its turn comes."""
         server_round += self._rounds_before
+        absent = set(self._failures)
         self._begin_round()
+        if absent:
+            self._find_returned(grid, absent)
         self._global_state = unpack_state(arrays, self._shapes, "The server")
         self._adapter_hashes = {}
         if plan_round(self.config, server_round).train is None:
@@ -356,6 +359,30 @@ class GlobalAdapterFedAvg(FedAvg):
             message = build_message(content, message_type, self.nodes[client])
             self._traffic.add(client, "down", message)
             yield message
+
+    def _find_returned(self, grid: Grid, absent: set[str]) -> None:
+        """Have nodes that are new check in: a SuperNode that restarts is another one to Flower."""
+        new = sorted(set(grid.get_node_ids()) - set(self.nodes.values()))
+        content = build_task_content(replace(self._task, resumes=True))
+        messages = (build_message(content, MessageType.QUERY, node) for node in new)
+        for message in grid.send_and_receive(messages):
+            node = message.metadata.src_node_id
+            try:
+                reply = read_reply(message, None, CHECK_IN_ROUND)
+                if reply.client_id not in absent:
+                    raise MessageError(f"Node {node} is {reply.client_id}, which is not missing.")
+                self._require_same_data(reply)
+            except MessageError as error:
+                self._report(f"A new node cannot take part: {error}")
+                continue
+            client = reply.client_id
+            del self._clients_by_node[self.nodes[client]]
+            self.nodes[client] = node
+            self._clients_by_node[node] = client
+            if isinstance(grid, PacedGrid):
+                grid.names[node] = client
+            self._run.log_event("returned", client=client, node=node)
+            self._report(f"{client} is back, as another node.")
 
     def _send_to_who_lost_it(
         self, grid: Grid, task: Task, message_type: str, clients: list[str]

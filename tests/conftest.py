@@ -17,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from federation import Federation
+from flower_process import Flower
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from fedlora_app.adapters import attach_adapters
@@ -181,3 +182,17 @@ def tiny_config() -> Config:
 def federation(tiny_project, tmp_path) -> Federation:
     """Two clients over an in-process grid; the run directory is a new one."""
     return Federation(tiny_project, tmp_path / "results", build_tiny_config())
+
+
+@pytest.fixture(scope="module")
+def flower(tmp_path_factory):
+    flower = Flower(tmp_path_factory.mktemp("flwr"))
+    yield flower
+    flower.stop()
+
+
+@pytest.fixture(scope="module")
+def tiny_experiment(tiny_project) -> Path:
+    path = tiny_project / "flower.yaml"
+    path.write_text(json.dumps(build_tiny_config().dump()))
+    return path

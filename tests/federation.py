@@ -34,14 +34,18 @@ class LoopbackGrid(Grid):
         self.sent: list[Message] = []
         self.received: list[Message] = []
         self.tamper = lambda message, reply: reply
+        self.refused: set[int] = set()  # nodes that are gone
         self._replies: dict[str, Message] = {}
 
     def get_node_ids(self):
-        return list(self.contexts)
+        return [node for node in self.contexts if node not in self.refused]
 
     def push_messages(self, messages):
         ids = []
         for message in messages:
+            if message.metadata.dst_node_id in self.refused:
+                ids.append("")
+                continue
             number = f"message-{len(self.sent)}"
             message.metadata.__dict__["_message_id"] = number
             self.sent.append(message)

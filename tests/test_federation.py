@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import build_tiny_config
 from federation import Federation
-from flwr.app import Array
+from flwr.app import Array, RecordDict
 from flwr.common.serde import recorddict_to_proto
 from safetensors.torch import load_file
 
@@ -890,3 +891,28 @@ def test_no_memory_outside_of_training_names_what_to_lower(federation, monkeypat
     monkeypatch.setattr(client_module, "evaluate_client", full)
     with pytest.raises(RoundError, match=r"outside of training\. Lower evaluation\.batch_size"):
         federation.run("run")
+
+
+def test_a_client_that_comes_back_as_another_node_is_asked_again(tiny_project, tmp_path, capsys):
+    """As a SuperNode does that restarts; one that nobody misses takes no part."""
+    config = build_tiny_config(federated={"num_rounds": 3, "min_clients": 1})
+    federation = Federation(tiny_project, tmp_path, config)
+
+    def restart(message, reply):
+        task, grid = read_task(message), federation.grids[0]
+        kind = message.metadata.message_type
+        if (task.client_id, task.server_round, kind) == ("ann", 1, "evaluate"):
+            for node in (13, 14):
+                changes = {"node_id": node, "state": RecordDict()}
+                grid.contexts[node] = replace(grid.contexts[25 - node], **changes)
+            grid.refused.add(12)
+        return reply
+
+    run = federation.run(tamper=restart)
+    rounds = json.loads((run / "manifest.json").read_text())["rounds"]
+    assert [list(entry.get("failures", {})) for entry in rounds] == [[], ["bob"], [], []]
+    sent = federation.grids[0].sent
+    assert {m.metadata.dst_node_id for m in sent if read_task(m).server_round > 1} == {11, 13}
+    output = capsys.readouterr().out
+    assert "bob is back, as another node." in output
+    assert "A new node cannot take part: Node 14 is ann, which is not missing." in output

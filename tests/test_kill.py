@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from conftest import build_tiny_config
 from federation import wait_until
-from test_flower import Flower, processes_with
+from flower_process import Flower, processes_with
 from test_resumption import snapshot
 
 from fedlora_app.config_file import load_config

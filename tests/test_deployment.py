@@ -1,0 +1,74 @@
+"""The app on Flower's own servers and nodes, on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from contextlib import suppress
+
+import pytest
+from federation import wait_until
+from flower_process import BIN, free_port
+
+
+@pytest.mark.deployment
+def test_the_same_app_on_a_superlink_with_two_supernodes(flower, tiny_experiment, tmp_path):
+    port, started = free_port(), []
+
+    def start(*command: str) -> None:
+        log = (tmp_path / f"{len(started)}.log").open("w")
+        started.append(
+            subprocess.Popen(
+                [BIN / command[0], *command[1:]],
+                env=flower.env,
+                cwd=tmp_path,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        )
+
+    project = tiny_experiment.parent
+    try:
+        start("flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port))
+        wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+        time.sleep(2)
+        for client in ("bob", "ann"):
+            start(
+                "flower-supernode",
+                "--insecure",
+                "--superlink",
+                f"127.0.0.1:{port}",
+                "--port",
+                str(free_port()),
+                "--node-config",
+                f'client-id="{client}" project-dir="{project}" output-dir="{tmp_path / client}"',
+            )
+        with (flower.home / "config.toml").open("a") as config:
+            config.write(f'\n[superlink.loopback]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
+        output = flower.run(
+            ".",
+            "loopback",
+            run_config=f"config='{tiny_experiment}' num-rounds=1 run-name='deployed' "
+            f"output-dir='{tmp_path / 'server'}'",
+        )
+    finally:
+        for process in reversed(started):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+        for process in started:
+            process.wait(timeout=30)
+    logs = "".join(path.read_text()[-3000:] for path in sorted(tmp_path.glob("*.log")))
+    server = tmp_path / "server" / "deployed"
+    assert (server / "manifest.json").exists(), output + logs
+    manifest = json.loads((server / "manifest.json").read_text())
+    assert [entry["round"] for entry in manifest["rounds"]] == [0, 1], output + logs
+    assert not (server / "clients").exists()  # a client's folder is on the client's side
+    for client, other in (("ann", "bob"), ("bob", "ann")):
+        folder = tmp_path / client / "deployed" / "clients"
+        assert (folder / client / "round_001" / "adapter_model.safetensors").exists()
+        assert not (folder / other).exists()
