@@ -160,7 +160,7 @@ def _describe_traffic(config: Config, num_parameters: int) -> str:
     if plan_round(config, 1).train is None:
         return "nothing but metrics leaves a client"
     up = num_parameters * (2 if config.federated.upload_dtype == "bfloat16" else 4)
-    down = 2 * num_parameters * 4
+    down = num_parameters * 4
     senders = len(training_clients(config))
     return (
         f"the global adapter's update up ({up / 1e6:.2f} MB per round from each of {senders}), "
