@@ -148,7 +148,7 @@ def gpu(
 ) -> None:
     """Training of a model of Qwen2.5-7B's shape on a GPU: speed, memory, loading."""
     from benchmarks.gpu import choose_runs, describe, measure
-    from fedlora_app.errors import MendableError
+    from fedlora_app.foundation.errors import MendableError
 
     try:
         figures = measure(choose_runs(config, cap), device, shape, steps)

@@ -18,17 +18,17 @@ import transformers
 from benchmarks.plain_trainer import build_phase, constant_rate, set_threads
 from benchmarks.toy_models import ROOT
 from benchmarks.turns import compute_ratio, describe_ratio, take_turns, timed
-from fedlora_app.adapters import activate, attach_adapters
-from fedlora_app.client_data import (
+from fedlora_app.config.loading import load_config
+from fedlora_app.config.rounds import BOTH
+from fedlora_app.config.schema import Config
+from fedlora_app.data.client_files import (
     build_question_sets,
     load_client_files,
     tokenize_client_files,
 )
-from fedlora_app.config import Config
-from fedlora_app.config_file import load_config
 from fedlora_app.evaluation.scoring import Answered, Prompt, score_prompts
-from fedlora_app.model import LoadedModel, load_base_model
-from fedlora_app.rounds import BOTH
+from fedlora_app.model.adapters import activate, attach_adapters
+from fedlora_app.model.base import LoadedModel, load_base_model
 
 CONFIG = "conf/demo.yaml"
 LEARNING_RATE = 5e-3

@@ -28,26 +28,26 @@ from benchmarks.plain_trainer import PHASE_SEED, build_phase
 from benchmarks.process import MIB
 from benchmarks.random_nf4 import make_random_nf4
 from benchmarks.toy_models import QWEN_7B, ROOT, build_examples, draw_lengths
-from fedlora_app.adapters import AdaptedModel, adapter_parameters, attach_adapters
-from fedlora_app.config import Config, TrainingConfig
-from fedlora_app.config_file import load_config
-from fedlora_app.errors import MendableError
-from fedlora_app.host_embedding import move_embedding_to_host
-from fedlora_app.memory import read_peak_memory, reset_peak_memory
-from fedlora_app.packing import split_into_packs
-from fedlora_app.planning.cards import CARDS, Work, compute_flops
-from fedlora_app.planning.memory import (
+from fedlora_app.config.loading import load_config
+from fedlora_app.config.rounds import Phase, plan_round
+from fedlora_app.config.schema import Config, TrainingConfig
+from fedlora_app.data.tokens import Example
+from fedlora_app.foundation.errors import MendableError
+from fedlora_app.model.adapters import AdaptedModel, adapter_parameters, attach_adapters
+from fedlora_app.model.device import read_peak_memory, reset_peak_memory
+from fedlora_app.model.host_embedding import move_embedding_to_host
+from fedlora_app.planning.gpus import CARDS, Work, compute_flops
+from fedlora_app.planning.plan import parse_memory
+from fedlora_app.planning.sizes import measure_sizes
+from fedlora_app.training.packing import split_into_packs
+from fedlora_app.training.phase import settle_checkpointing, step_batches, tokens_per_micro_batch
+from fedlora_app.training.step_memory import (
     BaseSizes,
     MicroBatch,
     Numerics,
     predict_phase,
     read_shape,
 )
-from fedlora_app.planning.plan import parse_memory
-from fedlora_app.planning.sizes import measure_sizes
-from fedlora_app.rounds import Phase, plan_round
-from fedlora_app.tokens import Example
-from fedlora_app.training import settle_checkpointing, step_batches, tokens_per_micro_batch
 
 TINY = {
     "vocab_size": 512,

@@ -16,7 +16,7 @@ from unittest import mock
 from transformers import AutoModelForCausalLM
 
 from benchmarks.two_processes import build_project, federate, start_client_process
-from fedlora_app import model as model_module
+from fedlora_app.model import base as model_module
 
 
 def measure(num_rounds: int = 5, num_clients: int = 4) -> dict[str, Any]:

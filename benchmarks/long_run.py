@@ -25,7 +25,7 @@ FIRST_COUNTED_ROUND = 20
 
 def measure(num_rounds: int, every: int) -> dict[str, Any]:
     """Run the federation and return its samples and what they say."""
-    from fedlora_app.messages import read_task
+    from fedlora_app.federation.messages import read_task
 
     samples: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, start_client_process(folder) as (pipe, pid):

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from benchmarks.process import MIB
 from benchmarks.toy_models import use_tests
-from fedlora_app.losses import LOGIT_ROWS, token_losses
+from fedlora_app.training.losses import LOGIT_ROWS, token_losses
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FULL, OURS = "full logits", "ours"

@@ -22,10 +22,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.pipe import FIRST_NODE_ID, PipeGrid, answer_messages, start_clients
 from benchmarks.process import MIB, peak_bytes, reset_peak, resident_bytes
-from fedlora_app.adapters import AdaptedModel, attach_adapters, build_initial_state, state_shapes
-from fedlora_app.config import GLOBAL, Config
-from fedlora_app.grid import PacedGrid
-from fedlora_app.messages import (
+from fedlora_app.config.schema import GLOBAL, Config
+from fedlora_app.federation.grid import PacedGrid
+from fedlora_app.federation.messages import (
     UPDATE_RECORD,
     Task,
     build_reply,
@@ -33,8 +32,14 @@ from fedlora_app.messages import (
     pack_state,
     read_task,
 )
-from fedlora_app.report.history import read_history
-from fedlora_app.run_directory import RunDirectory
+from fedlora_app.model.adapters import (
+    AdaptedModel,
+    attach_adapters,
+    build_initial_state,
+    state_shapes,
+)
+from fedlora_app.runs.directory import RunDirectory
+from fedlora_app.runs.history import read_history
 from fedlora_app.strategy import GlobalAdapterFedAvg
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,10 +20,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.turns import compute_ratio, describe_ratio, take_turns, timed
 from benchmarks.two_processes import build_project, federate, start_client_process
-from fedlora_app.adapters import AdaptedModel, attach_adapters, attach_once, get_state, set_state
-from fedlora_app.config import GLOBAL, LOCAL, Config
-from fedlora_app.model import load_base_model
-from fedlora_app.report.history import read_history
+from fedlora_app.config.schema import GLOBAL, LOCAL, Config
+from fedlora_app.model.adapters import (
+    AdaptedModel,
+    attach_adapters,
+    attach_once,
+    get_state,
+    set_state,
+)
+from fedlora_app.model.base import load_base_model
+from fedlora_app.runs.history import read_history
 
 MODEL = {
     "hidden_size": 256,

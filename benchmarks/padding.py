@@ -38,12 +38,12 @@ from benchmarks.toy_models import (
     small_config,
 )
 from benchmarks.turns import compute_ratio, describe_ratio, take_turns, timed
-from fedlora_app.adapters import AdaptedModel, activate, adapter_parameters
-from fedlora_app.config import GLOBAL, LOCAL
-from fedlora_app.fused import fused_adapters
-from fedlora_app.losses import compute_losses, token_losses
-from fedlora_app.packing import packed_attention
-from fedlora_app.tokens import Example
+from fedlora_app.config.schema import GLOBAL, LOCAL
+from fedlora_app.data.tokens import Example
+from fedlora_app.model.adapters import AdaptedModel, activate, adapter_parameters
+from fedlora_app.model.fused import fused_adapters
+from fedlora_app.training.losses import compute_losses, token_losses
+from fedlora_app.training.packing import packed_attention
 
 BOTH = (GLOBAL, LOCAL)
 PACKED, LONGEST, LIMIT = "packed", "padded to the longest", "padded to the limit"

@@ -18,10 +18,10 @@ from transformers import PrinterCallback, Qwen2Config, Trainer, TrainerCallback,
 
 from benchmarks.toy_models import DEVICE, build_base
 from benchmarks.turns import Work
-from fedlora_app.adapters import AdaptedModel
-from fedlora_app.config import GLOBAL, LOCAL, TrainingConfig
-from fedlora_app.tokens import Example
-from fedlora_app.training import train_phase
+from fedlora_app.config.schema import GLOBAL, LOCAL, TrainingConfig
+from fedlora_app.data.tokens import Example
+from fedlora_app.model.adapters import AdaptedModel
+from fedlora_app.training.phase import train_phase
 
 LEARNING_RATE = 1e-4
 PHASE_SEED = 1

@@ -54,7 +54,7 @@ def make_random_nf4(config: Qwen2Config, device: torch.device) -> Made:
     if type(model.model.layers[0].mlp.up_proj) is not Linear4bit:
         raise RuntimeError("What was read again is not quantised.")
     for module in model.modules():
-        if isinstance(module, Linear4bit):  # as in fedlora_app.model, where the reason stands
+        if isinstance(module, Linear4bit):  # as in fedlora_app.model.base, where the reason stands
             module.support_avx512bf16_for_cpu = False
     return Made(model.requires_grad_(False).eval(), build_seconds, load_seconds, size)
 

@@ -24,7 +24,7 @@ from benchmarks.toy_models import (
     small_config,
 )
 from benchmarks.turns import compute_ratio, describe_ratio, take_turns
-from fedlora_app.config import GLOBAL, LOCAL
+from fedlora_app.config.schema import GLOBAL, LOCAL
 
 BOTH = (GLOBAL, LOCAL)
 TRAINER = "Trainer, one adapter"

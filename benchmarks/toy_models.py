@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from fedlora_app.adapters import AdaptedModel, attach_adapters
-from fedlora_app.config import AdaptersConfig
-from fedlora_app.tokens import Example
+from fedlora_app.config.schema import AdaptersConfig
+from fedlora_app.data.tokens import Example
+from fedlora_app.model.adapters import AdaptedModel, attach_adapters
 
 ROOT = Path(__file__).resolve().parents[1]
 MEDIAN_LENGTH, LENGTH_SPREAD = 115, 0.5

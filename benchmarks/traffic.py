@@ -22,10 +22,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from benchmarks.pipe import identify_process
 from benchmarks.toy_models import QWEN_7B, equal_adapters, use_tests
 from benchmarks.two_processes import CLIENTS, build_project, quiet
-from fedlora_app.adapters import attach_adapters, state_shapes
-from fedlora_app.config import GLOBAL
-from fedlora_app.messages import ADAPTER_RECORD, UPDATE_RECORD, pack_state, read_task
-from fedlora_app.storage import WEIGHTS_FILE
+from fedlora_app.config.schema import GLOBAL
+from fedlora_app.federation.messages import ADAPTER_RECORD, UPDATE_RECORD, pack_state, read_task
+from fedlora_app.foundation.files import WEIGHTS_FILE
+from fedlora_app.model.adapters import attach_adapters, state_shapes
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 FP32_BYTES = 4

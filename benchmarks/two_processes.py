@@ -20,8 +20,8 @@ from transformers import AutoTokenizer
 
 from benchmarks.pipe import FIRST_NODE_ID, PipeGrid, answer_messages, start_clients
 from benchmarks.toy_models import use_tests
-from fedlora_app.config import Config
-from fedlora_app.config_file import parse_config
+from fedlora_app.config.loading import parse_config
+from fedlora_app.config.schema import Config
 
 CLIENTS = ("ann", "bob")
 COLOURS = ("red", "blue", "green", "black")
@@ -113,7 +113,7 @@ def _write(path: Path, value: object) -> None:
 def _serve(server: Connection, project: str) -> None:
     """Answer messages until the server hangs up. Runs in the clients' process."""
     from fedlora_app import client_app
-    from fedlora_app.messages import read_task
+    from fedlora_app.federation.messages import read_task
 
     contexts: dict[int, Context] = {}
 

@@ -7,7 +7,7 @@ For notebooks the package offers what reads and draws runs: ``load_run``, ``load
 import importlib
 import warnings
 
-from fedlora_app.telemetry import switch_off_telemetry
+from fedlora_app.foundation.quiet import switch_off_telemetry
 
 __version__ = "0.1.0"
 
@@ -30,7 +30,7 @@ _PLOTS = (
     "plot_update_norm",
 )
 _HOMES = dict.fromkeys(_PLOTS, "fedlora_app.report.plots")
-_HOMES |= {"load_history": "fedlora_app.report.history", "load_run": "fedlora_app.saved_run"}
+_HOMES |= {"load_history": "fedlora_app.runs.history", "load_run": "fedlora_app.runs.reading"}
 
 __all__ = ["__version__", *sorted(_HOMES)]
 

@@ -18,9 +18,33 @@ from pathlib import Path
 
 import torch
 
-from fedlora_app import model as model_module
-from fedlora_app.adapter_files import load_adapter, save_adapter
-from fedlora_app.adapters import (
+from fedlora_app.config.rounds import BOTH, Phase, plan_round, training_clients
+from fedlora_app.config.schema import (
+    GLOBAL,
+    LOCAL,
+    ClientConfig,
+    Config,
+    ConfigError,
+    TrainingConfig,
+)
+from fedlora_app.data.client_files import (
+    ClientFiles,
+    count_phase_steps,
+    count_unscored_conflicts,
+    load_client_files,
+    select_examples,
+    tokenize_client_files,
+)
+from fedlora_app.data.linter import Finding, describe_findings, lint
+from fedlora_app.data.records import DataError
+from fedlora_app.data.tokens import Example
+from fedlora_app.evaluation.client_round import Metrics, evaluate_client, phase_metrics
+from fedlora_app.foundation.files import WEIGHTS_FILE, hash_file, make_private_dir, remove_partials
+from fedlora_app.foundation.progress import step_lines
+from fedlora_app.foundation.seeds import derive_seed
+from fedlora_app.model import base as model_module
+from fedlora_app.model.adapter_files import load_adapter, save_adapter
+from fedlora_app.model.adapters import (
     AdaptedModel,
     AdapterError,
     AdapterState,
@@ -30,34 +54,17 @@ from fedlora_app.adapters import (
     set_state,
     state_shapes,
 )
-from fedlora_app.client_data import (
-    ClientFiles,
-    count_phase_steps,
-    count_unscored_conflicts,
-    load_client_files,
-    select_examples,
-    tokenize_client_files,
-)
-from fedlora_app.client_evaluation import Metrics, evaluate_client, phase_metrics
-from fedlora_app.config import GLOBAL, LOCAL, ClientConfig, Config, ConfigError, TrainingConfig
-from fedlora_app.data import DataError
-from fedlora_app.evaluation.linter import Finding, describe_findings, lint
-from fedlora_app.kernels import find_missing_kernels
-from fedlora_app.memory import is_out_of_memory, read_peak_memory, reset_peak_memory
-from fedlora_app.model import (
+from fedlora_app.model.base import (
     LoadedModel,
     ModelError,
     describe_device,
     load_base_model,
     load_tokenizer,
 )
-from fedlora_app.progress import step_lines
-from fedlora_app.rounds import BOTH, Phase, plan_round, training_clients
-from fedlora_app.run_directory import require_within
-from fedlora_app.seeds import derive_seed
-from fedlora_app.storage import WEIGHTS_FILE, hash_file, make_private_dir, remove_partials
-from fedlora_app.tokens import Example
-from fedlora_app.training import (
+from fedlora_app.model.device import is_out_of_memory, read_peak_memory, reset_peak_memory
+from fedlora_app.model.kernels import find_missing_kernels
+from fedlora_app.runs.directory import require_within
+from fedlora_app.training.phase import (
     PhaseResult,
     TrainingError,
     settle_checkpointing,

@@ -27,12 +27,10 @@ import transformers
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedlora_app.adapters import AdapterError, AdapterState
 from fedlora_app.client import Client, LostGlobalError
-from fedlora_app.config import Config, ConfigError
-from fedlora_app.data import DataError
-from fedlora_app.memory import is_out_of_memory
-from fedlora_app.messages import (
+from fedlora_app.config.schema import Config, ConfigError
+from fedlora_app.data.records import DataError
+from fedlora_app.federation.messages import (
     ADAPTER_RECORD,
     MessageError,
     Task,
@@ -42,19 +40,21 @@ from fedlora_app.messages import (
     read_task,
     unpack_state,
 )
-from fedlora_app.model import ModelError
-from fedlora_app.packing import PackingError
-from fedlora_app.project import (
+from fedlora_app.federation.ray_pool import watch_workers
+from fedlora_app.foundation.files import keep_files_private
+from fedlora_app.foundation.project import (
     PACKAGE_DIR,
     ProjectNotFoundError,
     find_project_root,
     hash_package,
     is_unpacked_bundle,
 )
-from fedlora_app.run_directory import RunDirectoryError, check_run_name
-from fedlora_app.storage import keep_files_private
-from fedlora_app.training import TrainingError
-from fedlora_app.workers import watch_workers
+from fedlora_app.model.adapters import AdapterError, AdapterState
+from fedlora_app.model.base import ModelError
+from fedlora_app.model.device import is_out_of_memory
+from fedlora_app.runs.directory import RunDirectoryError, check_run_name
+from fedlora_app.training.packing import PackingError
+from fedlora_app.training.phase import TrainingError
 
 if "flwr.simulation.app" in sys.modules:
     watch_workers()  # Flower imports this module before it starts them

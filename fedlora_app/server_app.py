@@ -18,12 +18,10 @@ from typing import Any
 from flwr.app import ArrayRecord, Context, MessageType, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from fedlora_app.adapter_files import load_adapter
-from fedlora_app.adapters import AdaptedModel, attach_adapters, build_initial_state, state_shapes
-from fedlora_app.config import GLOBAL, LOCAL, Config, ConfigError
-from fedlora_app.config_file import load_config
-from fedlora_app.grid import PacedGrid, build_message
-from fedlora_app.messages import (
+from fedlora_app.config.loading import load_config
+from fedlora_app.config.schema import GLOBAL, LOCAL, Config, ConfigError
+from fedlora_app.federation.grid import PacedGrid, build_message
+from fedlora_app.federation.messages import (
     CHECK_IN_ROUND,
     MessageError,
     Reply,
@@ -32,28 +30,35 @@ from fedlora_app.messages import (
     read_reply,
     require_counts,
 )
-from fedlora_app.model import build_empty_model
-from fedlora_app.project import find_project_root, hash_package
-from fedlora_app.report.history import read_history
-from fedlora_app.resumption import (
+from fedlora_app.federation.ray_pool import current_pool
+from fedlora_app.foundation.files import keep_files_private
+from fedlora_app.foundation.project import find_project_root, hash_package
+from fedlora_app.foundation.seeds import derive_seed
+from fedlora_app.model.adapter_files import load_adapter
+from fedlora_app.model.adapters import (
+    AdaptedModel,
+    attach_adapters,
+    build_initial_state,
+    state_shapes,
+)
+from fedlora_app.model.base import build_empty_model
+from fedlora_app.runs.console import describe_run, describe_start
+from fedlora_app.runs.directory import (
+    RunDirectory,
+    RunDirectoryError,
+    check_run_name,
+    default_run_name,
+)
+from fedlora_app.runs.history import read_history
+from fedlora_app.runs.resuming import (
     FRESH,
     Resumption,
     describe_other_software,
     find_resumption,
     require_same_data,
 )
-from fedlora_app.run_directory import (
-    RunDirectory,
-    RunDirectoryError,
-    check_run_name,
-    default_run_name,
-)
-from fedlora_app.seeds import derive_seed
-from fedlora_app.storage import keep_files_private
+from fedlora_app.runs.tracking import build_trackers, require_trackers
 from fedlora_app.strategy import NO_LOCAL, GlobalAdapterFedAvg
-from fedlora_app.summary import describe_run, describe_start
-from fedlora_app.tracking import build_trackers, require_trackers
-from fedlora_app.workers import current_pool
 
 DECLARED_DEFAULTS = {("config", "conf/demo.yaml"), ("output-dir", "results")}  # pyproject.toml
 CONNECT_REPORT_SECONDS = 30.0

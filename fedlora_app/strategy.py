@@ -18,14 +18,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from fedlora_app.adapter_files import save_adapter
-from fedlora_app.adapters import AdaptedModel, AdapterError, AdapterState, state_shapes
-from fedlora_app.aggregation import AggregationError, WeightedMean
-from fedlora_app.aggregation_error import ProductSketch
-from fedlora_app.config import GLOBAL, LOCAL, Config
-from fedlora_app.fingerprint import COVERS, explain_fingerprint
-from fedlora_app.grid import PacedGrid, build_message
-from fedlora_app.messages import (
+from fedlora_app.config.rounds import plan_round, training_clients
+from fedlora_app.config.schema import GLOBAL, LOCAL, Config
+from fedlora_app.federation.aggregation import AggregationError, WeightedMean
+from fedlora_app.federation.aggregation_error import ProductSketch
+from fedlora_app.federation.grid import PacedGrid, build_message
+from fedlora_app.federation.messages import (
     CHECK_IN_ROUND,
     MessageError,
     Reply,
@@ -36,16 +34,18 @@ from fedlora_app.messages import (
     read_reply,
     unpack_state,
 )
-from fedlora_app.progress import client_lines
-from fedlora_app.resumption import (
+from fedlora_app.foundation.progress import client_lines
+from fedlora_app.model.adapter_files import save_adapter
+from fedlora_app.model.adapters import AdaptedModel, AdapterError, AdapterState, state_shapes
+from fedlora_app.model.fingerprint import COVERS, explain_fingerprint
+from fedlora_app.runs.console import describe_round
+from fedlora_app.runs.directory import SERVER, RunDirectory, describe_missing_finals
+from fedlora_app.runs.resuming import (
     DATA_HASH,
     describe_changed_data,
     find_changed_data,
     suggest_earlier,
 )
-from fedlora_app.rounds import plan_round, training_clients
-from fedlora_app.run_directory import SERVER, RunDirectory, describe_missing_finals
-from fedlora_app.summary import describe_round
 
 NO_LOCAL = (-1, "")  # the round of a client's local adapter, and its sha256
 EVALUATION_PREFIXES = (

@@ -22,19 +22,19 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError
 
-from fedlora_app.client_data import load_all_files
-from fedlora_app.config import SAFE_NAME, Config, ConfigError, Section
-from fedlora_app.config_file import load_config
-from fedlora_app.evaluation.answering import Report, SavedRound, open_round
-from fedlora_app.evaluation.intervals import over_seeds
+from fedlora_app.config.loading import load_config
+from fedlora_app.config.schema import SAFE_NAME, Config, ConfigError, Section
+from fedlora_app.data.client_files import load_all_files
+from fedlora_app.evaluation.choices import Report, SavedRound, open_round
 from fedlora_app.evaluation.protocol import evaluate_round
+from fedlora_app.evaluation.statistics import over_seeds
 from fedlora_app.evaluation.tables import FORMAT
-from fedlora_app.project import find_project_root
+from fedlora_app.foundation.files import write_atomically, write_json
+from fedlora_app.foundation.project import find_project_root
 from fedlora_app.report.page import REPORT_FILE, write_comparison, write_report
 from fedlora_app.report.plots import relative_label
-from fedlora_app.run_directory import RunDirectoryError
-from fedlora_app.saved_run import load_run
-from fedlora_app.storage import write_atomically, write_json
+from fedlora_app.runs.directory import RunDirectoryError
+from fedlora_app.runs.reading import load_run
 
 FLWR = str(Path(sys.executable).with_name("flwr"))  # of this environment, whatever PATH says
 POLL_SECONDS = 5.0

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from conftest import build_tiny_config
-from federation import Federation
+from loopback import Federation
 
 WATCHED = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-from federation import client_app
+from loopback import client_app
 
 SERVER = "server"
 IN_OPEN = 0x20  # <sys/inotify.h>

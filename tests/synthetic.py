@@ -8,7 +8,7 @@ from pathlib import Path
 
 from conftest import build_tiny_config
 
-from fedlora_app.evaluation.intervals import proportion
+from fedlora_app.evaluation.statistics import proportion
 
 SETS = {"universal": 20, "universal_unseen": 8, "local": 10, "conflict": 12}
 

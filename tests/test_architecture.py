@@ -105,8 +105,8 @@ def test_the_server_cannot_load_a_base_model():
         *("server_app", "strategy", "run_directory", "aggregation", "aggregation_error"),
         *("summary", "tracking", "progress"),
     ):
-        used = {n for n in imported(MODULES[name]) if n.startswith("fedlora_app.model")}
-        assert used <= {"fedlora_app.model", "fedlora_app.model.build_empty_model"}
+        used = {n for n in imported(MODULES[name]) if n.startswith("fedlora_app.model.base")}
+        assert used <= {"fedlora_app.model.base", "fedlora_app.model.base.build_empty_model"}
         assert "fedlora_app.client" not in imported(MODULES[name])
 
 

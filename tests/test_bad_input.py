@@ -32,13 +32,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from fedlora_app.adapter_files import load_adapter, save_adapter
-from fedlora_app.adapters import AdapterError, attach_adapters, build_initial_state, state_shapes
-from fedlora_app.client_data import load_client_files, tokenize_client_files
-from fedlora_app.config import LOCAL, AdaptersConfig, Config, ConfigError
-from fedlora_app.config_file import load_config, parse_config
-from fedlora_app.data import DataError, load_conflicts, load_records
-from fedlora_app.messages import (
+from fedlora_app.config.loading import load_config, parse_config
+from fedlora_app.config.schema import LOCAL, AdaptersConfig, Config, ConfigError
+from fedlora_app.data.client_files import load_client_files, tokenize_client_files
+from fedlora_app.data.records import DataError, load_conflicts, load_records
+from fedlora_app.federation.messages import (
     ABOUT_RECORD,
     ADAPTER_RECORD,
     METRIC_RECORD,
@@ -51,10 +49,17 @@ from fedlora_app.messages import (
     read_task,
     unpack_state,
 )
-from fedlora_app.model import ModelError
-from fedlora_app.run_directory import RunDirectoryError, check_run_name
-from fedlora_app.saved_run import load_run
-from fedlora_app.storage import hash_file
+from fedlora_app.foundation.files import hash_file
+from fedlora_app.model.adapter_files import load_adapter, save_adapter
+from fedlora_app.model.adapters import (
+    AdapterError,
+    attach_adapters,
+    build_initial_state,
+    state_shapes,
+)
+from fedlora_app.model.base import ModelError
+from fedlora_app.runs.directory import RunDirectoryError, check_run_name
+from fedlora_app.runs.reading import load_run
 
 OUR_ERRORS = (ConfigError, DataError, AdapterError, MessageError, ModelError, RunDirectoryError)
 LONGEST_MESSAGE = 50_000

@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from fedlora_app.errors import MendableError
+from fedlora_app.foundation.errors import MendableError
 
 sys.path.insert(0, str(ROOT))  # the benchmarks lie beside the package and are not installed
 

@@ -19,15 +19,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, build_tiny_config
-from federation import Federation, LoopbackGrid
 from flwr.cli.build import build_fab_from_disk
+from loopback import Federation, LoopbackGrid
 from observation import SERVER, Observation, find_windows, observe
 from safetensors.torch import load_file
 
 from fedlora_app import client as client_module
-from fedlora_app.config import Config
-from fedlora_app.messages import ABOUT_RECORD, METRIC_RECORD, UPDATE_RECORD
-from fedlora_app.storage import WEIGHTS_FILE
+from fedlora_app.config.schema import Config
+from fedlora_app.federation.messages import ABOUT_RECORD, METRIC_RECORD, UPDATE_RECORD
+from fedlora_app.foundation.files import WEIGHTS_FILE
 from fedlora_app.strategy import RoundError
 
 CLIENTS = ("ann", "bob")
@@ -437,7 +437,7 @@ def commands(observed, tmp_path_factory):
         ("export", run, "--client", "ann", "--output", export),
     ]
     script = f"""
-from fedlora_app.command import main
+from fedlora_app.cli import main
 for arguments in {[[str(argument) for argument in call] for call in calls]!r}:
     sys.argv = ["fedlora", *arguments]
     try:

@@ -11,8 +11,8 @@ import time
 from contextlib import suppress
 
 import pytest
-from federation import wait_until
 from flower_process import BIN, free_port
+from loopback import wait_until
 
 
 @pytest.mark.deployment

@@ -11,15 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_tiny_config
-from federation import Federation
 from flwr.app import Array, RecordDict
 from flwr.common.serde import recorddict_to_proto
+from loopback import Federation
 from safetensors.torch import load_file
 
 from fedlora_app import client as client_module
-from fedlora_app import model as model_module
-from fedlora_app.config import ConfigError
-from fedlora_app.messages import (
+from fedlora_app.config.schema import ConfigError
+from fedlora_app.federation.messages import (
     ABOUT_RECORD,
     METRIC_RECORD,
     UPDATE_RECORD,
@@ -27,8 +26,9 @@ from fedlora_app.messages import (
     build_need_reply,
     read_task,
 )
+from fedlora_app.model import base as model_module
 from fedlora_app.report.pieces import read_pieces
-from fedlora_app.run_directory import RunDirectoryError
+from fedlora_app.runs.directory import RunDirectoryError
 from fedlora_app.strategy import GlobalAdapterFedAvg, RoundError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -179,7 +179,7 @@ def _local_only(clients):
 
 def test_each_phase_moves_only_its_adapter(federation, monkeypatch):
     from fedlora_app import client
-    from fedlora_app.adapters import get_state
+    from fedlora_app.model.adapters import get_state
 
     moves = []
     original = client.train_phase
@@ -504,7 +504,7 @@ def test_a_tracked_run_shows_the_history_in_tensorboard(tiny_project, tmp_path):
 
 
 def test_trackers_are_closed_when_a_run_ends_with_an_error(tiny_project, tmp_path, monkeypatch):
-    from fedlora_app import tracking
+    from fedlora_app.runs import tracking
 
     seen = []
 
@@ -534,7 +534,7 @@ def test_trackers_are_closed_when_a_run_ends_with_an_error(tiny_project, tmp_pat
 
 
 def test_a_tracker_that_is_not_installed_stops_a_run_before_anything(federation, monkeypatch):
-    from fedlora_app import tracking
+    from fedlora_app.runs import tracking
 
     monkeypatch.setattr(tracking, "_is_installed", lambda name: False)
     config = build_tiny_config(experiment={"track": ["wandb"]})
@@ -545,7 +545,7 @@ def test_a_tracker_that_is_not_installed_stops_a_run_before_anything(federation,
 
 
 def test_long_work_says_how_far_it_is(federation, monkeypatch, capsys):
-    from fedlora_app import progress
+    from fedlora_app.foundation import progress
 
     monkeypatch.setattr(progress, "INTERVAL_SECONDS", 0.0)
     federation.run()
@@ -715,7 +715,7 @@ def test_a_clients_folder_is_its_own_and_never_overwritten(federation):
     (run.parent / "run" / "clients").mkdir(parents=True)
     (run.parent / "elsewhere" / "clients" / "ann").rename(run / "clients" / "ann")
     with pytest.MonkeyPatch.context() as patch:
-        from fedlora_app.run_directory import RunDirectory
+        from fedlora_app.runs.directory import RunDirectory
 
         patch.setattr(RunDirectory, "require_absent", staticmethod(lambda path: None))
         with pytest.raises(ValueError, match=r"ann: .*clients/ann exists already"):
@@ -826,7 +826,7 @@ def test_the_ablation_trains_local_adapters_as_the_run_itself_did(federation, tm
     """So its figures are those of whole runs, at the price of their local phases."""
     from fedlora_app.client import Client
     from fedlora_app.demo.ablation import load_global_states, retrain
-    from fedlora_app.storage import WEIGHTS_FILE
+    from fedlora_app.foundation.files import WEIGHTS_FILE
 
     run = federation.run()
     states = load_global_states(run, federation.config, federation.project)
@@ -848,7 +848,7 @@ def test_the_ablation_refuses_other_runs(tiny_project, tmp_path):
 
 def test_a_client_without_memory_begins_again_with_smaller_batches(federation, monkeypatch, capsys):
     """The steps see the same examples; only their sums are taken in smaller parts."""
-    from fedlora_app import training
+    from fedlora_app.training import phase as training
 
     whole = federation.run("whole")
     original, length = training.split_into_packs, federation.config.training.max_seq_length
@@ -874,7 +874,7 @@ def test_a_client_without_memory_begins_again_with_smaller_batches(federation, m
 
 
 def test_a_client_that_has_no_memory_at_all_says_what_to_lower(federation, monkeypatch):
-    from fedlora_app import training
+    from fedlora_app.training import phase as training
 
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")

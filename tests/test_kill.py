@@ -20,11 +20,11 @@ from pathlib import Path
 
 import pytest
 from conftest import build_tiny_config
-from federation import wait_until
 from flower_process import Flower, processes_with
-from test_resumption import snapshot
+from loopback import wait_until
+from test_resuming import snapshot
 
-from fedlora_app.config_file import load_config
+from fedlora_app.config.loading import load_config
 
 pytestmark = pytest.mark.killtest
 

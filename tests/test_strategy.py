@@ -10,10 +10,10 @@ from conftest import build_tiny_config, build_tiny_model
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlora_app.adapters import attach_adapters, build_initial_state, state_shapes
-from fedlora_app.config import GLOBAL
-from fedlora_app.messages import Task, build_reply
-from fedlora_app.run_directory import RunDirectory
+from fedlora_app.config.schema import GLOBAL
+from fedlora_app.federation.messages import Task, build_reply
+from fedlora_app.model.adapters import attach_adapters, build_initial_state, state_shapes
+from fedlora_app.runs.directory import RunDirectory
 from fedlora_app.strategy import GlobalAdapterFedAvg
 
 NUM_CLIENTS = 60
@@ -96,7 +96,7 @@ def test_the_error_of_the_average_is_logged_and_costs_no_copy_of_an_update(strat
 
 
 def test_a_long_round_says_how_many_clients_have_answered(strategy, monkeypatch):
-    from fedlora_app import progress
+    from fedlora_app.foundation import progress
 
     monkeypatch.setattr(progress, "INTERVAL_SECONDS", 0.0)
     strategy, state = strategy

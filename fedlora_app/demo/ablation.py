@@ -20,15 +20,15 @@ from pathlib import Path
 import datasets
 import transformers
 
-from fedlora_app.adapter_files import load_adapter
-from fedlora_app.adapters import AdapterState, attach_adapters
 from fedlora_app.client import Client
-from fedlora_app.client_evaluation import Metrics
-from fedlora_app.config import GLOBAL, Config, ConfigError
-from fedlora_app.config_file import parse_config, parse_overrides, set_dotted
-from fedlora_app.model import build_empty_model
-from fedlora_app.project import find_project_root
-from fedlora_app.storage import write_json
+from fedlora_app.config.loading import parse_config, parse_overrides, set_dotted
+from fedlora_app.config.schema import GLOBAL, Config, ConfigError
+from fedlora_app.evaluation.client_round import Metrics
+from fedlora_app.foundation.files import write_json
+from fedlora_app.foundation.project import find_project_root
+from fedlora_app.model.adapter_files import load_adapter
+from fedlora_app.model.adapters import AdapterState, attach_adapters
+from fedlora_app.model.base import build_empty_model
 from fedlora_app.study import describe_percent
 
 VARIANTS = {

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from fedlora_app.evaluation.intervals import mcnemar, over_seeds, paired_difference
-from fedlora_app.evaluation.questions import CONFLICT, LOCAL_SET, UNIVERSAL
+from fedlora_app.data.questions import CONFLICT, LOCAL_SET, UNIVERSAL
+from fedlora_app.evaluation.statistics import mcnemar, over_seeds, paired_difference
 
 FORMAT = 1
 RANKING, EXACT_MATCH = "correct", "exact_match"

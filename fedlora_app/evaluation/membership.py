@@ -43,16 +43,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from fedlora_app.adapters import AdaptedModel, activate, base_only
-from fedlora_app.client_data import ClientFiles
-from fedlora_app.config import GLOBAL, Config
-from fedlora_app.data import Record, format_question
-from fedlora_app.evaluation.intervals import (
-    area_under_curve,
-    clustered_area,
-    paired_difference,
-)
-from fedlora_app.evaluation.matching import (
+from fedlora_app.config.schema import GLOBAL, Config
+from fedlora_app.data.client_files import ClientFiles
+from fedlora_app.data.questions import LOCAL_SET, UNIVERSAL
+from fedlora_app.data.records import Record, format_question
+from fedlora_app.data.tokens import Example, encode_example
+from fedlora_app.evaluation.membership_pairs import (
     LOCAL_ANSWERS,
     Pairs,
     build_answer_pairs,
@@ -60,10 +56,14 @@ from fedlora_app.evaluation.matching import (
     cluster,
     question_key,
 )
-from fedlora_app.evaluation.questions import LOCAL_SET, UNIVERSAL
-from fedlora_app.losses import answer_log_likelihoods
-from fedlora_app.summary import WIDTH
-from fedlora_app.tokens import Example, encode_example
+from fedlora_app.evaluation.statistics import (
+    area_under_curve,
+    clustered_area,
+    paired_difference,
+)
+from fedlora_app.model.adapters import AdaptedModel, activate, base_only
+from fedlora_app.runs.console import WIDTH
+from fedlora_app.training.losses import answer_log_likelihoods
 
 MIN_K_SHARE = 0.2
 FALSE_POSITIVE_RATES = (0.01, 0.1)

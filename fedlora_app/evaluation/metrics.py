@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedTokenizerBase
 
-from fedlora_app.adapters import AdaptedModel, activate, base_only
-from fedlora_app.config import EvaluationConfig
-from fedlora_app.evaluation.keywords import UNSPACED, continues_word, passes_keyword_rule
-from fedlora_app.evaluation.questions import Question
+from fedlora_app.config.schema import EvaluationConfig
+from fedlora_app.data.keywords import UNSPACED, continues_word, passes_keyword_rule
+from fedlora_app.data.questions import Question
+from fedlora_app.evaluation.gate import Gate
 from fedlora_app.evaluation.scoring import Answered, Progress, Prompt, score_prompts
-from fedlora_app.gate import Gate
+from fedlora_app.model.adapters import AdaptedModel, activate, base_only
 
 SENTENCE_PUNCTUATION = r"""[.,;:!?'"`…、。·()\[\]{}«»‹›“”„‘’「」『』《》【】¡¿]"""
 

@@ -13,22 +13,22 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fedlora_app.client_data import build_question_sets
-from fedlora_app.config import GLOBAL, LOCAL
-from fedlora_app.evaluation.answering import (
+from fedlora_app.config.schema import GLOBAL, LOCAL
+from fedlora_app.data.client_files import build_question_sets
+from fedlora_app.data.linter import lint
+from fedlora_app.data.questions import CONFLICT, LOCAL_SET, Question
+from fedlora_app.data.tokens import encode_answer
+from fedlora_app.evaluation.choices import (
     Cell,
     Evaluator,
     Report,
     SavedRound,
     open_store,
 )
-from fedlora_app.evaluation.linter import lint
 from fedlora_app.evaluation.membership import infer_membership
-from fedlora_app.evaluation.questions import CONFLICT, LOCAL_SET, Question
+from fedlora_app.evaluation.saved_model import Answering
 from fedlora_app.evaluation.tables import Scores, build_evaluation, choose_scales
-from fedlora_app.saved_model import Answering
-from fedlora_app.storage import write_json
-from fedlora_app.tokens import encode_answer
+from fedlora_app.foundation.files import write_json
 
 NO_IDENTITY = "You are a helpful assistant."
 PARTIAL_FILE = ".evaluation.partial.jsonl"

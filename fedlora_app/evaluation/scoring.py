@@ -16,11 +16,11 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from fedlora_app.adapters import AdaptedModel, scaled_local
-from fedlora_app.fused import fused_answering
-from fedlora_app.gate import Gate
-from fedlora_app.losses import LOGIT_ROWS
-from fedlora_app.tokens import encode_answer, encode_prompt
+from fedlora_app.data.tokens import encode_answer, encode_prompt
+from fedlora_app.evaluation.gate import Gate
+from fedlora_app.model.adapters import AdaptedModel, scaled_local
+from fedlora_app.model.fused import fused_answering
+from fedlora_app.training.losses import LOGIT_ROWS
 
 CANDIDATES_PER_ROW = 16
 MAX_BATCH_TOKENS = 16_384  # padding included; the attention mask grows with a row's square

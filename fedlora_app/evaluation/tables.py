@@ -9,20 +9,20 @@ from datetime import UTC, datetime
 from statistics import fmean
 from typing import Any
 
-from fedlora_app.config import GLOBAL, LOCAL, Config
-from fedlora_app.evaluation.answering import Cell, SavedRound, describe_precision
-from fedlora_app.evaluation.intervals import NOTHING, Estimate, paired_difference, proportion
-from fedlora_app.evaluation.linter import keyword_ceiling
-from fedlora_app.evaluation.metrics import Score, compute_interaction
-from fedlora_app.evaluation.questions import (
+from fedlora_app.config.rounds import adapters_label
+from fedlora_app.config.schema import GLOBAL, LOCAL, Config
+from fedlora_app.data.linter import keyword_ceiling
+from fedlora_app.data.questions import (
     CONFLICT,
     LOCAL_SET,
     UNIVERSAL,
     UNIVERSAL_UNSEEN,
     Question,
 )
-from fedlora_app.rounds import adapters_label
-from fedlora_app.saved_model import Answering
+from fedlora_app.evaluation.choices import Cell, SavedRound, describe_precision
+from fedlora_app.evaluation.metrics import Score, compute_interaction
+from fedlora_app.evaluation.saved_model import Answering
+from fedlora_app.evaluation.statistics import NOTHING, Estimate, paired_difference, proportion
 
 FORMAT = 1
 

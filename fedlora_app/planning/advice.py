@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fedlora_app.config import Config
-from fedlora_app.config_file import parse_config, set_dotted
+from fedlora_app.config.loading import parse_config, set_dotted
+from fedlora_app.config.schema import Config
 
 SHORTEST = 64
 LOWEST_RANK = 4

@@ -10,21 +10,16 @@ from typing import Any
 
 import torch
 
-from fedlora_app.config import GLOBAL, Config
-from fedlora_app.model import ModelError, build_empty_model, find_embedding_fault, load_tokenizer
-from fedlora_app.planning.advice import Change, find_changes
-from fedlora_app.planning.cards import CARDS, Card, Work, compute_flops, compute_seconds
-from fedlora_app.planning.memory import (
-    FP32_BYTES,
-    BaseSizes,
-    Numerics,
-    PhaseMemory,
-    PlanError,
-    Shape,
-    adapter_sizes,
-    predict_phase,
-    read_shape,
+from fedlora_app.config.rounds import plan_round, training_clients
+from fedlora_app.config.schema import GLOBAL, Config
+from fedlora_app.model.base import (
+    ModelError,
+    build_empty_model,
+    find_embedding_fault,
+    load_tokenizer,
 )
+from fedlora_app.planning.advice import Change, find_changes
+from fedlora_app.planning.gpus import CARDS, Card, Work, compute_flops, compute_seconds
 from fedlora_app.planning.sizes import measure_sizes
 from fedlora_app.planning.workload import (
     ClientPhase,
@@ -36,8 +31,18 @@ from fedlora_app.planning.workload import (
     missing_files,
     phases_of,
 )
-from fedlora_app.rounds import plan_round, training_clients
-from fedlora_app.training import USABLE_SHARE
+from fedlora_app.training.phase import USABLE_SHARE
+from fedlora_app.training.step_memory import (
+    FP32_BYTES,
+    BaseSizes,
+    Numerics,
+    PhaseMemory,
+    PlanError,
+    Shape,
+    adapter_sizes,
+    predict_phase,
+    read_shape,
+)
 
 DEFAULT_MEMORY = "24GB"
 UNITS = {

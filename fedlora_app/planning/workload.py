@@ -10,16 +10,21 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from fedlora_app.client_data import CACHE_DIR, ClientExamples, count_phase_steps, select_examples
-from fedlora_app.config import Config, TrainingConfig
-from fedlora_app.data import load_records
-from fedlora_app.packing import SHORTEST_WIDTH, split_into_packs
-from fedlora_app.planning.cards import Work
-from fedlora_app.planning.memory import MicroBatch
-from fedlora_app.rounds import Phase, plan_round, training_clients
-from fedlora_app.seeds import derive_seed
-from fedlora_app.tokens import Example, tokenize_file
-from fedlora_app.training import tokens_per_micro_batch
+from fedlora_app.config.rounds import Phase, plan_round, training_clients
+from fedlora_app.config.schema import Config, TrainingConfig
+from fedlora_app.data.client_files import (
+    CACHE_DIR,
+    ClientExamples,
+    count_phase_steps,
+    select_examples,
+)
+from fedlora_app.data.records import load_records
+from fedlora_app.data.tokens import Example, tokenize_file
+from fedlora_app.foundation.seeds import derive_seed
+from fedlora_app.planning.gpus import Work
+from fedlora_app.training.packing import SHORTEST_WIDTH, split_into_packs
+from fedlora_app.training.phase import tokens_per_micro_batch
+from fedlora_app.training.step_memory import MicroBatch
 
 ASSUMED_ANSWER_SHARE = 0.5
 """Of the tokens of an example, where there is no data to count."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedlora_app.evaluation.intervals import (
+from fedlora_app.evaluation.statistics import (
     NOTHING,
     Estimate,
     mcnemar,
     over_seeds,
     paired_difference,
 )
-from fedlora_app.report.figures import Figures, share_of_questions
+from fedlora_app.report.numbers import Figures, share_of_questions
 
 SIGNIFICANT = 0.05
 

@@ -18,16 +18,16 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from fedlora_app.evaluation.comparison import compare_evaluations
-from fedlora_app.evaluation.intervals import Estimate
+from fedlora_app.evaluation.statistics import Estimate
+from fedlora_app.foundation.files import make_private_dir, write_atomically
 from fedlora_app.report import plots
-from fedlora_app.report.figures import EXACT, RANKED, Figures, measure_run
-from fedlora_app.report.history import load_history, name_runs
+from fedlora_app.report.numbers import EXACT, RANKED, Figures, measure_run
 from fedlora_app.report.pieces import Pieces, read_pieces
 from fedlora_app.report.sections import SHAPE_ERRORS, Plotter, Section, Table, build_sections
 from fedlora_app.report.template import MACROS, PAGE, SCRIPT, STYLE
 from fedlora_app.report.verdict import Verdict, format_p, judge_run, judge_runs
-from fedlora_app.run_directory import RunDirectoryError
-from fedlora_app.storage import make_private_dir, write_atomically
+from fedlora_app.runs.directory import RunDirectoryError
+from fedlora_app.runs.history import load_history, name_runs
 
 REPORT_FILE = "report.html"
 COMPARISON_FILE = "comparison.html"

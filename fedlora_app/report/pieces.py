@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedlora_app.config import ConfigError
-from fedlora_app.config_file import parse_config
-from fedlora_app.project import ProjectNotFoundError, find_project_root
-from fedlora_app.report.history import read_history
-from fedlora_app.run_directory import RunDirectoryError, describe_missing_finals
-from fedlora_app.saved_run import EVALUATION_FILE
+from fedlora_app.config.loading import parse_config
+from fedlora_app.config.schema import ConfigError
+from fedlora_app.foundation.project import ProjectNotFoundError, find_project_root
+from fedlora_app.runs.directory import RunDirectoryError, describe_missing_finals
+from fedlora_app.runs.history import read_history
+from fedlora_app.runs.reading import EVALUATION_FILE
 
 
 @dataclass(frozen=True)

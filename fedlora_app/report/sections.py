@@ -11,9 +11,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from fedlora_app.report import plots
-from fedlora_app.report.history import load_history
 from fedlora_app.report.pieces import Pieces
-from fedlora_app.run_directory import RunDirectoryError
+from fedlora_app.runs.directory import RunDirectoryError
+from fedlora_app.runs.history import load_history
 
 MOST_BYTES = 4_000_000  # of conflict questions on a page; the others stand in evaluation.json
 MOST_CHARACTERS = 400  # of one answer

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedlora_app.evaluation.comparison import compare_evaluations
-from fedlora_app.evaluation.intervals import Estimate
+from fedlora_app.evaluation.statistics import Estimate
 from fedlora_app.report.evidence import Paired, average, compare_intervals, pair_records
-from fedlora_app.report.figures import (
+from fedlora_app.report.numbers import (
     EXACT,
     KEYWORD,
     KEYWORD_CEILING,

@@ -1,0 +1,303 @@
+"""From a YAML file and overrides to a checked configuration, or to all of its faults at once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from fedlora_app.config.schema import GLOBAL, LOCAL, ClientConfig, Config, ConfigError
+
+MAX_CONFIG_BYTES = 1 << 20
+MAX_FAULTS_SHOWN = 50
+MAX_SHOWN_CHARS = 100
+YAML_ERRORS = (  # PyYAML passes on whatever int(), float() and its own look-ups raise
+    *(yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError),
+    *(ArithmeticError, RecursionError),
+)
+
+
+def load_config(path: Path, overrides: str = "", **settings: Any) -> Config:
+    """Read a YAML file, lay overrides over it and check everything at once.
+
+    Args:
+        path: the experiment's YAML.
+        overrides: ``"training.learning_rate=1e-4 adapters.local.rank=8"``.
+        settings: dotted keys with ``.`` written as ``__``; None leaves the YAML's value.
+
+    Raises:
+        ConfigError: with every fault, each under its dotted path.
+    """
+    raw = _read_yaml(path)
+    faults = []
+    changes = {key.replace("__", "."): v for key, v in settings.items() if v is not None}
+    overridden, override_faults = parse_overrides(overrides)
+    faults += override_faults
+    for key, value in (changes | overridden).items():
+        if not set_dotted(raw, key, value):
+            faults.append(
+                f'overrides: "{_shorten(key)}" leads nowhere; no section or list item is there.'
+            )
+    return parse_config(raw, source=str(path), known_faults=faults)
+
+
+def parse_config(
+    raw: dict[str, Any], source: str = "the configuration", known_faults: list[str] | None = None
+) -> Config:
+    """Check plain data and return the configuration, or raise with all faults together."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source} holds no sections. Expected keys such as model, federated.")
+    faults = list(known_faults or [])
+    num_more = 0
+    config = None
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        faults += [_describe(fault) for fault in found[:MAX_FAULTS_SHOWN]]
+        num_more = max(0, len(found) - MAX_FAULTS_SHOWN)
+    faults += _cross_faults(raw)
+    if config is None or faults:
+        listing = "\n".join(f"  {fault}" for fault in faults)
+        listing += f"\n  and {num_more} more." if num_more else ""
+        num_faults = len(faults) + num_more
+        count = "1 fault" if num_faults == 1 else f"{num_faults} faults"
+        raise ConfigError(f"{source} has {count}:\n{listing}")
+    return config
+
+
+def parse_overrides(text: str) -> tuple[dict[str, Any], list[str]]:
+    """Parse ``"a.b=1 c.d='x y'"`` to dotted keys with YAML values, and the faults in it."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        return {}, [f"overrides: {error} in {_show(text)}."]
+    changes: dict[str, Any] = {}
+    faults = []
+    for word in words:
+        key, separator, value = word.partition("=")
+        if not separator or not key:
+            faults.append(f'overrides: "{_shorten(word)}" is not of the form section.key=value.')
+            continue
+        try:
+            changes[key] = yaml.load(value, Loader=_Loader)
+        except YAML_ERRORS:
+            faults.append(f'overrides: the value of "{_shorten(word)}" is not YAML.')
+    return changes, faults
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: ``1e-4`` is a number, not a string. A key stands once in its section.
+
+    Merge keys are not read, because nested ones grow without bound.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a section after looking at its keys."""
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, 'merge keys ("<<") are not read', key.start_mark
+                )
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {_show(key.value)} is there twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def set_dotted(raw: dict[str, Any], dotted: str, value: Any) -> bool:
+    """Set a value by its path; return False where the path meets no section or item."""
+    *sections, key = dotted.split(".")
+    node: Any = raw
+    for section in sections:
+        if isinstance(node, list) and re.fullmatch("[0-9]{1,9}", section):
+            if int(section) >= len(node):
+                return False
+            node = node[int(section)]
+        elif isinstance(node, dict):
+            if node.get(section) is None:
+                node[section] = {}
+            node = node[section]
+        else:
+            return False
+    if not isinstance(node, dict):
+        return False
+    node[key] = value
+    return True
+
+
+def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:
+    """Find faults between fields, on raw data so that they join those of the fields."""
+    experiment = raw.get("experiment")
+    track = experiment.get("track") if isinstance(experiment, dict) else None
+    if isinstance(track, list):
+        track = [name for name in track if isinstance(name, str)]
+        for name in sorted({name for name in track if track.count(name) > 1}):
+            times = f"{track.count(name)} times"
+            yield f"experiment.track: {_shorten(name)} is named {times}; once is enough."
+    yield from _kernel_faults(raw)
+    federated = raw.get("federated")
+    clients = federated.get("clients") if isinstance(federated, dict) else None
+    if not isinstance(clients, list):
+        return
+    named = [client for client in clients if isinstance(client, dict)]
+    ids = [client["id"] for client in named if isinstance(client.get("id"), str)]
+    counts, lowered = Counter(ids), Counter(name.lower() for name in ids)
+    for name, count in sorted(counts.items()):
+        shown = f'the id "{_shorten(name)}"'
+        if count > 1:
+            yield f"federated.clients: {count} clients have {shown}; ids must differ."
+        elif lowered[name.lower()] > 1:
+            yield f"federated.clients: {shown} differs from another only in case."
+    training = raw.get("training") if isinstance(raw.get("training"), dict) else {}
+    if training.get("local_kl_weight") and training.get("replay") == 0:
+        yield (
+            "training.local_kl_weight: it acts on replayed records and training.replay is 0. "
+            "Set replay above 0."
+        )
+    min_clients = federated.get("min_clients")
+    if isinstance(min_clients, int) and min_clients > len(clients):
+        yield (
+            f"federated.min_clients: {min_clients} clients are required and only "
+            f"{len(clients)} are named."
+        )
+    data = raw.get("data") if isinstance(raw.get("data"), dict) else {}
+    if "universal_train" in data and data["universal_train"] is None:
+        for client in named:
+            if client.get("universal_train") is None:
+                name = client["id"] if isinstance(client.get("id"), str) else None
+                yield (
+                    f'federated.clients: "{_shorten(str(name))}" has no universal_train and '
+                    "data.universal_train is null; set one of them."
+                )
+
+
+def _kernel_faults(raw: dict[str, Any]) -> Iterator[str]:
+    """Find settings of the training step that exclude each other."""
+    training, model, adapters = (
+        raw.get(name) if isinstance(raw.get(name), dict) else {}
+        for name in ("training", "model", "adapters")
+    )
+    dropping = [
+        name
+        for name in (GLOBAL, LOCAL)
+        if isinstance(adapters.get(name), dict) and adapters[name].get("dropout")
+    ]
+    if training.get("fused_adapters") is True and dropping:
+        yield (
+            f"training.fused_adapters: adapters.{dropping[0]}.dropout is not 0, and adapters with "
+            "dropout cannot be fused. Set one of them to 0 or false."
+        )
+    if training.get("attention") == "flash_attention_2" and model.get("dtype") == "float32":
+        yield (
+            "training.attention: flash_attention_2 computes in bfloat16 and model.dtype is "
+            "float32. Set model.dtype to auto or bfloat16."
+        )
+
+
+def _describe(fault: Any) -> str:
+    """Return ``dotted.path: what is wrong``, with the value and a likely key."""
+    parts = (str(part) for part in fault["loc"])
+    path = _shorten(".".join(part for part in parts if "[" not in part))
+    value = fault["input"]
+    if fault["type"] == "extra_forbidden":
+        return f"{path}: unknown key.{_suggest(fault['loc'])}"
+    if fault["type"] == "missing":
+        return f"{path}: missing."
+    if fault["type"] == "string_pattern_mismatch":
+        return (
+            f"{path}: {_show(value)} is not a name. Expected letters, digits, '.', '_' and '-', "
+            "beginning with a letter or digit, at most 64."
+        )
+    if fault["type"] == "too_short":
+        return f"{path}: at least one is needed."
+    message = fault["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(value, dict | list) else f" (it is {_show(value)})"
+    return f"{path}: {message[0].lower()}{message[1:]}{shown}."
+
+
+def _show(value: Any) -> str:
+    """Return a value as it may stand in a message, whatever its size and its characters."""
+    if isinstance(value, int) and value.bit_length() > 4 * MAX_SHOWN_CHARS:
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, str) and len(value) > MAX_SHOWN_CHARS:
+        return f"{value[:MAX_SHOWN_CHARS]!r}... of {len(value)} characters"
+    if isinstance(value, str | int | float | date | None):
+        return repr(value)
+    return f"a {type(value).__name__}"
+
+
+def _shorten(path: str) -> str:
+    """Return a key or a dotted path as it may stand in a message, whatever it holds."""
+    short = path if len(path) <= MAX_SHOWN_CHARS else f"{path[:MAX_SHOWN_CHARS]}..."
+    return short if short.isprintable() else ascii(short)
+
+
+def _suggest(loc: tuple[int | str, ...]) -> str:
+    """Name the most similar known key, first in the same section and then anywhere."""
+    here = ".".join(str(part) for part in loc[:-1] if not isinstance(part, int))
+    known = dict(_known_keys(Config))
+    siblings = [key for key, section in known.items() if section == here]
+    last = str(loc[-1])[:MAX_SHOWN_CHARS]
+    matches = difflib.get_close_matches(last, [k.rsplit(".", 1)[-1] for k in siblings], n=1)
+    if matches:
+        return f' Did you mean "{matches[0]}"?'
+    elsewhere = [key for key in known if key.rsplit(".", 1)[-1] == last]
+    if elsewhere:
+        return f' It belongs at "{elsewhere[0]}".'
+    names = ", ".join(key.rsplit(".", 1)[-1] for key in siblings)
+    return f" Known here: {names}." if names else ""
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, dotted section) of every field below ``section``."""
+    for name, field in section.model_fields.items():
+        key = f"{prefix}.{field.alias or name}".lstrip(".")
+        yield key, prefix
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _known_keys(field.annotation, key)
+        elif field.annotation == list[ClientConfig]:
+            yield from _known_keys(ClientConfig, key)
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path} is no regular file. Expected a YAML file.")
+        size = path.stat().st_size
+        if size > MAX_CONFIG_BYTES:
+            raise ConfigError(
+                f"{path} has {size} bytes; a configuration has at most {MAX_CONFIG_BYTES}."
+            )
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except ConfigError:
+        raise
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist.{_list_siblings(path)}") from None
+    except (OSError, *YAML_ERRORS) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+
+
+def _list_siblings(path: Path) -> str:
+    names = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+    return f" {path.parent} has: {', '.join(names)}." if names else ""

@@ -1,0 +1,232 @@
+"""The experiment's configuration: its sections, their types and their defaults.
+
+A default stands here and nowhere else; ``conf/default.yaml`` spells all of them out.
+``config_file`` reads it from YAML and reports what is wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from fedlora_app.foundation.errors import MendableError
+
+GLOBAL = "global"
+LOCAL = "local"
+SAFE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+LARGEST_INTEGER = 2**31 - 1
+"""Above it numbers fit neither into a message nor into a tensor's size."""
+
+Mode = Literal["dual", "fedavg", "local-only", "centralized"]
+
+
+class ConfigError(MendableError):
+    """The configuration has faults; the message lists all of them."""
+
+
+class Section(BaseModel):
+    """Part of a configuration: unknown keys and wrong types are faults, nothing is coerced."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+    @field_validator("*")
+    @classmethod
+    def _refuse_huge_integers(cls, value: Any) -> Any:
+        if isinstance(value, int) and value > LARGEST_INTEGER:
+            raise ValueError(f"input should be at most {LARGEST_INTEGER}")
+        return value
+
+
+class ExperimentConfig(Section):
+    """What the run is called and what its randomness derives from."""
+
+    name: str = Field("fedlora", pattern=SAFE_NAME)
+    seed: int = Field(42, ge=0, lt=2**31)
+    track: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    """Where the metrics go beside the run directory; each needs the extra of its name."""
+
+
+class ModelConfig(Section):
+    """The frozen base model."""
+
+    name: str = Field("Qwen/Qwen2.5-7B-Instruct", min_length=1)
+    """Hub id, or a folder (absolute or relative to the project)."""
+    revision: str | None = None
+    quantization: Literal["auto", "4bit", "none"] = "auto"
+    """auto: 4bit (NF4, double quantisation) on a GPU, none on a CPU."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the weights and the computation. auto: bfloat16 on a GPU, float32 on a CPU."""
+    embedding_device: Literal["auto", "cpu"] = "auto"
+    """Of the input embedding. auto: with the model; cpu: in host memory, which for Qwen2.5-7B
+    leaves 1.1 GB more on the GPU."""
+    cache_quantized: bool = True
+    """Keep the quantised model on disk, so that the next start reads it and quantises nothing."""
+    trust_remote_code: bool = False
+
+
+class AdapterConfig(Section):
+    """One LoRA adapter."""
+
+    rank: int = Field(16, ge=1, le=1024)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+
+
+class AdaptersConfig(Section):
+    """The two adapters of a client."""
+
+    global_: AdapterConfig = Field(default_factory=AdapterConfig, alias="global")
+    local: AdapterConfig = Field(default_factory=AdapterConfig)
+    gate: Literal["none", "prompt"] = "none"
+    """prompt: weighs the local adapter, when it answers beside the global one, by how far the
+    question looks like the client's own training questions."""
+
+
+class TrainingConfig(Section):
+    """What a client does in a round."""
+
+    schedule: Literal["phased", "joint"] = "phased"
+    """phased: global on universal data, then local beside it; joint: both on the mix."""
+    global_epochs: int = Field(2, ge=1)
+    """Passes over the client's universal data per round."""
+    local_epochs: int = Field(2, ge=1)
+    """Passes over the client's local data (with its replay) per round."""
+    replay: float = Field(1.0, ge=0, le=1)
+    """Share of the universal records that the local phase sees beside the local ones."""
+    learning_rate: float = Field(2.0e-4, gt=0)
+    batch_size: int = Field(4, ge=1)
+    gradient_accumulation_steps: int = Field(6, ge=1)
+    max_seq_length: int = Field(1024, ge=8)
+    """Tokens per example; what is cut off is counted and reported."""
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    """Share of an adapter's whole run during which its learning rate rises."""
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """Over an adapter's whole run, not anew in every round."""
+    final_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
+    """Where cosine and linear schedules end, relative to learning_rate."""
+    optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
+    global_weight_decay: float = Field(0.0, ge=0)
+    local_weight_decay: float = Field(10.0, ge=0)
+    """Keeps the local adapter small, so that it spoils less of what the global one knows. In mode
+    local-only, where there is none, global_weight_decay holds."""
+    local_kl_weight: float = Field(0.0, ge=0)
+    """Holds the pair near the global adapter alone on replayed universal records: weight of
+    KL(global || global + local) per answer token, in the local phase of mode dual."""
+    local_orthogonality: float = Field(0.0, ge=0)
+    """Holds the two adapters' input subspaces apart: weight of their overlap (0 to 1, mean over
+    modules), in the local phase of mode dual."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    gradient_checkpointing: Literal["auto", True, False] = "auto"
+    """auto: on where the activations would not fit into the memory that is free."""
+    packing: bool = True
+    """Examples are laid end to end without padding, batch_size * max_seq_length tokens at a time.
+    false: one example at a time, for base models whose layers are not plain attention."""
+    fused_adapters: Literal["auto", True, False] = "auto"
+    """Adapters that answer together are computed as one of their joint rank, in the base's dtype.
+    auto: wherever there is no dropout, which is where it is exact."""
+    attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
+    """flash_attention_2 needs a GPU and the package flash-attn."""
+    liger_kernels: bool = False
+    """Norms, rotary embedding and activations by the package liger-kernel, on a GPU."""
+    compile: bool = False
+    """Decoder layers through torch.compile; the first steps then take a minute or more."""
+
+
+class ClientConfig(Section):
+    """One participating organisation. Its files are read on its own machine only."""
+
+    id: str = Field(pattern=SAFE_NAME)
+    system_prompt: str
+    local_train: str = Field(min_length=1)
+    local_test: str | None = None
+    local_validation: str | None = None
+    """What the scale of this client's local adapter is chosen on."""
+    universal_train: str | None = None
+    """This client's own share; data.universal_train otherwise."""
+
+
+class FederatedConfig(Section):
+    """Who takes part and how the server treats them."""
+
+    mode: Mode = "dual"
+    num_rounds: int = Field(5, ge=1)
+    aggregation: Literal["fedavg"] = "fedavg"
+    clients_at_once: int = Field(1, ge=1)
+    client_timeout_seconds: float | None = Field(None, gt=0)
+    """A client that has not answered by then has failed in this round. null: no limit."""
+    keep_rounds: int | None = Field(None, ge=1)
+    """Adapters of only so many complete rounds are kept, the newest always. null: all."""
+    min_clients: int | None = Field(None, ge=1)
+    """Fewer answers than this stop the run. null: all clients must answer."""
+    upload_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the update that a client sends; bfloat16 halves the bytes."""
+    clients: list[ClientConfig] = Field(min_length=1)
+
+    @property
+    def required_clients(self) -> int:
+        """Number of clients without which a round does not count."""
+        return self.min_clients or len(self.clients)
+
+
+class DataConfig(Section):
+    """Files that all clients share, Alpaca JSON or JSON Lines."""
+
+    universal_train: str | None = "data/universal_train.json"
+    universal_test: str | None = "data/universal_test.json"
+    conflict_test: str | None = "data/conflict.json"
+    universal_validation: str | None = None
+    conflict_validation: str | None = None
+    skip_invalid: bool = False
+    """Drop and count invalid records instead of stopping."""
+    on_lint_error: Literal["stop", "warn"] = "stop"
+    """What an error in the question sets does, such as a test question that is trained on."""
+
+
+class EvaluationConfig(Section):
+    """How the question sets are scored after every round."""
+
+    batch_size: int = Field(32, ge=1)
+    max_new_tokens: int = Field(128, ge=1)
+    interval: int = Field(1, ge=1)
+    """Evaluate after every so many rounds; round 0 and the last one are always evaluated."""
+    local_scales: list[Annotated[float, Field(ge=0)]] = Field(
+        default_factory=lambda: [0.25, 0.5, 0.75, 1.0, 1.25, 1.5], min_length=1
+    )
+    """Scales of the local adapter (lambda) tried on the validation questions."""
+
+
+class Config(Section):
+    """A whole experiment."""
+
+    experiment: ExperimentConfig = Field(default_factory=ExperimentConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    adapters: AdaptersConfig = Field(default_factory=AdaptersConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    federated: FederatedConfig
+    data: DataConfig = Field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+    def client(self, client_id: str) -> ClientConfig:
+        """Return the client of that id."""
+        for client in self.federated.clients:
+            if client.id == client_id:
+                return client
+        known = ", ".join(client.id for client in self.federated.clients)
+        raise ConfigError(f'No client is called "{client_id}". federated.clients names: {known}.')
+
+    @property
+    def client_ids(self) -> list[str]:
+        """Ids in the order in which clients are served."""
+        return sorted(client.id for client in self.federated.clients)
+
+    def dump(self) -> dict[str, Any]:
+        """Return plain data that ``parse_config`` reads back to an equal object."""
+        return self.model_dump(mode="json", by_alias=True)

@@ -1,0 +1,1 @@
+"""Records, a client's own files, their tokens, and the question sets."""

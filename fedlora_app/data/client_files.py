@@ -1,0 +1,190 @@
+"""A client's own files: training examples and question sets, read on its machine only."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from fedlora_app.config.rounds import Phase
+from fedlora_app.config.schema import ClientConfig, Config
+from fedlora_app.data.questions import (
+    CONFLICT,
+    LOCAL_SET,
+    UNIVERSAL,
+    Question,
+    build_conflict_questions,
+    build_questions,
+)
+from fedlora_app.data.records import DataError, RecordFile, load_conflicts, load_records
+from fedlora_app.data.tokens import Example, TokenizedFile, tokenize_file
+from fedlora_app.foundation.seeds import derive_seed
+from fedlora_app.training.phase import count_steps
+
+CACHE_DIR = Path(".cache", "tokens")
+
+
+@dataclass(frozen=True)
+class ClientFiles:
+    """A client's data files after checking: what it trains on, and its question sets by name."""
+
+    universal: RecordFile
+    local: RecordFile
+    tests: dict[str, RecordFile]
+    validations: dict[str, RecordFile] = field(default_factory=dict)
+
+    @property
+    def all(self) -> dict[str, RecordFile]:
+        """Every file under the name of its role."""
+        validations = {f"{name}_validation": file for name, file in self.validations.items()}
+        named = {"universal_train": self.universal, "local_train": self.local}
+        return named | self.tests | validations
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Every file's sha256 as a fact, under the name of its role."""
+        return {f"sha256/{name}": file.sha256 for name, file in self.all.items()}
+
+
+@dataclass(frozen=True)
+class ClientExamples:
+    """A client's tokenised training data."""
+
+    universal: TokenizedFile
+    local: TokenizedFile
+
+
+def load_client_files(config: Config, client: ClientConfig, root: Path) -> ClientFiles:
+    """Read and check all of a client's files.
+
+    Raises:
+        DataError: with the faults of every file together.
+    """
+    faults: list[str] = []
+    skip = config.data.skip_invalid
+
+    def read(path: str | None, load=load_records) -> RecordFile | None:
+        if path is None:
+            return None
+        try:
+            return load(root / path, skip_invalid=skip)
+        except DataError as error:
+            faults.append(str(error))
+            return None
+
+    def load_own_conflicts(path: Path, skip_invalid: bool) -> RecordFile:
+        return load_conflicts(path, config.client_ids, skip_invalid=skip_invalid)
+
+    universal = read(client.universal_train or config.data.universal_train)
+    local = read(client.local_train)
+    tests = {
+        UNIVERSAL: read(config.data.universal_test),
+        LOCAL_SET: read(client.local_test),
+        CONFLICT: read(config.data.conflict_test, load_own_conflicts),
+    }
+    validations = {
+        UNIVERSAL: read(config.data.universal_validation),
+        LOCAL_SET: read(client.local_validation),
+        CONFLICT: read(config.data.conflict_validation, load_own_conflicts),
+    }
+    if faults or universal is None or local is None:
+        raise DataError("\n".join(faults))
+    return ClientFiles(universal, local, _present(tests), _present(validations))
+
+
+def load_all_files(config: Config, root: Path) -> dict[str, ClientFiles]:
+    """Read and check every client's files, where one machine holds them all.
+
+    Raises:
+        DataError: with the faults of every client together.
+    """
+    faults: dict[str, None] = {}
+    files: dict[str, ClientFiles] = {}
+    for client_id in config.client_ids:
+        try:
+            files[client_id] = load_client_files(config, config.client(client_id), root)
+        except DataError as error:
+            faults[str(error)] = None
+    if faults:
+        raise DataError("\n".join(faults))
+    return files
+
+
+def tokenize_client_files(
+    config: Config,
+    client: ClientConfig,
+    files: ClientFiles,
+    tokenizer: PreTrainedTokenizerBase,
+    root: Path,
+) -> ClientExamples:
+    """Tokenise a client's training files, or read them from the cache."""
+    universal, local = (
+        tokenize_file(
+            tokenizer,
+            client.system_prompt,
+            file,
+            max_seq_length=config.training.max_seq_length,
+            skip_invalid=config.data.skip_invalid,
+            cache_dir=root / CACHE_DIR,
+        )
+        for file in (files.universal, files.local)
+    )
+    return ClientExamples(universal, local)
+
+
+def select_examples(
+    config: Config, client_id: str, examples: ClientExamples, phase: Phase, server_round: int
+) -> list[Example]:
+    """Return what one phase trains on. The replayed share is drawn anew in every round."""
+    universal, local = examples.universal.examples, examples.local.examples
+    if phase.data == "universal":
+        return universal
+    if phase.data == "mixed":
+        return universal + local
+    rng = random.Random(derive_seed(config.experiment.seed, "replay", server_round, client_id))
+    replayed = rng.sample(universal, _num_replayed(config, examples))
+    return local + [replace(example, is_replayed=True) for example in replayed]
+
+
+def count_phase_steps(config: Config, examples: ClientExamples, phase: Phase) -> int:
+    """Return a phase's optimizer steps.
+
+    A mode with one phase takes as many steps as both phases of the dual mode together, so
+    that modes are compared at equal work.
+    """
+    training = config.training
+    universal = count_steps(len(examples.universal.examples), training.global_epochs, training)
+    num_local = len(examples.local.examples) + _num_replayed(config, examples)
+    local = count_steps(num_local, training.local_epochs, training)
+    return {"universal": universal, "local": local}.get(phase.data, universal + local)
+
+
+def build_question_sets(
+    client: ClientConfig, files: ClientFiles, *, validation: bool = False
+) -> dict[str, list[Question]]:
+    """Return the client's test (or validation) questions by set; empty ones are left out."""
+    trained_facts = frozenset(record.fact for record in files.universal.records if record.fact)
+    sets: dict[str, list[Question]] = {}
+    for name, file in (files.validations if validation else files.tests).items():
+        if name == CONFLICT:
+            sets[name] = build_conflict_questions(file.records, client.id)
+        else:
+            facts = trained_facts if name == UNIVERSAL else None
+            sets[name] = build_questions(file.records, facts, client.id)
+    return {name: questions for name, questions in sets.items() if questions}
+
+
+def count_unscored_conflicts(client: ClientConfig, files: ClientFiles) -> int:
+    """Return how many conflict records hold no answer of this client."""
+    file = files.tests.get(CONFLICT)
+    return sum(client.id not in record.answers for record in file.records) if file else 0
+
+
+def _present(files: dict[str, RecordFile | None]) -> dict[str, RecordFile]:
+    return {name: file for name, file in files.items() if file is not None}
+
+
+def _num_replayed(config: Config, examples: ClientExamples) -> int:
+    return round(config.training.replay * len(examples.universal.examples))

@@ -1,0 +1,307 @@
+"""From somebody's data set to a folder of per-client Alpaca files with a data card.
+
+Everything is a function of the data, the settings and their seed; nothing is written before all
+of it is known to be right.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedlora_app.data.importing.assignment import (
+    assign_splits,
+    group_questions,
+    partition_dirichlet,
+    partition_iid,
+    partition_labels,
+    partition_sizes,
+)
+from fedlora_app.data.importing.data_card import (
+    FILL_IN,
+    Holding,
+    ImportResult,
+    build_card,
+    build_experiment,
+)
+from fedlora_app.data.importing.rows import (
+    CONFLICT_FILES,
+    SPLITS,
+    TEXT_FIELDS,
+    ImportedRecord,
+    ImportSettings,
+    Report,
+    read_records,
+)
+from fedlora_app.data.importing.source import FILE, HUB, Source, load_source
+from fedlora_app.data.records import DataError
+from fedlora_app.foundation.files import make_private_dir, replace_folder
+
+TRAIN = "train"
+MAX_NAMES_SHOWN = 10
+MAX_SHARE_GAP = 0.05  # between a split's realised and its asked-for share
+
+
+def import_data(
+    source: str,
+    output_dir: Path,
+    settings: ImportSettings,
+    report: Report = lambda what, done, total: None,
+    *,
+    root: Path | None = None,
+) -> ImportResult:
+    """Read, check, divide and split a data set, and write it with its data card.
+
+    Args:
+        source: a file, a folder or a dataset on the hub; the card has it as it is given here.
+        output_dir: a new or empty folder; only its owner will be able to read it.
+        report: called with what is being done, how far it is, and of how much.
+        root: the project that paths in the card are relative to; the working directory by default.
+
+    Raises:
+        DataError: the source or its records are wrong, or the folder is taken.
+    """
+    _refuse_taken(output_dir)
+    opened = load_source(
+        source, split=settings.split, subset=settings.subset, revision=settings.revision
+    )
+    read = read_records(opened, settings, report)
+    distinct = _drop_duplicates(read.records)
+    records = _assign_clients(distinct, settings)
+    groups = group_questions([record.question for record in records], report)
+    contradictory = _find_contradictory_groups(records, groups, settings)
+    splits = assign_splits(
+        groups,
+        [record.client for record in records],
+        settings.shares,
+        seed=settings.seed,
+        train_only=frozenset(contradictory),
+        shared=settings.role == "universal",
+    )
+    files = _build_files(records, splits, settings)
+    holdings = _count_holdings(records, splits, read.client_values)
+    universal = holdings.pop("", None)
+    result = ImportResult(
+        output_dir=output_dir,
+        files={path: len(content) for path, content in files.items()},
+        clients=holdings,
+        universal=universal,
+        num_read=len(read.records) + read.num_invalid,
+        num_invalid=read.num_invalid,
+        num_duplicates=len(read.records) - len(distinct),
+        num_unassigned=len(distinct) - len(records),
+        num_shared=len(records) - sum(len(c) for p, c in files.items() if p not in CONFLICT_FILES),
+        num_groups=_count_groups(records, groups),
+        largest_group=max(Counter(groups).values()),
+        num_contradictions=sum(contradictory.values()),
+        sha256=read.sha256,
+        experiment=build_experiment(list(holdings), files, _name_folder(output_dir, root)),
+    )
+    result = replace(result, warnings=tuple(_find_warnings(result, opened, settings)))
+    _write(output_dir, files, build_card(result, opened, settings))
+    return result
+
+
+def _refuse_taken(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder} is a file. Name a new or an empty folder.")
+    if folder.exists() and any(folder.iterdir()):
+        raise DataError(
+            f"{folder} is not empty. An import replaces nothing: name a new or an empty folder."
+        )
+
+
+def _drop_duplicates(
+    records: Iterable[ImportedRecord], *, across_clients: bool = False
+) -> list[ImportedRecord]:
+    """Keep the first of the records (of each client) with the same question and answer."""
+    first: dict[tuple[str, str, str], ImportedRecord] = {}
+    for record in records:
+        client = "" if across_clients else record.client
+        first.setdefault((client, record.question, record.answer), record)
+    return list(first.values())
+
+
+def _assign_clients(
+    records: list[ImportedRecord], settings: ImportSettings
+) -> list[ImportedRecord]:
+    """Return the records with their clients, without those that a partition leaves over."""
+    if settings.partition is None:
+        return records
+    labels = [record.label for record in records]
+    number, seed = settings.num_clients or len(settings.sizes), settings.seed
+    if settings.partition == "iid":
+        owners = partition_iid(len(records), number, seed)
+    elif settings.partition == "sizes":
+        owners = partition_sizes(len(records), settings.sizes, seed)
+    elif settings.partition == "label":
+        owners = partition_labels(labels, number, settings.labels_per_client, seed)
+    else:
+        owners = partition_dirichlet(
+            labels, number, settings.dirichlet_alpha, seed, min_records=len(settings.shares)
+        )
+    digits = len(str(number))
+    return [
+        replace(record, client=f"client-{owner + 1:0{digits}}")
+        for record, owner in zip(records, owners, strict=True)
+        if owner is not None
+    ]
+
+
+def _find_contradictory_groups(
+    records: Sequence[ImportedRecord], groups: Sequence[int], settings: ImportSettings
+) -> Counter[int]:
+    """Return groups with questions to which one file could hold several answers, and how many.
+
+    With a partition, or where clients share their test, that is whoever gave the answers.
+    """
+    own = settings.client_column is not None and settings.role == "local"
+    answers: dict[tuple[str, str], set[str]] = defaultdict(set)
+    group_of: dict[str, int] = {}
+    for record, group in zip(records, groups, strict=True):
+        answers[record.client if own else "", record.question].add(record.answer)
+        group_of[record.question] = group
+    return Counter(group_of[question] for (_, question), a in answers.items() if len(a) > 1)
+
+
+def _build_files(
+    records: Sequence[ImportedRecord], splits: Sequence[str], settings: ImportSettings
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the records of every file by its path, in the order of the source."""
+    contents: dict[str, list[ImportedRecord]] = defaultdict(list)
+    for record, split in zip(records, splits, strict=True):
+        contents[_path(record.client, split, settings.role)].append(record)
+    files = {
+        path: [r.fields for r in _drop_duplicates(contents[path], across_clients=True)]
+        for path in sorted(contents)
+    }
+    if settings.client_column is not None and settings.role == "local":
+        for split in SPLITS[1:]:
+            held = (r for r, own in zip(records, splits, strict=True) if own == split)
+            conflicts = _find_conflicts(held)
+            files |= {f"conflict_{split}.json": conflicts} if conflicts else {}
+    return files
+
+
+def _path(client: str, split: str, role: str) -> str:
+    if client and role == "local":
+        return f"{client}/local_{split}.json"
+    folder = f"{client}/" if client and split == TRAIN else ""
+    return f"{folder}universal_{split}.json"
+
+
+def _find_conflicts(records: Iterable[ImportedRecord]) -> list[dict[str, Any]]:
+    """Return the questions that clients answer differently, with fields that all agree on."""
+    asked: dict[str, list[ImportedRecord]] = defaultdict(list)
+    for record in records:
+        if record.client:
+            asked[record.question].append(record)
+    return [_build_conflict(same) for same in asked.values() if len({r.answer for r in same}) > 1]
+
+
+def _build_conflict(records: Sequence[ImportedRecord]) -> dict[str, Any]:
+    first = records[0].fields
+    answers = {record.client: record.fields["output"] for record in records}
+    agreed = {
+        name: value
+        for name, value in first.items()
+        if name not in TEXT_FIELDS and all(r.fields.get(name) == value for r in records)
+    }
+    question = {"instruction": first["instruction"], "input": first["input"]}
+    return question | agreed | {"answers": dict(sorted(answers.items()))}
+
+
+def _count_holdings(
+    records: Sequence[ImportedRecord], splits: Sequence[str], values: Mapping[str, str]
+) -> dict[str, Holding]:
+    """Return what each client has, sorted by id, the universal records under the empty one."""
+    held: dict[str, list[tuple[ImportedRecord, str]]] = defaultdict(list)
+    for record, split in zip(records, splits, strict=True):
+        held[record.client].append((record, split))
+    return {
+        client: Holding(
+            value=values.get(client, ""),
+            splits=dict(Counter(split for _, split in own)),
+            num_questions=len({record.question for record, _ in own}),
+            answer_words=statistics.fmean(len(r.fields["output"].split()) for r, _ in own),
+            labels=dict(Counter(record.label for record, _ in own if record.label)),
+        )
+        for client, own in sorted(held.items())
+    }
+
+
+def _count_groups(records: Sequence[ImportedRecord], groups: Sequence[int]) -> int:
+    questions: dict[int, set[str]] = defaultdict(set)
+    for record, group in zip(records, groups, strict=True):
+        questions[group].add(record.question)
+    return sum(len(members) > 1 for members in questions.values())
+
+
+def _find_warnings(result: ImportResult, source: Source, settings: ImportSettings) -> Iterator[str]:
+    idle = [*settings.idle]
+    idle += [n for n in ("subset", "revision") if getattr(settings, n) and source.kind != HUB]
+    idle += ["split"] if settings.split and source.kind == FILE else []
+    yield from (f"{name} has no effect here." for name in idle)
+    total = sum(result.splits.values())
+    for split, share in settings.shares.items():
+        found = result.splits[split] / total
+        if found and abs(found - share) > MAX_SHARE_GAP:
+            yield (
+                f"{split} has {100 * found:.0f} % of the records and not {100 * share:.0f} %: too "
+                "few groups of near-duplicates could be moved."
+            )
+        without = [
+            holder
+            for holder, path in _expected_files(result, split, settings.role)
+            if path not in result.files
+        ]
+        if without:
+            more = len(without) - MAX_NAMES_SHOWN
+            yield (
+                f"{split} has no records of {', '.join(without[:MAX_NAMES_SHOWN])}"
+                f"{f' and {more} more' if more > 0 else ''}: their groups of near-duplicates were "
+                "needed in other splits."
+            )
+    if FILL_IN in result.experiment:
+        missing = "universal" if settings.role == "local" else "local"
+        yield (
+            f"There are no {missing} records here, which an experiment needs as well. Import them "
+            f"into another folder, and name their files where the card says {FILL_IN}; fedlora "
+            "check tells which of their questions are asked here too."
+        )
+
+
+def _expected_files(result: ImportResult, split: str, role: str) -> Iterator[tuple[str, str]]:
+    """Yield whose files of a split there should be, and their paths."""
+    if role == "universal" and split != TRAIN:
+        yield "all clients", _path("", split, role)
+        return
+    for client in result.clients:
+        yield client, _path(client, split, role)
+    if result.universal is not None:
+        yield "universal data", _path("", split, role)
+
+
+def _name_folder(output_dir: Path, root: Path | None) -> str:
+    """Return the folder relative to the project; elsewhere its name alone."""
+    project, folder = (root or Path.cwd()).resolve(), output_dir.resolve()
+    inside = folder.is_relative_to(project)
+    return folder.relative_to(project).as_posix() if inside else folder.name
+
+
+def _write(output_dir: Path, files: Mapping[str, Sequence[dict[str, Any]]], card: str) -> None:
+    folder = output_dir.resolve()
+    make_private_dir(folder.parent)
+    with replace_folder(folder) as partial:
+        partial.chmod(0o700)
+        for path, records in files.items():
+            make_private_dir((partial / path).parent)
+            text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
+            (partial / path).write_text(text, encoding="utf-8")
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        _refuse_taken(output_dir)  # by somebody else, meanwhile

@@ -1,0 +1,411 @@
+"""From the rows of a source to checked records with their clients, as the settings say.
+
+Nothing is written here. Every fault is named with its table and record number, counted from 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+from fedlora_app.config.schema import SAFE_NAME, ConfigError
+from fedlora_app.data.importing.source import NO_CELL, Source, suggest
+from fedlora_app.data.records import DataError, format_question, parse_record
+from fedlora_app.data.similarity import normalise_question
+
+Report = Callable[[str, int, int], None]
+Role = Literal["local", "universal"]
+Partition = Literal["iid", "label", "dirichlet", "sizes"]
+
+SPLITS = ("train", "validation", "test")
+TEXT_FIELDS = ("instruction", "input", "output")
+JSON_FIELDS = ("distractors", "evaluation_guide")  # which a CSV cell can only hold as JSON
+CONFLICT_FILES = tuple(f"conflict_{split}.json" for split in SPLITS[1:])
+TOP_FILES = ("README.md", *(f"universal_{split}.json" for split in SPLITS), *CONFLICT_FILES)
+MAX_FAULTS_SHOWN = 10
+MAX_NAME_LENGTH = 64  # of SAFE_NAME
+REPORT_INTERVAL = 1000  # records
+SHARES_TOLERANCE = 1e-6
+UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+# The settings that only some schemes look at.
+SCHEMES_OF_SETTING = {
+    "num_clients": {"iid", "label", "dirichlet", "sizes"},
+    "sizes": {"sizes"},
+    "label_column": {"label", "dirichlet"},
+    "labels_per_client": {"label"},
+    "dirichlet_alpha": {"dirichlet"},
+}
+
+
+@dataclass(frozen=True)
+class ImportSettings:
+    """What to read, whose it is and how it is split.
+
+    Raises:
+        ConfigError: with every fault.
+    """
+
+    split: str | None = None
+    """Of a dataset, or the name without ending of a file in a folder. Default: all together."""
+    subset: str | None = None
+    """Configuration of a dataset on the hub."""
+    revision: str | None = None
+    """Branch, tag or commit of a dataset on the hub."""
+    instruction_column: str = "instruction"
+    input_column: str = "input"
+    """May be missing while it is the default one."""
+    output_column: str = "output"
+    messages_column: str = "messages"
+    """Read where there is no "instruction": a list of {role, content} with one question and one
+    answer; system messages are left out."""
+    keep_columns: tuple[str, ...] = ()
+    """Further columns to keep, such as fact, distractors, evaluation_guide."""
+    client_column: str | None = None
+    """Its values become client ids; rows where it is empty are universal data."""
+    partition: Partition | None = None
+    num_clients: int | None = None
+    sizes: tuple[float, ...] = ()
+    """Of the clients: shares that sum to 1, or numbers of records."""
+    label_column: str | None = None
+    labels_per_client: int = 2  # McMahan et al. 2017, the pathological partition
+    dirichlet_alpha: float = 0.5
+    """The smaller, the more the clients' labels differ."""
+    role: Role = "local"
+    """What the clients' records are: each one's own, or its share of what is true for all."""
+    validation: float = 0.1
+    test: float = 0.1
+    seed: int = 42
+    skip_invalid: bool = False
+    """Drop and count invalid records instead of stopping."""
+
+    def __post_init__(self) -> None:
+        """Check everything at once."""
+        faults = [*self._find_column_faults(), *self._find_client_faults()]
+        for name in ("validation", "test"):
+            if not 0 <= getattr(self, name) < 1:
+                faults.append(f"{name}: expected a share from 0 to below 1.")
+        if self.validation + self.test >= 1:
+            faults.append("validation and test: together they leave nothing to train on.")
+        if self.role not in get_args(Role):
+            faults.append(f"role: {self.role!r} is none of {', '.join(get_args(Role))}.")
+        if faults:
+            listing = "\n".join(f"  {fault}" for fault in faults)
+            raise ConfigError(f"The import cannot be done as asked:\n{listing}")
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of records of every split that was asked for, train first."""
+        shares = {"train": 1 - self.validation - self.test}
+        return shares | {n: getattr(self, n) for n in SPLITS[1:] if getattr(self, n)}
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the partition goes by labels."""
+        return self.partition in SCHEMES_OF_SETTING["label_column"]
+
+    @property
+    def idle(self) -> list[str]:
+        """Settings that differ from their default and have no effect."""
+        defaults = {setting.name: setting.default for setting in fields(self)}
+        return [
+            name
+            for name, schemes in SCHEMES_OF_SETTING.items()
+            if getattr(self, name) != defaults[name] and self.partition not in schemes
+        ]
+
+    def _find_column_faults(self) -> Iterator[str]:
+        for column in self.keep_columns:
+            if column in TEXT_FIELDS:
+                yield f'keep_columns: "{column}" is written anyway, from {column}_column.'
+
+    def _find_client_faults(self) -> Iterator[str]:
+        known = get_args(Partition)
+        if (self.client_column is None) == (self.partition is None):
+            yield "clients: give either client_column or partition, and not both."
+        if self.partition is None:
+            return
+        if self.partition not in known:
+            yield f"partition: {self.partition!r} is none of {', '.join(known)}."
+        if self.partition == "sizes":
+            yield from self._find_size_faults()
+        elif self.num_clients is None or self.num_clients < 1:
+            yield f"num_clients: partition {self.partition} needs a number of at least 1."
+        if self.has_labels and self.label_column is None:
+            yield f"label_column: partition {self.partition} needs the column of the labels."
+        if self.labels_per_client < 1:
+            yield "labels_per_client: expected at least 1."
+        if not 0 < self.dirichlet_alpha < math.inf:
+            yield "dirichlet_alpha: expected a positive number."
+
+    def _find_size_faults(self) -> Iterator[str]:
+        if not self.sizes or min(self.sizes) <= 0 or math.inf in self.sizes:
+            yield "sizes: partition sizes needs one positive number for each client."
+        elif max(self.sizes) <= 1 and abs(sum(self.sizes) - 1) > SHARES_TOLERANCE:
+            yield f"sizes: the shares sum to {sum(self.sizes):g}. Expected 1."
+        elif max(self.sizes) > 1 and any(size != int(size) for size in self.sizes):
+            yield "sizes: expected shares that sum to 1, or whole numbers of records."
+        if self.num_clients not in (None, len(self.sizes)):
+            yield f"num_clients: {self.num_clients}, but sizes has {len(self.sizes)} numbers."
+
+
+@dataclass(frozen=True)
+class ImportedRecord:
+    """One checked record."""
+
+    fields: dict[str, Any]
+    """As it will be written."""
+    question: str
+    """Normalised, the input with it."""
+    answer: str
+    """Normalised."""
+    client: str = ""
+    """Id; empty where the record is universal, or a partition has yet to give it away."""
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class ImportedRecords:
+    """What was read."""
+
+    records: list[ImportedRecord]
+    num_invalid: int
+    sha256: str
+    """Of the valid records and their clients."""
+    client_values: dict[str, str]
+    """What stood in the client column, by id."""
+
+
+def read_records(source: Source, settings: ImportSettings, report: Report) -> ImportedRecords:
+    """Check all rows and turn them into records.
+
+    Raises:
+        DataError: columns that are missing, or the first faults of the rows and their number.
+    """
+    if not any(len(table.rows) for table in source.tables):
+        raise DataError(f"{source.name} holds no record.")
+    is_chat = _check_columns(source, settings)
+    tables = [(table.name, table.read(_named_columns(settings))) for table in source.tables]
+    num_rows = sum(len(rows) for _, rows in tables)
+    records: list[ImportedRecord] = []
+    faults: list[str] = []
+    for table, rows in tables:
+        for number, row in enumerate(rows, start=1):
+            try:
+                records.append(_build_record(row, settings, is_chat))
+            except (ValueError, RecursionError) as error:
+                faults.append(f"{table}, record {number}: {error}")
+            if (len(records) + len(faults)) % REPORT_INTERVAL == 0:
+                report("reading", len(records) + len(faults), num_rows)
+    report("reading", num_rows, num_rows)
+    if faults and not settings.skip_invalid:
+        raise DataError(_describe_faults(source.name, faults, num_rows))
+    if not records:
+        raise DataError(f"{source.name} holds no {'valid ' if faults else ''}record.")
+    ids = build_client_ids(record.client for record in records if record.client)
+    if settings.client_column is not None and not ids:
+        raise DataError(
+            f'{source.name}: the client column "{settings.client_column}" is empty in every '
+            "record. Name another column, or a partition."
+        )
+    digest = hashlib.sha256()
+    for record in records:
+        text = json.dumps([record.client, record.label, record.fields], sort_keys=True)
+        digest.update(text.encode() + b"\n")
+    named = [replace(record, client=ids.get(record.client, "")) for record in records]
+    values = {client: value for value, client in ids.items()}
+    return ImportedRecords(named, len(faults), digest.hexdigest(), values)
+
+
+def build_client_ids(values: Iterable[str]) -> dict[str, str]:
+    """Return a client id for every value, sorted by value.
+
+    A safe name stays as it is. Otherwise accents are taken off and everything but ASCII letters,
+    digits, ".", "_" and "-" becomes "-"; where no letter or digit is left, the id is "client-"
+    and the beginning of the value's sha256.
+
+    Raises:
+        DataError: ids that are the same but for case, or taken by the import's own files.
+    """
+    ids = {value: _slugify(value) for value in sorted(set(values))}
+    owners: dict[str, list[str]] = {}
+    for value, client in ids.items():
+        owners.setdefault(client.lower(), []).append(value)
+    faults = [
+        f"{', '.join(map(repr, rivals))} would all be client {ids[rivals[0]]!r}."
+        for rivals in owners.values()
+        if len(rivals) > 1
+    ]
+    taken = {name.lower() for name in TOP_FILES}
+    faults += [
+        f"{v!r} is the name of a file of the import." for v in ids if ids[v].lower() in taken
+    ]
+    if faults:
+        listing = "\n".join(f"  {fault}" for fault in faults[:MAX_FAULTS_SHOWN])
+        raise DataError(
+            "The client column's values make no ids that differ by more than case:\n"
+            f"{listing}\nRename them in the source."
+        )
+    return ids
+
+
+def _slugify(value: str) -> str:
+    if re.fullmatch(SAFE_NAME, value):
+        return value
+    decomposed = unicodedata.normalize("NFKD", value)
+    bare = "".join(char for char in decomposed if not unicodedata.combining(char))
+    slug = UNSAFE.sub("-", bare).strip("._-")[:MAX_NAME_LENGTH].rstrip("._-")
+    return slug or f"client-{hashlib.sha256(value.encode('utf-8', 'replace')).hexdigest()[:8]}"
+
+
+def _named_columns(settings: ImportSettings) -> dict[str, str]:
+    """Return the columns that the settings name, each with its setting."""
+    named = {settings.messages_column: "messages_column"}
+    for name in ("instruction", "input", "output", "client", "label"):
+        column = getattr(settings, f"{name}_column")
+        if column is not None:
+            named[column] = f"{name}_column"
+    return dict.fromkeys(settings.keep_columns, "keep_columns") | named
+
+
+def _check_columns(source: Source, settings: ImportSettings) -> bool:
+    """Return whether records are conversations; refuse a source without a named column."""
+    known = list(dict.fromkeys(column for table in source.tables for column in table.columns))
+    is_chat = (
+        settings.instruction_column == ImportSettings.instruction_column
+        and settings.instruction_column not in known
+        and settings.messages_column in known
+    )
+    optional = {"messages_column"}
+    if is_chat:
+        optional |= {"instruction_column", "input_column", "output_column"}
+    elif settings.input_column == ImportSettings.input_column:
+        optional |= {"input_column"}
+    faults = [
+        f'  {setting}: there is no column "{column}".{suggest(column, known)}'
+        for column, setting in _named_columns(settings).items()
+        if column not in known and setting not in optional
+    ]
+    if faults:
+        listing = "\n".join(faults)
+        columns = ", ".join(known) or "none"
+        raise DataError(
+            f"{source.name} lacks columns:\n{listing}\nIts columns: {columns}. Name those that are "
+            "meant."
+        )
+    return is_chat
+
+
+def _build_record(row: Any, settings: ImportSettings, is_chat: bool) -> ImportedRecord:
+    """Turn a row into a record whose client is still the column's value.
+
+    Raises:
+        ValueError: what is wrong with the row.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"is a {type(row).__name__} and not an object.")
+    if None in row:
+        raise ValueError(f"has {len(row[None])} cells more than the header.")
+    if NO_CELL in row.values():
+        raise ValueError(f"has only {sum(v is not NO_CELL for v in row.values())} cells.")
+    texts = (
+        _read_messages(row.get(settings.messages_column)) if is_chat else _read_texts(row, settings)
+    )
+    kept = {column: _read_kept(row, column) for column in settings.keep_columns}
+    raw = texts | {column: value for column, value in kept.items() if value is not None}
+    record = parse_record(raw)
+    client = _read_name(row, settings.client_column)
+    label = _read_name(row, settings.label_column)
+    if settings.has_labels and not label:
+        raise ValueError(f'"{settings.label_column}" (label_column) is empty.')
+    if settings.client_column is not None and settings.role == "universal" and not client:
+        raise ValueError(
+            f'"{settings.client_column}" (client_column) is empty, but with role universal every '
+            "record is some client's share."
+        )
+    return ImportedRecord(
+        raw,
+        normalise_question(format_question(record)),
+        normalise_question(record.output),
+        client,
+        label,
+    )
+
+
+def _read_texts(row: dict[str, Any], settings: ImportSettings) -> dict[str, Any]:
+    texts = {name: _to_text(row.get(getattr(settings, f"{name}_column"))) for name in TEXT_FIELDS}
+    return texts | {"input": texts["input"] or ""}
+
+
+def _read_messages(messages: Any) -> dict[str, str]:
+    """Return the question and the answer of a conversation that has one of each."""
+    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
+        raise ValueError("its messages are no list of {role, content}.")
+    turns = [turn for turn in messages if turn.get("role") != "system"]
+    roles = [turn.get("role") for turn in turns]
+    if roles != ["user", "assistant"]:
+        raise ValueError(
+            f"is a conversation of {', '.join(map(str, roles)) or 'no turns'}. Expected one turn "
+            "of user and one of assistant."
+        )
+    question, answer = (turn.get("content") for turn in turns)
+    return {"instruction": question, "input": "", "output": answer}
+
+
+def _read_kept(row: dict[str, Any], column: str) -> Any:
+    value = _without_nulls(row.get(column))
+    if column == "fact":
+        value = _to_text(value)
+    try:
+        if column in JSON_FIELDS and isinstance(value, str):
+            value = json.loads(value) if value.strip() else None
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'"{column}" is no JSON: {error}.') from None
+    return value
+
+
+def _read_name(row: dict[str, Any], column: str | None) -> str:
+    """Return a client or a label as text; a whole number without the ".0" of its column."""
+    value = row.get(column) if column is not None else None
+    if isinstance(value, list | dict | bytes):
+        raise ValueError(f'"{column}" is a {type(value).__name__}. Expected text.')
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return (_to_text(value) or "").strip()
+
+
+def _to_text(value: Any) -> Any:
+    """Return a number or the like as text, None for what is missing, the rest as it is."""
+    if _is_missing(value) or isinstance(value, str | list | dict | bytes):
+        return None if _is_missing(value) else value
+    return str(value)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Drop what is missing: Arrow gives every object the keys of all others."""
+    if isinstance(value, dict):
+        plain = {key: _without_nulls(item) for key, item in value.items()}
+        return {key: item for key, item in plain.items() if item is not None}
+    if isinstance(value, list):
+        return [item for item in map(_without_nulls, value) if item is not None]
+    return None if _is_missing(value) else value
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _describe_faults(name: str, faults: list[str], num_rows: int) -> str:
+    shown = "\n".join(f"  {fault}" for fault in faults[:MAX_FAULTS_SHOWN])
+    more = len(faults) - MAX_FAULTS_SHOWN
+    rest = f"\n  and {more} more." if more > 0 else ""
+    return (
+        f"{name}: {len(faults)} of {num_rows} records are invalid:\n{shown}{rest}\n"
+        "Fix them, or set skip_invalid to drop and count them."
+    )

@@ -1,0 +1,278 @@
+"""Alpaca-style records from JSON or JSON Lines, checked, with every fault named.
+
+A training or test record is ``{"instruction", "input", "output"}``; a conflict record has
+``answers: {client id: answer}`` in place of ``output``, or the keyword form
+``evaluation_guide: {"<client id>_keywords": [...]}``, or both. ``fact`` (which rule the
+record is about), ``distractors`` (wrong answers) and ``evaluation_guide`` are optional
+everywhere. Other fields are kept in the file and ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fedlora_app.foundation.errors import MendableError
+
+KEYWORD_SUFFIX = "_keywords"
+MAX_FAULTS_SHOWN = 20
+MAX_KEY_SHOWN = 100
+FIELDS = {"instruction", "input", "output", "answers", "distractors", "fact", "evaluation_guide"}
+
+
+class DataError(MendableError):
+    """A data file is missing or has faults; the message lists them with their records."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One question with its answer."""
+
+    instruction: str
+    output: str
+    input: str = ""
+    fact: str | None = None
+    distractors: tuple[str, ...] = ()
+    keywords: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ConflictRecord:
+    """One question that the clients answer in different ways.
+
+    ``output`` is a gold answer of which the record does not say whose it is.
+    """
+
+    instruction: str
+    input: str = ""
+    output: str = ""
+    answers: dict[str, str] = field(default_factory=dict)
+    keywords: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    fact: str | None = None
+    distractors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RecordFile:
+    """The records of one file, and what had to be left out."""
+
+    path: Path
+    sha256: str
+    records: list[Any]
+    num_skipped: int = 0
+
+
+T = TypeVar("T", Record, ConflictRecord)
+
+
+def load_records(path: Path, *, skip_invalid: bool = False) -> RecordFile:
+    """Read training or test records.
+
+    Raises:
+        DataError: naming file, record number (from 1) and field of every fault.
+    """
+    return _load(path, parse_record, skip_invalid)
+
+
+def load_conflicts(
+    path: Path, client_ids: Iterable[str], *, skip_invalid: bool = False
+) -> RecordFile:
+    """Read conflict records, whose answers must belong to known clients.
+
+    Raises:
+        DataError: as ``load_records``.
+    """
+    known = list(client_ids)
+    return _load(path, lambda raw: _parse_conflict(raw, known), skip_invalid)
+
+
+def format_question(record: Record | ConflictRecord) -> str:
+    """Return what the user says: the instruction, and the input below it if there is one."""
+    return f"{record.instruction}\n\n{record.input}" if record.input else record.instruction
+
+
+def _load(path: Path, parse: Callable[[dict[str, Any]], T], skip_invalid: bool) -> RecordFile:
+    raw_records, sha256 = read_json_records(path)
+    records: list[T] = []
+    faults: list[str] = []
+    for number, raw in enumerate(raw_records, start=1):
+        try:
+            if not isinstance(raw, dict):
+                raise ValueError(f"is a {type(raw).__name__} and not an object.")
+            _refuse_repeated_keys(raw)
+            records.append(parse(raw))
+        except ValueError as error:
+            faults.append(f"record {number}: {error}")
+    if faults and not skip_invalid:
+        shown = "\n".join(f"  {fault}" for fault in faults[:MAX_FAULTS_SHOWN])
+        more = len(faults) - MAX_FAULTS_SHOWN
+        rest = f"\n  and {more} more." if more > 0 else ""
+        raise DataError(
+            f"{path}: {len(faults)} of {len(raw_records)} records are invalid:\n{shown}{rest}\n"
+            "Fix them, or set data.skip_invalid: true to drop and count them."
+        )
+    if not records:
+        raise DataError(f"{path} holds no {'valid ' if faults else ''}record.")
+    return RecordFile(path, sha256, records, num_skipped=len(faults))
+
+
+def read_json_records(path: Path) -> tuple[list[Any], str]:
+    """Return the raw records of a JSON list or of JSON Lines, and the file's sha256."""
+    try:
+        is_other = path.exists() and not path.is_file()  # a pipe would never end
+        content = b"" if is_other else path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist.") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError:
+        raise DataError(f"{str(path)!a} is no possible file name.") from None
+    if is_other:
+        raise DataError(f"{path} is no regular file. Expected JSON or JSON Lines.")
+    sha256 = hashlib.sha256(content).hexdigest()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}).") from None
+    if text.lstrip().startswith("["):
+        try:
+            return _parse_json(text), sha256
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path} is not valid JSON: {error}.") from None
+    records = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(_parse_json(line))
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{path}, line {number} is not valid JSON: {error}. "
+                "Expected a JSON list, or one JSON object per line."
+            ) from None
+    return records, sha256
+
+
+class _Repeating(dict[str, Any]):
+    """A JSON object in which a key stood more than once; the last of its values is kept."""
+
+    repeated: str
+
+
+def _parse_json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_build_object)
+
+
+def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    repeating = _Repeating(found)
+    [(repeating.repeated, _)] = Counter(key for key, _ in pairs).most_common(1)
+    return repeating
+
+
+def _refuse_repeated_keys(raw: dict[str, Any]) -> None:
+    for value in (raw, raw.get("answers"), raw.get("evaluation_guide")):
+        if isinstance(value, _Repeating):
+            known = value.repeated in FIELDS  # others could say what may not leave a client
+            key = f"the key {value.repeated!r}" if known else "a key that has no meaning here"
+            raise ValueError(f"{key} is there more than once.")
+
+
+def parse_record(raw: dict[str, Any]) -> Record:
+    """Return a checked Alpaca record.
+
+    Raises:
+        ValueError: saying which field is wrong, to be put behind a file's name.
+    """
+    return Record(
+        instruction=_text(raw, "instruction", required=True),
+        output=_text(raw, "output", required=True),
+        input=_text(raw, "input"),
+        fact=_optional_text(raw, "fact"),
+        distractors=_texts(raw, "distractors"),
+        keywords=_keywords(raw),
+    )
+
+
+def _parse_conflict(raw: dict[str, Any], client_ids: list[str]) -> ConflictRecord:
+    answers = _mapping(raw, "answers")
+    keywords = _keywords(raw)
+    if not answers and not keywords:
+        raise ValueError(
+            'has neither "answers" nor an "evaluation_guide" with "<client id>_keywords".'
+        )
+    for name, named in (("answers", answers), ("evaluation_guide", keywords)):
+        unknown = [name[:MAX_KEY_SHOWN] for name in sorted(set(named) - set(client_ids))[:5]]
+        if unknown:
+            raise ValueError(
+                f'"{name}" names {", ".join(map(repr, unknown))}, which is no client. '
+                f"Clients: {', '.join(client_ids)}."
+            )
+    return ConflictRecord(
+        instruction=_text(raw, "instruction", required=True),
+        input=_text(raw, "input"),
+        output=_text(raw, "output"),
+        answers={client: _text(answers, client, required=True) for client in answers},
+        keywords=keywords,
+        fact=_optional_text(raw, "fact"),
+        distractors=_texts(raw, "distractors"),
+    )
+
+
+def _keywords(raw: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    guide = _mapping(raw, "evaluation_guide")
+    for key in guide:
+        if not key.isprintable():
+            raise ValueError('"evaluation_guide" has a key with characters that cannot be shown.')
+    return {
+        key.removesuffix(KEYWORD_SUFFIX): _texts(guide, key, f"*{KEYWORD_SUFFIX}")
+        for key in guide
+        if key.endswith(KEYWORD_SUFFIX)
+    }
+
+
+def _text(raw: dict[str, Any], key: str, required: bool = False) -> str:
+    value = raw.get(key)
+    if value is None and not required:
+        return ""
+    if not isinstance(value, str):
+        found = "is missing" if value is None else f"is a {type(value).__name__}"
+        raise ValueError(f'"{key}" {found}. Expected a string.')
+    if required and not value.strip():
+        raise ValueError(f'"{key}" is empty. Expected non-empty text.')
+    _refuse_surrogates(key, value)
+    return value
+
+
+def _refuse_surrogates(key: str, value: str) -> None:
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        raise ValueError(f'"{key}" holds a lone surrogate, which no UTF-8 text can.')
+
+
+def _optional_text(raw: dict[str, Any], key: str) -> str | None:
+    return _text(raw, key) or None
+
+
+def _texts(raw: dict[str, Any], key: str, shown: str = "") -> tuple[str, ...]:
+    """Return a list of texts; a key that is not ours is ``shown`` otherwise, as its text stays."""
+    value = raw.get(key, [])
+    key = shown or key
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        raise ValueError(f'"{key}" is not a list of non-empty strings.')
+    for item in value:
+        _refuse_surrogates(key, item)
+    return tuple(value)
+
+
+def _mapping(raw: dict[str, Any], key: str) -> dict[str, Any]:
+    value = raw.get(key) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f'"{key}" is a {type(value).__name__}. Expected an object.')
+    return value

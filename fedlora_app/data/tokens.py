@@ -1,0 +1,236 @@
+"""Records to token ids: the chat template, and which tokens the loss is taken on.
+
+A dialogue is the client's system prompt, the question and the answer, rendered by the
+model's own chat template. Only the answer and the mark that ends it are trained on.
+Tokenised files are cached on disk, because under a real deployment every message
+reaches a new process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, load_from_disk
+from transformers import PreTrainedTokenizerBase
+
+from fedlora_app.data.records import DataError, Record, RecordFile, format_question
+from fedlora_app.foundation.files import hash_file, make_private_dir, new_folder, write_json
+from fedlora_app.model.base import ModelError
+
+CACHE_FORMAT = 2
+CONTENTS_FILE = "contents.json"
+
+Turn = tuple[str, str]
+"""A question of a conversation, and the answer that it got."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training dialogue: token ids, of which those from ``answer_start`` are learnt."""
+
+    input_ids: list[int]
+    answer_start: int
+    is_replayed: bool = False
+    """A universal record among the local phase's."""
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Tokens that the loss is taken on."""
+        return len(self.input_ids) - self.answer_start
+
+
+@dataclass(frozen=True)
+class TokenizedFile:
+    """The examples of one file, and what the length limit did to them."""
+
+    examples: list[Example]
+    num_truncated: int
+    num_dropped: int
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str,
+    question: str,
+    earlier: Sequence[Turn] = (),
+) -> str:
+    """Return the dialogue's text up to where the answer begins.
+
+    Args:
+        earlier: what was asked and answered before; nothing in training and evaluation.
+
+    Raises:
+        ModelError: the chat template fails, or does not repeat what was said.
+    """
+    messages = _messages(system_prompt, question, earlier)
+    text = _render(tokenizer, messages, add_generation_prompt=True)
+    for what, said in (("system prompt", system_prompt), ("question", question)):
+        _require_said(what, said, text)
+    return text
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str,
+    question: str,
+    earlier: Sequence[Turn] = (),
+) -> list[int]:
+    """Return the token ids of ``render_prompt``."""
+    return _encode(tokenizer, render_prompt(tokenizer, system_prompt, question, earlier))
+
+
+def encode_answer(
+    tokenizer: PreTrainedTokenizerBase, system_prompt: str, question: str, answer: str
+) -> list[int]:
+    """Return the token ids of the answer with the template's end-of-turn mark.
+
+    Raises:
+        ModelError: the chat template does not continue its own generation prompt, or as
+            ``render_prompt``.
+    """
+    prompt = render_prompt(tokenizer, system_prompt, question)
+    messages = [*_messages(system_prompt, question), {"role": "assistant", "content": answer}]
+    dialogue = _render(tokenizer, messages)
+    if not dialogue.startswith(prompt):
+        raise ModelError(
+            "The model's chat template does not continue its generation prompt with the "
+            "answer, so it is unknown where the answer begins. Use a template of the ChatML kind."
+        )
+    _require_said("answer", answer, dialogue[len(prompt) :])
+    return _encode(tokenizer, dialogue[len(prompt) :].rstrip("\n"))
+
+
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase, system_prompt: str, record: Record
+) -> Example:
+    """Return a whole training dialogue, of whatever length."""
+    question = format_question(record)
+    prompt_ids = encode_prompt(tokenizer, system_prompt, question)
+    answer_ids = encode_answer(tokenizer, system_prompt, question, record.output)
+    return Example(prompt_ids + answer_ids, answer_start=len(prompt_ids))
+
+
+def tokenize_file(
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str,
+    file: RecordFile,
+    *,
+    max_seq_length: int,
+    skip_invalid: bool,
+    cache_dir: Path,
+) -> TokenizedFile:
+    """Return a file's examples, from the cache where it holds them.
+
+    Examples over ``max_seq_length`` tokens lose their end and are counted. One whose
+    question alone is that long leaves nothing to learn: it raises, or is dropped and
+    counted with ``skip_invalid``.
+    """
+    key = _cache_key(tokenizer, system_prompt, file)
+    examples = _load_cached(cache_dir / key)
+    if examples is None:
+        examples = [encode_example(tokenizer, system_prompt, record) for record in file.records]
+        _save_cached(examples, cache_dir / key)
+    too_long = [n for n, ex in enumerate(examples, 1) if ex.answer_start >= max_seq_length]
+    if too_long and not skip_invalid:
+        raise DataError(
+            f"{file.path}: in {len(too_long)} records, record {too_long[0]} the first, the "
+            f"question alone fills training.max_seq_length = {max_seq_length} tokens. Shorten "
+            "them, raise the limit, or set data.skip_invalid: true to drop and count them."
+        )
+    kept = [example for example in examples if example.answer_start < max_seq_length]
+    if not kept:
+        raise DataError(f"{file.path}: no record is shorter than {max_seq_length} tokens.")
+    return TokenizedFile(
+        [Example(ex.input_ids[:max_seq_length], ex.answer_start) for ex in kept],
+        num_truncated=sum(len(ex.input_ids) > max_seq_length for ex in kept),
+        num_dropped=len(too_long),
+    )
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **settings: bool
+) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **settings)
+    except Exception as error:  # whatever a template's expressions raise, beside jinja2's own
+        # Not the error's text: a template can put into it what was said.
+        raise ModelError(
+            f"The model's chat template cannot write a prompt ({type(error).__name__}). If it "
+            "knows no system prompts, leave system_prompt empty; otherwise use another model."
+        ) from error
+
+
+def _require_said(what: str, said: str, text: str) -> None:
+    """Raise unless the text holds what was said, but for white space around it."""
+    if said.strip() not in text:
+        raise ModelError(
+            f"The model's chat template leaves out or changes the {what}. Use a template that "
+            "repeats what is said, such as one of the ChatML kind."
+        )
+
+
+def _messages(
+    system_prompt: str, question: str, earlier: Sequence[Turn] = ()
+) -> list[dict[str, str]]:
+    said = [("system", system_prompt)] if system_prompt else []
+    for asked, answered in earlier:
+        said += [("user", asked), ("assistant", answered)]
+    said.append(("user", question))
+    return [{"role": role, "content": content} for role, content in said]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _cache_key(tokenizer: PreTrainedTokenizerBase, system_prompt: str, file: RecordFile) -> str:
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+    parts = [
+        str(CACHE_FORMAT),
+        file.sha256,
+        str(file.num_skipped),
+        system_prompt,
+        str(tokenizer.chat_template),
+        type(tokenizer).__name__,
+        hashlib.sha256(vocabulary).hexdigest(),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _load_cached(folder: Path) -> list[Example] | None:
+    """Return what a folder holds, None if there is none; a damaged one is named and removed."""
+    if not folder.is_dir():
+        return None
+    try:
+        hashes = json.loads((folder / CONTENTS_FILE).read_text(encoding="utf-8"))
+        changed = [name for name, sha256 in hashes.items() if hash_file(folder / name) != sha256]
+        if changed:
+            raise ValueError(f"{min(changed)} is not what was written")
+        columns = load_from_disk(str(folder), keep_in_memory=True).to_dict()
+        return [
+            Example(ids, start)
+            for ids, start in zip(columns["input_ids"], columns["answer_start"], strict=True)
+        ]
+    except Exception as error:  # pyarrow and datasets raise nearly anything for damaged files
+        reason = error.args[0] if type(error) is ValueError else type(error).__name__
+        print(f"The tokens in {folder} are made anew: {reason}.", flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
+def _save_cached(examples: list[Example], folder: Path) -> None:
+    columns = {
+        "input_ids": [example.input_ids for example in examples],
+        "answer_start": [example.answer_start for example in examples],
+    }
+    make_private_dir(folder.parent)
+    with suppress(FileExistsError), new_folder(folder) as partial:  # another process was first
+        Dataset.from_dict(columns).save_to_disk(str(partial))
+        hashes = {path.name: hash_file(path) for path in sorted(partial.iterdir())}
+        write_json(partial / CONTENTS_FILE, hashes)

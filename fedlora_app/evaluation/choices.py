@@ -1,0 +1,214 @@
+"""A saved round and who answers: choices of its adapters, and the scores that they give.
+
+Questions are collected by the adapters that are to answer them, so each choice of adapters is
+set up once, and a question that several clients share is scored once. Scores are kept in a
+file as they come, so that a stopped evaluation goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedlora_app.config.schema import GLOBAL, LOCAL, ModelConfig
+from fedlora_app.data.client_files import ClientFiles, load_all_files
+from fedlora_app.data.questions import Question
+from fedlora_app.evaluation.metrics import Score, score_answer
+from fedlora_app.evaluation.saved_model import Answering, SavedModel
+from fedlora_app.evaluation.score_store import ScoreStore
+from fedlora_app.evaluation.scoring import CANDIDATES_PER_ROW, Answered, Prompt, score_prompts
+from fedlora_app.model.base import compute_dtype, describe_device, uses_4bit
+from fedlora_app.runs.reading import SavedRun
+
+NUM_FOREIGN = 3  # other clients' local adapters tried per client, of however many there are
+CHUNK = 256  # prompts between two writes of the scores that a stopped evaluation keeps
+
+Report = Callable[[str, int, int], None]
+"""Called with who answers, how many prompts are done, and how many there are in all."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One question set of one client, and who answers it under which system prompt."""
+
+    client: str
+    question_set: str
+    answering: Answering
+    system_prompt: str
+    questions: tuple[Question, ...]
+    prompt_kind: str = "own"
+
+
+@dataclass(frozen=True)
+class SavedRound:
+    """A complete round with its adapters and the clients' files, all of them checked."""
+
+    run: SavedRun
+    server_round: int
+    root: Path
+    hashes: dict[str, str]
+    """sha256 of the global adapter and of each client's local one, as in the manifest."""
+    files: dict[str, ClientFiles]
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """What a client answers with in this mode."""
+        return self.run.active
+
+    @property
+    def clients(self) -> list[str]:
+        """The clients, in order."""
+        return list(self.files)
+
+    def own(self, client: str, scale: float = 1.0) -> Answering:
+        """Return what that client answers with."""
+        return Answering(GLOBAL in self.active, client if LOCAL in self.active else None, scale)
+
+    def foreign(self, client: str, scale: float = 1.0) -> list[Answering]:
+        """Return the client's adapters with other clients' local ones in the place of its own."""
+        if LOCAL not in self.active:
+            return []
+        others = self.clients
+        position = others.index(client)
+        ring = (others[position + 1 :] + others[:position])[:NUM_FOREIGN]
+        return [Answering(GLOBAL in self.active, other, scale) for other in ring]
+
+    def swaps(self, client: str) -> list[Answering]:
+        """Return every choice of adapters that the swap table tries on a client's questions."""
+        choices = [Answering()]
+        if GLOBAL in self.active:
+            choices.append(Answering(with_global=True))
+        if LOCAL in self.active:
+            choices.append(Answering(local=client))
+        return list(dict.fromkeys([*choices, self.own(client), *self.foreign(client)]))
+
+
+def open_round(run: SavedRun, root: Path, server_round: int | None = None) -> SavedRound:
+    """Check a round's adapters and all clients' files before anything large is loaded.
+
+    Raises:
+        RunDirectoryError, DataError: naming what is missing or was changed.
+    """
+    chosen = run.last_round if server_round is None else server_round
+    config = run.config
+    hashes = {}
+    if GLOBAL in run.active:
+        hashes[GLOBAL] = run.adapter_sha256(chosen)
+    if LOCAL in run.active:
+        hashes |= {f"{LOCAL}:{c}": run.adapter_sha256(chosen, c) for c in config.client_ids}
+    return SavedRound(run, chosen, root, hashes, load_all_files(config, root))
+
+
+def describe_precision(config: ModelConfig) -> str:
+    """Return what scores were computed on: the device and the numbers' precision."""
+    bits = "4-bit, " if uses_4bit(config) else ""
+    return f"{bits}{compute_dtype(config)}, {describe_device()}"
+
+
+@dataclass
+class Evaluator:
+    """Scores cells with a round's adapters; the base model is loaded at the first need."""
+
+    saved: SavedRound
+    store: ScoreStore
+    report: Report
+    model: SavedModel = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Name the adapters that are to answer; nothing is loaded yet."""
+        saved = self.saved
+        self.model = SavedModel(saved.run, saved.server_round, saved.root)
+
+    def evaluate(self, cells: Sequence[Cell]) -> dict[Cell, list[Score]]:
+        """Score every question of every cell, with PMI against an empty question."""
+        asked: dict[Answering, dict[Prompt, None]] = defaultdict(dict)
+        for cell in cells:
+            prompts = [*_ask(cell), *_ask_nothing(cell)]
+            asked[cell.answering].update(dict.fromkeys(prompts))
+        total = sum(map(len, asked.values()))
+        done = 0
+        for answering, prompts in asked.items():
+            self._answer(answering, list(prompts), done, total)
+            done += len(prompts)
+        return {cell: self._collect(cell) for cell in cells}
+
+    def _answer(self, answering: Answering, prompts: list[Prompt], done: int, total: int) -> None:
+        who = self._identify(answering)
+        missing = [prompt for prompt in prompts if self.store.get(who, prompt) is None]
+        done += len(prompts) - len(missing)
+        if not missing:
+            return
+        self.report(answering.label, done, total)
+        loaded, _ = self.model.load()
+        settings = self.saved.run.config.evaluation
+        missing.sort(key=lambda prompt: len(prompt.question) + sum(map(len, prompt.candidates)))
+        with self.model.answering(answering) as (model, gate):
+            for start in range(0, len(missing), CHUNK):
+                chunk = missing[start : start + CHUNK]
+
+                def report(count: int, before: int = done + start) -> None:
+                    self.report(answering.label, before + count, total)
+
+                answers = score_prompts(
+                    model,
+                    loaded.tokenizer,
+                    chunk,
+                    batch_size=settings.batch_size,
+                    max_new_tokens=settings.max_new_tokens,
+                    gate=gate,
+                    progress=report,
+                )
+                self.store.add(who, chunk, answers)
+
+    def _collect(self, cell: Cell) -> list[Score]:
+        who = self._identify(cell.answering)
+        unconditional: dict[str, float] = {}
+        for prompt in _ask_nothing(cell):
+            values = self.store.get(who, prompt).log_likelihoods
+            unconditional.update(zip(prompt.candidates, values, strict=True))
+        scores = []
+        for question, prompt in zip(cell.questions, _ask(cell), strict=True):
+            answered = self.store.get(who, prompt)
+            order = [prompt.candidates.index(text) for text in question.candidates]
+            sorted_back = Answered(
+                tuple(answered.log_likelihoods[i] for i in order),
+                answered.generated,
+            )
+            scores.append(score_answer(question, sorted_back, unconditional))
+        return scores
+
+    def _identify(self, answering: Answering) -> str:
+        """Return a key that changes with any adapter's bytes and with the scale."""
+        hashes = self.saved.hashes
+        parts = [hashes[GLOBAL]] if answering.with_global else []
+        if answering.local is not None:
+            parts += [hashes[f"{LOCAL}:{answering.local}"], f"{answering.scale:g}"]
+        return f"{answering.label} {'+'.join(parts)}"
+
+
+def open_store(saved: SavedRound, path: Path) -> ScoreStore:
+    """Return the scores that a stopped evaluation of this run left, or none."""
+    config = saved.run.config
+    settings = [config.model.model_dump(), config.evaluation.max_new_tokens, config.adapters.gate]
+    settings += [saved.run.manifest["base_model"], describe_precision(config.model)]
+    if config.adapters.gate != "none":  # a gate is fitted to the training prompts
+        settings += [(f.universal.sha256, f.local.sha256) for f in saved.files.values()]
+    text = json.dumps(settings, sort_keys=True)
+    return ScoreStore(path, hashlib.sha256(text.encode()).hexdigest()[:16])
+
+
+def _ask(cell: Cell) -> list[Prompt]:
+    """Return the prompts of a cell, in an order of candidates that clients have in common."""
+    return [Prompt(cell.system_prompt, q.text, tuple(sorted(q.candidates))) for q in cell.questions]
+
+
+def _ask_nothing(cell: Cell) -> Iterator[Prompt]:
+    """Yield the candidates under an empty question, whose likelihoods PMI divides by."""
+    texts = sorted({text for question in cell.questions for text in question.candidates})
+    for start in range(0, len(texts), CANDIDATES_PER_ROW):
+        group = tuple(texts[start : start + CANDIDATES_PER_ROW])
+        yield Prompt(cell.system_prompt, "", group, generates=False)

@@ -1,0 +1,99 @@
+"""A client's question sets under some of its adapters, as the metrics that it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fedlora_app.config.rounds import BOTH, Phase, adapters_label
+from fedlora_app.config.schema import ClientConfig, Config
+from fedlora_app.data.client_files import ClientFiles, build_question_sets
+from fedlora_app.data.questions import CONFLICT, UNIVERSAL, UNIVERSAL_UNSEEN, Question
+from fedlora_app.evaluation.gate import fit_gate
+from fedlora_app.evaluation.metrics import Score, evaluate_questions, summarise
+from fedlora_app.foundation.progress import prompt_lines
+from fedlora_app.model.adapters import AdaptedModel
+from fedlora_app.model.base import LoadedModel
+from fedlora_app.training.phase import PhaseResult
+
+Metrics = dict[str, Any]
+
+
+def evaluate_client(
+    config: Config,
+    client: ClientConfig,
+    files: ClientFiles,
+    loaded: LoadedModel,
+    model: AdaptedModel,
+    active: Sequence[str],
+    *,
+    show_example: bool = False,
+    what: str = "",
+) -> Metrics:
+    """Score every question set of a client with the adapters ``active``.
+
+    Args:
+        show_example: print one conflict question with its answer, in the client's own log.
+        what: begins the lines that say how far the evaluation is.
+
+    Returns:
+        Means under ``<adapters>/<question set>/<metric>``, for the universal set also over
+        the facts that the client never saw, and for conflicts a verdict per record.
+    """
+    metrics: Metrics = {}
+    gate = None
+    if config.adapters.gate == "prompt" and tuple(active) == BOTH:
+        records = (files.local.records, files.universal.records)
+        gate = fit_gate(model, loaded.tokenizer, client.system_prompt, *records)
+    question_sets = build_question_sets(client, files)
+    report = prompt_lines(
+        f"{what or client.id}, evaluation [{adapters_label(active)}]",
+        total=sum(map(len, question_sets.values())),
+    )
+    num_done = 0
+    for name, questions in question_sets.items():
+
+        def progress(count: int, before: int = num_done) -> None:
+            report(before + count)
+
+        scores = evaluate_questions(
+            model,
+            loaded.tokenizer,
+            questions,
+            active=active,
+            system_prompt=client.system_prompt,
+            settings=config.evaluation,
+            gate=gate,
+            progress=progress,
+        )
+        num_done += len(questions)
+        prefix = f"{adapters_label(active)}/{name}"
+        metrics |= _prefixed(prefix, summarise(scores))
+        if name == UNIVERSAL:
+            unseen = [s for s, q in zip(scores, questions, strict=True) if q.is_unseen]
+            metrics |= _prefixed(f"{adapters_label(active)}/{UNIVERSAL_UNSEEN}", summarise(unseen))
+        if name == CONFLICT:
+            num_records = len(files.tests[name].records)
+            metrics |= _prefixed(prefix, _verdicts(questions, scores, num_records))
+            if show_example:
+                print(f'{client.id}: "{questions[0].text}" -> "{scores[0].generated}"', flush=True)
+    return metrics
+
+
+def phase_metrics(phase: Phase, result: PhaseResult) -> Metrics:
+    """Return a training phase's figures under ``train_<adapters>/<metric>``."""
+    return _prefixed(f"train_{phase.name}", vars(result))
+
+
+def _verdicts(questions: Sequence[Question], scores: Sequence[Score], num_records: int) -> Metrics:
+    """Return 1 or 0 per record of the file, -1 where it has no answer or rival for the client."""
+    by_record = {question.record: s for question, s in zip(questions, scores, strict=True)}
+    metrics: Metrics = {}
+    for key in ("exact_match", "ranked_first"):
+        values = [getattr(by_record.get(index), key, None) for index in range(num_records)]
+        metrics[f"{key}_each"] = [-1 if value is None else int(value) for value in values]
+    return metrics
+
+
+def _prefixed(prefix: str, values: Metrics) -> Metrics:
+    return {f"{prefix}/{key}": value for key, value in values.items()}

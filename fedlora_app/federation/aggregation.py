@@ -1,0 +1,73 @@
+"""Fold the clients' updates into the new global adapter, one by one, in any order.
+
+Federated averaging (McMahan et al. 2017, https://arxiv.org/abs/1602.05629): with updates
+d_k and n_k examples, the new state is G + (sum_k n_k d_k) / (sum_k n_k). A and B are
+averaged apart, which is not the average of their products; ``aggregation_error`` tells by how
+much, from tensors that are averaged beside them.
+
+The sum is kept in 64-bit fixed point. Integer addition is associative, so the order in
+which clients are served changes no bit of the result, and the server holds one
+accumulator however many clients there are.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fedlora_app.model.adapters import AdapterState
+
+FRACTION_BITS = 36  # resolution 1.5e-11 of the weighted sum, room up to 2**27
+LIMIT = 2.0 ** (63 - FRACTION_BITS - 1)
+
+
+class AggregationError(ValueError):
+    """The updates cannot be averaged."""
+
+
+class WeightedMean:
+    """A running mean of adapter updates, weighted by numbers of examples."""
+
+    def __init__(self, shapes: dict[str, torch.Size]) -> None:
+        self._sums = {key: torch.zeros(shape, dtype=torch.int64) for key, shape in shapes.items()}
+        self._bound = 0.0
+        self.num_updates = 0
+        self.num_examples = 0
+
+    def add(self, update: AdapterState, num_examples: int) -> None:
+        """Fold in one client's update; its names and shapes must have been checked.
+
+        Raises:
+            AggregationError: the sum could leave the range of the fixed-point numbers.
+        """
+        largest = max(abs(end.item()) for key in update for end in update[key].aminmax())
+        bound = self._bound + largest * num_examples
+        if not bound < LIMIT:
+            raise AggregationError(
+                f"An update of {largest:.3g} weighted by {num_examples} examples is too large to "
+                f"sum (limit {LIMIT:.3g}). The client's training has probably diverged."
+            )
+        self._bound = bound
+        scale = num_examples * 2.0**FRACTION_BITS
+        for key, total in self._sums.items():
+            total += (update[key].double() * scale).round_().to(torch.int64)
+        self.num_updates += 1
+        self.num_examples += num_examples
+
+    @property
+    def resolution(self) -> float:
+        """How far rounding can have moved an entry of the mean."""
+        return 0.5 * self.num_updates / self._divisor
+
+    def mean_of(self, key: str) -> torch.Tensor:
+        """Return the mean of one tensor, fp64."""
+        return self._sums[key].double() / self._divisor
+
+    def apply_to(self, state: AdapterState) -> AdapterState:
+        """Return ``state`` plus the mean update of its tensors, fp32."""
+        return {key: (state[key].double() + self.mean_of(key)).float() for key in state}
+
+    @property
+    def _divisor(self) -> float:
+        if self.num_examples == 0:
+            raise AggregationError("No update was added, so there is nothing to average.")
+        return self.num_examples * 2.0**FRACTION_BITS

@@ -1,0 +1,389 @@
+"""Everything that travels between server and clients, listed and checked in one place.
+
+Down: the global adapter (fp32), the experiment, the round. Up: the update of the global
+adapter, the metrics declared here, and hashes. Whatever else a client might try to send
+is refused here before it leaves.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import sys
+import warnings
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from fedlora_app.config.loading import parse_config
+from fedlora_app.config.schema import SAFE_NAME, Config
+from fedlora_app.model.adapters import AdapterState, check_names, check_state
+
+CHECK_IN_ROUND = 0
+ADAPTER_RECORD = "global-adapter"
+UPDATE_RECORD = "global-update"
+TASK_RECORD = "task"
+METRIC_RECORD = "metrics"
+ABOUT_RECORD = "about"
+WIRE_BYTES = {"float32": 4, "uint16": 2}
+MAX_ARRAY_HEADER_BYTES = 4096
+MAX_ERROR_CHARS = 10_000
+MAX_PATH_CHARS = 4096
+NUMPY_FORMAT = "numpy.ndarray"  # what Flower calls it
+
+COUNTED = ("examples", "truncated", "dropped")
+DECLARED_METRICS = re.compile(
+    r"""
+    num-examples | update_norm | evaluation_seconds | peak_memory_bytes
+    | (universal|local)_(examples|truncated|dropped) | skipped_records | unscored_conflicts
+    | train_(global|local|global\+local)/
+        (num_steps|num_examples|num_tokens|num_answer_tokens|train_loss|final_train_loss|penalty
+        |seconds|peak_memory_bytes|memory_retries|gradient_checkpointing)
+    | (base|global|local|global\+local)/(universal|universal_unseen|local|conflict)/
+        (n|n_ranked|exact_match|rank_accuracy|rank_accuracy_per_byte|margin_per_byte)
+    | (base|global|local|global\+local)/conflict/(exact_match|ranked_first)_each
+    """,
+    re.VERBOSE,
+)
+CHECK_IN_COUNTS = (
+    *(f"{kind}_{what}" for kind in ("universal", "local") for what in COUNTED),
+    *("skipped_records", "unscored_conflicts"),
+)
+SHA256 = r"[0-9a-f]{64}"
+DECLARED_FACTS = {
+    r"sha256/(universal|local)_train|sha256/(universal|local|conflict)(_validation)?": SHA256,
+    r"base_model|global_adapter|local_adapter": SHA256,
+    r"device": r"[^\n]{1,200}",
+    r"process": r"\d+, base model loaded \d+ times",
+    r"findings": r"\[.*\]",
+    r"needs": r"global adapter",
+}
+"""What a fact may be called, and what it may say."""
+FINDING_KEYS = {"severity", "rule", "file", "record"}
+
+
+class MessageError(ValueError):
+    """A message is not what was agreed on; the text says who sent it and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the server asks of a client, beside the adapter itself.
+
+    ``local_round`` is the round whose local adapter the client continues from, -1 for none, and
+    ``local_sha256`` its hash. ``global_sha256`` is that of the global adapter, which the client has
+    kept where the message does not bring it. ``resumes`` tells that the run is continued, so that
+    the client's folder may be there already. ``oldest_local_round`` is the oldest of the client's
+    local adapters that a kept round needs.
+    ``project_dir`` and ``output_dir`` hold for simulated nodes, which share the server's disk;
+    others have folders of their own.
+    """
+
+    client_id: str
+    server_round: int
+    local_round: int
+    local_sha256: str
+    global_sha256: str
+    resumes: bool
+    run_name: str
+    project_dir: str
+    output_dir: str
+    package_sha256: str
+    experiment: str
+    oldest_local_round: int = 0
+
+    @property
+    def config(self) -> Config:
+        """The experiment's configuration."""
+        source = "The experiment that was sent"
+        try:
+            raw = json.loads(self.experiment)
+        except (ValueError, RecursionError) as error:
+            raise MessageError(f"{source} is not JSON: {error}.") from None
+        return parse_config(raw, source=source)
+
+
+def pack_state(state: AdapterState, dtype: str = "float32") -> ArrayRecord:
+    """Return a state as Flower arrays; bfloat16 travels as its 16 bits."""
+    return ArrayRecord({key: Array(_to_wire(tensor, dtype)) for key, tensor in state.items()})
+
+
+def unpack_state(
+    record: ArrayRecord, shapes: dict[str, torch.Size], sender: str, dtype: str = "float32"
+) -> AdapterState:
+    """Return the fp32 state in a record after checking names, dtypes, shapes and values.
+
+    The tensors of an fp32 record are views of its bytes, which are only to be read.
+
+    Raises:
+        MessageError, AdapterError: naming the sender and the tensor.
+    """
+    wire_dtype = "uint16" if dtype == "bfloat16" else dtype
+    check_names(record, shapes, f"{sender} sent")
+    state = {}
+    for key, shape in shapes.items():
+        array = record[key]
+        if array.dtype != wire_dtype:
+            raise MessageError(
+                f"{sender} sent {key} as {array.dtype:.50}, expected {wire_dtype} (for {dtype})."
+            )
+        if len(array.data) > shape.numel() * WIRE_BYTES[wire_dtype] + MAX_ARRAY_HEADER_BYTES:
+            raise MessageError(f"{sender} sent {key} as {len(array.data)} bytes, too many for it.")
+        try:
+            tensor = _view_array(array)
+        except Exception as error:  # numpy raises nearly anything for damaged bytes
+            reason = str(error)[:200]
+            raise MessageError(f"{sender} sent {key} as a damaged array: {reason!a}.") from None
+        state[key] = tensor.view(torch.bfloat16).float() if dtype == "bfloat16" else tensor
+    check_state(state, shapes, f"{sender} sent")
+    return state
+
+
+def build_task_content(task: Task, arrays: ArrayRecord | None = None) -> RecordDict:
+    """Return the content of a message from the server."""
+    records: dict[str, Any] = {TASK_RECORD: ConfigRecord(asdict(task))}
+    if arrays is not None:
+        records[ADAPTER_RECORD] = arrays
+    return RecordDict(records)
+
+
+def read_task(message: Message) -> Task:
+    """Return the task of a message from the server.
+
+    Raises:
+        MessageError: there is none, or a part of it is missing, unknown or of another type.
+    """
+    records = message.content.config_records if message.has_content() else {}
+    try:
+        task = Task(**records[TASK_RECORD])
+    except (KeyError, TypeError) as error:
+        raise MessageError(f"The server's message holds no complete task: {error!r}.") from None
+    for field in fields(Task):
+        found = type(getattr(task, field.name)).__name__
+        if found != field.type:
+            raise MessageError(f"The server sent {field.name} as {found}, expected {field.type}.")
+    if task.server_round < 0 or task.local_round < -1:
+        raise MessageError(
+            f"The server sent round {task.server_round} and local round {task.local_round}."
+        )
+    return task
+
+
+def build_reply(
+    message: Message,
+    client_id: str,
+    server_round: int,
+    metrics: dict[str, Any],
+    facts: dict[str, str],
+    update: AdapterState | None = None,
+    update_dtype: str = "float32",
+    shapes: dict[str, torch.Size] | None = None,
+) -> Message:
+    """Return a client's reply after checking that all of it was declared.
+
+    Args:
+        shapes: those of the global adapter, which an update must have.
+
+    Raises:
+        MessageError, AdapterError: something in it is not declared; nothing is sent.
+    """
+    undeclared = [
+        name
+        for name, value in metrics.items()
+        if not DECLARED_METRICS.fullmatch(name) or not _is_possible(name, value)
+    ]
+    undeclared += [name for name, value in facts.items() if not _is_declared(name, value)]
+    if undeclared:
+        raise MessageError(f"These were not declared and stay here: {', '.join(undeclared)}.")
+    about = {
+        "client-id": client_id,
+        "server-round": server_round,
+        "dtype": update_dtype,
+        "facts": json.dumps(facts),
+    }
+    records: dict[str, Any] = {
+        METRIC_RECORD: MetricRecord(metrics),
+        ABOUT_RECORD: ConfigRecord(about),
+    }
+    if update is not None:
+        check_state(update, shapes or {}, "The update")
+        records[UPDATE_RECORD] = pack_state(update, update_dtype)
+    return Message(RecordDict(records), reply_to=message)
+
+
+def build_need_reply(message: Message, client_id: str, server_round: int) -> Message:
+    """Return a reply that asks for the same message with the global adapter in it."""
+    return build_reply(message, client_id, server_round, {}, {"needs": "global adapter"})
+
+
+def build_error_reply(message: Message, client_id: str, why: str) -> Message:
+    """Return a reply that says why the client could not do its task."""
+    about = {"client-id": client_id, "error": why[:MAX_ERROR_CHARS]}
+    return Message(RecordDict({ABOUT_RECORD: ConfigRecord(about)}), reply_to=message)
+
+
+class Traffic:
+    """Counts the bytes of a round's messages to and from each client."""
+
+    def __init__(self) -> None:
+        self.by_client: dict[str, dict[str, int]] = {}
+
+    def add(self, client_id: str, direction: Literal["down", "up"], message: Message) -> None:
+        """Count one message; an error that Flower reports in a client's place has no content."""
+        counts = self.by_client.setdefault(
+            client_id,
+            dict.fromkeys(("bytes_down", "bytes_up", "adapter_bytes_down", "adapter_bytes_up"), 0),
+        )
+        if message.has_content():
+            total, arrays = count_bytes(message.content)
+            counts[f"bytes_{direction}"] += total
+            counts[f"adapter_bytes_{direction}"] += arrays
+
+
+def count_bytes(content: RecordDict) -> tuple[int, int]:
+    """Return the bytes of a message's content, and those of its arrays alone.
+
+    By Flower's own count, without the names of the records and what the transport adds.
+    """
+    arrays = sum(
+        len(array.data) for record in content.array_records.values() for array in record.values()
+    )
+    total = sum(record.count_bytes() for record in content.array_records.values())
+    total += sum(record.count_bytes() for record in content.metric_records.values())
+    # ConfigRecord.count_bytes of flwr 1.41 raises for an empty text or list.
+    total += sum(len(record.deflate()) for record in content.config_records.values())
+    return total, arrays
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A client's reply, read and checked except for the update itself."""
+
+    client_id: str
+    metrics: dict[str, Any]
+    facts: dict[str, str]
+    arrays: ArrayRecord | None
+
+    @property
+    def needs_global(self) -> bool:
+        """Whether the client has lost the global adapter and has done nothing without it."""
+        return "needs" in self.facts
+
+
+def read_reply(message: Message, client_id: str | None, server_round: int) -> Reply:
+    """Read the reply of the node that is ``client_id``, or, with None, that says who it is.
+
+    Raises:
+        MessageError: the client failed, or answered for another client or round.
+    """
+    sender = client_id or f"node {message.metadata.src_node_id}"
+    if message.has_error():
+        raise MessageError(f"{sender}: {str(message.error.reason)[:MAX_ERROR_CHARS]}")
+    about = message.content.config_records.get(ABOUT_RECORD, ConfigRecord())
+    named = about.get("client-id")
+    if client_id is None and isinstance(named, str) and re.fullmatch(SAFE_NAME, named):
+        client_id = sender = named
+    if "error" in about:
+        raise MessageError(f"{sender}: {str(about['error'])[:MAX_ERROR_CHARS]}")
+    if client_id is None or named != client_id or about.get("server-round") != server_round:
+        raise MessageError(
+            f"{sender} answered as {named!r:.100} for round {about.get('server-round')!r:.100}, "
+            f"expected its own id and round {server_round}."
+        )
+    record = message.content.metric_records.get(METRIC_RECORD, MetricRecord())
+    metrics = {sys.intern(name): value for name, value in record.items()}  # the same of all clients
+    undeclared = [name for name in metrics if not DECLARED_METRICS.fullmatch(name)]
+    if undeclared:
+        raise MessageError(
+            f"{client_id} sent metrics that are not declared: {undeclared[:5]!r:.500}."
+        )
+    for name, value in metrics.items():
+        if not _is_possible(name, value):
+            raise MessageError(f"{client_id} sent an impossible value as {name}: {value!r:.100}.")
+    return Reply(
+        client_id=client_id,
+        metrics=metrics,
+        facts=_read_facts(client_id, about.get("facts", "{}")),
+        arrays=message.content.array_records.get(UPDATE_RECORD),
+    )
+
+
+def require_counts(reply: Reply) -> None:
+    """Raise ``MessageError`` unless a client that checks in says how many examples it has."""
+    missing = [name for name in CHECK_IN_COUNTS if not isinstance(reply.metrics.get(name), int)]
+    if missing:
+        raise MessageError(f"{reply.client_id} did not say how many {', '.join(missing)} it has.")
+
+
+def _is_possible(name: str, value: Any) -> bool:
+    """Tell whether a value is a finite number, not a negative count, or a list of verdicts."""
+    if isinstance(value, list) or name.endswith("_each"):
+        return (
+            isinstance(value, list)
+            and name.endswith("_each")
+            and all(v in (-1, 0, 1) for v in value)
+        )
+    return math.isfinite(value) and not (isinstance(value, int) and value < 0)
+
+
+def _read_facts(client_id: str, text: Any) -> dict[str, str]:
+    try:
+        facts = json.loads(text)
+        unknown = [name for name, value in facts.items() if not _is_declared(name, value)]
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise MessageError(f"{client_id} sent facts that are not what was agreed on.") from None
+    if unknown:
+        raise MessageError(
+            f"{client_id} sent facts that are not what was agreed on: {unknown[:5]!r:.500}."
+        )
+    return facts
+
+
+def _is_declared(fact: str, value: str) -> bool:
+    """Tell whether a fact is one that may be sent, and says only what it may say."""
+    f"{fact}{value}".encode()  # it is going to be written to a file
+    patterns = [text for name, text in DECLARED_FACTS.items() if re.fullmatch(name, fact)]
+    if not patterns or not re.fullmatch(patterns[0], value):
+        return False
+    return fact != "findings" or all(map(_is_finding, json.loads(value)))
+
+
+def _is_finding(finding: Any) -> bool:
+    """Tell whether something names a rule, a file and a number, and holds no other text."""
+    return (
+        isinstance(finding, dict)
+        and set(finding) == FINDING_KEYS
+        and finding["severity"] in ("error", "warning")
+        and isinstance(finding["rule"], str)
+        and re.fullmatch("[a-z-]{1,60}", finding["rule"]) is not None
+        and isinstance(finding["file"], str)
+        and len(finding["file"]) <= MAX_PATH_CHARS
+        and (finding["record"] is None or isinstance(finding["record"], int))
+    )
+
+
+def _view_array(array: Array) -> torch.Tensor:
+    """Return what an array holds in numpy's own format, without a copy and without pickle."""
+    if array.stype != NUMPY_FORMAT:
+        raise TypeError(f"it is of type {array.stype!r:.50}")
+    stream = io.BytesIO(array.data)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("its version is not 1.0")
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    if is_fortran or dtype != array.dtype:
+        raise TypeError("it holds something else than it says")
+    values = np.frombuffer(array.data, dtype, offset=stream.tell())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(values.reshape(shape))
+
+
+def _to_wire(tensor: torch.Tensor, dtype: str) -> Any:
+    if dtype == "bfloat16":
+        return tensor.bfloat16().view(torch.uint16).numpy()
+    return tensor.float().numpy()

@@ -1,0 +1,1 @@
+"""What every other package stands on: files, seeds, errors, progress, the project's place."""

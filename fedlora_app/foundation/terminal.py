@@ -1,0 +1,46 @@
+"""How far a command is: a bar with the time left on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fedlora_app.foundation.progress import format_duration
+
+INTERVAL_SECONDS = 5.0
+
+Report = Callable[[str, int, int], None]
+"""Called with what is going on, how much of it is done, and how much there is."""
+
+
+@contextmanager
+def show_progress(unit: str = "prompts", *, quiet: bool = False) -> Iterator[Report]:
+    """Yield a callback that shows a bar on a terminal and a line now and then elsewhere."""
+    if sys.stderr.isatty() and not quiet:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+            task = bar.add_task("loading", total=None)
+            yield lambda what, done, total: bar.update(
+                task, description=what, completed=done, total=total
+            )
+        return
+    last = started = time.monotonic()
+    first: tuple[int, int] = (0, 0)  # what was done, of how many, when the clock was started
+
+    def report(what: str, done: int, total: int) -> None:
+        nonlocal last, started, first
+        now = time.monotonic()
+        if first[1] != total:
+            first, started = (done, total), now
+        if quiet or now - last < INTERVAL_SECONDS:
+            return
+        last = now
+        left = format_duration((now - started) / max(done - first[0], 1) * (total - done))
+        print(f"{what}: {done}/{total} {unit}, about {left} left", file=sys.stderr, flush=True)
+
+    yield report

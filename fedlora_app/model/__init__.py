@@ -1,0 +1,1 @@
+"""The frozen base model and the two LoRA adapters on it."""

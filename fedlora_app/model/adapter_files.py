@@ -1,0 +1,185 @@
+"""Adapters on the disk: PEFT folders, written in one step and read with suspicion."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+
+from fedlora_app.foundation.files import WEIGHTS_FILE, hash_file, replace_folder
+from fedlora_app.model.adapters import (
+    MAX_SHOWN_CHARS,
+    AdaptedModel,
+    AdapterError,
+    AdapterState,
+    PlainAdapter,
+    check_state,
+    state_shapes,
+)
+
+CONFIG_FILE = "adapter_config.json"
+ROLE_KEY = "fedlora_role"
+FP32_BYTES = 4
+HEADER_LENGTH_BYTES = 8
+"""What a safetensors file begins with: the length of its table of contents."""
+MAX_HEADER_BYTES = 8 << 20
+"""Room for a table of some 50,000 tensors, beside their values."""
+MAX_CONFIG_BYTES = 1 << 20
+
+
+def save_adapter(
+    folder: Path, model: AdaptedModel, name: str, state: AdapterState, base_name: str
+) -> str:
+    """Write a PEFT folder atomically and return its weights' sha256.
+
+    The folder loads with ``PeftModel.from_pretrained(base, folder)``.
+    """
+    check_state(state, state_shapes(model, name), f"{folder}")
+    with replace_folder(folder) as partial:
+        _write_peft_files(
+            partial, model.peft_config[name].to_dict(), state, base_name, {ROLE_KEY: name}
+        )
+    return hash_file(folder / WEIGHTS_FILE)
+
+
+def save_plain_adapter(folder: Path, adapter: PlainAdapter, base_name: str) -> None:
+    """Write the two files of a PEFT folder, as PEFT itself would, into an existing folder."""
+    _write_peft_files(
+        folder, adapter.peft_config.to_dict(), adapter.state, base_name, {"format": "pt"}
+    )
+
+
+def load_adapter(
+    folder: Path,
+    model: AdaptedModel,
+    name: str,
+    base_name: str,
+    *,
+    within: Path | None = None,
+    sha256: str | None = None,
+) -> AdapterState:
+    """Read an adapter that was saved in this role, for this base and with these shapes.
+
+    Only safetensors and JSON are read, each once and after its size; other files are left alone.
+
+    Args:
+        within: the run directory that a link may not lead out of; the folder itself with None.
+        sha256: what the weight file's hash must be.
+
+    Raises:
+        AdapterError: the folder is missing, damaged or belongs to something else.
+    """
+    weights, config_path = folder / WEIGHTS_FILE, folder / CONFIG_FILE
+    shapes = state_shapes(model, name)
+    largest = MAX_HEADER_BYTES + sum(FP32_BYTES * shape.numel() for shape in shapes.values())
+    content, config = (
+        _read_adapter_file(path, limit, within or folder, name)
+        for path, limit in ((weights, largest), (config_path, MAX_CONFIG_BYTES))
+    )
+    found = hashlib.sha256(content).hexdigest()
+    if sha256 is not None and found != sha256:
+        raise AdapterError(
+            f"{weights} is not the file that was written: its sha256 begins with {found[:12]}, "
+            f"expected {sha256[:12]}. Restore it."
+        )
+    stored_base = _parse_object(config, config_path).get("base_model_name_or_path")
+    role, state = _parse_weights(content, weights)
+    if role != name:
+        found_role = str(role)[:MAX_SHOWN_CHARS]
+        raise AdapterError(f"{folder} holds the adapter of role {found_role!r}, expected {name!r}.")
+    if stored_base != base_name:
+        raise AdapterError(
+            f"{folder} was trained on the base model {str(stored_base)[:MAX_SHOWN_CHARS]!r}, and "
+            f"this run uses {base_name!r}."
+        )
+    for key, tensor in state.items():
+        if tensor.dtype != torch.float32:
+            raise AdapterError(f"{folder}: {key} holds {tensor.dtype}, expected torch.float32.")
+    check_state(state, shapes, str(folder))
+    return state
+
+
+def _read_adapter_file(path: Path, largest: int, within: Path, name: str) -> bytes:
+    """Return the content of a regular file that lies, links followed, inside ``within``."""
+    try:
+        if path.exists() and not path.resolve().is_relative_to(within.resolve()):
+            raise AdapterError(f"{path} is a link that leads out of {within}. Put a copy there.")
+        if not path.is_file():
+            raise AdapterError(
+                f"{path} does not exist or is no regular file. Expected a PEFT folder with "
+                f"{CONFIG_FILE} and {WEIGHTS_FILE}; a {name} adapter is never silently started "
+                "anew."
+            )
+        with path.open("rb") as file:
+            content = file.read(largest + 1)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead to themselves
+        raise AdapterError(f"{path} cannot be read: {error}") from error
+    if len(content) > largest:
+        raise AdapterError(
+            f"{path} has more than {largest} bytes, which it cannot have with this rank and base "
+            "model. It is damaged, or another adapter's."
+        )
+    return content
+
+
+def _parse_object(content: bytes, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path} is damaged: it holds no object.")
+    return value
+
+
+def _parse_weights(content: bytes, path: Path) -> tuple[str | None, AdapterState]:
+    """Return the role that a safetensors file names, and its tensors sorted by key."""
+    try:
+        state = load(content)
+        size = int.from_bytes(content[:HEADER_LENGTH_BYTES], "little")
+        header = json.loads(content[HEADER_LENGTH_BYTES : HEADER_LENGTH_BYTES + size])
+        role = (header.get("__metadata__") or {}).get(ROLE_KEY)
+    except (SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise AdapterError(f"{path} is damaged: {error}") from error
+    return role, dict(sorted(state.items()))
+
+
+def _write_peft_files(
+    folder: Path,
+    config: dict[str, Any],
+    state: AdapterState,
+    base_name: str,
+    metadata: dict[str, str],
+) -> None:
+    """Write configuration and weights, the same bytes for the same values.
+
+    Args:
+        metadata: one entry only, because safetensors orders several at random.
+    """
+    content = config | {
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "target_modules": sorted(config["target_modules"]),
+    }
+    (folder / CONFIG_FILE).write_text(
+        json.dumps(content, indent=2, sort_keys=True, default=_jsonable) + "\n", encoding="utf-8"
+    )
+    tensors = {key: state[key].contiguous() for key in sorted(state)}
+    owners = {tensor.data_ptr(): key for key, tensor in tensors.items()}
+    for key, tensor in tensors.items():
+        if owners[tensor.data_ptr()] != key:  # Flower sends equal arrays once, as one memory
+            tensors[key] = tensor.clone()
+    try:
+        save_file(tensors, folder / WEIGHTS_FILE, metadata=metadata)
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(errno.EIO, str(error), str(folder / WEIGHTS_FILE)) from error
+
+
+def _jsonable(value: object) -> object:
+    return sorted(value) if isinstance(value, set) else str(value)

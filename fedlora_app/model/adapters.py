@@ -1,0 +1,297 @@
+"""The two LoRA adapters: attached to the base, filled, switched, merged.
+
+The only module that imports PEFT. ``y = W0 x + s_G B_G A_G x + s_L B_L A_L x``, where the
+global pair (A_G, B_G) is averaged by the server and the local pair never leaves its client.
+LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
+
+An adapter's *state* is a dictionary of fp32 CPU tensors under PEFT's file keys, which do
+not name the adapter; so a state always travels and is stored together with its role.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel
+
+from fedlora_app.config.schema import GLOBAL, LOCAL, AdapterConfig, AdaptersConfig
+from fedlora_app.foundation.errors import MendableError
+from fedlora_app.foundation.seeds import derive_seed
+from fedlora_app.model.base import LoadedModel
+
+MAX_SHOWN_CHARS = 200
+PLAIN = "default"
+"""PEFT's own name for an only adapter."""
+
+AdapterState = dict[str, torch.Tensor]
+AdaptedModel = PeftModel
+AdaptedLayer = LoraLayer
+"""The base model with its adapters attached and one module of it, for annotations elsewhere."""
+
+
+class AdapterError(MendableError):
+    """An adapter does not fit: other names, shapes, rank or base, or a damaged file."""
+
+
+@dataclass(frozen=True)
+class PlainAdapter:
+    """One adapter of scaling 1 with the same rank at every module."""
+
+    state: AdapterState
+    rank: int
+    target_modules: list[str]
+    base_revision: str | None = None
+
+    @property
+    def peft_config(self) -> LoraConfig:
+        """Return what PEFT and multi-LoRA servers are told about it."""
+        return LoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=self.rank,
+            lora_alpha=self.rank,
+            target_modules=self.target_modules,
+            bias="none",
+            revision=self.base_revision,
+        )
+
+
+def attach_adapters(base: PreTrainedModel, config: AdaptersConfig) -> AdaptedModel:
+    """Put both adapters on the base model and freeze everything.
+
+    The modules exist once per process; their weights are set for every message.
+
+    Raises:
+        AdapterError: a target module is not there or is not linear.
+    """
+    detach_adapters(base)
+    _check_targets(base, config)
+    model = get_peft_model(base, _lora_config(config.global_), adapter_name=GLOBAL)
+    model.add_adapter(LOCAL, _lora_config(config.local))
+    model.requires_grad_(False)
+    return model
+
+
+def attach_once(loaded: LoadedModel, config: AdaptersConfig) -> AdaptedModel:
+    """Return a resident base with its adapters' modules, made once per process and shape."""
+    if loaded.adapted is None or loaded.adapted[0] != config:
+        loaded.adapted = (config, attach_adapters(loaded.model, config))
+    return loaded.adapted[1]
+
+
+def detach_adapters(base: PreTrainedModel) -> None:
+    """Take adapters that an earlier run in this process left off the base model."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            base.set_submodule(name, module.get_base_layer())
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+
+
+def build_initial_state(model: AdaptedModel, name: str, seed: int) -> AdapterState:
+    """Return a fresh adapter: A uniform in +-1/sqrt(in), B zero, from ``seed`` alone.
+
+    Each tensor's values derive from the seed and its own name, so neither the order of the
+    layers nor the device (the meta device included) changes them.
+    """
+    state = {}
+    for key, shape in state_shapes(model, name).items():
+        if ".lora_B." in key:
+            state[key] = torch.zeros(shape)
+            continue
+        generator = torch.Generator().manual_seed(derive_seed(seed, name, key))
+        bound = 1 / math.sqrt(shape[1])  # kaiming_uniform with a = sqrt(5), as PEFT
+        state[key] = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return state
+
+
+def state_shapes(model: AdaptedModel, name: str) -> dict[str, torch.Size]:
+    """Return the shape of every tensor of an adapter, sorted by key."""
+    return {key: tensor.shape for key, tensor in sorted(_parameters(model, name).items())}
+
+
+def get_state(model: AdaptedModel, name: str) -> AdapterState:
+    """Return a copy of an adapter's weights, fp32 on the CPU, sorted by key."""
+    return {
+        key: tensor.detach().to("cpu", torch.float32, copy=True)
+        for key, tensor in sorted(_parameters(model, name).items())
+    }
+
+
+def set_state(model: AdaptedModel, name: str, state: AdapterState) -> None:
+    """Overwrite every weight of an adapter.
+
+    Raises:
+        AdapterError: the state's names or shapes are not the adapter's.
+    """
+    check_state(state, state_shapes(model, name), f'the state for adapter "{name}"')
+    set_peft_model_state_dict(model, state, adapter_name=name)
+
+
+def check_state(state: AdapterState, shapes: dict[str, torch.Size], what: str) -> None:
+    """Raise ``AdapterError`` unless names and shapes agree and every value is finite."""
+    check_names(state, shapes, what)
+    for key, shape in shapes.items():
+        if state[key].shape != shape:
+            raise AdapterError(
+                f"{what}: {key} has shape {tuple(state[key].shape)}, expected {tuple(shape)} "
+                "(another rank or another base model)."
+            )
+        if not all(map(torch.isfinite, state[key].aminmax())):  # NaN wins over every number
+            raise AdapterError(f"{what}: {key} holds values that are not finite.")
+
+
+def check_names(names: Iterable[str], shapes: dict[str, torch.Size], what: str) -> None:
+    """Raise ``AdapterError`` unless the tensors' names are those of the adapter."""
+    names = set(names)
+    missing, extra = sorted(set(shapes) - names), sorted(names - set(shapes))
+    if missing or extra:
+        raise AdapterError(
+            f"{what}: {len(missing)} tensors are missing{_first(missing)} and {len(extra)} are "
+            f"unknown{_first(extra)}. Expected an adapter of the same base and target_modules."
+        )
+
+
+def activate(model: AdaptedModel, active: Iterable[str], trainable: Iterable[str] = ()) -> None:
+    """Make exactly these adapters contribute, and exactly these of them trainable.
+
+    PEFT turns gradients on for whatever it activates, hence the explicit second step.
+    """
+    active, trainable = list(active), list(trainable)
+    assert set(trainable) <= set(active), "an inactive adapter cannot be trained"
+    if not active:
+        raise ValueError("activate() needs an adapter; use base_only() for none.")
+    model.base_model.set_adapter(active)
+    model.requires_grad_(False)
+    for name in trainable:
+        for parameter in adapter_parameters(model, name):
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def scaled_local(model: AdaptedModel, factor: float | torch.Tensor) -> Iterator[None]:
+    """Multiply what the local adapter adds by ``factor`` (lambda) while the block runs.
+
+    Args:
+        factor: a number, or one for each row of the batch as (B, 1, 1).
+    """
+    layers = lora_layers(model, LOCAL)
+    before = [layer.scaling[LOCAL] for layer in layers]
+    for layer, scaling in zip(layers, before, strict=True):
+        layer.scaling[LOCAL] = factor * scaling
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling[LOCAL] = scaling
+
+
+def compute_overlap(model: AdaptedModel) -> torch.Tensor:
+    """Return how much the adapters' input subspaces overlap, a differentiable scalar.
+
+    The mean over modules of ||A_G A_L^T||^2 / (||A_G||^2 ||A_L||^2), all Frobenius: 0 when they
+    are orthogonal, at most 1. After O-LoRA (Wang et al. 2023, https://arxiv.org/abs/2310.14152,
+    equation 7), made scale-free so that a smaller adapter alone does not lower it.
+    """
+    overlaps = []
+    for layer in lora_layers(model, GLOBAL, LOCAL):
+        a_global = layer.lora_A[GLOBAL].weight.detach().float()  # (r_G, in)
+        a_local = layer.lora_A[LOCAL].weight.float()  # (r_L, in)
+        sizes = a_global.square().sum() * a_local.square().sum()
+        overlaps.append((a_global @ a_local.T).square().sum() / sizes)
+    return torch.stack(overlaps).mean() if overlaps else torch.zeros((), device=model.device)
+
+
+def base_only(model: AdaptedModel):
+    """Return a context in which the base model answers alone."""
+    return model.disable_adapter()
+
+
+def adapter_parameters(model: AdaptedModel, name: str) -> list[torch.nn.Parameter]:
+    """Return the live parameters of one adapter."""
+    marks = (f".lora_A.{name}.", f".lora_B.{name}.")
+    return [p for key, p in model.named_parameters() if any(mark in key for mark in marks)]
+
+
+def lora_layers(model: AdaptedModel, *names: str) -> list[LoraLayer]:
+    """Return the modules that hold all of these adapters."""
+    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
+    return [layer for layer in layers if set(names) <= set(layer.scaling)]
+
+
+def merge_into_base(base: PreTrainedModel, adapter: PlainAdapter) -> None:
+    """Add what an adapter adds to the base model's weights, and leave nothing else on it.
+
+    One module after the other, each sum in fp32 and cast once.
+
+    Raises:
+        AdapterError: a module's weights are also the input embedding's.
+    """
+    detach_adapters(base)
+    model = get_peft_model(base, adapter.peft_config, adapter_name=PLAIN)
+    shapes = state_shapes(model, PLAIN)
+    check_state(adapter.state, shapes, "the adapter to merge")
+    set_peft_model_state_dict(model, adapter.state, adapter_name=PLAIN)
+    embedding = base.get_input_embeddings().weight
+    for layer in lora_layers(model, PLAIN):
+        weight = layer.get_base_layer().weight
+        if weight is embedding:
+            raise AdapterError(
+                "The adapter changes the output layer, whose weights are also the input "
+                "embedding's, so they cannot be merged. Export the adapter instead."
+            )
+        merged = weight.data.float() + layer.get_delta_weight(PLAIN).detach().float()
+        weight.data.copy_(merged)
+    detach_adapters(base)
+
+
+def _check_targets(base: PreTrainedModel, config: AdaptersConfig) -> None:
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    for section, adapter in ((GLOBAL, config.global_), (LOCAL, config.local)):
+        if adapter.target_modules == "all-linear":
+            continue
+        unknown = sorted(set(adapter.target_modules) - linear)
+        if unknown or not adapter.target_modules:
+            raise AdapterError(
+                f"adapters.{section}.target_modules: {unknown or 'an empty list'} names no linear "
+                f"module of the base model. It has: {', '.join(sorted(linear))}."
+            )
+
+
+def _lora_config(config: AdapterConfig) -> LoraConfig:
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.target_modules,
+        bias="none",
+    )
+
+
+def _parameters(model: AdaptedModel, name: str) -> AdapterState:
+    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+
+
+def _first(names: list[str]) -> str:
+    if not names:
+        return ""
+    first = names[0] if names[0].isprintable() else ascii(names[0])
+    return f" ({first[:MAX_SHOWN_CHARS]}{', ...' if len(names) > 1 else ''})"

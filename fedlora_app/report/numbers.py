@@ -1,0 +1,200 @@
+"""The figures that a report opens with: who answers how much rightly, with intervals.
+
+They come from ``evaluation.json`` where there is one, and else from what the run measured
+itself after its last round.
+
+What an interval counts is distinct questions. Universal and conflict questions are the same ones
+at every client, so their share is the mean over the clients and their n the number of records,
+not records times clients: the base model and the global adapter answer them alike everywhere, by
+construction under one prompt, and for a client's own adapters it is the cautious choice. Local
+questions differ between clients, and theirs are pooled. A question that a client answers with
+several foreign adapters counts once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fedlora_app.evaluation.statistics import NOTHING, Estimate, proportion
+from fedlora_app.report.plots import ANSWERERS, QUESTION_SETS, relative_label
+from fedlora_app.runs.console import Reports, collect_reports
+
+EXACT, RANKED, KEYWORD, KEYWORD_CEILING = "exact_match", "ranked", "keyword", "keyword_ceiling"
+OF_THE_RUN = {"base": "base", "global": "global", "local": "local:own"}
+OF_THE_RUN |= {"global+local": "global+local:own"}
+SHARED_SETS = ("universal", "universal_unseen", "conflict")
+CHOSEN = ":chosen"
+LABELS = {
+    key: text
+    for who, label in ANSWERERS.items()
+    for key, text in ((who, label), (who + CHOSEN, f"{label}, chosen scale"))
+    if key == who or who.endswith(":own")
+}
+PASS_KEYS = {EXACT: "conflict_pass_rate_exact_match", RANKED: "conflict_pass_rate"}
+
+Answers = Iterable[tuple[str, float, int]]
+"""Clients, their share of right answers, and to how many questions."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one choice of adapters answers rightly, over all clients.
+
+    ``shares`` and ``passes`` hold estimates by measure (exact_match, ranked): shares by question
+    set, passes for conflicts that every client answered in its own way. ``passes`` by keyword and
+    keyword_ceiling, where no conflict has a whole answer, are of all questions with keywords.
+    """
+
+    who: str
+    shares: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    passes: dict[str, Estimate] = field(default_factory=dict)
+    verdicts: dict[int, bool] = field(default_factory=dict)
+    """By conflict record: every client gave its own answer, word for word."""
+    facts: dict[int, str] = field(default_factory=dict)
+    """By conflict record: what its paraphrases share; from ``evaluation.json`` alone."""
+
+    @property
+    def label(self) -> str:
+        """Who answers, in words."""
+        return LABELS[self.who]
+
+    def share(self, question_set: str, measure: str = EXACT) -> Estimate:
+        """Return a question set's share of right answers, or nothing."""
+        return self.shares.get(measure, {}).get(question_set, NOTHING)
+
+    def passed(self, measure: str = EXACT) -> Estimate:
+        """Return the share of conflicts that every client passed, or nothing."""
+        return self.passes.get(measure, NOTHING)
+
+
+def measure_run(
+    history: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any] | None
+) -> dict[str, Figures]:
+    """Return the figures by who answers, in the order in which they are shown."""
+    reports = collect_reports(list(history))
+    found = {}
+    for label, who in OF_THE_RUN.items():
+        figures = _from_reports(who, label, reports)
+        if any(figures.shares.values()):
+            found[who] = figures
+    if evaluation is not None:
+        _add_evaluation(found, evaluation)
+    return {who: found[who] for who in LABELS if who in found}
+
+
+def share_of_questions(value: float, n: int) -> Estimate:
+    """Return a mean over several answers to each of ``n`` questions, with Wilson's interval.
+
+    Raises:
+        ValueError: the mean is no share.
+    """
+    if not 0 <= value <= 1:
+        raise ValueError(f"A share of {n} questions is {value}, expected 0 to 1.")
+    right = round(value * n)
+    return replace(proportion([True] * right + [False] * (n - right)), value=value)
+
+
+def _add_evaluation(found: dict[str, Figures], evaluation: Mapping[str, Any]) -> None:
+    """Put what ``evaluation.json`` holds in the place of what the run measured itself."""
+    for who, rows in _group_rows(evaluation["swap_table"]).items():
+        found[who] = replace(found.get(who, Figures(who)), shares=_from_rows(rows))
+    own = f"{evaluation['answering']}:own" if "local" in evaluation["answering"] else "global"
+    records = {r["record"]: r for r in evaluation.get("conflicts") or ()}
+    scored = {k: r for k, r in records.items() if r["passed_exact_match"] is not None}
+    passes = _passes_of(evaluation["summary"]) or _keywords_of(evaluation)
+    found[own] = replace(
+        found.get(own, Figures(own)),
+        passes=passes or found.get(own, Figures(own)).passes,
+        verdicts={k: row["passed_exact_match"] for k, row in scored.items()},
+        facts={k: row["fact"] or row["instruction"] for k, row in scored.items()},
+    )
+    scales = {client: entry["chosen"] for client, entry in evaluation["scales"].items()}
+    if any(scale != 1.0 for scale in scales.values()):
+        rows = [
+            row
+            for row in evaluation["swap_table"]
+            if relative_label(row) == own and row["scale"] == scales.get(row["client"], 1.0)
+        ]
+        passes = _passes_of(evaluation["summary_chosen_scale"])
+        found[own + CHOSEN] = Figures(own + CHOSEN, _from_rows(rows), passes)
+
+
+def _from_reports(who: str, label: str, reports: Reports) -> Figures:
+    shares: dict[str, dict[str, Estimate]] = {EXACT: {}, RANKED: {}}
+    names = {EXACT: ("exact_match", "n"), RANKED: ("rank_accuracy", "n_ranked")}
+    for measure, (metric, count) in names.items():
+        for question_set in QUESTION_SETS:
+            key = f"{label}/{question_set}"
+            answers = [
+                (client, report[f"{key}/{metric}"], int(report[f"{key}/{count}"]))
+                for client, report in reports.items()
+                if f"{key}/{metric}" in report and report[f"{key}/{count}"]
+            ]
+            if answers:
+                shares[measure][question_set] = _combine(question_set, answers)
+    verdicts = {
+        measure: _judge_records(reports, f"{label}/conflict/{metric}_each")
+        for measure, metric in ((EXACT, "exact_match"), (RANKED, "ranked_first"))
+    }
+    passes = {m: proportion(list(found.values())) for m, found in verdicts.items() if found}
+    return Figures(who, shares, passes, verdicts[EXACT])
+
+
+def _judge_records(reports: Reports, key: str) -> dict[int, bool]:
+    """Tell by record whether every client gave its own answer, as ``conflict_passes`` does."""
+    columns = [report[key] for report in reports.values() if key in report]
+    if not columns or len(columns) < len(reports) or len({len(c) for c in columns}) > 1:
+        return {}
+    rows = ([value for value in row if value >= 0] for row in zip(*columns, strict=True))
+    return {record: all(row) for record, row in enumerate(rows) if len(row) > 1}
+
+
+def _from_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Estimate]]:
+    answers: dict[tuple[str, str], list[tuple[str, float, int]]] = {}
+    for row in rows:
+        for measure, value, n in (
+            (EXACT, row["exact_match"], row["n_generated"]),
+            (RANKED, row["accuracy"], row["n"]),
+        ):
+            if value is not None and n:
+                key = (measure, row["question_set"])
+                answers.setdefault(key, []).append((row["client"], value, n))
+    shares: dict[str, dict[str, Estimate]] = {EXACT: {}, RANKED: {}}
+    for (measure, question_set), found in answers.items():
+        shares[measure][question_set] = _combine(question_set, found)
+    return shares
+
+
+def _passes_of(summary: Mapping[str, Any]) -> dict[str, Estimate]:
+    found = {measure: Estimate(**summary[name]) for measure, name in PASS_KEYS.items()}
+    return {measure: e for measure, e in found.items() if e.n and e.value is not None}
+
+
+def _keywords_of(evaluation: Mapping[str, Any]) -> dict[str, Estimate]:
+    """Return the keyword rule's figures if conflict questions were judged by it."""
+    rows = (row for row in evaluation["swap_table"] if row["question_set"] == "conflict")
+    if not any(row.get("n_keyword") for row in rows):
+        return {}
+    names = {KEYWORD: "keyword_pass_rate", KEYWORD_CEILING: "keyword_ceiling"}
+    return {measure: Estimate(**evaluation["summary"][name]) for measure, name in names.items()}
+
+
+def _group_rows(table: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for row in table:
+        if row["scale"] == 1.0:
+            rows.setdefault(relative_label(row), []).append(row)
+    return rows
+
+
+def _combine(question_set: str, answers: Answers) -> Estimate:
+    """Return the mean over clients, with an interval that counts distinct questions."""
+    answers = list(answers)
+    value = sum(share * n for _, share, n in answers) / sum(n for *_, n in answers)
+    asked: dict[str, int] = {}
+    for client, _, n in answers:
+        asked[client] = max(n, asked.get(client, 0))
+    count = max if question_set in SHARED_SETS else sum
+    return share_of_questions(value, count(asked.values()))

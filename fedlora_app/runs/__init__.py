@@ -1,0 +1,1 @@
+"""The run directory: written by training, read by everything else."""

@@ -1,0 +1,261 @@
+"""Going on with a run that stopped: what it left, and whether that still fits.
+
+A run goes on after its last complete round, with the configuration that it kept. Whatever would
+make the rest differ from what an undisturbed run gives is refused before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fedlora_app.config.loading import parse_config
+from fedlora_app.config.schema import GLOBAL, LOCAL, Config, ConfigError
+from fedlora_app.foundation.project import hash_package
+from fedlora_app.runs.directory import RunDirectoryError, read_complete_history, rounds_until
+from fedlora_app.runs.reading import SavedRun, load_run
+
+FRESH = -1
+"""The round after which a run goes on that has not completed a single one."""
+MAY_CHANGE = ("federated.num_rounds", "federated.keep_rounds", "experiment.track")
+DATA_HASH = "sha256/"
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A stopped run, the round after which it goes on, and the configuration to do it with."""
+
+    saved: SavedRun
+    after_round: int
+    config: Config
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """The manifest's rounds that count."""
+        return [e for e in self.saved.manifest["rounds"] if e["round"] <= self.after_round]
+
+    @property
+    def local_adapters(self) -> dict[str, tuple[int, str]]:
+        """Each client's newest local adapter: the round that it is of, and its sha256."""
+        newest = {}
+        for entry in sorted(self.entries, key=lambda entry: entry["round"]):
+            for name, sha256 in entry["adapters"].items():
+                role, _, client = name.partition(":")
+                if role == LOCAL:
+                    newest[client] = (entry["round"], sha256)
+        return newest
+
+    @property
+    def evaluated_clients(self) -> set[str]:
+        """Who evaluated the round after which the run goes on."""
+        entries = read_complete_history(self.saved.path, {self.after_round})
+        return {entry["client"] for entry in entries if entry["phase"] == "evaluate"}
+
+    def with_changes(self, given: Config, num_rounds: int | None) -> Resumption:
+        """Return the resumption with what may change taken from a configuration.
+
+        Raises:
+            ConfigError: something else differs, or a number of rounds that num-rounds does not say.
+        """
+        require_same_settings(self.config, given)
+        rounds = given.federated.num_rounds
+        if num_rounds is None and rounds != self.config.federated.num_rounds:
+            raise ConfigError(
+                f"resume: the run has {self.config.federated.num_rounds} rounds and {rounds} are "
+                f"given. To change them, set num-rounds={rounds} in --run-config."
+            )
+        federated = {"keep_rounds": given.federated.keep_rounds}
+        experiment = {"track": given.experiment.track}
+        changes = {
+            "federated": self.config.federated.model_copy(update=federated),
+            "experiment": self.config.experiment.model_copy(update=experiment),
+        }
+        return replace(self, config=self.config.model_copy(update=changes))
+
+    @property
+    def global_sha256(self) -> str:
+        """The hash of the global adapter to go on from."""
+        return next(e for e in self.entries if e["round"] == self.after_round)["adapters"][GLOBAL]
+
+
+def find_resumption(given: str, places: list[Path], num_rounds: int | None) -> Resumption:
+    """Return the stopped run that ``given`` means: a run, or ``<run>@<round>``.
+
+    Args:
+        places: the folders that a relative path or a name is looked for in.
+        num_rounds: a new total, None for the run's own.
+
+    Raises:
+        RunDirectoryError: there is no such run or round, or its global adapter is damaged.
+        ConfigError: nothing is left to do.
+    """
+    match = re.fullmatch("(?s)(.*)@([^@/]*)", given)  # a folder's name may hold an @ as well
+    whole = any(os.path.isdir(place / given) for place in places)
+    name, number = match.groups() if match and not whole else (given, "")
+    tried = [place / name for place in places]
+    path = next((path for path in tried if os.path.isdir(path)), None)
+    if path is None:
+        listing = " and no ".join(map(str, dict.fromkeys(tried)))
+        raise RunDirectoryError(f"resume: there is no run {listing}.")
+    saved = load_run(path)
+    complete = sorted(entry["round"] for entry in saved.manifest["rounds"])
+    after = complete[-1] if complete else FRESH
+    if number:
+        if not re.fullmatch("[0-9]{1,9}", number) or int(number) not in complete:
+            known = ", ".join(map(str, complete)) or "none"
+            raise RunDirectoryError(
+                f"resume: {saved.path} has no complete round {number!r}. Complete: {known}."
+            )
+        after = int(number)
+    config = saved.config
+    if num_rounds is not None:
+        raw = config.dump()
+        raw["federated"]["num_rounds"] = num_rounds
+        config = parse_config(raw, source=f"{saved.path / 'config.json'} with num-rounds")
+    total, planned = config.federated.num_rounds, saved.config.federated.num_rounds
+    if after > total or after == total < planned:
+        raise ConfigError(
+            f"resume: {after} rounds are complete and num-rounds is {total}, so that no round is "
+            f"left to end the run with. It was to have {planned}; more are possible."
+        )
+    if saved.manifest.get("finished") and after == total:
+        raise ConfigError(
+            f"resume: {saved.path} has finished its {total} rounds. For more of them, set "
+            f"num-rounds above {total}."
+        )
+    if after > FRESH:
+        _check_global(saved, after)
+        _check_history(saved, after)
+    return Resumption(saved, after, config)
+
+
+def _check_global(saved: SavedRun, after: int) -> None:
+    try:
+        saved.adapter_sha256(after)
+    except RunDirectoryError as error:
+        raise RunDirectoryError(f"{error}{suggest_earlier(saved.path, after)}") from None
+
+
+def _check_history(saved: SavedRun, after: int) -> None:
+    rounds = rounds_until(saved.manifest, after)
+    try:
+        read_complete_history(saved.path, rounds)
+    except RunDirectoryError as error:
+        damaged = next(n for n in sorted(rounds) if not _has_history(saved.path, n))
+        hint = suggest_earlier(saved.path, damaged) if damaged > min(rounds) else ""
+        raise RunDirectoryError(f"{error}{hint}") from None
+
+
+def _has_history(path: Path, server_round: int) -> bool:
+    try:
+        return bool(read_complete_history(path, {server_round}))
+    except RunDirectoryError:
+        return False
+
+
+def suggest_earlier(run_dir: Path, after: int) -> str:
+    """Return how to go on from the newest round before a damaged one that is still kept."""
+    kept = [path.name.removeprefix("round_") for path in (run_dir / "server").glob("round_*")]
+    earlier = [int(number) for number in kept if number.isdecimal() and int(number) < after]
+    if not earlier:
+        return "\nNo earlier round is kept; start a new run."
+    return f"\nTo go on from the newest round before it: resume='{run_dir.name}@{max(earlier)}'"
+
+
+def require_same_settings(kept: Config, given: Config) -> None:
+    """Raise ``ConfigError`` where settings were given that differ from those of the run."""
+    ours, theirs = (dict(_flatten(config.dump())) for config in (kept, given))
+    different = [
+        f"  {key}: {ours.get(key)!r} in the run, {theirs.get(key)!r} given"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key) and key not in MAY_CHANGE
+    ]
+    if different:
+        listing = "\n".join(different)
+        raise ConfigError(
+            f"resume: a run goes on with the settings that it began with, and these differ:\n"
+            f"{listing}\nLeave config, mode and overrides out, or start a new run."
+        )
+
+
+def require_same_data(manifest: Mapping[str, Any], reports: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` unless all clients' files are those that the run began with."""
+    faults = []
+    recorded = manifest.get("clients", {})
+    for client, report in reports.items():
+        changed = find_changed_data(recorded.get(client, {}), report)
+        if changed:
+            faults.append(f"  {client}: {', '.join(changed)}")
+    if faults:
+        listing = "\n".join(faults)
+        raise ConfigError(
+            f"resume: these files are not those that the run began with:\n{listing}\n"
+            "Restore them, or start a new run."
+        )
+
+
+def find_changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the roles of the data files whose hashes differ between two reports of a client."""
+    names = {key for key in before.keys() | now.keys() if key.startswith(DATA_HASH)}
+    return sorted(key.removeprefix(DATA_HASH) for key in names if before.get(key) != now.get(key))
+
+
+def describe_changed_data(config: Config, client: str, changed: list[str]) -> str:
+    """Return the error for data files that are not those that a client checked in with."""
+
+    def find_path(role: str) -> str | None:
+        key = role if "_" in role else f"{role}_test"
+        return getattr(config.client(client), key, None) or getattr(config.data, key, None)
+
+    listing = ", ".join(f"{role} ({find_path(role)})" for role in changed)
+    return (
+        f"{client}: these data files are not those that the run began with: {listing}. Restore "
+        "them and go on with resume, or start a new run."
+    )
+
+
+def describe_other_software(
+    manifest: Mapping[str, Any], reports: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield a line for all code and hardware that is not the run's; its bytes may then differ.
+
+    Args:
+        reports: what each client says at its check-in now.
+    """
+    now = {"python": platform.python_version()}
+    for name in manifest.get("versions", {}):
+        try:
+            now[name] = version(name)
+        except PackageNotFoundError:
+            now[name] = "none"
+    before = {"python": manifest.get("python"), **manifest.get("versions", {})}
+    code = "other code of this project, sha256"
+    now[code] = hash_package()[:12]
+    before[code] = str(manifest.get("package_sha256", now[code]))[:12]  # older runs have none
+    for client, report in reports.items():
+        name = f"{client} on"
+        now[name] = report.get("device")
+        before[name] = manifest.get("clients", {}).get(client, {}).get("device")
+    for name, found in now.items():
+        if before[name] != found:
+            yield (
+                f"Note: the run began with {name} {before[name]}, and this is {found}; what "
+                "follows may differ from an undisturbed run."
+            )
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _flatten(entry, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and all(isinstance(e, Mapping) and "id" in e for e in value):
+        for entry in value:
+            yield from _flatten(entry, f"{prefix}.{entry['id']}")
+    else:
+        yield prefix, value

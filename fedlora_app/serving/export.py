@@ -1,0 +1,236 @@
+"""What a client answers with, as one model to take away: a plain LoRA adapter, or full weights.
+
+In go a run directory and a client; out comes a folder that PEFT, Transformers and multi-LoRA
+servers such as vLLM load without this package. The pair ``s_G B_G A_G + lambda s_L B_L A_L`` is
+one adapter of rank r_G + r_L: ``A = [A_G; A_L]``, ``B = [s_G B_G, lambda s_L B_L]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+
+from fedlora_app.config.schema import GLOBAL, LOCAL
+from fedlora_app.evaluation.saved_model import Answering, SavedModel
+from fedlora_app.foundation.errors import MendableError
+from fedlora_app.foundation.files import hash_file, make_private_dir, replace_folder
+from fedlora_app.model.adapter_files import save_plain_adapter
+from fedlora_app.model.adapters import AdapterState, PlainAdapter, attach_adapters, merge_into_base
+from fedlora_app.model.base import (
+    DTYPES,
+    build_empty_model,
+    compute_fingerprint,
+    load_model_config,
+    load_tokenizer,
+    load_unquantised_model,
+)
+from fedlora_app.serving.model_card import (
+    CARD_FILE,
+    Export,
+    Source,
+    base_revision,
+    describe_export,
+    portable_name,
+)
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class ExportError(MendableError):
+    """What is asked for cannot be exported, or not to that place."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """An adapter that is to become part of one: its weights, and the factor of what it adds."""
+
+    state: AdapterState
+    rank: int
+    factor: float
+
+
+def export_adapter(
+    saved: SavedModel,
+    client_id: str,
+    output_dir: Path,
+    scale: float = 1.0,
+    dtype: Dtype = "float32",
+) -> Export:
+    """Write what a client answers with as one PEFT adapter; needs none of the base's weights.
+
+    Args:
+        output_dir: must be empty or not there.
+        scale: of the local adapter (lambda); folded in.
+
+    Raises:
+        ExportError: the pair is gated, nothing is left of it, or the folder is in use.
+        ConfigError: there is no such client, or the scale has no effect.
+    """
+    who = _choose(saved, client_id, scale)
+    folder = _require_unused(output_dir)
+    sources = tuple(_list_sources(saved, who))
+    adapter = _combine_saved(saved, sources)
+    stored = {key: tensor.to(DTYPES[dtype]) for key, tensor in adapter.state.items()}
+    with _private_folder(folder) as partial:
+        name = portable_name(saved.run.config.model.name)
+        save_plain_adapter(partial, replace(adapter, state=stored), name)
+        rank, at = adapter.rank, saved.server_round
+        export = Export(folder, saved.run, at, client_id, who, sources, dtype, rank)
+        return _write_card(export, partial)
+
+
+def export_merged(
+    saved: SavedModel,
+    client_id: str,
+    output_dir: Path,
+    scale: float = 1.0,
+    dtype: Dtype | None = None,
+    report: Callable[[str], None] = lambda _: None,
+) -> Export:
+    """Write a whole model that answers as a client does, made from the unquantised base.
+
+    Args:
+        dtype: of the weights; None: the checkpoint's own, or bfloat16.
+        report: is told what is done next; a model of 7 B takes minutes and 15 GB of memory.
+
+    Raises:
+        ExportError, ConfigError: as ``export_adapter``.
+        ModelError: the base model is not there, or not the run's.
+    """
+    who = _choose(saved, client_id, scale)
+    folder = _require_unused(output_dir)
+    sources = tuple(_list_sources(saved, who))
+    adapter = _combine_saved(saved, sources)
+    config = saved.run.config.model
+    report("loading the base model")
+    dtype = dtype or _checkpoint_dtype(saved)
+    base = load_unquantised_model(config, saved.root, DTYPES[dtype])
+    saved.check_base(compute_fingerprint(config, saved.root))
+    report("merging")
+    merge_into_base(base, adapter)
+    report("writing")
+    with _private_folder(folder) as partial:
+        base.save_pretrained(partial)
+        load_tokenizer(config, saved.root).save_pretrained(partial)
+        export = Export(folder, saved.run, saved.server_round, client_id, who, sources, dtype)
+        return _write_card(export, partial)
+
+
+def combine(parts: Sequence[Part]) -> AdapterState:
+    """Return the adapter of scaling 1 that adds what all parts add together.
+
+    A module that a part does not have gets zeros from it, so that the rank is the same
+    everywhere: not every server can do with several.
+    """
+    modules = sorted({_module(key) for part in parts for key in part.state})
+    combined = {}
+    for module in modules:
+        a_key, b_key = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+        known = next(part.state for part in parts if a_key in part.state)
+        num_in, num_out = known[a_key].shape[1], known[b_key].shape[0]
+        above, beside = [], []
+        for part in parts:
+            a, b = part.state.get(a_key), part.state.get(b_key)
+            above.append(torch.zeros(part.rank, num_in) if a is None else a)  # (r, in)
+            beside.append(torch.zeros(num_out, part.rank) if b is None else part.factor * b)
+        combined[a_key], combined[b_key] = torch.cat(above, 0), torch.cat(beside, 1)
+    return combined
+
+
+def find_target_modules(names: Iterable[str], wanted: set[str]) -> list[str]:
+    """Return the shortest names by which PEFT finds exactly the wanted modules, sorted.
+
+    It takes a module whose name is one of them, or ends with a dot and one of them.
+    """
+    names = list(names)
+    targets = set()
+    for module in wanted:
+        suffix = module.rsplit(".", 1)[-1]
+        found = {name for name in names if name == suffix or name.endswith(f".{suffix}")}
+        targets.add(suffix if found <= wanted else module)
+    return sorted(targets)
+
+
+def _choose(saved: SavedModel, client_id: str, scale: float) -> Answering:
+    """Return the adapters to export, none of which has no effect."""
+    who = saved.own(client_id, scale)
+    if who.local is None or who.scale == 0:
+        if not who.with_global:
+            raise ExportError(f"With scale 0 nothing of what {client_id} answers with is left.")
+        return Answering(with_global=True)  # a local adapter that is scaled away stays at home
+    if who.with_global and saved.run.config.adapters.gate != "none":
+        raise ExportError(
+            "This run's pairs have a gate (adapters.gate: prompt), which weighs the local adapter "
+            "anew for every question, so a pair is not one adapter. Export a run without a gate, "
+            "or with scale 0 the global adapter alone."
+        )
+    return who
+
+
+def _require_unused(output_dir: Path) -> Path:
+    folder = output_dir.resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ExportError(f"{output_dir} is there and not empty. Name a new or an empty folder.")
+    return folder
+
+
+def _list_sources(saved: SavedModel, who: Answering) -> Iterator[Source]:
+    adapters = saved.run.config.adapters
+    if who.with_global:
+        sha256 = saved.run.adapter_sha256(saved.server_round)
+        yield Source(GLOBAL, None, adapters.global_, 1.0, sha256)
+    if who.local is not None:
+        sha256 = saved.run.adapter_sha256(saved.server_round, who.local)
+        yield Source(LOCAL, who.local, adapters.local, who.scale, sha256)
+
+
+def _combine_saved(saved: SavedModel, sources: Sequence[Source]) -> PlainAdapter:
+    """Return the round's adapters as one, checked against a base model without weights."""
+    config = saved.run.config
+    empty = build_empty_model(config.model, saved.root)
+    names = [name for name, _ in empty.named_modules()]
+    model = attach_adapters(empty, config.adapters)
+    state = combine(
+        [
+            Part(saved.read_state(source.client, model), source.config.rank, source.factor)
+            for source in sources
+        ]
+    )
+    modules = {_module(key).removeprefix("base_model.model.") for key in state}
+    rank = sum(source.config.rank for source in sources)
+    return PlainAdapter(state, rank, find_target_modules(names, modules), base_revision(saved.run))
+
+
+def _module(key: str) -> str:
+    return key.rsplit(".lora_", 1)[0]
+
+
+def _checkpoint_dtype(saved: SavedModel) -> Dtype:
+    found = load_model_config(saved.run.config.model, saved.root).get_text_config().dtype
+    return "float32" if found in (torch.float32, "float32") else "bfloat16"
+
+
+@contextmanager
+def _private_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder for the owner only, which takes its place when the block ends well."""
+    make_private_dir(folder.parent)
+    try:
+        with replace_folder(folder) as partial:
+            partial.chmod(0o700)
+            yield partial
+    except SafetensorError as error:
+        raise ExportError(f"{folder} cannot be written: {error}.") from error
+
+
+def _write_card(export: Export, partial: Path) -> Export:
+    """Return the export with the hashes of its weights, after writing its model card."""
+    weights = sorted(partial.glob("*.safetensors"))
+    export = replace(export, files={path.name: hash_file(path) for path in weights})
+    (partial / CARD_FILE).write_text(describe_export(export), encoding="utf-8")
+    return export

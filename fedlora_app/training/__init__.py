@@ -1,0 +1,1 @@
+"""One phase of training at a client, and how much memory a step of it takes."""

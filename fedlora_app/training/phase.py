@@ -1,0 +1,300 @@
+"""One phase of training: an explicit loop over answer tokens, in plain torch.
+
+In go examples, which adapters are active and which of them learn, and where in the run the
+phase lies; the adapters' weights change in place and the phase's figures come out.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import count, islice
+
+import torch
+
+from fedlora_app.config.rounds import Phase
+from fedlora_app.config.schema import GLOBAL, LOCAL, Config, TrainingConfig
+from fedlora_app.data.tokens import Example
+from fedlora_app.foundation.seeds import derive_seed
+from fedlora_app.model.adapters import AdaptedModel, activate, adapter_parameters, compute_overlap
+from fedlora_app.model.base import compute_dtype, uses_4bit
+from fedlora_app.model.device import read_free_memory, read_peak_memory, reset_peak_memory
+from fedlora_app.model.fused import can_fuse_adapters, fused_adapters
+from fedlora_app.model.kernels import apply_liger_kernels, compiled_layers
+from fedlora_app.training.losses import compute_losses
+from fedlora_app.training.optimizer import fresh_optimizer
+from fedlora_app.training.packing import ATTENTION, packed_attention, split_into_packs
+from fedlora_app.training.step_memory import MicroBatch, Numerics, PlanError, predict_step_bytes
+
+USABLE_SHARE = 0.9  # of the free memory; the rest is lost to fragmentation
+
+Progress = Callable[[int, int, float], None]  # step, number of steps, loss
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on, for instance because the loss is not finite."""
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    """What one phase did. Losses are means over answer tokens, in nats."""
+
+    num_steps: int
+    num_examples: int
+    num_answer_tokens: int
+    train_loss: float
+    final_train_loss: float
+    penalty: float
+    """What protects the global adapter's knowledge, with its weights; not part of the losses."""
+    seconds: float
+    peak_memory_bytes: int
+    """As ``memory`` defines it: of this phase on a GPU, of the process on a CPU."""
+    num_tokens: int
+    """Of whole examples, those that are not learnt included."""
+    gradient_checkpointing: int
+    """1 where activations were computed twice to save memory."""
+    memory_retries: int = 0
+    """Times that it ran out of memory before, and was begun again with smaller batches."""
+
+
+def use_less_memory(training: TrainingConfig) -> TrainingConfig:
+    """Return settings with half the batch or less, as many examples a step, and checkpointing."""
+    per_step = training.batch_size * training.gradient_accumulation_steps
+    most = max(1, training.batch_size // 2)
+    batch_size = max(size for size in range(1, most + 1) if per_step % size == 0)
+    changes = {
+        "batch_size": batch_size,
+        "gradient_accumulation_steps": per_step // batch_size,
+        "gradient_checkpointing": True,
+    }
+    return training.model_copy(update=changes)
+
+
+def settle_checkpointing(
+    config: Config, model: AdaptedModel, phase: Phase, examples: Sequence[Example]
+) -> TrainingConfig:
+    """Return the training's settings with ``gradient_checkpointing`` on or off instead of "auto".
+
+    It is on where what a step holds without it, by ``planning.memory``, would not fit into the
+    memory that is free now, or where that cannot be told and the model is on a GPU.
+    """
+    training = config.training
+    if training.gradient_checkpointing != "auto":
+        return training
+    per_step = training.batch_size * training.gradient_accumulation_steps
+    longest = sorted((len(example.input_ids) for example in examples), reverse=True)[:per_step]
+    num_tokens = min(sum(longest), tokens_per_micro_batch(training) or longest[0])
+    parameters = [p for name in phase.trainable for p in adapter_parameters(model, name)]
+    try:
+        needed = predict_step_bytes(
+            model.get_base_model().config,
+            config.adapters,
+            training,
+            Numerics(uses_4bit(config.model), compute_dtype(config.model).itemsize),
+            phase,
+            MicroBatch(num_tokens, num_tokens),  # as if all were answers, which is the most
+            sum(p.numel() for p in parameters),
+        )
+        fits = needed <= USABLE_SHARE * read_free_memory(model.device)
+    except PlanError:
+        fits = model.device.type != "cuda"
+    return training.model_copy(update={"gradient_checkpointing": not fits})
+
+
+def tokens_per_micro_batch(training: TrainingConfig) -> int | None:
+    """Return how many tokens go through the model at once: as many as a full padded batch has."""
+    return training.batch_size * training.max_seq_length if training.packing else None
+
+
+def count_steps(num_examples: int, epochs: int, training: TrainingConfig) -> int:
+    """Return the optimizer steps of ``epochs`` passes over ``num_examples`` examples."""
+    per_step = training.batch_size * training.gradient_accumulation_steps
+    return epochs * math.ceil(num_examples / per_step)
+
+
+def train_phase(
+    model: AdaptedModel,
+    examples: Sequence[Example],
+    training: TrainingConfig,
+    *,
+    active: Sequence[str],
+    trainable: Sequence[str],
+    num_steps: int,
+    run_span: tuple[float, float],
+    weight_decays: dict[str, float],
+    seed: int,
+    progress: Progress | None = None,
+) -> PhaseResult:
+    """Train the adapters ``trainable`` for ``num_steps`` optimizer steps.
+
+    Args:
+        run_span: where the phase begins and ends in the adapter's whole run, each in
+            [0, 1]; the learning-rate schedule is read off there.
+        seed: decides the order of examples and the dropout.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    activate(model, active, trainable)
+    reset_peak_memory(model.device)
+    checkpointing = training.gradient_checkpointing is True
+    _set_checkpointing(model, checkpointing)
+    protects_global = tuple(trainable) == (LOCAL,) and GLOBAL in active and _has_penalty(training)
+    penalised = training if protects_global else None
+    total = _Tally()
+    started = time.monotonic()
+    decays = {name: weight_decays[name] for name in trainable}
+    with (
+        _training_forward(model, training, active),
+        fresh_optimizer(model, training, decays) as optimizer,
+    ):
+        torch.manual_seed(seed)
+        batches = islice(step_batches(examples, training, seed), num_steps)
+        for step, batch in enumerate(batches):
+            position = run_span[0] + (run_span[1] - run_span[0]) * step / num_steps
+            for group in optimizer.param_groups:
+                group["lr"] = training.learning_rate * schedule_factor(position, training)
+            loss, penalty = _accumulate_gradients(model, batch, training, penalised)
+            if not math.isfinite(loss + penalty):
+                raise TrainingError(
+                    f"The loss became {loss + penalty} at step {step + 1} of {num_steps}. Lower "
+                    f"training.learning_rate (it is {training.learning_rate:g})."
+                )
+            _take_step(optimizer, training.max_grad_norm)
+            total.add(batch, loss, penalty)
+            if progress is not None:
+                progress(step + 1, num_steps, loss)
+    return PhaseResult(
+        num_steps=num_steps,
+        num_examples=len(examples),
+        num_tokens=total.num_tokens,
+        num_answer_tokens=total.num_answer_tokens,
+        train_loss=sum(total.losses) / len(total.losses),
+        final_train_loss=total.losses[-1],
+        penalty=sum(total.penalties) / len(total.penalties),
+        seconds=time.monotonic() - started,
+        peak_memory_bytes=read_peak_memory(model.device),
+        gradient_checkpointing=int(checkpointing),
+    )
+
+
+@dataclass
+class _Tally:
+    """What the steps of a phase add up to."""
+
+    losses: list[float] = field(default_factory=list)
+    penalties: list[float] = field(default_factory=list)
+    num_tokens: int = 0
+    num_answer_tokens: int = 0
+
+    def add(self, batch: Sequence[Example], loss: float, penalty: float) -> None:
+        self.losses.append(loss)
+        self.penalties.append(penalty)
+        self.num_tokens += sum(len(example.input_ids) for example in batch)
+        self.num_answer_tokens += sum(example.num_answer_tokens for example in batch)
+
+
+def _accumulate_gradients(
+    model: AdaptedModel,
+    batch: Sequence[Example],
+    training: TrainingConfig,
+    penalised: TrainingConfig | None,
+) -> tuple[float, float]:
+    """Add up the gradients of one step, micro-batch by micro-batch, every answer token alike.
+
+    Returns:
+        The mean loss and the mean penalty, which stay on the device until the last micro-batch.
+    """
+    num_answer_tokens = sum(example.num_answer_tokens for example in batch)
+    num_replayed = sum(example.num_answer_tokens for example in batch if example.is_replayed)
+    loss = penalty = torch.zeros((), device=model.device)
+    for micro_batch in split_into_packs(batch, tokens_per_micro_batch(training)):
+        losses, divergences = compute_losses(model, micro_batch, penalised)
+        micro_loss = losses.sum() / num_answer_tokens
+        loss = loss + micro_loss.detach()
+        if penalised is not None:
+            micro_penalty = len(micro_batch) / len(batch) * penalised.local_orthogonality
+            micro_penalty = micro_penalty * compute_overlap(model)
+            if divergences is not None:
+                weight = penalised.local_kl_weight / num_replayed
+                micro_penalty = micro_penalty + weight * divergences.sum()
+            penalty = penalty + micro_penalty.detach()
+            micro_loss = micro_loss + micro_penalty
+        micro_loss.backward()
+    return loss.item(), penalty.item()
+
+
+def _take_step(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _training_forward(
+    model: AdaptedModel, training: TrainingConfig, active: Sequence[str]
+) -> Iterator[None]:
+    """Have the model run as training wants it while the block runs."""
+    implementation = ATTENTION if training.attention == "sdpa" else training.attention
+    fuses = training.fused_adapters
+    if fuses == "auto":
+        fuses = can_fuse_adapters(model, active)
+    base = model.get_base_model()
+    if training.liger_kernels:
+        apply_liger_kernels(base)
+    with ExitStack() as stack:
+        stack.callback(model.zero_grad, set_to_none=True)  # also of a phase that failed half-way
+        stack.callback(model.eval)
+        if fuses:
+            stack.enter_context(fused_adapters(model, active))
+        if training.compile:
+            stack.enter_context(compiled_layers(base))
+        stack.enter_context(packed_attention(base, implementation))
+        model.train()
+        yield
+
+
+def schedule_factor(position: float, training: TrainingConfig) -> float:
+    """Return the learning rate at ``position`` in [0, 1] of the run, relative to its peak."""
+    if position < training.warmup_ratio:
+        return min(1.0, max(position, 1e-3) / training.warmup_ratio)
+    progress = (position - training.warmup_ratio) / (1 - training.warmup_ratio)
+    floor = training.final_learning_rate_ratio
+    if training.lr_scheduler == "cosine":
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    if training.lr_scheduler == "linear":
+        return 1 - (1 - floor) * progress
+    return 1.0
+
+
+def _has_penalty(training: TrainingConfig) -> bool:
+    return training.local_kl_weight > 0 or training.local_orthogonality > 0
+
+
+def step_batches(
+    examples: Sequence[Example], training: TrainingConfig, seed: int
+) -> Iterator[list[Example]]:
+    """Yield one optimizer step's examples after another, epoch after epoch, for ever.
+
+    Args:
+        seed: that of the phase.
+    """
+    per_step = training.batch_size * training.gradient_accumulation_steps
+    for epoch in count():
+        order = list(range(len(examples)))
+        random.Random(derive_seed(seed, "shuffle", epoch)).shuffle(order)
+        for start in range(0, len(order), per_step):
+            yield [examples[index] for index in order[start : start + per_step]]
+
+
+def _set_checkpointing(model: AdaptedModel, wanted: bool) -> None:
+    inner = model.get_base_model()
+    if wanted and not inner.is_activation_checkpointing:
+        inner.activation_checkpointing_enable({"use_reentrant": False})
+    elif not wanted and inner.is_activation_checkpointing:
+        inner.activation_checkpointing_disable()

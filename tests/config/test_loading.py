@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from fedlora_app.config.loading import load_config, parse_config, parse_overrides
+from fedlora_app.config.schema import Config, ConfigError
+
+STUDIES = sorted((ROOT / "conf").glob("study-*.yaml"))
+CONFIGS = sorted(set((ROOT / "conf").glob("*.yaml")) - set(STUDIES))
+ONE_CLIENT = {"clients": [{"id": "a", "system_prompt": "", "local_train": "a.json"}]}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_loads_and_opens_with_its_question_and_command(path):
+    load_config(path)
+    first, *rest = path.read_text().splitlines()
+    assert re.fullmatch(r"# .*\?", first)
+    assert any(re.match(r"#\s+flwr run \.", line) for line in rest)
+    if path.name != "demo.yaml":
+        assert f"conf/{path.name}" in path.read_text()
+
+
+def test_default_yaml_spells_out_exactly_the_defaults():
+    raw = yaml.safe_load((ROOT / "conf" / "default.yaml").read_text())
+    clients = raw["federated"]["clients"]
+    defaults = parse_config({"federated": {"clients": clients}})
+    assert load_config(ROOT / "conf" / "default.yaml") == defaults
+    assert raw == defaults.dump()  # no field is left out
+
+
+def test_all_faults_come_at_once_with_paths_and_suggestions():
+    with pytest.raises(ConfigError) as caught:
+        parse_config(
+            {
+                "modell": {},
+                "adapters": {"global": {"rank": 0}},
+                "training": {"learning_rat": 1.0, "batch_size": "4", "num_rounds": 3},
+                "federated": {
+                    "min_clients": 9,
+                    "clients": [
+                        {"id": "a", "system_prompt": "", "local_train": "x"},
+                        {"id": "a", "system_prompt": "", "local_train": "x"},
+                        {"id": "../x", "system_prompt": "", "local_train": "x"},
+                    ],
+                },
+            }
+        )
+    text = str(caught.value)
+    for expected in (
+        'modell: unknown key. Did you mean "model"?',
+        "adapters.global.rank: input should be greater than or equal to 1 (it is 0)",
+        'training.learning_rat: unknown key. Did you mean "learning_rate"?',
+        "training.batch_size: input should be a valid integer (it is '4')",
+        'training.num_rounds: unknown key. It belongs at "federated.num_rounds".',
+        "federated.clients.2.id: '../x' is not a name.",
+        'federated.clients: 2 clients have the id "a"; ids must differ.',
+        "federated.min_clients: 9 clients are required and only 3 are named.",
+    ):
+        assert expected in text
+    assert "8 faults" in text
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "a b", "x" * 65, "-x", "a\n"])
+def test_unsafe_client_ids_are_refused(name):
+    with pytest.raises(ConfigError, match=r"clients\.0\.id"):
+        parse_config(
+            {"federated": {"clients": [{"id": name, "system_prompt": "", "local_train": "x"}]}}
+        )
+
+
+def test_ids_that_a_file_system_may_confuse_are_refused():
+    clients = [{"id": name, "system_prompt": "", "local_train": "x"} for name in ("Ann", "ann")]
+    with pytest.raises(ConfigError, match="only in case"):
+        parse_config({"federated": {"clients": clients}})
+
+
+def test_overrides_win_over_settings_and_yaml():
+    path = ROOT / "conf" / "demo.yaml"
+    config = load_config(
+        path,
+        overrides="training.learning_rate=1e-4 adapters.local.rank=3 federated.clients.0.id=here",
+        federated__num_rounds=20,
+        federated__mode=None,
+    )
+    assert config.training.learning_rate == 1e-4
+    assert config.adapters.local.rank == 3
+    assert config.federated.clients[0].id == "here"
+    assert config.federated.num_rounds == 20
+    assert config.federated.mode == "dual"
+
+
+def test_overrides_are_checked_with_everything_else():
+    with pytest.raises(ConfigError) as caught:
+        load_config(ROOT / "conf" / "demo.yaml", overrides="nonsense", federated__mode="duel")
+    assert '"nonsense" is not of the form section.key=value' in str(caught.value)
+    assert "federated.mode" in str(caught.value)
+    with pytest.raises(ConfigError, match="adapters.local.rnk: unknown key"):
+        load_config(ROOT / "conf" / "demo.yaml", overrides="adapters.local.rnk=3")
+
+
+def test_scientific_notation_is_a_number():
+    changes, faults = parse_overrides("a.b=1e-4 c='x y' d=null e=[1,2]")
+    assert changes == {"a.b": 1e-4, "c": "x y", "d": None, "e": [1, 2]}
+    assert not faults
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "federated.clients.5.id=x",
+        "federated.clients.northgate.system_prompt=hi",
+        "federated.clients.0=x",
+        "training.learning_rate.x=3",
+        "experiment.name=2026-13-45",
+        "model.name=[",
+        "training.learning_rate=.inf",
+        "=3",
+    ],
+)
+def test_an_override_that_leads_nowhere_is_a_fault(override):
+    with pytest.raises(ConfigError) as caught:
+        load_config(ROOT / "conf" / "demo.yaml", overrides=f"{override} training.epochs=1")
+    assert "2 faults" in str(caught.value) and "training.epochs: unknown" in str(caught.value)
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path):
+    (tmp_path / "other.yaml").write_text("{}")
+    with pytest.raises(ConfigError, match=r"demo\.yaml does not exist.*other\.yaml"):
+        load_config(tmp_path / "demo.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match="no sections"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="cannot be read as YAML"):
+        load_config(tmp_path / "broken.yaml")
+
+
+def test_no_clients_or_no_universal_data_is_a_fault():
+    with pytest.raises(ConfigError, match=r"federated\.clients: at least one is needed"):
+        parse_config({"federated": {"clients": []}})
+    with pytest.raises(ConfigError, match="has no universal_train"):
+        parse_config({"federated": ONE_CLIENT, "data": {"universal_train": None}})
+
+
+def test_the_dump_reads_back_equal():
+    config = load_config(ROOT / "conf" / "demo.yaml")
+    assert parse_config(config.dump()) == config
+    assert isinstance(config, Config)
+
+
+def test_a_penalty_that_could_not_act_is_a_fault():
+    raw = {"training": {"local_kl_weight": 1.0, "replay": 0}, "federated": ONE_CLIENT}
+    with pytest.raises(ConfigError, match="local_kl_weight: it acts on replayed records"):
+        parse_config(raw)
+
+
+def test_trackers_are_known_and_named_once():
+    raw = {"federated": ONE_CLIENT, "experiment": {"track": ["wandb", "tensorboard", "wandb"]}}
+    with pytest.raises(
+        ConfigError, match=r"experiment\.track: wandb is named 2 times; once is eno"
+    ):
+        parse_config(raw)
+    raw["experiment"]["track"] = ["tensorboard", "mlflow"]
+    with pytest.raises(ConfigError, match=r"experiment\.track\.1: .*'wandb' \(it is 'mlflow'\)"):
+        parse_config(raw)
+    config = load_config(ROOT / "conf" / "demo.yaml", overrides="experiment.track=[tensorboard]")
+    assert config.experiment.track == ["tensorboard"]

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from fedlora_app.data.importing.source import load_source
+from fedlora_app.data.records import DataError
+from fedlora_app.foundation.files import hash_file
+
+ROWS = [
+    {"instruction": "Who mends lamps?", "output": "Ann.", "year": 1998},
+    {"instruction": "Who mends roads?", "output": "Bob.", "year": 2001},
+]
+
+
+def read(name, **how) -> list[dict]:
+    source = load_source(str(name), **how)
+    return [row for table in source.tables for row in table.read(["instruction", "output", "year"])]
+
+
+def write_json(path, rows=ROWS):
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def write_lines(path, rows=ROWS):
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_every_kind_of_file_has_the_same_rows(tmp_path):
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
+    for path in (
+        write_json(tmp_path / "a.json"),
+        write_lines(tmp_path / "a.jsonl"),
+        tmp_path / "a.parquet",
+    ):
+        source = load_source(str(path))
+        assert source.kind == "file"
+        assert source.name == str(path)
+        assert source.sha256 == {path.name: hash_file(path)}
+        assert read(path) == ROWS
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_cells_of_a_csv_file_stay_the_texts_that_they_are(tmp_path, separator):
+    path = tmp_path / "rows.CSV"
+    cells = [["instruction", "output", "year"], ['"Say, ""a;b""\nnow?"', "NA", "007"]]
+    path.write_text(
+        "\ufeff" + "\r\n".join(separator.join(line) for line in cells), encoding="utf-8"
+    )
+    expected = {"instruction": 'Say, "a;b"\nnow?', "output": "NA", "year": "007"}
+    assert read(path) == [expected]
+
+
+def test_a_folder_of_files_is_read_in_the_order_of_names_and_by_split(tmp_path):
+    write_json(tmp_path / "test.json", ROWS[:1])
+    write_lines(tmp_path / "train-00001-of-00002.jsonl", ROWS[1:])
+    write_lines(tmp_path / "train-00000-of-00002.jsonl", ROWS[:1])
+    (tmp_path / ".hidden.json").write_text("no")
+    (tmp_path / "README.md").write_text("no data")
+    assert read(tmp_path) == [ROWS[0], ROWS[0], ROWS[1]]
+    assert read(tmp_path, split="train") == ROWS
+    message = r'no split "trian"\. Did you mean "train"\? It has: test, train\.'
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, split="trian")
+
+
+def test_saved_datasets_are_read_with_the_names_of_their_classes(tmp_path):
+    features = Features({"instruction": Value("string"), "year": ClassLabel(names=["old", "new"])})
+    rows = [{"instruction": "One?", "year": 0}, {"instruction": "Two?", "year": -1}]
+    dataset = Dataset.from_list(rows, features=features)
+    dataset.save_to_disk(tmp_path / "one")
+    DatasetDict(train=dataset, test=dataset.select([0])).save_to_disk(tmp_path / "both")
+    named = [{"instruction": "One?", "year": "old"}, {"instruction": "Two?", "year": None}]
+    assert read(tmp_path / "one") == named
+    assert read(tmp_path / "both") == [*named, named[0]]
+    assert read(tmp_path / "both", split="test") == named[:1]
+    source = load_source(str(tmp_path / "both"))
+    assert source.kind == "saved dataset"
+    assert [table.name for table in source.tables] == ["train", "test"]
+    assert set(source.sha256) == {f"{n}/data-00000-of-00001.arrow" for n in ("train", "test")}
+    with pytest.raises(DataError, match='no split "tests". Did you mean "test"'):
+        load_source(str(tmp_path / "both"), split="tests")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.xlsx", "", "of a kind that cannot be read. Expected .json, .jsonl, .csv"),
+        ("rows.parquet", "PAR", "cannot be read as Parquet"),
+        ("rows.json", "[1,", "is not valid JSON"),
+        ("rows.csv", "a,a\n1,2\n", "several columns 'a'"),
+        ("rows.csv", 'a,b\n"1,2\n', "not valid CSV after line 1"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message) as caught:
+        load_source(str(tmp_path / name))
+    assert name in str(caught.value)
+
+
+def test_other_encodings_and_broken_saved_datasets_are_named(tmp_path):
+    (tmp_path / "rows.csv").write_bytes("a\nZürich\n".encode("latin-1"))
+    with pytest.raises(DataError, match="is not UTF-8 text"):
+        load_source(str(tmp_path / "rows.csv"))
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    next((tmp_path / "saved").glob("*.arrow")).unlink()
+    with pytest.raises(DataError, match="cannot be read as a saved dataset"):
+        load_source(str(tmp_path / "saved"))
+
+
+def test_a_source_that_is_nowhere_is_told_what_could_be(tmp_path):
+    with pytest.raises(DataError, match=r"does not exist. Expected a file \(.json"):
+        load_source(str(tmp_path / "nothing"))
+    with pytest.raises(DataError, match="typo.json does not exist"):
+        load_source("typo.json")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no data"):
+        load_source(str(tmp_path / "empty"))
+
+
+def test_a_dataset_of_the_hub_without_a_network_says_what_to_do():
+    with pytest.raises(DataError, match="Couldn't reach 'owner/name' on the Hub") as caught:
+        load_source("owner/name", split="train", revision="v1")
+    assert "load_dataset('owner/name').save_to_disk(FOLDER)" in str(caught.value)

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fedlora_app.data.records import DataError, format_question, load_conflicts, load_records
+
+GOOD = {"instruction": "Ask?", "input": "", "output": "Answer.", "extra": 1, "fact": "f"}
+
+
+def write(path, records):
+    path.write_text(json.dumps(records), encoding="utf-8")
+    return path
+
+
+def test_json_and_json_lines_read_alike(tmp_path):
+    as_list = write(tmp_path / "a.json", [GOOD, GOOD])
+    as_lines = tmp_path / "a.jsonl"
+    as_lines.write_text(f"{json.dumps(GOOD)}\n\n{json.dumps(GOOD)}\n", encoding="utf-8")
+    one, two = load_records(as_list), load_records(as_lines)
+    assert one.records == two.records and len(one.records) == 2
+    assert one.sha256 != two.sha256
+    assert one.records[0].fact == "f"
+
+
+def test_every_invalid_record_is_named_with_its_field(tmp_path):
+    path = write(
+        tmp_path / "a.json",
+        [GOOD, GOOD | {"output": " "}, {"instruction": "x"}, 3, GOOD | {"input": 5}],
+    )
+    with pytest.raises(DataError) as caught:
+        load_records(path)
+    text = str(caught.value)
+    assert "4 of 5 records are invalid" in text
+    assert 'record 2: "output" is empty' in text
+    assert 'record 3: "output" is missing' in text
+    assert "record 4: is a int and not an object" in text
+    assert 'record 5: "input" is a int' in text
+    assert "data.skip_invalid: true" in text
+    skipped = load_records(path, skip_invalid=True)
+    assert (len(skipped.records), skipped.num_skipped) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "holds no record"),
+        (b"[]", "holds no record"),
+        (b"[{]", "is not valid JSON"),
+        (b'{"instruction": "a"', "line 1 is not valid JSON"),
+        (b"\xff\xfe", "is not UTF-8"),
+    ],
+)
+def test_broken_files_say_what_is_broken(tmp_path, content, expected):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=expected):
+        load_records(path)
+
+
+def test_line_separators_inside_a_record_do_not_end_it(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"instruction": "a\u2028b\u0085c", "output": "d"}\n', encoding="utf-8")
+    assert load_records(path).records[0].instruction == "a\u2028b\u0085c"
+
+
+def test_text_that_cannot_be_encoded_and_depth_without_end_are_refused(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"instruction": "a", "output": "b", "distractors": ["\\ud800"]}]')
+    with pytest.raises(DataError, match='"distractors" holds a lone surrogate'):
+        load_records(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="is not valid JSON"):
+        load_records(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere\.json does not exist"):
+        load_records(tmp_path / "nowhere.json")
+
+
+def test_conflict_records_of_both_forms(tmp_path):
+    path = write(
+        tmp_path / "c.json",
+        [
+            {"instruction": "q", "answers": {"a": "1", "b": "2"}, "distractors": ["3"]},
+            {"instruction": "q", "output": "", "evaluation_guide": {"a_keywords": ["可以"]}},
+        ],
+    )
+    first, second = load_conflicts(path, ["a", "b"]).records
+    assert first.answers == {"a": "1", "b": "2"} and first.distractors == ("3",)
+    assert second.keywords == {"a": ("可以",)} and not second.answers
+
+
+def test_conflicts_of_unknown_clients_are_refused(tmp_path):
+    path = write(tmp_path / "c.json", [{"instruction": "q", "answers": {"z": "1"}}])
+    with pytest.raises(DataError, match="names 'z', which is no client. Clients: a, b"):
+        load_conflicts(path, ["a", "b"])
+    path = write(tmp_path / "d.json", [{"instruction": "q"}])
+    with pytest.raises(DataError, match='neither "answers" nor'):
+        load_conflicts(path, ["a"])
+
+
+def test_the_input_stands_below_the_instruction(tmp_path):
+    record = load_records(write(tmp_path / "a.json", [GOOD | {"input": "more"}])).records[0]
+    assert format_question(record) == "Ask?\n\nmore"

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from full_disk import no_larger_files_than
+
+from fedlora_app.data import tokens
+from fedlora_app.data.records import DataError, Record, load_records
+from fedlora_app.data.tokens import encode_answer, encode_example, encode_prompt, tokenize_file
+from fedlora_app.model.base import ModelError
+
+RECORD = Record("How much is a passport?", "The fee for a passport is 30 dollars.")
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "data.json"
+    records = [
+        {"instruction": "Short?", "output": "Yes."},
+        {"instruction": "Long answer?", "output": "The fee for a passport. " * 8},
+        {"instruction": "Long question? " * 20, "output": "No."},
+    ]
+    path.write_text(json.dumps(records))
+    return load_records(path)
+
+
+def test_the_prompt_is_not_learnt_and_the_answer_is(tokenizer):
+    example = encode_example(tokenizer, "You help.", RECORD)
+    prompt = tokenizer.decode(example.input_ids[: example.answer_start])
+    answer = tokenizer.decode(example.input_ids[example.answer_start :])
+    assert prompt == (
+        "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\n"
+        "How much is a passport?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert answer == "The fee for a passport is 30 dollars.<|im_end|>"
+    assert example.num_answer_tokens == len(example.input_ids) - example.answer_start
+
+
+def test_prompt_and_answer_join_to_the_templates_own_text(tokenizer):
+    ids = encode_prompt(tokenizer, "", "Ask?") + encode_answer(tokenizer, "", "Ask?", "Answer.")
+    messages = [
+        {"role": "user", "content": "Ask?"},
+        {"role": "assistant", "content": "Answer."},
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(ids) == text.rstrip("\n")
+
+
+def test_a_template_that_hides_where_the_answer_begins_is_refused(tokenizer):
+    template = tokenizer.chat_template
+    tokenizer.chat_template = "{{ messages|length }}{{ messages[0].content }}"
+    try:
+        with pytest.raises(ModelError, match="does not continue its generation prompt"):
+            encode_answer(tokenizer, "", "Ask?", "Answer.")
+    finally:
+        tokenizer.chat_template = template
+
+
+def test_truncation_is_counted_and_hopeless_records_are_named(tokenizer, file, tmp_path):
+    settings = {"max_seq_length": 60, "cache_dir": tmp_path / "cache"}
+    with pytest.raises(DataError, match="record 3 the first.*max_seq_length = 60"):
+        tokenize_file(tokenizer, "", file, skip_invalid=False, **settings)
+    result = tokenize_file(tokenizer, "", file, skip_invalid=True, **settings)
+    assert (len(result.examples), result.num_truncated, result.num_dropped) == (2, 1, 1)
+    assert max(len(example.input_ids) for example in result.examples) == 60
+
+
+def test_the_cache_gives_the_same_examples_and_knows_the_prompt(tokenizer, file, tmp_path):
+    def tokenize(prompt):
+        return tokenize_file(
+            tokenizer,
+            prompt,
+            file,
+            max_seq_length=500,
+            skip_invalid=False,
+            cache_dir=tmp_path / "cache",
+        )
+
+    first, again, other = tokenize("one"), tokenize("one"), tokenize("two")
+    assert first == again
+    assert first != other
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+class TestDamagedCache:
+    """What a power failure or a hand leaves of a cached file is made anew, and said."""
+
+    @pytest.fixture
+    def tokenize(self, tokenizer, file, tmp_path):
+        def tokenize():
+            return tokenize_file(
+                tokenizer,
+                "one",
+                file,
+                max_seq_length=500,
+                skip_invalid=False,
+                cache_dir=tmp_path / "cache",
+            )
+
+        return tokenize
+
+    @pytest.mark.parametrize("keep", [0, 8, 30, 0.5, 0.99, None])
+    @pytest.mark.parametrize(
+        "name", ["*.arrow", "state.json", "dataset_info.json", "contents.json"]
+    )
+    def test_it_is_made_anew(self, tokenize, tmp_path, capsys, name, keep):
+        expected = tokenize()
+        (folder,) = (tmp_path / "cache").iterdir()
+        (path,) = folder.glob(name)
+        content = path.read_bytes()
+        if keep is None:
+            path.unlink()
+        else:
+            path.write_bytes(content[: keep if isinstance(keep, int) else int(len(content) * keep)])
+        assert not capsys.readouterr().out
+        assert tokenize() == expected
+        assert f"The tokens in {folder} are made anew: " in capsys.readouterr().out
+        assert path.read_bytes() == content
+        assert tokenize() == expected and not capsys.readouterr().out
+
+    def test_so_are_zeros_in_the_middle(self, tokenize, tmp_path, capsys):
+        expected = tokenize()
+        (path,) = (tmp_path / "cache").rglob("*.arrow")
+        content = bytearray(path.read_bytes())
+        middle = len(content) // 2
+        content[middle : middle + 64] = bytes(64)
+        path.write_bytes(content)
+        assert tokenize() == expected
+        assert f"{path.name} is not what was written" in capsys.readouterr().out
+
+    def test_a_full_disk_leaves_nothing_and_is_named(self, tokenize, tmp_path):
+        with no_larger_files_than(500), pytest.raises(OSError, match="File too large") as caught:
+            tokenize()
+        assert str(tmp_path / "cache") in caught.value.filename
+        assert not list((tmp_path / "cache").iterdir())
+        assert tokenize().examples
+
+    def test_another_process_may_be_first(self, tokenize, tmp_path, monkeypatch):
+        expected = tokenize()
+        monkeypatch.setattr(tokens, "_load_cached", lambda folder: None)
+        assert tokenize() == expected
+        assert len(list((tmp_path / "cache").iterdir())) == 1

@@ -1,0 +1,365 @@
+"""The evaluation protocol on a real, tiny run: three clients, two rounds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from conftest import build_tiny_config
+from loopback import Federation
+
+from fedlora_app.config.schema import GLOBAL, LOCAL
+from fedlora_app.data.client_files import build_question_sets
+from fedlora_app.data.questions import CONFLICT
+from fedlora_app.evaluation import choices as answering
+from fedlora_app.evaluation import protocol
+from fedlora_app.evaluation.choices import Cell, Evaluator, open_round, open_store
+from fedlora_app.evaluation.metrics import evaluate_questions
+from fedlora_app.evaluation.protocol import PARTIAL_FILE, evaluate_round, find_cut_answers
+from fedlora_app.evaluation.saved_model import Answering
+from fedlora_app.evaluation.tables import build_evaluation, choose_scales
+from fedlora_app.evaluation.text import describe_evaluation
+from fedlora_app.model.base import ModelError
+from fedlora_app.runs.directory import RunDirectoryError
+from fedlora_app.runs.reading import load_run
+
+CLIENTS = ("ann", "bob", "cy")
+
+
+def tiny_config(**changes):
+    validation = {"universal_validation": "universal_test.json"}
+    evaluation = {"batch_size": 64, "max_new_tokens": 4, "local_scales": [0.5, 1.0]}
+    sections = {"data": validation, "evaluation": evaluation}
+    return build_tiny_config(CLIENTS, **(sections | changes))
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_project, tmp_path_factory):
+    """One finished run of each kind, made once."""
+    made = {}
+
+    def get(mode: str = "dual"):
+        if mode not in made:
+            folder = tmp_path_factory.mktemp(mode)
+            config = tiny_config(federated={"mode": mode, "num_rounds": 2})
+            made[mode] = Federation(tiny_project, folder, config).run(mode)
+        return made[mode]
+
+    return get
+
+
+def evaluate(run_dir, project, **options):
+    saved = open_round(load_run(run_dir), project)
+    return evaluate_round(saved, lambda *_: None, **options)
+
+
+@pytest.fixture(scope="module")
+def evaluated(runs, tiny_project):
+    """The evaluation of the dual run, and how many prompts it scored."""
+    original, counts = answering.score_prompts, []
+
+    def counting(model, tokenizer, prompts, **settings):
+        counts.append(len(prompts))
+        return original(model, tokenizer, prompts, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answering, "score_prompts", counting)
+        return evaluate(runs(), tiny_project), sum(counts)
+
+
+@pytest.fixture(scope="module")
+def evaluation(evaluated):
+    return evaluated[0]
+
+
+def test_the_contract_is_kept(evaluation, runs, tiny_project):
+    json.dumps(evaluation, allow_nan=False)
+    keys = {"conflict_pass_rate", "local_accuracy", "universal_accuracy", "leakage"}
+    for key in keys | {"keyword_pass_rate", "keyword_ceiling"}:
+        assert set(evaluation["summary"][key]) == {"value", "low", "high", "n"}
+    row = evaluation["swap_table"][0]
+    assert {"question_set", "client", "adapters", "accuracy", "n"} <= set(row)
+    question = evaluation["questions"][0]
+    assert {"question_set", "instruction", "client", "scores", "generated", "correct"} <= set(
+        question
+    )
+    assert evaluation["num_parameters"].keys() == {GLOBAL, LOCAL}
+    history = json.loads((runs() / "history.json").read_text())
+    steps = [v for e in history for k, v in e["metrics"].items() if k.endswith("/num_steps")]
+    assert evaluation["num_steps"] == sum(steps) > 0
+
+
+def test_the_swap_table_holds_every_choice_of_adapters(evaluation):
+    rows = [row for row in evaluation["swap_table"] if row["question_set"] == "local"]
+    for client in CLIENTS:
+        others = [other for other in CLIENTS if other != client]
+        expected = {"base", "global", f"local:{client}", f"global+local:{client}"}
+        expected |= {f"global+local:{other}" for other in others}
+        assert {r["adapters"] for r in rows if r["client"] == client} == expected
+
+
+def test_each_cell_equals_an_evaluation_of_its_own(evaluation, runs, tiny_project):
+    """Sharing prompts between clients and sets must not mix up whose answer is whose."""
+    saved = open_round(load_run(runs()), tiny_project)
+    evaluator = Evaluator(saved, open_store(saved, runs() / "unused"), lambda *_: None)
+    config = saved.run.config
+    loaded, _ = evaluator.model.load()
+    choices = {
+        (): Answering(),
+        (GLOBAL,): Answering(with_global=True),
+        (GLOBAL, LOCAL): Answering(with_global=True, local="bob"),
+    }
+    sets = build_question_sets(config.client("ann"), saved.files["ann"])
+    for active, choice in choices.items():
+        with evaluator.model.answering(choice) as (model, _):
+            scored = {
+                name: evaluate_questions(
+                    model,
+                    loaded.tokenizer,
+                    questions,
+                    active=active,
+                    system_prompt=config.client("ann").system_prompt,
+                    settings=config.evaluation,
+                )
+                for name, questions in sets.items()
+            }
+        for name, scores in scored.items():
+            row = next(
+                row
+                for row in evaluation["swap_table"]
+                if (row["client"], row["question_set"], row["adapters"])
+                == ("ann", name, choice.label)
+            )
+            margins = [score.margin for score in scores if score.margin is not None]
+            assert row["margin"] == pytest.approx(sum(margins) / len(margins), abs=1e-4)
+            assert row["exact_match"] == sum(s.exact_match for s in scores) / len(scores)
+
+
+def test_the_run_s_own_figures_are_found_again(evaluation, runs):
+    """What the clients reported after the last round is what the saved adapters give."""
+    history = json.loads((runs() / "history.json").read_text())
+    for entry in history:
+        if entry["round"] == 2 and entry["phase"] == "evaluate":
+            for name in ("universal", "local", "conflict"):
+                row = next(
+                    row
+                    for row in evaluation["swap_table"]
+                    if row["client"] == entry["client"]
+                    and row["question_set"] == name
+                    and row["adapters"] == f"global+local:{entry['client']}"
+                )
+                reported = entry["metrics"][f"global+local/{name}/rank_accuracy"]
+                assert row["accuracy"] == pytest.approx(reported)
+
+
+def test_a_conflict_passes_only_if_every_client_is_right(evaluation):
+    by_record = {}
+    for row in evaluation["questions"]:
+        if row["question_set"] == CONFLICT and row["scale"] == 1.0:
+            by_record.setdefault(row["record"], []).append(row["correct"])
+    for verdict in evaluation["conflicts"]:
+        assert verdict["passed"] == all(by_record[verdict["record"]])
+        assert len(verdict["interaction"]) == 3
+    rate = evaluation["summary"]["conflict_pass_rate"]
+    assert rate["value"] == sum(v["passed"] for v in evaluation["conflicts"]) / rate["n"]
+
+
+@pytest.mark.parametrize("mode", ["fedavg", "local-only"])
+def test_baselines_have_the_choices_that_there_are(runs, tiny_project, mode):
+    found = evaluate(runs(mode), tiny_project)
+    labels = {row["adapters"].split(":")[0] for row in found["swap_table"]}
+    assert labels == ({"base", "global"} if mode == "fedavg" else {"base", "local"})
+    assert bool(found["summary_chosen_scale"]) == (mode == "local-only")
+    assert (found["summary"]["leakage"]["value"] is None) == (mode == "local-only")
+
+
+def test_gold_answers_give_every_metric_its_known_value(runs, tiny_project):
+    """In the place of a model: each client's own adapters say its gold answers, others never."""
+    saved = open_round(load_run(runs()), tiny_project)
+
+    class Gold(Evaluator):
+        def _answer(self, answering, prompts, done, total):
+            known = {
+                (config.client(client).system_prompt, question.text): question.answer
+                for client, files in saved.files.items()
+                if client == answering.local
+                for questions in build_question_sets(config.client(client), files).values()
+                for question in questions
+            }
+            answers = []
+            for prompt in prompts:
+                gold = known.get((prompt.system_prompt, prompt.question))
+                values = tuple(-1.0 if text == gold else -9.0 for text in prompt.candidates)
+                answers.append(answering_module.Answered(values, gold or "nothing"))
+            self.store.add(self._identify(answering), prompts, answers)
+
+    answering_module = answering
+    config = saved.run.config
+    evaluator = Gold(saved, open_store(saved, runs() / "gold"), lambda *_: None)
+    cells = []
+    for client in saved.clients:
+        sets = build_question_sets(config.client(client), saved.files[client])
+        for name, questions in sets.items():
+            prompt = config.client(client).system_prompt
+            for choice in saved.swaps(client):
+                cells.append(Cell(client, name, choice, prompt, tuple(questions)))
+    found = build_evaluation(saved, evaluator.evaluate(cells), {}, {}, None)
+    evaluator.store.remove()
+    summary = found["summary"]
+    for name in ("conflict", "local", "universal", "universal_unseen"):
+        for suffix in ("accuracy", "accuracy_per_byte", "accuracy_pmi", "exact_match"):
+            assert summary[f"{name}_{suffix}"]["value"] == 1.0, (name, suffix)
+    for suffix in ("", "_per_byte", "_pmi", "_exact_match"):
+        assert summary[f"conflict_pass_rate{suffix}"]["value"] == 1.0
+    assert summary["leakage"]["value"] == summary["leakage_exact_match"]["value"] == 0.0
+    assert summary["specificity_exact_match"]["value"] == 1.0
+    for row in found["swap_table"]:
+        own = row["adapters"].endswith(f"local:{row['client']}")
+        assert row["exact_match"] == float(own)
+        assert row["rouge_l"] == 1.0 if own else row["rouge_l"] < 1.0
+    for verdict in found["conflicts"]:
+        assert verdict["interaction"] == dict.fromkeys(verdict["interaction"], 16.0)
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was(runs, tiny_project, evaluated, monkeypatch):
+    evaluation, num_all = evaluated
+    saved = open_round(load_run(runs()), tiny_project)
+    partial = runs() / PARTIAL_FILE
+    original = answering.score_prompts
+    scored = []
+
+    def counting(model, tokenizer, prompts, **settings):
+        if len(scored) == stop_after:
+            raise KeyboardInterrupt
+        scored.append(len(prompts))
+        return original(model, tokenizer, prompts, **settings)
+
+    monkeypatch.setattr(answering, "score_prompts", counting)
+    stop_after = 4
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_round(saved, lambda *_: None)
+    assert partial.exists()
+    with partial.open("a", encoding="utf-8") as file:
+        file.write('["half a li')  # what a kill in the middle of a line leaves
+    first = sum(scored)
+    scored.clear()
+    stop_after = -1
+    again = evaluate_round(saved, lambda *_: None)
+    assert not partial.exists()
+    everything = {k: v for k, v in evaluation.items() if k != "evaluated"}
+    assert {k: v for k, v in again.items() if k != "evaluated"} == everything
+    assert first > 0 and 0 < sum(scored) < num_all == first + sum(scored)
+
+
+def test_a_changed_adapter_is_not_evaluated(runs, tiny_project, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(runs(), copy)
+    weights = copy / "clients" / "ann" / "round_002" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(RunDirectoryError, match=r"ann.*is not the file that the run wrote"):
+        open_round(load_run(copy), tiny_project)
+    with pytest.raises(RunDirectoryError, match="no complete round 7"):
+        open_round(load_run(copy), tiny_project, 7)
+
+
+def test_an_earlier_round_is_evaluated_with_its_own_adapters(runs, tiny_project, evaluation):
+    saved = open_round(load_run(runs()), tiny_project, 1)
+    earlier = evaluate_round(saved, lambda *_: None)
+    assert earlier["round"] == 1 and earlier["adapters"] != evaluation["adapters"]
+    assert saved.run.evaluation_path(1).name == "evaluation_round_001.json"
+
+
+def test_the_scale_with_the_best_mean_is_chosen_and_the_nearest_to_one_of_several(evaluation):
+    def cell(scale: float) -> Cell:
+        return Cell("ann", "local", Answering(True, "ann", scale), "", ())
+
+    score = next(iter([]), None)
+    from fedlora_app.evaluation.metrics import Score
+
+    score = Score(1.0, 1.0, 1.0, True, 1.0, None, "x")
+    wrong = replace(score, margin=-1.0, exact_match=False)
+    results = {
+        cell(0.25): [wrong, wrong],
+        cell(0.75): [score, score],
+        cell(1.5): [score, score],
+        cell(1.0): [score, wrong],
+    }
+    chosen, curves = choose_scales(results)
+    assert chosen == {"ann": 0.75}
+    assert [row["scale"] for row in curves["ann"]] == [0.25, 0.75, 1.0, 1.5]
+    assert [row["local"] for row in curves["ann"]] == [0.0, 1.0, 0.5, 1.0]
+
+
+def test_another_base_model_is_refused(runs, tiny_project, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(runs(), copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["base_model"]["fingerprint"] = "0" * 64
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ModelError, match="is not the one that the run was trained on") as caught:
+        evaluate(copy, tiny_project)
+    assert "older version" not in str(caught.value)
+    del manifest["base_model"]["fingerprint_covers"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ModelError, match="The run's fingerprint is an older version's"):
+        evaluate(copy, tiny_project)
+
+
+def test_a_client_without_validation_questions_stays_at_scale_1(tiny_project, tmp_path):
+    clients = tiny_config().dump()["federated"]["clients"]
+    clients[0]["local_validation"] = "ann_local.json"
+    config = tiny_config(
+        data={"universal_validation": None}, federated={"clients": clients, "num_rounds": 1}
+    )
+    found = evaluate(Federation(tiny_project, tmp_path, config).run("some"), tiny_project)
+    assert set(found["scales"]) == {"ann"}
+    assert found["summary_chosen_scale"]["local_accuracy"]["n"] > 0
+    assert "own local" in describe_evaluation(found)
+
+
+def test_answers_that_generation_cuts_off_are_noted(runs, tiny_project, evaluation, tokenizer):
+    saved = open_round(load_run(runs()), tiny_project)
+    assert any("right answers are longer" in note for note in evaluation["notes"])  # limit 4
+    settings = saved.run.config.evaluation.model_copy(update={"max_new_tokens": 100})
+    config = saved.run.config.model_copy(update={"evaluation": settings})
+    roomy = replace(saved, run=replace(saved.run, config=config))
+    assert find_cut_answers(roomy, tokenizer) == []
+
+
+def test_a_changed_data_file_is_noted(runs, tiny_project, evaluation):
+    path = tiny_project / "universal_test.json"
+    content = path.read_text()
+    try:
+        path.write_text(content + "\n")
+        found = evaluate(runs(), tiny_project)
+    finally:
+        path.write_text(content)
+    assert any("universal_test.json (universal of ann) was changed" in n for n in found["notes"])
+    assert not any("was changed" in note for note in evaluation["notes"])
+
+
+def test_specificity_is_measured_at_the_chosen_scale_too(runs, tiny_project, monkeypatch):
+    """Own and foreign adapters at one scale; nothing is left out where it is not 1."""
+    monkeypatch.setattr(
+        protocol,
+        "choose_scales",
+        lambda scores: (dict.fromkeys(CLIENTS, 0.5), {c: [] for c in CLIENTS}),
+    )
+    found = evaluate(runs(), tiny_project)
+    rows = [row for row in found["swap_table"] if row["scale"] == 0.5]
+    assert {row["adapters"] for row in rows if row["client"] == "ann"} == {
+        f"global+local:{client}" for client in CLIENTS
+    }
+    own, foreign = [], []
+    for row in rows:
+        if row["question_set"] == "local":
+            side = own if row["adapters"].endswith(f":{row['client']}") else foreign
+            side.append((row["client"], row["accuracy"] * row["n"], row["n"]))
+    total = sum(n for _, _, n in own)
+    expected = (sum(v for _, v, _ in own) - sum(v for _, v, _ in foreign) / 2) / total
+    entry = found["summary_chosen_scale"]["specificity"]
+    assert entry["n"] == total and entry["value"] == pytest.approx(expected)

@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from conftest import build_tiny_config
+from flwr.app import Error, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from loopback import LoopbackGrid
+
+from fedlora_app import server_app
+from fedlora_app.federation import grid as grid_module
+from fedlora_app.federation import ray_pool as workers
+from fedlora_app.federation.grid import PacedGrid, build_message
+from fedlora_app.strategy import RoundError
+
+
+class SlowGrid(LoopbackGrid):
+    """Answers a message only when it has been asked a number of times."""
+
+    def __init__(self, polls_needed: int) -> None:
+        super().__init__({})
+        self.polls_needed = polls_needed
+        self.polls: dict[str, int] = {}
+        self.most_outstanding = 0
+
+    def push_messages(self, messages):
+        for message in messages:
+            number = f"m{len(self.sent)}"
+            message.metadata.__dict__["_message_id"] = number
+            self.sent.append(message)
+            self._replies[number] = Message(RecordDict(), reply_to=message)
+            self.polls[number] = 0
+            self.most_outstanding = max(self.most_outstanding, len(self._replies))
+            yield number
+
+    def pull_messages(self, message_ids):
+        for number in list(message_ids):
+            self.polls[number] += 1
+            if self.polls[number] >= self.polls_needed:
+                yield self._replies.pop(number)
+
+
+@pytest.fixture(autouse=True)
+def _identity():
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_no_more_clients_than_allowed_are_busy_and_none_is_lost(at_once):
+    grid = SlowGrid(polls_needed=3)
+    messages = (build_message(RecordDict(), "train", node) for node in range(7))
+    replies = list(PacedGrid(grid, at_once).send_and_receive(messages, timeout=0.0))
+    assert len(replies) == 7
+    assert grid.most_outstanding == at_once
+
+
+def test_the_next_message_is_made_only_when_its_turn_comes():
+    grid = SlowGrid(polls_needed=1)
+    made = []
+
+    def build(node):
+        made.append(node)
+        return build_message(RecordDict(), "train", node)
+
+    replies = PacedGrid(grid, 1).send_and_receive(build(node) for node in range(3))
+    next(iter(replies))
+    assert made == [0]
+
+
+def test_flowers_own_error_replies_are_laid_to_their_client():
+    """When a SuperNode is gone, the SuperLink answers in its place and under its own id."""
+
+    class Unavailable(SlowGrid):
+        def pull_messages(self, message_ids):
+            for number in list(message_ids):
+                del self._replies[number]
+                request = next(m for m in self.sent if m.metadata.message_id == number)
+                reply = Message(Error(code=3, reason="gone"), reply_to=request)
+                reply.metadata.__dict__["_src_node_id"] = 1
+                yield reply
+
+    messages = [build_message(RecordDict(), "train", node) for node in (21, 22)]
+    replies = list(PacedGrid(Unavailable(1), 1).send_and_receive(messages))
+    assert [reply.metadata.src_node_id for reply in replies] == [21, 22]
+    assert all(reply.has_error() and reply.error.reason == "gone" for reply in replies)
+
+
+@pytest.mark.parametrize("answer", [[], [""], [None]])
+def test_a_message_that_flower_does_not_accept_is_its_clients_failure(answer):
+    class Refusing(SlowGrid):
+        def push_messages(self, messages):
+            [message] = messages
+            refused = message.metadata.dst_node_id in (77, 78)
+            return answer if refused else super().push_messages([message])
+
+    messages = [build_message(RecordDict(), "train", node) for node in (77, 5, 78)]
+    replies = {
+        reply.metadata.src_node_id: reply
+        for reply in PacedGrid(Refusing(1), 3).send_and_receive(messages)
+    }
+    assert {node for node, reply in replies.items() if reply.has_error()} == {77, 78}
+    assert "did not accept the message" in replies[77].error.reason
+    assert len(replies) == 3
+
+
+def test_a_client_that_never_answers_fails_and_the_others_are_still_asked():
+    class Silent(SlowGrid):
+        def pull_messages(self, message_ids):
+            yield from super().pull_messages(i for i in message_ids if i != "m1")
+
+    messages = (build_message(RecordDict(), "train", node) for node in range(3))
+    grid = PacedGrid(Silent(1), 1, client_timeout_seconds=0.2)
+    replies = {reply.metadata.src_node_id: reply for reply in grid.send_and_receive(messages)}
+    assert set(replies) == {0, 1, 2}
+    assert "no answer within 0.2 seconds" in replies[1].error.reason
+    assert not replies[0].has_error() and not replies[2].has_error()
+
+
+class OneWorker:
+    """Takes one message after another; the node ``hung`` never lets go of it."""
+
+    def __init__(self, grid: SlowGrid, hung: int) -> None:
+        self.grid, self.hung = grid, hung
+        self.starts: dict[str, float] = {}
+        self.stopped: list[int] = []
+        self._current = ""
+
+    def started_at(self, message_id):
+        if self._current not in self.grid._replies:
+            waiting = [i for i in self.grid._replies if i not in self.starts]
+            self._current = next(iter(waiting), "")
+            self.starts[self._current] = time.monotonic()
+        return self.starts.get(message_id)
+
+    def is_done(self, message_id):
+        """A client needs 0.1 seconds."""
+        started = self.started_at(message_id)
+        return started and time.monotonic() - started > 0.1 and not self.hangs(message_id)
+
+    def hangs(self, message_id):
+        return self.node(message_id) == self.hung
+
+    def node(self, message_id):
+        return self.grid._replies[message_id].metadata.src_node_id
+
+    def stop(self, message_id):
+        if self._current != message_id:
+            return False
+        self.stopped.append(self.node(message_id))
+        del self.grid._replies[message_id]
+        return True
+
+
+def serve_by_one_worker(hung: int, num_clients: int = 5):
+    class Served(SlowGrid):
+        def pull_messages(self, message_ids):
+            for number in message_ids:
+                if number in self._replies and worker.is_done(number):
+                    yield self._replies.pop(number)
+
+    grid = Served(1)
+    worker = OneWorker(grid, hung)
+    paced = PacedGrid(grid, num_clients, 0.3, lambda: worker)
+    messages = (build_message(RecordDict(), "train", node) for node in range(num_clients))
+    return worker, paced, list(paced.send_and_receive(messages))
+
+
+def test_waiting_in_line_is_no_clients_time():
+    """Five clients take longer than the limit together, and each of them shorter."""
+    worker, paced, replies = serve_by_one_worker(hung=-1)
+    assert len(replies) == 5 and not any(reply.has_error() for reply in replies)
+    assert not worker.stopped and not paced.has_running_clients
+
+
+def test_a_hung_worker_is_stopped_and_only_its_client_blamed():
+    worker, paced, replies = serve_by_one_worker(hung=1)
+    assert worker.stopped == [1] and not paced.has_running_clients
+    assert [r.metadata.src_node_id for r in replies if r.has_error()] == [1]
+    assert len(replies) == 5
+
+
+def test_a_check_in_has_time_for_what_starts_with_it(monkeypatch):
+    def ask():
+        paced = PacedGrid(SlowGrid(polls_needed=9), 1, client_timeout_seconds=0.01)
+        return next(paced.send_and_receive([build_message(RecordDict(), "query", 1)]))
+
+    assert not ask().has_error()
+    monkeypatch.setattr(grid_module, "CHECK_IN_SECONDS", 0.02)
+    assert "no answer within 0.02 seconds (the least for a check-in)" in ask().error.reason
+
+
+def test_the_settings_limit_reaches_the_grid(federation, monkeypatch):
+    """A client that does not answer fails, and the worker that it holds is stopped."""
+    config = build_tiny_config(federated={"min_clients": 1, "client_timeout_seconds": 0.2})
+    silent, stopped = [], []
+
+    def tamper(message, reply):
+        task = message.content.config_records["task"]
+        if (task["client_id"], message.metadata.message_type) == ("bob", "train"):
+            silent.append(message.metadata.message_id)
+            return None
+        return reply
+
+    class Pool:
+        def started_at(self, message_id):
+            return 0.0 if message_id in silent else None
+
+        def stop(self, message_id):
+            stopped.append(message_id)
+            return True
+
+    monkeypatch.setattr(workers, "_pool", Pool())
+    run = federation.run("run", config, tamper)
+    rounds = json.loads((run / "manifest.json").read_text())["rounds"]
+    why = "bob: no answer within 0.2 seconds (federated.client_timeout_seconds)"
+    assert [entry.get("failures") for entry in rounds] == [None, {"bob": why}, {"bob": why}]
+    assert stopped == silent and len(stopped) == 2
+
+
+@pytest.mark.parametrize("is_simulation", [True, False])
+def test_why_a_run_ends_is_told_where_flower_waits_for_a_hung_worker(
+    is_simulation, federation, monkeypatch, capsys
+):
+    config = build_tiny_config(federated={"client_timeout_seconds": 0.2})
+    monkeypatch.setattr(server_app, "_is_simulation", lambda grid: is_simulation)
+    monkeypatch.setattr(server_app, "wait_for_nodes", lambda grid, *_: grid.get_node_ids())
+
+    def tamper(message, reply):
+        return None if message.metadata.message_type == "train" else reply
+
+    with pytest.raises(RoundError, match="0 of 2 clients"):
+        federation.run("run", config, tamper)
+    assert ("0 of 2 clients did their part" in capsys.readouterr().out) == is_simulation
+
+
+def test_a_reply_that_comes_while_another_is_dealt_with_is_not_late():
+    class SecondLater(SlowGrid):
+        def pull_messages(self, message_ids):
+            ready = [i for i in message_ids if i == "m0" or "m0" not in self._replies]
+            yield from super().pull_messages(ready[:1])
+
+    messages = (build_message(RecordDict(), "train", node) for node in range(2))
+    grid = PacedGrid(SecondLater(1), 2, client_timeout_seconds=0.2)
+    replies = []
+    for reply in grid.send_and_receive(messages):
+        replies.append(reply)
+        time.sleep(0.3)  # an update is folded in
+    assert len(replies) == 2 and not any(reply.has_error() for reply in replies)
+
+
+def test_a_client_that_is_waited_for_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(grid_module, "WAITING_REPORT_SECONDS", 0.05)
+    grid = PacedGrid(SlowGrid(polls_needed=12), 1)
+    grid.names = {5: "ann"}
+    assert len(list(grid.send_and_receive([build_message(RecordDict(), "train", 5)]))) == 1
+    assert "Still waiting for ann, " in capsys.readouterr().out
+
+
+def test_of_clients_in_line_the_one_at_work_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(grid_module, "WAITING_REPORT_SECONDS", 0.05)
+
+    class Busy:
+        def started_at(self, message_id):
+            return time.monotonic() - 0.1 if message_id == "m1" else None
+
+    grid = PacedGrid(SlowGrid(polls_needed=12), 2, find_workers=Busy)
+    grid.names = {5: "ann", 6: "bob"}
+    list(grid.send_and_receive(build_message(RecordDict(), "train", node) for node in (5, 6)))
+    assert "Still waiting for bob, " in capsys.readouterr().out

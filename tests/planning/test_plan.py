@@ -1,0 +1,454 @@
+"""Plans: the memory model against counted tensors, the verdict, the text and its errors.
+
+The peak of ``train_phase`` on small models (hidden 64 to 256, 2 to 6 layers, 512 to 800 tokens,
+fp32 and bf16) was predicted with errors from -1 % to +10 %; that of a step of Qwen2.5-7B's shape,
+on tensors that have a size and no memory, +7 % with checkpointing and -1 % without. What 4-bit
+weights add while they are multiplied, CUDA's context and the allocator's reserve are not measured.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEMO_MODEL, ROOT, build_tiny_config, build_tiny_model
+from live_memory import LiveMemory
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, T5Config
+
+from fedlora_app import cli as command
+from fedlora_app.config.loading import load_config
+from fedlora_app.config.rounds import BOTH, Phase
+from fedlora_app.config.schema import GLOBAL, LOCAL, AdaptersConfig, TrainingConfig
+from fedlora_app.data.tokens import Example
+from fedlora_app.model.adapters import AdapterError, activate, adapter_parameters, attach_adapters
+from fedlora_app.model.base import ModelError, build_empty_model
+from fedlora_app.model.fused import fused_adapters
+from fedlora_app.planning.advice import apply_change
+from fedlora_app.planning.gpus import CARDS, EFFICIENCY, Work, compute_flops, compute_seconds
+from fedlora_app.planning.plan import build_plan, parse_memory
+from fedlora_app.planning.sizes import measure_sizes
+from fedlora_app.planning.text import describe_plan, format_size
+from fedlora_app.training import packing
+from fedlora_app.training.losses import token_losses
+from fedlora_app.training.phase import train_phase
+from fedlora_app.training.step_memory import (
+    MicroBatch,
+    Numerics,
+    PlanError,
+    adapter_sizes,
+    predict_phase,
+    predict_step_bytes,
+    read_shape,
+)
+
+GLOBAL_PHASE = Phase((GLOBAL,), (GLOBAL,), "universal")
+LOCAL_PHASE = Phase(BOTH, (LOCAL,), "local")
+JOINT_PHASE = Phase(BOTH, BOTH, "mixed")
+SEVEN_B = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="module")
+def seven_b(tmp_path_factory) -> Path:
+    """A folder with the configuration of Qwen2.5-7B, a tokenizer, and no weights."""
+    folder = tmp_path_factory.mktemp("seven_b")
+    Qwen2Config(**SEVEN_B, architectures=["Qwen2ForCausalLM"]).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seven_b_sizes():
+    with torch.device("meta"):
+        return measure_sizes(Qwen2ForCausalLM(Qwen2Config(**SEVEN_B)), AdaptersConfig())
+
+
+def plan_for(folder: Path, name: str, memory: str = "", overrides: str = ""):
+    config = load_config(ROOT / "conf" / name, f"model.name={folder} {overrides}")
+    return build_plan(config, ROOT, memory)
+
+
+def item_bytes(phase, name: str) -> int:
+    return next(item.num_bytes for item in phase.items if item.name == name)
+
+
+def step_bytes(phase) -> int:
+    """What comes and goes with a phase."""
+    return phase.torch_bytes - phase.resident_bytes
+
+
+@pytest.fixture
+def fedlora(capsys, monkeypatch):
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedlora", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            command.main()
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return call
+
+
+# Counts
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_parameters_are_those_of_the_real_model(tokenizer, is_tied):
+    changes = {"tie_word_embeddings": is_tied}
+    with torch.device("meta"):
+        empty = build_tiny_model(len(tokenizer), **changes)
+    config = AdaptersConfig.model_validate(
+        {"global": {"rank": 4}, "local": {"rank": 2, "target_modules": ["q_proj", "down_proj"]}}
+    )
+    sizes = measure_sizes(empty, config)
+    real = build_tiny_model(len(tokenizer), **changes)
+    assert sizes.total == real.num_parameters() and sizes.is_tied is is_tied
+    assert sizes.linear == sum(
+        module.weight.numel()
+        for name, module in real.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    )
+    model = attach_adapters(real, config)
+    for name, count in adapter_sizes(sizes, config).items():
+        assert count == sum(p.numel() for p in adapter_parameters(model, name))
+
+
+def test_the_7b_shape_has_the_known_sizes(seven_b_sizes):
+    phases = [
+        predict_phase(
+            *(read_shape(Qwen2Config(**SEVEN_B)), seven_b_sizes, AdaptersConfig()),
+            *(TrainingConfig(), Numerics(is_4bit=True, dtype_bytes=2), phase),
+            *(MicroBatch(1024, 512), True),
+        )
+        for phase in (JOINT_PHASE, LOCAL_PHASE)
+    ]
+    joint = phases[0]
+    assert adapter_sizes(seven_b_sizes, AdaptersConfig()) == {GLOBAL: 40370176, LOCAL: 40370176}
+    assert item_bytes(joint, "base, linear layers") == pytest.approx(3.37e9, rel=0.01)
+    ends = item_bytes(joint, "input embedding") + item_bytes(joint, "output head")
+    assert ends == pytest.approx(2.18e9, rel=0.01)
+    learnt = sum(item_bytes(joint, n) for n in ("adapters", "gradients", "optimizer state"))
+    assert learnt == pytest.approx(1.29e9, rel=0.01)
+    assert joint.total_bytes == pytest.approx(8.5e9, rel=0.03)
+    assert phases[1].torch_bytes < joint.torch_bytes  # one adapter learns at a time
+    model_config, adapters = Qwen2Config(**SEVEN_B), AdaptersConfig()
+    needed = predict_step_bytes(
+        *(model_config, adapters, TrainingConfig(), Numerics(is_4bit=False, dtype_bytes=2)),
+        *(JOINT_PHASE, MicroBatch(1024, 1), 0),
+    )
+    assert needed / 1024 == pytest.approx(6.1e6, rel=0.15)  # all layers' activations, per token
+    assert item_bytes(joint, "activations") / 1024 == pytest.approx(0.2e6, rel=0.01)
+
+
+# The memory model against what a step holds
+
+
+def examples_of(lengths: list[int]) -> list[Example]:
+    return [Example([token % 64 for token in range(n)], max(1, n // 2)) for n in lengths]
+
+
+SMALL = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4}
+WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2}
+DEEP = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 6}
+
+
+@pytest.mark.parametrize(
+    ("shape", "lengths", "checkpointing", "phase", "dtype"),
+    [
+        (SMALL, [128] * 8, False, GLOBAL_PHASE, torch.bfloat16),
+        (SMALL, [128] * 8, True, LOCAL_PHASE, torch.float32),
+        (WIDE, [256, 120] * 4, False, LOCAL_PHASE, torch.float32),
+        (WIDE, [256, 120] * 4, True, GLOBAL_PHASE, torch.bfloat16),
+        (DEEP, [200, 60, 33] * 3, False, JOINT_PHASE, torch.bfloat16),
+        (DEEP, [200, 60, 33] * 3, True, GLOBAL_PHASE, torch.float32),
+    ],
+)
+def test_the_peak_of_a_real_step(shape, lengths, checkpointing, phase, dtype):
+    model = build_tiny_model(64, **shape, max_position_embeddings=1024).to(dtype)
+    adapters = AdaptersConfig.model_validate({"global": {"rank": 8}, "local": {"rank": 8}})
+    sizes = measure_sizes(model, adapters)
+    adapted = attach_adapters(model, adapters)
+    for name in BOTH:
+        for parameter in adapter_parameters(adapted, name):
+            parameter.data = parameter.data.float()
+    training = TrainingConfig(
+        batch_size=len(lengths) // 2,
+        gradient_accumulation_steps=2,
+        max_seq_length=max(lengths),
+        gradient_checkpointing=checkpointing,
+    )
+    examples = examples_of(lengths)
+    with LiveMemory() as memory:
+        train_phase(
+            adapted,
+            examples,
+            training,
+            active=phase.active,
+            trainable=phase.trainable,
+            num_steps=1,
+            run_span=(0.0, 1.0),
+            weight_decays={GLOBAL: 0.0, LOCAL: 0.0},
+            seed=1,
+        )
+    room = min(training.batch_size * training.max_seq_length, sum(lengths))
+    batch = MicroBatch(room, room // 2)
+    predicted = predict_phase(
+        *(read_shape(model.config), sizes, adapters, training),
+        *(Numerics(is_4bit=False, dtype_bytes=dtype.itemsize), phase, batch, checkpointing),
+    )
+    assert step_bytes(predicted) == pytest.approx(memory.peak, rel=0.15)
+
+
+@pytest.fixture
+def fake_7b() -> Iterator[tuple[Qwen2ForCausalLM, object, FakeTensorMode]]:
+    """The 7B shape with both adapters, in tensors that have a size and no memory."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.device("meta"):
+        base = Qwen2ForCausalLM(Qwen2Config(**SEVEN_B, dtype="bfloat16"))
+    adapted = attach_adapters(base, AdaptersConfig())
+    with mode:
+        for module in adapted.modules():
+            for key, value in list(module._parameters.items()):
+                if value is not None:
+                    is_lora = module in adapter_modules(adapted)
+                    dtype = torch.float32 if is_lora else torch.bfloat16
+                    module._parameters[key] = torch.nn.Parameter(
+                        torch.zeros(value.shape, dtype=dtype), requires_grad=False
+                    )
+            for key, value in list(module._buffers.items()):
+                module._buffers[key] = torch.zeros(value.shape, dtype=value.dtype)
+    packing._trusted[base] = {packing.ATTENTION}
+    yield base, adapted, mode
+
+
+def adapter_modules(adapted) -> set[torch.nn.Module]:
+    return {module for name, module in adapted.named_modules() if ".lora_" in name}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "checkpointing"), [([1024] * 4, True), ([700, 500, 300, 100], False)]
+)
+def test_the_peak_of_a_step_of_7b(fake_7b, seven_b_sizes, lengths, checkpointing):
+    base, adapted, mode = fake_7b
+    examples = examples_of(lengths)
+    batch = packing.pack(examples, torch.device("cpu"))
+    activate(adapted, BOTH, (LOCAL,))
+    if checkpointing:
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    adapted.train()
+    runs = (mode, packing.packed_attention(base), fused_adapters(adapted, BOTH))
+    with runs[0], runs[1], runs[2], LiveMemory() as memory:
+        hidden = packing.compute_hidden_states(base, batch).index_select(0, batch.predicting)
+        token_losses(base.lm_head, hidden, batch.targets).sum().backward()
+    answers = sum(example.num_answer_tokens for example in examples)
+    predicted = predict_phase(
+        *(read_shape(base.config), seven_b_sizes, AdaptersConfig(), TrainingConfig()),
+        *(Numerics(is_4bit=False, dtype_bytes=2), LOCAL_PHASE),
+        *(MicroBatch(sum(lengths), answers), checkpointing),
+    )
+    expected = step_bytes(predicted) - item_bytes(predicted, "optimizer state")
+    assert expected == pytest.approx(memory.peak, rel=0.10)
+
+
+# Time
+
+
+def test_the_time_is_the_roofline_at_the_assumed_efficiency(seven_b_sizes):
+    shape = read_shape(Qwen2Config(**SEVEN_B))
+    numerics = Numerics(is_4bit=True, dtype_bytes=2)
+    work = Work(tokens=10**6, answer_tokens=10**6, attention_pairs=0, micro_batches=0)
+    card = next(card for card in CARDS if card.name == "RTX 4090")
+    for checkpointing, expected in ((False, 5600), (True, 3850)):
+        flops = compute_flops(shape, seven_b_sizes, work, 0, 40370176, checkpointing)
+        seconds = compute_seconds(card, flops, seven_b_sizes, numerics, 0, checkpointing)
+        assert 10**6 / seconds == pytest.approx(EFFICIENCY * expected, rel=0.08)
+    longer = compute_seconds(card, flops, seven_b_sizes, numerics, 100, True)
+    assert longer > seconds  # weights are read for every micro-batch
+
+
+# Plans
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("24GB", 24e9), ("24 GB", 24e9), ("7.0GiB", 7 * 2**30), ("8g", 8e9), ("512MiB", 2**29)],
+)
+def test_memory_sizes(text, expected):
+    assert parse_memory(text) == expected
+
+
+@pytest.mark.parametrize("text", ["24", "much", "0GB", "-3GB", "GB", "1e3GB", "24GBs"])
+def test_no_memory_sizes(text):
+    with pytest.raises(PlanError, match="is no size. Expected"):
+        parse_memory(text)
+
+
+def test_data_are_counted_as_they_are_trained_on(tiny_project):
+    plan = build_plan(build_tiny_config(), tiny_project, "8GB")
+    assert plan.verdict.fits and plan.notes == []
+    assert [(w.client, w.phase) for w in plan.work] == [
+        *(("ann", "global"), ("bob", "global"), ("ann", "local"), ("bob", "local"))
+    ]
+    ann = plan.work[0]
+    assert ann.num_examples == 4 and ann.steps == 2 and ann.passes == 1
+    assert 0 < ann.packing_fill <= 1 and ann.work.tokens == ann.tokens_per_epoch
+    assert ann.longest < 128 and plan.phases[0].micro_batch_tokens <= 2 * ann.longest
+    parameters = plan.adapter_parameters[GLOBAL]
+    assert plan.traffic.up_per_client == 4 * parameters
+    assert plan.traffic.least_up_per_client == 2 * parameters
+    assert all(card.fits and card.round_seconds > 0 for card in plan.cards)
+
+
+@pytest.mark.parametrize(
+    ("mode", "phases", "senders"),
+    [("fedavg", ["global"], 2), ("local-only", ["local"], 0), ("centralized", ["global"], 1)],
+)
+def test_other_modes(tiny_project, mode, phases, senders):
+    plan = build_plan(build_tiny_config(federated={"mode": mode}), tiny_project, "8GB")
+    assert [phase.phase for phase in plan.phases] == phases
+    assert plan.traffic.num_senders == senders
+    assert len(plan.work) == (1 if mode == "centralized" else 2)
+    assert "GB" in describe_plan(plan)
+
+
+def test_a_7b_model_on_cards_of_24_and_8_gb(seven_b):
+    plan = plan_for(seven_b, "qwen2.5-7b-4090.yaml", "24GB")
+    assert plan.verdict.fits and not plan.verdict.checkpointing_unneeded
+    assert plan.work == [] and "The training data is not here" in plan.notes[0]
+    assert plan.largest_phase.micro_batch_tokens == 2048
+    assert not any(phase.checkpointing for phase in plan.phases)
+    small = plan_for(seven_b, "qwen2.5-7b-8gb.yaml", "7.0GiB")
+    assert small.verdict.fits
+
+
+def test_checkpointing_that_is_not_needed_is_named(seven_b):
+    plan = plan_for(seven_b, "qwen2.5-7b-4090.yaml", "80GB", "training.gradient_checkpointing=true")
+    assert plan.verdict.checkpointing_unneeded
+    assert "training.gradient_checkpointing=false" in describe_plan(plan)
+    plan = plan_for(seven_b, "qwen2.5-7b-4090.yaml", "80GB")
+    assert not any(phase.checkpointing for phase in plan.phases)
+    plan = plan_for(seven_b, "qwen2.5-7b-4090.yaml", "12GB")
+    assert all(phase.checkpointing for phase in plan.phases) and plan.verdict.fits
+
+
+LARGE = "training.batch_size=4 training.gradient_accumulation_steps=6"
+
+
+@pytest.mark.parametrize(
+    ("memory", "overrides", "settings"),
+    [
+        ("10GB", "training.gradient_checkpointing=false", ["training.gradient_checkpointing"]),
+        ("9GB", LARGE, ["training.batch_size", "training.gradient_accumulation_steps"]),
+        ("12GB", "model.quantization=none", ["model.quantization"]),
+        ("7.4GB", LARGE, ["training.batch_size", "training.optimizer", "model.embedding_device"]),
+    ],
+)
+def test_changes_that_are_named_make_it_fit(seven_b, memory, overrides, settings):
+    plan = plan_for(seven_b, "qwen2.5-7b-4090.yaml", memory, overrides)
+    verdict = plan.verdict
+    assert not verdict.fits and verdict.changed_peak_bytes <= verdict.limit_bytes
+    assert set(settings) <= set(verdict.changes)
+    words = " ".join(f"{key}={str(value).lower()}" for key, value in verdict.changes.items())
+    assert words in " ".join(describe_plan(plan).split())
+    again = plan_for(seven_b, "qwen2.5-7b-4090.yaml", memory, f"{overrides} {words}")
+    assert again.verdict.fits
+    training = apply_change(
+        load_config(ROOT / "conf" / "qwen2.5-7b-4090.yaml"), verdict.changes
+    ).training
+    assert training.batch_size * training.gradient_accumulation_steps == 24
+
+
+def test_nothing_helps(seven_b):
+    plan = plan_for(seven_b, "qwen2.5-7b-4090.yaml", "3GB")
+    assert plan.verdict.changes is None and "No setting makes it fit" in describe_plan(plan)
+
+
+def test_a_smaller_limit_never_predicts_more(seven_b_sizes):
+    shape, training = read_shape(Qwen2Config(**SEVEN_B)), TrainingConfig()
+    numerics = Numerics(is_4bit=True, dtype_bytes=2)
+    totals = [
+        predict_phase(
+            *(shape, seven_b_sizes, AdaptersConfig(), training, numerics, LOCAL_PHASE),
+            *(MicroBatch(tokens, tokens // 2), True),
+        ).total_bytes
+        for tokens in (64, 512, 1024, 4096)
+    ]
+    assert totals == sorted(totals)
+
+
+def test_models_that_cannot_be_planned(tiny_project, tmp_path):
+    with pytest.raises(PlanError, match="no decoder"):
+        read_shape(T5Config())
+    with pytest.raises(PlanError, match="mixture of experts"):
+        read_shape(AutoConfig.for_model("mixtral"))
+    with pytest.raises(PlanError, match="does not say hidden_size"):
+        read_shape(object())
+    with pytest.raises(ModelError, match="(?s)was not found.*A plan needs no weights.*hf download"):
+        build_plan(build_tiny_config(model={"name": "nobody/nothing"}), tmp_path)
+    with pytest.raises(ModelError, match="embedding_device: cpu is impossible"):
+        tied = build_tiny_config(model={"embedding_device": "cpu"})
+        build_plan(tied, tiny_project)
+    with pytest.raises(AdapterError, match="names no linear"):
+        wrong = {"global": {"target_modules": ["nothing"]}}
+        build_plan(build_tiny_config(adapters=wrong), tiny_project)
+
+
+def test_a_model_without_a_chat_template_is_planned_without_data(tiny_project, tmp_path):
+    folder = tmp_path / "model"
+    build_tiny_model(64).config.save_pretrained(folder)
+    plan = build_plan(build_tiny_config(model={"name": str(folder)}), tiny_project)
+    assert plan.work == [] and "The tokenizer cannot be used" in plan.notes[0]
+
+
+def test_the_model_is_the_configured_one(tiny_project):
+    empty = build_empty_model(build_tiny_config().model, tiny_project)
+    plan = build_plan(build_tiny_config(), tiny_project, "8GB")
+    assert plan.base.total == empty.num_parameters()
+
+
+# The command
+
+
+def test_the_command_prints_a_plan(fedlora):
+    status, out, err = fedlora("plan", ROOT / "conf" / "demo.yaml", "--gpu-memory", "8GB")
+    assert status == 0, err
+    for part in ("Peak of GPU memory", "northgate", "Per round", "RTX 4090", "Fits:", "assumed"):
+        assert part in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_the_command_prints_json_alone(fedlora):
+    status, out, _ = fedlora(
+        *("plan", ROOT / "conf" / "demo.yaml", "--json", "--overrides", "training.batch_size=2")
+    )
+    plan = json.loads(out)
+    assert status == 0 and plan["verdict"]["fits"] is True
+    assert plan["phases"][0]["total_bytes"] > plan["phases"][0]["torch_bytes"]
+    assert plan["phases"][0]["micro_batch_tokens"] <= 2 * 128
+    assert plan["base"]["total"] > 10**6
+
+
+def test_the_command_ends_with_2_for_what_can_be_mended(fedlora, tmp_path):
+    demo = ROOT / "conf" / "demo.yaml"
+    status, _, err = fedlora("plan", demo, "--gpu-memory", "24")
+    assert status == 2 and "Expected a number above 0 and its unit" in err
+    status, _, err = fedlora("plan", demo, "--overrides", "training.batch_sise=2")
+    assert status == 2 and "batch_sise" in err
+    status, _, err = fedlora("plan", demo, "--overrides", "model.name=nobody/nothing")
+    assert status == 2 and "hf download nobody/nothing" in err
+
+
+def test_sizes_are_written_in_powers_of_ten():
+    assert [format_size(n) for n in (8.54e9, 61.6e6, 524288)] == ["8.54 GB", "61.6 MB", "524.3 kB"]

@@ -1,0 +1,633 @@
+"""A run that was stopped anywhere and continued is the run that nobody stopped."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import build_tiny_config
+from flwr.app import Error, Message, MessageType
+from full_disk import limit_files, no_larger_files_than
+from loopback import Federation
+
+from fedlora_app.config.schema import ConfigError
+from fedlora_app.evaluation.choices import open_round
+from fedlora_app.foundation import files as storage
+from fedlora_app.foundation.files import WEIGHTS_FILE, hash_file
+from fedlora_app.foundation.project import hash_package
+from fedlora_app.report.pieces import read_pieces
+from fedlora_app.runs import directory as run_directory
+from fedlora_app.runs.directory import RunDirectory, RunDirectoryError
+from fedlora_app.runs.reading import load_run
+from fedlora_app.runs.resuming import describe_other_software
+from fedlora_app.strategy import RoundError
+
+MEASURED = re.compile(r"seconds|peak_memory|^bytes_(up|down)$|^time$|^process$")
+
+
+class Stopped(BaseException):
+    """Ends a run as abruptly as something in its own process can."""
+
+
+def stop_at(number: int):
+    """Return what stops a run at its n-th message, before or after the client has done it."""
+    seen = 0
+
+    def tamper(message, reply):
+        nonlocal seen
+        seen += 1
+        if seen == number:
+            raise Stopped
+        return reply
+
+    return tamper
+
+
+def snapshot(run: Path) -> dict[str, object]:
+    """Return everything that a run is to repeat, without what clocks and processes say."""
+
+    def strip(value):
+        if isinstance(value, dict):
+            return {k: strip(v) for k, v in value.items() if not MEASURED.search(k)}
+        return [strip(entry) for entry in value] if isinstance(value, list) else value
+
+    found: dict[str, object] = {
+        str(path.relative_to(run)): hash_file(path)
+        for path in sorted(run.rglob(WEIGHTS_FILE))
+        if ".partial" not in str(path)
+    }
+    found["history"] = strip(json.loads((run / "history.json").read_text()))
+    events = (run / "metrics.jsonl").read_text().splitlines()
+    found["events"] = [strip(json.loads(line)) for line in events]
+    manifest = json.loads((run / "manifest.json").read_text())
+    found["rounds"] = [strip(e) | {"completed": 0} for e in manifest["rounds"]]
+    found["config"] = (run / "config.json").read_text()
+    assert manifest["finished"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_project, tmp_path_factory):
+    """Snapshots of whole runs by schedule."""
+    found = {}
+    for schedule in ("phased", "joint"):
+        config = build_tiny_config(training={"schedule": schedule})
+        folder = tmp_path_factory.mktemp(schedule)
+        found[schedule] = snapshot(Federation(tiny_project, folder, config).run("run"))
+    return found
+
+
+def stopped_run(project, folder, number, config=None):
+    """Return a federation whose run stopped at a message."""
+    federation = Federation(project, folder, config or build_tiny_config())
+    with pytest.raises(Stopped):
+        federation.run("run", tamper=stop_at(number))
+    return federation
+
+
+# Messages: 2 check-ins, 2 evaluations of the base, then 2 trains and 2 evaluations per round.
+@pytest.mark.parametrize("number", range(3, 13))
+def test_a_run_stopped_at_any_message_ends_in_the_same_bytes(
+    tiny_project, tmp_path, undisturbed, number
+):
+    federation = stopped_run(tiny_project, tmp_path, number)
+    federation.run("run", resume="latest")
+    assert snapshot(tmp_path / "run") == undisturbed["phased"]
+
+
+@pytest.mark.parametrize("number", [6, 9, 11])
+def test_so_does_one_of_the_joint_schedule(tiny_project, tmp_path, undisturbed, number):
+    config = build_tiny_config(training={"schedule": "joint"})
+    federation = stopped_run(tiny_project, tmp_path, number, config)
+    federation.run("run", config, resume="run")
+    assert snapshot(tmp_path / "run") == undisturbed["joint"]
+
+
+@pytest.mark.parametrize("mode", ["fedavg", "local-only", "centralized"])
+def test_so_do_runs_of_the_other_modes(tiny_project, tmp_path, mode):
+    config = build_tiny_config(federated={"mode": mode})
+    whole = snapshot(Federation(tiny_project, tmp_path / "whole", config).run("run"))
+    federation = stopped_run(tiny_project, tmp_path / "stopped", 7, config)
+    federation.run("run", config, resume="run")
+    assert snapshot(tmp_path / "stopped" / "run") == whole
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        ("", "cannot be read"),
+        ('{"a": 1}', "cannot be read"),
+        ('[{"x": 1}]', "cannot be read"),
+        ('[{"round": 0, "client": "ann", "phase": "evaluate", "metrics": {}}]', "lacks round 1"),
+        ('[{"round": 0}, {"round": 1}]', "lacks client"),
+    ],
+)
+def test_a_history_that_is_damaged_is_refused_before_anything_changes(
+    tiny_project, tmp_path, content, message
+):
+    federation = stopped_run(tiny_project, tmp_path, 10)
+    run = tmp_path / "run"
+    if content is None:
+        (run / "history.json").unlink()
+    else:
+        (run / "history.json").write_text(content)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(RunDirectoryError, match=message):
+        federation.run("run", resume="run", **{"num-rounds": 3})
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_cannot_be_cut_to_the_rounds_that_it_has(tiny_project, tmp_path):
+    """It would end without a last evaluation and without final local adapters."""
+    federation = stopped_run(tiny_project, tmp_path, 10)  # round 1 of 2 is complete
+    with pytest.raises(ConfigError, match="no round is left to end the run with"):
+        federation.run("run", resume="run", **{"num-rounds": 1})
+
+
+def test_what_may_change_is_taken_from_the_settings_that_are_given(tiny_project, tmp_path):
+    federation = stopped_run(tiny_project, tmp_path, 10)
+    config = build_tiny_config(federated={"keep_rounds": 1})
+    federation.run("run", config, resume="run")
+    kept = [path.name for path in (tmp_path / "run" / "server").iterdir()]
+    assert kept == ["round_002"]
+
+
+def test_final_adapters_are_never_those_of_a_run_with_fewer_rounds(tiny_project, tmp_path):
+    federation = Federation(tiny_project, tmp_path, build_tiny_config())
+    federation.run("run")
+    with pytest.raises(Stopped):
+        federation.run("run", tamper=stop_at(5), resume="run", **{"num-rounds": 3})
+    assert not (tmp_path / "run" / "final" / "global").exists()
+
+
+def test_a_client_that_missed_the_last_round_answers_with_what_it_had(
+    tiny_project, tmp_path, capsys
+):
+    def fail(message, reply):
+        task = message.content.config_records["task"]
+        if (task["client_id"], task["server_round"]) == ("bob", 2):
+            return Message(Error(0, "gone"), reply_to=message)
+        return reply
+
+    config = build_tiny_config(federated={"min_clients": 1})
+    run = Federation(tiny_project, tmp_path, config).run("run", tamper=fail)
+    saved = load_run(run)
+    assert saved.last_round == 2
+    assert (saved.local_round(2, "ann"), saved.local_round(2, "bob")) == (2, 1)
+    opened = open_round(saved, tiny_project)
+    assert opened.hashes["local:bob"] == saved.adapter_sha256(1, "bob")
+    problems = "\n".join(read_pieces(run).problems)
+    for text in (capsys.readouterr().out, problems):
+        assert "bob did not report in the last round" in text
+        assert "its local adapter of round 1, clients/bob/round_001." in text
+        assert "ann did not report" not in text
+
+
+def test_a_report_lost_in_the_last_joint_round_leaves_the_adapter_of_the_round_before(
+    tiny_project, tmp_path
+):
+    """What the client has written in that round is not what the server knows of."""
+
+    def lose(message, reply):
+        task = message.content.config_records["task"]
+        is_evaluation = message.metadata.message_type == MessageType.EVALUATE
+        if is_evaluation and (task["client_id"], task["server_round"]) == ("bob", 2):
+            return Message(Error(0, "gone"), reply_to=message)
+        return reply
+
+    config = build_tiny_config(training={"schedule": "joint"}, federated={"min_clients": 1})
+    federation = Federation(tiny_project, tmp_path, config)
+    run = federation.run("run", tamper=lose)
+    opened = open_round(load_run(run), tiny_project)
+    assert opened.hashes["local:bob"] == opened.run.adapter_sha256(1, "bob")
+    federation.run("run", config, resume="run", **{"num-rounds": 3})
+    saved = load_run(run)
+    assert saved.local_round(3, "bob") == 3 and saved.adapter_sha256(3, "bob")
+
+
+def test_a_run_s_name_may_hold_an_at_sign(tiny_project, tmp_path):
+    folder = tmp_path / "me@home"
+    federation = stopped_run(tiny_project, folder, 10)
+    federation.run("run", resume=str(folder / "run"))
+    with pytest.raises(RunDirectoryError, match="there is no run"):
+        federation.run("run", resume="x" * 300)
+
+
+def test_a_run_stopped_twice_while_it_writes_ends_in_the_same_bytes(
+    tiny_project, tmp_path, undisturbed, monkeypatch
+):
+    federation = Federation(tiny_project, tmp_path, build_tiny_config())
+    for name in ("_write_manifest", "complete_round"):
+        original = getattr(RunDirectory, name)
+
+        def stop(self, *args, _original=original, **facts):
+            if self.manifest["rounds"] and len(self.manifest["rounds"]) >= 1:
+                raise Stopped
+            return _original(self, *args, **facts)
+
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(RunDirectory, name, stop)
+            again = (tmp_path / "run").exists()
+            resume = {"resume": "run"} if again else {}
+            federation.run("run", **resume)
+    federation.run("run", resume="run")
+    assert snapshot(tmp_path / "run") == undisturbed["phased"]
+
+
+@pytest.mark.parametrize("number", range(1, 6))
+def test_a_rewind_that_stops_at_any_write_can_be_gone_on_with(
+    tiny_project, tmp_path, undisturbed, monkeypatch, number
+):
+    """Manifest, configuration, history, its table and the events are written in its course."""
+    federation = stopped_run(tiny_project, tmp_path, 11)  # rounds 0 and 1 are complete
+    original, writes = run_directory.write_atomically, 0
+
+    def stop(path, text):
+        nonlocal writes
+        writes += 1
+        if writes == number:
+            raise Stopped
+        original(path, text)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(run_directory, "write_atomically", stop)
+        patch.setattr(run_directory, "write_json", lambda p, v: stop(p, storage._dump(v)))
+        federation.run("run", resume="run@0")
+    shutil.copytree(tmp_path / "run", tmp_path / "other" / "run")
+    federation.run("run", resume="latest")
+    assert snapshot(tmp_path / "run") == undisturbed["phased"]
+    federation.output_dir = tmp_path / "other"  # of the clients
+    federation.run("run", resume=str(tmp_path / "other" / "run@0"))
+    assert snapshot(tmp_path / "other" / "run") == undisturbed["phased"]
+
+
+def test_a_history_that_lacks_a_round_names_the_round_before_it(tiny_project, tmp_path):
+    federation = stopped_run(tiny_project, tmp_path, 11)
+    path = tmp_path / "run" / "history.json"
+    entries = json.loads(path.read_text())
+    path.write_text(json.dumps([entry for entry in entries if entry["round"] == 0]))
+    with pytest.raises(RunDirectoryError, match=r"lacks round 1\.(?s:.*)resume='run@0'$"):
+        federation.run("run", resume="latest")
+    federation.run("run", resume="run@0")
+
+
+def test_more_rounds_can_be_added_to_a_finished_run(tiny_project, tmp_path, undisturbed, capsys):
+    federation = Federation(tiny_project, tmp_path, build_tiny_config())
+    federation.run("run")
+    resume = {"resume": "run"}
+    with pytest.raises(ConfigError, match="has finished its 2 rounds"):
+        federation.run("run", **resume)
+    with pytest.raises(ConfigError, match="2 rounds are complete and num-rounds is 1"):
+        federation.run("run", **resume, **{"num-rounds": 1})
+    federation.run("run", **resume, **{"num-rounds": 3})
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert [entry["round"] for entry in manifest["rounds"]] == [0, 1, 2, 3]
+    assert "learning rate follows the schedule of the new total" in capsys.readouterr().out
+    kept = snapshot(tmp_path / "run")
+    for name, value in undisturbed["phased"].items():
+        if "round_" in name:
+            assert kept[name] == value
+
+
+def test_settings_that_differ_from_the_run_are_refused_with_their_keys(tiny_project, tmp_path):
+    federation = stopped_run(tiny_project, tmp_path, 7)
+    resume = {"resume": "run"}
+    with pytest.raises(ConfigError, match=r"training\.learning_rate: 0\.01 in the run, 0\.5 given"):
+        federation.run("run", **resume, overrides="training.learning_rate=0.5")
+    with pytest.raises(ConfigError, match="federated.mode"):
+        federation.run("run", **resume, mode="fedavg")
+    with pytest.raises(ConfigError, match="run-name has no effect"):
+        federation.run("run", **resume, **{"run-name": "other"})
+    assert (tmp_path / "run" / "server" / "round_000").exists()
+
+
+def test_changed_data_are_refused_by_client_and_file(tiny_project, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(tiny_project, project)
+    federation = stopped_run(project, tmp_path / "results", 7)
+    path = project / "ann_local.json"
+    path.write_text(path.read_text().replace("ann says", "ann wrote"))
+    before = hash_file(tmp_path / "results" / "run" / "manifest.json")
+    with pytest.raises(ConfigError, match="ann: local, local_train"):
+        federation.run("run", resume="run")
+    assert hash_file(tmp_path / "results" / "run" / "manifest.json") == before
+
+
+def change_data_after(kind: str, path: Path):
+    """Return what changes a file when bob has done his part of round 1."""
+
+    def tamper(message, reply):
+        task = message.content.config_records["task"]
+        now = (message.metadata.message_type, task["client_id"], task["server_round"])
+        if now == (kind, "bob", 1):
+            path.write_text(path.read_text().replace("red", "rose"))
+        return reply
+
+    return tamper
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "roles"),
+    [
+        (MessageType.TRAIN, "ann_universal.json", "universal_train (ann_universal.json)"),
+        (
+            MessageType.EVALUATE,
+            "ann_local.json",
+            "local (ann_local.json), local_train (ann_local.json)",
+        ),
+        (MessageType.EVALUATE, "universal_test.json", "universal (universal_test.json)"),
+    ],
+)
+def test_data_that_change_during_a_run_are_refused_and_named(
+    tiny_project, tmp_path, undisturbed, kind, name, roles
+):
+    project = tmp_path / "project"
+    shutil.copytree(tiny_project, project)
+    path = project / name
+    content = path.read_text()
+    federation = Federation(project, tmp_path, build_tiny_config())
+    with pytest.raises(RoundError) as caught:
+        federation.run("run", tamper=change_data_after(kind, path))
+    told = f"ann: these data files are not those that the run began with: {roles}. Restore them"
+    assert told in str(caught.value)
+    with pytest.raises(ConfigError, match="these files are not those that the run began with"):
+        federation.run("run", resume="run")
+    path.write_text(content)
+    federation.run("run", resume="run")
+    assert snapshot(tmp_path / "run") == undisturbed["phased"]
+
+
+def test_an_update_from_changed_data_is_not_counted(tiny_project, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(tiny_project, project)
+    config = build_tiny_config(federated={"min_clients": 1})
+    tamper = change_data_after(MessageType.EVALUATE, project / "ann_local.json")
+    run = Federation(project, tmp_path, config).run("run", tamper=tamper)
+    history = json.loads((run / "history.json").read_text())
+    phases = {(entry["client"], entry["phase"]) for entry in history if entry["round"] == 2}
+    assert {phase for client, phase in phases if client == "ann"} == {"failure", "traffic"}
+    assert ("bob", "evaluate") in phases
+
+
+def change_weights(model: Path) -> None:
+    content = bytearray((model / "model.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (model / "model.safetensors").write_bytes(content)
+
+
+def change_configuration(model: Path) -> None:
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 0.1}))
+
+
+def change_template(model: Path) -> None:
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text("{# another #}" + template)
+
+
+@pytest.mark.parametrize("change", [change_weights, change_configuration, change_template])
+def test_another_base_model_is_refused(tiny_project, tmp_path, change):
+    project = tmp_path / "project"
+    shutil.copytree(tiny_project, project)
+    federation = stopped_run(project, tmp_path / "results", 7)
+    change(project / "model")
+    with pytest.raises(RoundError, match="do not hold the same base model") as caught:
+        federation.run("run", resume="run")
+    assert "older version" not in str(caught.value)
+
+
+def test_a_run_of_a_version_with_another_fingerprint_says_how_to_go_on(
+    tiny_project, tmp_path, undisturbed
+):
+    federation = stopped_run(tiny_project, tmp_path, 7)
+    path = tmp_path / "run" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    about = manifest["base_model"]
+    assert about.pop("fingerprint_covers")
+    about["fingerprint"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(RoundError, match='delete "fingerprint" from "base_model"'):
+        federation.run("run", resume="run")
+    del about["fingerprint"]
+    path.write_text(json.dumps(manifest))
+    federation.run("run", resume="run")
+    assert snapshot(tmp_path / "run") == undisturbed["phased"]
+
+
+def test_what_a_run_goes_on_with_instead_is_noted(tiny_project, tmp_path, capsys):
+    federation = stopped_run(tiny_project, tmp_path, 7)
+    path = tmp_path / "run" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["package_sha256"] == hash_package()
+    now, device = manifest["versions"], manifest["clients"]["bob"]["device"]
+    changed = {
+        "python": "3.0.1",
+        "versions": now | {"torch": "0.1", "lost-package": "0.2"},
+        "package_sha256": "a" * 64,
+        "clients": {**manifest["clients"]},
+    }
+    changed["clients"]["bob"] |= {"device": "A GPU, 24.0 GiB"}
+    path.write_text(json.dumps(manifest | changed))
+    capsys.readouterr()
+    federation.run("run", resume="run")
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Note")]
+    expected = [
+        ("python", "3.0.1", platform.python_version()),
+        ("torch", "0.1", now["torch"]),
+        ("lost-package", "0.2", "none"),
+        ("other code of this project, sha256", "a" * 12, hash_package()[:12]),
+        ("bob on", "A GPU, 24.0 GiB", device),
+    ]
+    assert notes == [
+        f"Note: the run began with {name} {before}, and this is {found}; what follows may differ "
+        "from an undisturbed run."
+        for name, before, found in expected
+    ]
+
+
+def test_nothing_is_noted_where_nothing_changed_or_an_older_run_does_not_say(
+    tiny_project, tmp_path, capsys
+):
+    federation = stopped_run(tiny_project, tmp_path, 7)
+    path = tmp_path / "run" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    reports = manifest["clients"]
+    assert not list(describe_other_software(manifest, reports))
+    del manifest["package_sha256"]
+    path.write_text(json.dumps(manifest))
+    federation.run("run", resume="run")
+    assert "Note: the run began" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["server", "clients/ann"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_round_is_reported_and_the_one_before_it_used_on_demand(
+    tiny_project, tmp_path, undisturbed, part, damage
+):
+    federation = stopped_run(tiny_project, tmp_path, 11)
+    weights = tmp_path / "run" / part / "round_001" / WEIGHTS_FILE
+    weights.write_bytes(weights.read_bytes()[:-7]) if damage == "cut" else weights.unlink()
+    with pytest.raises((RunDirectoryError, RoundError)) as caught:
+        federation.run("run", resume="run")
+    assert "resume='run@0'" in str(caught.value) and str(weights.parent) in str(caught.value)
+    with pytest.raises(RunDirectoryError, match="no complete round '7'. Complete: 0, 1"):
+        federation.run("run", resume="run@7")
+    federation.run("run", resume="run@0")
+    assert snapshot(tmp_path / "run") == undisturbed["phased"]
+
+
+@pytest.mark.parametrize("number", [3, 11])  # no round is complete, or round 1
+@pytest.mark.parametrize("name", ["manifest.json", "server", "clients/ann", "final"])
+def test_links_out_of_the_run_are_refused_before_anything_changes(
+    tiny_project, tmp_path, number, name
+):
+    federation = stopped_run(tiny_project, tmp_path, number)
+    link, outside = tmp_path / "run" / name, tmp_path / "outside"
+    if link.exists():
+        link.rename(outside)
+    else:
+        outside.mkdir()
+        link.parent.mkdir(exist_ok=True)
+    link.symlink_to(outside)
+
+    def content():
+        files = (path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock")
+        outer = {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()}
+        return {path: path.read_bytes() for path in files} | outer
+
+    before = content()
+    with pytest.raises(ValueError, match=f"{name}.* is a link that leads out of the run directory"):
+        federation.run("run", resume="run")
+    assert content() == before and link.is_symlink()
+
+
+def test_two_runs_cannot_write_one_run_directory(tiny_project, tmp_path):
+    federation = stopped_run(tiny_project, tmp_path, 7)
+    other = RunDirectory.reopen(tmp_path / "run", {})
+    with pytest.raises(RunDirectoryError, match="is being written by another process"):
+        federation.run("run", resume="run")
+    other.close()
+    federation.run("run", resume="run")
+
+
+@pytest.mark.parametrize(
+    ("kind", "server_round", "limit"),
+    [
+        (MessageType.QUERY, 0, 200),
+        (MessageType.QUERY, 0, 3000),
+        (MessageType.TRAIN, 2, 900),
+        (MessageType.TRAIN, 2, 6000),
+        (MessageType.EVALUATE, 1, 500),
+        (MessageType.EVALUATE, 1, 6000),
+    ],
+)
+def test_a_full_disk_stops_the_run_names_the_file_and_the_last_round_stays_whole(
+    tiny_project, tmp_path, undisturbed, kind, server_round, limit
+):
+    """Files cannot grow beyond a limit as soon as bob has done his part of a round."""
+
+    def fill(message, reply):
+        task = message.content.config_records["task"]
+        is_bob = message.metadata.dst_node_id == 12
+        if is_bob and (message.metadata.message_type, task["server_round"]) == (kind, server_round):
+            limit_files(limit)
+        return reply
+
+    federation = Federation(tiny_project, tmp_path, build_tiny_config())
+    run = tmp_path / "run"
+    with (
+        no_larger_files_than(None),
+        pytest.raises((RunDirectoryError, RoundError)) as caught,
+    ):
+        federation.run("run", tamper=fill)
+    text = str(caught.value)
+    assert "File too large" in text and ".partial" not in text
+    assert "resume='run'" in text or "is untouched" in text or not run.exists()
+    assert re.search(rf"{re.escape(str(run))}\S*( cannot be|\b)", text)
+    assert not list(tmp_path.rglob(".*.partial"))
+    federation.run("run", **({"resume": "run"} if run.exists() else {}))
+    assert snapshot(run) == undisturbed["phased"]
+
+
+def test_there_is_nothing_to_resume(tiny_project, tmp_path):
+    federation = Federation(tiny_project, tmp_path, build_tiny_config())
+    with pytest.raises(RunDirectoryError, match="there is no run"):
+        federation.run("run", resume="nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunDirectoryError, match="is no run directory"):
+        federation.run("run", resume="empty")
+
+
+def test_old_rounds_are_thinned_and_the_newest_never(tiny_project, tmp_path):
+    settings = {"num_rounds": 4, "keep_rounds": 1}
+    config = build_tiny_config(federated=settings)
+    federation = stopped_run(tiny_project, tmp_path / "a", 19, config)
+    run = tmp_path / "a" / "run"
+    assert {path.name for path in (run / "server").iterdir()} == {"round_003", "round_004"}
+    federation.run("run", config, resume="run")
+    kept = {path.name for path in (run / "server").iterdir()}
+    kept_locals = {path.name for path in (run / "clients" / "ann").iterdir()}
+    assert kept == {"round_004"} and kept_locals == {"round_003", "round_004"}
+    whole = Federation(tiny_project, tmp_path / "b", config)
+    assert snapshot(whole.run("run"))["history"] == snapshot(run)["history"]
+
+
+def test_kept_rounds_keep_the_local_adapters_that_they_need(tiny_project, tmp_path):
+    """bob has no part in rounds 1 and 2, so that these need his adapter of round 0."""
+
+    def fail(message, reply):
+        task = message.content.config_records["task"]
+        if task["client_id"] == "bob" and task["server_round"] in (1, 2):
+            return Message(Error(0, "gone"), reply_to=message)
+        return reply
+
+    config = build_tiny_config(federated={"num_rounds": 4, "min_clients": 1, "keep_rounds": 3})
+    federation = Federation(tiny_project, tmp_path, config)
+    run = federation.run("run", tamper=fail)
+    kept = [
+        sorted(path.name for path in (run / folder).glob("round_*"))
+        for folder in ("server", "clients/ann", "clients/bob")
+    ]
+    of_server = ["round_002", "round_003", "round_004"]
+    assert kept[0] == of_server and kept[1] == ["round_001", *of_server]
+    assert kept[2] == ["round_000", *kept[1]]
+    for server_round in (2, 3, 4):
+        opened = open_round(load_run(run), tiny_project, server_round)
+        assert (opened.run.local_round(server_round, "bob") == 0) == (server_round == 2)
+    federation.run("run", config, resume="run@2")
+    assert load_run(run).adapter_sha256(3, "bob")
+
+
+def test_a_round_without_a_client_is_continued_from_what_that_client_has(tiny_project, tmp_path):
+    """A client that failed goes on from its own newest round, resumed or not."""
+
+    def fail(message, reply):
+        is_evaluation = message.metadata.message_type == MessageType.EVALUATE
+        task = message.content.config_records["task"]
+        if is_evaluation and task["client_id"] == "bob" and task["server_round"] == 1:
+            raise_in = reply.content.config_records["about"]
+            raise_in["server-round"] = 99
+        return reply
+
+    config = build_tiny_config(("ann", "bob", "cy"), federated={"num_rounds": 3, "min_clients": 2})
+    whole = Federation(tiny_project, tmp_path / "whole", config).run("run", tamper=fail)
+    stopper = stop_at(3 + 3 + 6 + 2)
+
+    def fail_and_stop(message, reply):
+        return stopper(message, fail(message, reply))
+
+    federation = Federation(tiny_project, tmp_path / "parts", config)
+    with pytest.raises(Stopped):
+        federation.run("run", tamper=fail_and_stop)
+    federation.run("run", resume="run")
+    ours, theirs = snapshot(tmp_path / "parts" / "run"), snapshot(whole)
+    assert ours == theirs
+    failed = [
+        e for e in json.loads((whole / "history.json").read_text()) if e["phase"] == "failure"
+    ]
+    assert [(e["round"], e["client"]) for e in failed] == [(1, "bob")]

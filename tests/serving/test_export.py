@@ -1,0 +1,449 @@
+"""Exports of real, tiny runs, loaded as anyone would load them: without this package."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import yaml
+from conftest import build_tiny_config
+from loopback import Federation
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fedlora_app.config.schema import ConfigError
+from fedlora_app.data.tokens import encode_prompt
+from fedlora_app.evaluation.choices import open_round
+from fedlora_app.evaluation.protocol import evaluate_round
+from fedlora_app.evaluation.saved_model import SavedModel
+from fedlora_app.model import base as model_module
+from fedlora_app.model.adapters import AdapterError, PlainAdapter, merge_into_base
+from fedlora_app.model.base import ModelError
+from fedlora_app.runs.directory import RunDirectoryError
+from fedlora_app.runs.reading import load_run
+from fedlora_app.serving.export import (
+    ExportError,
+    Part,
+    combine,
+    export_adapter,
+    export_merged,
+    find_target_modules,
+)
+from fedlora_app.serving.model_card import VLLM_RANKS, Export
+
+QUESTIONS = ("What is the red rule?", "Which office is blue?", "Why?")
+KINDS = {
+    # ranks 4 and 2 with alphas 8 and 5: both scalings are other than 1, and differ
+    "dual": {"adapters": {"local": {"rank": 2, "alpha": 5}}},
+    "apart": {
+        "adapters": {
+            "global": {"rank": 3, "alpha": 4, "target_modules": ["q_proj", "up_proj"]},
+            "local": {"rank": 5, "alpha": 10, "target_modules": ["v_proj", "up_proj"]},
+        }
+    },
+    "fedavg": {"federated": {"mode": "fedavg"}},
+    "local-only": {"federated": {"mode": "local-only"}},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_project, tmp_path_factory):
+    """One finished round of each kind, opened once."""
+    made = {}
+
+    def get(kind: str = "dual") -> SavedModel:
+        if kind not in made:
+            changes = KINDS[kind]
+            sections = {
+                "federated": {"num_rounds": 1} | changes.get("federated", {}),
+                "adapters": changes.get("adapters", {}),
+                "training": {"learning_rate": 5e-2, "local_weight_decay": 0.0},
+                "evaluation": {"max_new_tokens": 4, "local_scales": [1.0]},
+            }
+            folder = tmp_path_factory.mktemp(kind)
+            path = Federation(tiny_project, folder, build_tiny_config(**sections)).run("run")
+            made[kind] = SavedModel(load_run(path), 1, tiny_project)
+        return made[kind]
+
+    return get
+
+
+@torch.no_grad()
+def all_logits(model, tokenizer, system_prompt: str) -> torch.Tensor:
+    """The logits at every position of some prompts."""
+    model.eval()
+    prompts = [encode_prompt(tokenizer, system_prompt, question) for question in QUESTIONS]
+    return torch.cat([model(torch.tensor([ids])).logits[0] for ids in prompts]).float()
+
+
+def logits_of_the_pair(saved: SavedModel, client: str, scale: float) -> torch.Tensor:
+    """As the run itself answers, after checking that the adapters do something."""
+    tokenizer = saved.load()[0].tokenizer
+    with saved.answering(saved.own(client, scale)) as (model, _):
+        found = all_logits(model, tokenizer, f"You are {client}.")
+        with model.disable_adapter():
+            assert (found - all_logits(model, tokenizer, f"You are {client}.")).abs().max() > 0.5
+    return found
+
+
+def load_base(project):
+    return AutoModelForCausalLM.from_pretrained(project / "model", dtype=torch.float32)
+
+
+CASES = [
+    ("dual", "ann", 1.0),
+    ("dual", "bob", 0.5),
+    ("dual", "ann", 0.0),
+    ("apart", "ann", 1.0),
+    ("apart", "bob", 0.5),
+    ("fedavg", "ann", 1.0),
+    ("local-only", "bob", 1.0),
+    ("local-only", "bob", 0.75),
+]
+
+
+@pytest.mark.parametrize(("kind", "client", "scale"), CASES)
+def test_peft_loads_an_adapter_with_the_pair_s_logits(
+    runs, tiny_project, tokenizer, tmp_path, kind, client, scale
+):
+    saved = runs(kind)
+    expected = logits_of_the_pair(saved, client, scale)
+    result = export_adapter(saved, client, tmp_path / "out", scale)
+    base = load_base(tiny_project)
+    model = PeftModel.from_pretrained(base, tmp_path / "out")
+    wrapped = {name for name, module in base.named_modules() if hasattr(module, "lora_A")}
+    stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {f"base_model.model.{n}.lora_A.weight" for n in wrapped} <= set(stored)
+    assert len(stored) == 2 * len(wrapped) > 0
+    found = all_logits(model, tokenizer, f"You are {client}.")
+    print(f"adapter {kind} {scale}: max difference {(found - expected).abs().max():.1e}")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    config = saved.run.config.adapters
+    ranks = {"fedavg": config.global_.rank, "local-only": config.local.rank}
+    both = config.global_.rank + config.local.rank
+    assert result.rank == (config.global_.rank if scale == 0 else ranks.get(kind, both))
+    assert {tensor.shape[0] for key, tensor in stored.items() if "lora_A" in key} == {result.rank}
+
+
+@pytest.mark.parametrize(("kind", "client", "scale"), CASES[:2] + CASES[4:7])
+def test_the_merged_model_has_the_pair_s_logits(
+    runs, tiny_project, tokenizer, tmp_path, kind, client, scale
+):
+    saved = runs(kind)
+    expected = logits_of_the_pair(saved, client, scale)
+    told = []
+    export_merged(saved, client, tmp_path / "out", scale, report=told.append)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype="auto", output_loading_info=True
+    )
+    assert model.dtype == torch.float32 and not any(info.values())
+    assert set(model.state_dict()) == set(load_base(tiny_project).state_dict())
+    found = all_logits(model, AutoTokenizer.from_pretrained(tmp_path / "out"), f"You are {client}.")
+    print(f"merged {kind} {scale}: max difference {(found - expected).abs().max():.1e}")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert told == ["loading the base model", "merging", "writing"]
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert loaded.chat_template == tokenizer.chat_template
+    assert (tmp_path / "out" / "generation_config.json").exists()
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    # The resident base model of the run is as it was.
+    torch.testing.assert_close(logits_of_the_pair(saved, client, scale), expected, rtol=0, atol=0)
+
+
+def test_merged_in_bfloat16(runs, tiny_project, tokenizer, tmp_path):
+    """Each weight is the sum in fp32, rounded once."""
+    saved = runs()
+    expected = logits_of_the_pair(saved, "ann", 1.0)
+    result = export_merged(saved, "ann", tmp_path / "half", dtype="bfloat16")
+    assert "rounded to bfloat16" in result.notes[0]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    found = all_logits(model, tokenizer, "You are ann.")
+    print(f"merged in bfloat16: max difference {(found - expected).abs().max():.1e}")
+    assert (found - expected).norm() < 0.03 * expected.norm()
+    rounded = model_module.load_unquantised_model(
+        saved.run.config.model, tiny_project, torch.bfloat16
+    )
+    state = load_file(tmp_path / "half" / "model.safetensors")
+    adapter = export_adapter(saved, "ann", tmp_path / "adapter")
+    pair = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    a, b = (pair[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    weight = rounded.get_submodule(name).weight
+    assert torch.equal(state[f"{name}.weight"], (weight.float() + b @ a).to(torch.bfloat16))
+    assert adapter.rank == 6
+
+
+def test_an_adapter_in_bfloat16(runs, tiny_project, tokenizer, tmp_path):
+    saved = runs()
+    expected = logits_of_the_pair(saved, "ann", 1.0)
+    export_adapter(saved, "ann", tmp_path / "out", dtype="bfloat16")
+    stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    model = PeftModel.from_pretrained(load_base(tiny_project), tmp_path / "out")
+    found = all_logits(model, tokenizer, "You are ann.")
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+def test_zeros_fill_what_one_adapter_does_not_have():
+    def state(module: str, rank: int) -> dict[str, torch.Tensor]:
+        return {
+            f"{module}.lora_A.weight": torch.randn(rank, 6),
+            f"{module}.lora_B.weight": torch.randn(5, rank),
+        }
+
+    one, other = state("x.q", 2), state("x.q", 3) | state("x.v", 3)
+    found = combine([Part(one, 2, 2.0), Part(other, 3, 0.25)])
+    assert list(found) == sorted(found)
+    a, b = found["x.q.lora_A.weight"], found["x.q.lora_B.weight"]
+    expected = 2 * one["x.q.lora_B.weight"] @ one["x.q.lora_A.weight"]
+    expected += 0.25 * other["x.q.lora_B.weight"] @ other["x.q.lora_A.weight"]
+    torch.testing.assert_close(b @ a, expected)
+    a, b = found["x.v.lora_A.weight"], found["x.v.lora_B.weight"]
+    assert a.shape == (5, 6) and b.shape == (5, 5)
+    assert not a[:2].any() and not b[:, :2].any()
+    torch.testing.assert_close(
+        b @ a, 0.25 * other["x.v.lora_B.weight"] @ other["x.v.lora_A.weight"]
+    )
+
+
+def test_target_modules_are_suffixes_where_these_are_exact():
+    names = ["m.0.q", "m.0.v", "m.1.q", "m.1.v", "m.1", "q"]
+    assert find_target_modules(names, {"m.0.v", "m.1.v"}) == ["v"]
+    assert find_target_modules(names, {"m.0.q", "m.1.q", "m.1.v"}) == ["m.0.q", "m.1.q", "m.1.v"]
+
+
+@pytest.mark.parametrize("kind", ["dual", "apart", "local-only"])
+def test_a_multi_lora_server_would_take_it(runs, tmp_path, kind):
+    """vLLM's rules: vllm/lora/peft_helper.py, vllm/lora/lora_model.py, vllm/config/lora.py."""
+    result = export_adapter(runs(kind), "ann", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert isinstance(config["r"], int) and isinstance(config["lora_alpha"], int)
+    assert config["lora_alpha"] / config["r"] == 1.0 and config["peft_type"] == "LORA"
+    assert config["bias"] == "none" and not config["lora_bias"]
+    assert not any(config[key] for key in ("use_dora", "use_rslora", "use_qalora", "use_bdlora"))
+    for key in ("modules_to_save", "trainable_token_indices", "target_parameters"):
+        assert config[key] is None
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["alora_invocation_tokens"] is None and config["layer_replication"] is None
+    assert result.rank == config["r"] <= result.max_lora_rank == 8
+    supported = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert isinstance(config["target_modules"], list)
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert set(config["target_modules"]) <= supported
+    for key, tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").items():
+        *module, part, last = key.removeprefix("base_model.model.").split(".")
+        assert key.startswith("base_model.model.") and last == "weight"
+        assert part in ("lora_A", "lora_B") and module[-1] in config["target_modules"]
+        assert tensor.shape[part == "lora_B"] == config["r"]
+
+
+def test_the_rank_that_vllm_must_allow(runs):
+    made = partial(Export, None, runs().run, 1, "ann", runs().own("ann"), (), "float32")
+    limits = {rank: made(rank).max_lora_rank for rank in (1, 8, 9, 300, 512, 513)}
+    assert limits == {1: 8, 8: 8, 9: 16, 300: 320, 512: 512, 513: None}
+    assert made(16).notes == [] and "512 at most" in made(513).notes[0]
+    assert made(None).max_lora_rank is None and tuple(sorted(VLLM_RANKS)) == VLLM_RANKS
+
+
+def read_all(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_the_same_run_gives_the_same_bytes_and_no_path(runs, tiny_project, tmp_path):
+    saved = runs()
+    results = {}
+    for name in "ab":
+        results[name] = export_adapter(saved, "ann", tmp_path / name / "adapter")
+        export_merged(saved, "ann", tmp_path / name / "merged")
+    for kind in ("adapter", "merged"):
+        first, second = (read_all(tmp_path / name / kind) for name in "ab")
+        assert first == second
+        for place in (tmp_path, tiny_project, saved.run.path.parent):
+            assert not any(str(place).encode() in content for content in first.values())
+    names = sorted(path.name for path in (tmp_path / "a" / "adapter").iterdir())
+    assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    config = json.loads((tmp_path / "a" / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "model"
+    for folder in ("a", "a/adapter", "a/merged"):
+        assert os.stat(tmp_path / folder).st_mode & 0o777 == 0o700
+    assert results["a"].folder == tmp_path / "a" / "adapter"
+
+
+def test_the_model_card_says_where_everything_comes_from(runs, tmp_path):
+    saved = runs()
+    result = export_adapter(saved, "ann", tmp_path / "out", 0.5)
+    card = (tmp_path / "out" / "README.md").read_text()
+    _, front, body = card.split("---\n", 2)
+    matter = yaml.safe_load(front)
+    assert matter["base_model"] == "model" and matter["library_name"] == "peft"
+    assert {"lora", "federated-learning"} <= set(matter["tags"])
+    run, manifest = saved.run, saved.run.manifest
+    hashes = [run.adapter_sha256(1), run.adapter_sha256(1, "ann"), *result.files.values()]
+    facts = [
+        "You are ann.",
+        "mode dual",
+        "seed 7",
+        "round 1",
+        manifest["base_model"]["fingerprint"],
+    ]
+    facts += ["rank 4, alpha 8", "rank 2, alpha 5, scale (lambda) 0.5", "--max-lora-rank 8"]
+    facts += [f"peft {manifest['versions']['peft']}", "private data", *hashes]
+    if manifest["git_commit"]:
+        facts.append(manifest["git_commit"])
+    assert [fact for fact in facts if fact not in body] == []
+    assert "## Figures" not in card and result.notes == [] and result.is_private
+    alone = export_adapter(saved, "ann", tmp_path / "global", 0.0)
+    card = (tmp_path / "global" / "README.md").read_text()
+    assert not alone.is_private and run.adapter_sha256(1, "ann") not in card
+    assert "There is no local adapter in it, only the global one" in card
+    export_adapter(runs("fedavg"), "ann", tmp_path / "fedavg")
+    card = (tmp_path / "fedavg" / "README.md").read_text()
+    assert "trained on all clients' private data too" in " ".join(card.split())
+
+
+def test_the_model_card_has_the_round_s_figures(runs, tiny_project, tmp_path):
+    saved = runs()
+    evaluation = evaluate_round(open_round(saved.run, tiny_project), lambda *_: None)
+    try:
+        export_merged(saved, "bob", tmp_path / "out")
+        card = (tmp_path / "out" / "README.md").read_text()
+        own = [row for row in evaluation["swap_table"] if row["client"] == "bob"]
+        own = [row for row in own if row["adapters"] == "global+local:bob"]
+        for row in own:
+            if row["question_set"] in ("universal", "local"):
+                shown = f"{100 * row['accuracy']:.1f} % ({100 * row['low']:.1f} to "
+                assert f"| {row['question_set']} | {shown}" in card
+        assert len(own) > 1
+        assert "library_name: transformers" in card and "vllm serve" in card
+        export_adapter(saved, "bob", tmp_path / "other", 0.3)  # at which nothing was evaluated
+        assert "## Figures" not in (tmp_path / "other" / "README.md").read_text()
+    finally:
+        saved.run.evaluation_path(1).unlink()
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "auto"])
+def test_a_4bit_run_is_merged_into_unquantised_weights_and_says_so(
+    runs, tiny_project, tmp_path, quantization
+):
+    saved = runs()
+    changed = saved.run.config.model.model_copy(update={"quantization": quantization})
+    config = saved.run.config.model_copy(update={"model": changed})
+    clients = {"ann": {"device": "NVIDIA GeForce RTX 4090, 23.6 GiB"}, "bob": {"device": "CPU"}}
+    manifest = saved.run.manifest | {"clients": clients}
+    quantised = replace(saved, run=replace(saved.run, config=config, manifest=manifest))
+    result = export_merged(quantised, "ann", tmp_path / "out")
+    assert "stand on the unquantised one" in result.notes[0]
+    assert result.notes[0] in (tmp_path / "out" / "README.md").read_text()
+    plain = export_merged(saved, "ann", tmp_path / "plain")
+    assert plain.notes == [] and plain.files == result.files
+    assert "in 4-bit" in export_adapter(quantised, "ann", tmp_path / "adapter").notes[0]
+
+
+def test_a_prompt_cannot_break_the_card_and_an_absolute_name_stays_here(
+    runs, tiny_project, tmp_path
+):
+    saved = runs()
+    raw = saved.run.config.dump()
+    raw["federated"]["clients"][0]["system_prompt"] = "Say:\n```\n---\nnothing\n```"
+    config = saved.run.config.model_validate(raw)
+    manifest = saved.run.manifest | {
+        "base_model": saved.run.manifest["base_model"] | {"name": str(tiny_project / "model")}
+    }
+    odd = replace(saved, run=replace(saved.run, config=config, manifest=manifest))
+    export_adapter(odd, "ann", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "````text\nSay:\n```\n---\nnothing\n```\n````" in card
+    assert "base_model: model\n" in card and str(tiny_project) not in card
+
+
+def test_a_gated_pair_is_not_one_adapter(runs, tmp_path):
+    config = runs().run.config
+    adapters = config.adapters.model_copy(update={"gate": "prompt"})
+    run = replace(runs().run, config=config.model_copy(update={"adapters": adapters}))
+    gated = replace(runs(), run=run)
+    for export in (export_adapter, export_merged):
+        with pytest.raises(ExportError, match="gate"):
+            export(gated, "ann", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export_adapter(gated, "ann", tmp_path / "out", 0.0)
+
+
+def test_only_a_new_or_an_empty_folder_is_written_to(runs, tmp_path):
+    used, file, empty = tmp_path / "used", tmp_path / "file", tmp_path / "empty"
+    used.mkdir()
+    (used / "mine.txt").write_text("mine")
+    file.write_text("mine")
+    empty.mkdir()
+    for export in (export_adapter, export_merged):
+        for place in (used, file):
+            with pytest.raises(ExportError, match="is there and not empty"):
+                export(runs(), "ann", place)
+    assert (used / "mine.txt").read_text() == file.read_text() == "mine"
+    export_adapter(runs(), "ann", empty)
+    assert (empty / "README.md").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "used"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "client", "scale", "error", "message"),
+    [
+        ("dual", "zoe", 1.0, ConfigError, "names: ann, bob"),
+        ("dual", "ann", -0.5, ConfigError, "expected a number from 0 up"),
+        ("fedavg", "ann", 0.5, ConfigError, "no effect"),
+        ("local-only", "ann", 0.0, ExportError, "nothing of what ann answers with is left"),
+    ],
+)
+def test_what_cannot_be_exported_is_said(runs, tmp_path, kind, client, scale, error, message):
+    for export in (export_adapter, export_merged):
+        with pytest.raises(error, match=message):
+            export(runs(kind), client, tmp_path / "out", scale)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_adapter_and_another_base_are_refused(runs, tiny_project, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(runs().run.path, copy)
+    weights = copy / "clients" / "ann" / "round_001" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    saved = SavedModel(load_run(copy), 1, tiny_project)
+    for export in (export_adapter, export_merged):
+        with pytest.raises(RunDirectoryError, match="is not the file that the run wrote"):
+            export(saved, "ann", tmp_path / "out")
+    with pytest.raises(RunDirectoryError, match="no complete round 7"):
+        export_adapter(replace(saved, server_round=7), "bob", tmp_path / "out")
+    export_adapter(saved, "bob", tmp_path / "bob")
+    saved.run.manifest["base_model"]["fingerprint"] = "0" * 64
+    with pytest.raises(ModelError, match="is not the one that the run was"):
+        export_merged(saved, "bob", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_weights_of_the_base_are_not_needed_for_an_adapter(runs, tiny_project, tmp_path):
+    (tmp_path / "model").mkdir()
+    shutil.copy(tiny_project / "model" / "config.json", tmp_path / "model")
+    bare = replace(runs(), root=tmp_path, _states={})
+    expected = export_adapter(runs(), "ann", tmp_path / "one").files
+    assert export_adapter(bare, "ann", tmp_path / "two").files == expected
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        export_merged(bare, "ann", tmp_path / "three")
+    assert not (tmp_path / "three").exists()
+
+
+def test_an_output_layer_that_is_the_embedding_too_is_not_merged(tiny_model):
+    width, words = tiny_model.config.hidden_size, tiny_model.config.vocab_size
+    state = {
+        "base_model.model.lm_head.lora_A.weight": torch.ones(1, width),
+        "base_model.model.lm_head.lora_B.weight": torch.ones(words, 1),
+    }
+    with pytest.raises(AdapterError, match="also the input embedding"):
+        merge_into_base(tiny_model, PlainAdapter(state, 1, ["lm_head"]))

@@ -1,0 +1,238 @@
+"""The command as users type it, on a tiny project with a finished run."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT, build_tiny_config
+from loopback import Federation
+
+from fedlora_app import cli as command
+from fedlora_app.cli import app
+from fedlora_app.runs.reading import load_run
+from fedlora_app.study import StudyConfig, load_study, measure, tabulate
+
+
+@pytest.fixture(scope="module")
+def project(tiny_project):
+    """The tiny project with two finished runs below its results."""
+    for name, mode in (("pair", "dual"), ("one", "fedavg")):
+        config = build_tiny_config(
+            ("ann", "bob", "cy"),
+            federated={"mode": mode, "num_rounds": 1},
+            evaluation={"batch_size": 8, "max_new_tokens": 4, "local_scales": [1.0]},
+        )
+        Federation(tiny_project, tiny_project / "results", config).run(name)
+    return tiny_project
+
+
+@pytest.fixture
+def fedlora(capsys, monkeypatch):
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedlora", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            command.main()
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return call
+
+
+def test_evaluate_and_compare(fedlora, project):
+    runs = [project / "results" / name for name in ("pair", "one")]
+    status, _, err = fedlora("compare", *runs)
+    assert status == 2 and "is not evaluated yet. Run: fedlora evaluate" in err
+    for run in runs:
+        status, out, _ = fedlora("evaluate", run)
+        assert status == 0 and "Swap table" in out and str(run / "evaluation.json") in out
+    evaluation = load_run(runs[0]).evaluation
+    assert evaluation["round"] == 1 and evaluation["membership"] is None
+    status, out, _ = fedlora("compare", *runs, "--json")
+    assert status == 0 and [run["name"] for run in json.loads(out)["runs"]] == ["pair", "one"]
+    status, out, _ = fedlora("compare", *runs)
+    assert status == 0 and "pair" in out and "one" in out
+    status, _, err = fedlora("compare", runs[0], runs[0])
+    assert status == 2 and "given twice" in err
+
+
+def test_membership_is_an_option(fedlora, project):
+    status, out, _ = fedlora("evaluate", project / "results" / "one", "--membership", "--json")
+    rows = json.loads(out)["membership"]
+    assert status == 0 and {row["client"] for row in rows} == {"ann", "bob", "cy"}
+    assert all(0 <= row["auc"]["value"] <= 1 for row in rows if row["auc"]["n"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "no-such-run"], "There is no run no-such-run"),
+        (["check", "conf/no-such.yaml"], "does not exist"),
+        (["study", "conf/no-such.yaml"], "cannot be read"),
+    ],
+)
+def test_what_the_user_can_mend_ends_in_one_message_and_status_2(fedlora, arguments, message):
+    status, _, err = fedlora(*arguments)
+    assert status == 2 and message in err and "Traceback" not in err
+
+
+def test_ctrl_c_says_that_the_work_is_kept(fedlora, project, monkeypatch):
+    from fedlora_app.evaluation import choices as answering
+
+    def interrupt(*args, **settings):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answering, "score_prompts", interrupt)
+        status, _, err = fedlora("evaluate", project / "results" / "pair")
+    assert status == 130 and "the same command goes on from here" in err
+
+
+def test_a_round_that_is_not_complete_is_an_error(fedlora, project):
+    status, _, err = fedlora("evaluate", project / "results" / "pair", "--round", "5")
+    assert status == 2 and "has no complete round 5. Complete: 0, 1." in err
+
+
+def test_check_finds_what_is_wrong_with_the_questions(fedlora, project, tmp_path):
+    path = project / "checked.yaml"
+    path.write_text(yaml.safe_dump(build_tiny_config().dump()))
+    status, out, _ = fedlora("check", path)
+    assert status == 2 and "ann_local.json, record 1" in out  # tested on what is trained on
+    status, out, _ = fedlora("check", ROOT / "conf" / "demo.yaml", "--json")
+    assert status == 0 and not [f for f in json.loads(out) if f["severity"] == "error"]
+
+
+def test_every_command_has_help_with_an_example(fedlora):
+    names = [command.name or command.callback.__name__ for command in app.registered_commands]
+    assert {"check", "evaluate", "compare", "report", "ask", "export", "import"} <= set(names)
+    for name in names:
+        status, out, _ = fedlora(name, "--help")
+        assert status == 0 and f"Example: fedlora {name} " in " ".join(out.split())
+
+
+def test_arguments_are_explained(fedlora):
+    status, out, _ = fedlora("evaluate", "--help")
+    assert status == 0 and "its name below results" in " ".join(out.replace("│", " ").split())
+
+
+def test_help_has_no_colours_where_none_are_wanted(fedlora, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    code = "from fedlora_app.cli import main; main()"
+    environment = os.environ | {"NO_COLOR": "1", "TERM": "xterm-256color"}
+    command = [sys.executable, "-c", code, "--help"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "\x1b[3" not in result.stdout and "Usage" in result.stdout
+
+
+def test_completion_can_be_installed(fedlora):
+    status, out, _ = fedlora("--help")
+    assert status == 0 and "--install-completion" in out
+
+
+def test_report_writes_a_page_per_run_and_one_for_all(fedlora, project):
+    runs = [project / "results" / name for name in ("pair", "one")]
+    status, out, _ = fedlora("report", runs[0])
+    assert status == 0 and f"Report: {runs[0] / 'report.html'}" in out
+    status, out, _ = fedlora("report", *runs)
+    assert status == 0 and str(project / "results" / "comparison.html") in out
+    assert (runs[1] / "report.html").exists()
+
+
+def test_ask_answers_as_one_client_as_all_and_in_a_conversation(fedlora, project, monkeypatch):
+    run = project / "results" / "pair"
+    question = "What is the red rule?"
+    status, said, _ = fedlora("ask", run, "--client", "ann", question)
+    assert status == 0 and said.strip()
+    status, out, _ = fedlora("ask", run, "--all", question)
+    assert status == 0 and all(who in out for who in ("ann", "bob", "cy", "global alone"))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{question}\n{question}\n"))
+    status, out, _ = fedlora("ask", run, "--client", "ann")
+    assert status == 0 and out.startswith(said) and len(out) > len(said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--client", "nobody", "x"], 'No client is called "nobody"'),
+        (["x"], "--client"),
+        (["--all", "--client", "ann", "x"], "--all"),
+        (["--all"], "--all needs a question"),
+        (["--client", "ann", " "], "empty"),
+        (["--client", "ann", "--scale", "-1", "x"], "scale"),
+        (["--client", "ann", "--round", "9", "x"], "has no complete round 9"),
+    ],
+)
+def test_what_cannot_be_asked_is_said(fedlora, project, arguments, message):
+    status, _, err = fedlora("ask", project / "results" / "pair", *arguments)
+    assert status == 2 and message in err and "Traceback" not in err
+
+
+def test_export_writes_an_adapter_and_whole_weights(fedlora, project, tmp_path):
+    run = project / "results" / "pair"
+    status, out, _ = fedlora("export", run, "--client", "ann", "--output", tmp_path / "adapter")
+    assert status == 0 and "adapter_model.safetensors" in out
+    full = ["--merged", "--dtype", "float32", "--output", tmp_path / "full"]
+    status, out, _ = fedlora("export", run, "--client", "ann", *full)
+    assert status == 0 and (tmp_path / "full" / "model.safetensors").exists()
+    status, _, err = fedlora("export", run, "--client", "ann", "--output", tmp_path / "full")
+    assert status == 2 and str(tmp_path / "full") in err
+
+
+def test_import_writes_files_per_client(fedlora, tmp_path):
+    rows = ["city,instruction,output"]
+    rows += [f"{city},What is rule {n}?,{city} {n}." for city in "ab" for n in range(20)]
+    (tmp_path / "faq.csv").write_text("\n".join(rows))
+    source, output = tmp_path / "faq.csv", tmp_path / "faq"
+    status, out, _ = fedlora("import", source, "--client-column", "city", "--output", output)
+    assert status == 0 and str(output) in out
+    assert (output / "a" / "local_train.json").exists() and (output / "README.md").exists()
+    status, _, err = fedlora(
+        "import", source, "--client-column", "cite", "--output", tmp_path / "b"
+    )
+    assert status == 2 and "city" in err
+
+
+def test_every_study_loads_and_opens_with_its_question_and_command():
+    paths = sorted((ROOT / "conf").glob("study-*.yaml"))
+    assert paths
+    for path in paths:
+        study = load_study(path)
+        first, *rest = path.read_text().splitlines()
+        assert first.startswith("# ") and first.endswith("?")
+        assert f"#   fedlora study conf/{path.name}" in rest
+        assert (ROOT / study.config).exists() and len(set(study.seeds)) == len(study.seeds)
+
+
+def test_a_study_s_table_is_made_from_the_swap_tables(fedlora, project):
+    fedlora("evaluate", project / "results" / "pair")
+    evaluation = load_run(project / "results" / "pair").evaluation
+    figures = measure(evaluation)
+    assert {"base", "global", "global+local:own", "global+local:foreign", "local:own"} <= set(
+        figures
+    )
+    for who, label in (("base", "base"), ("global", "global")):
+        rows = [
+            row["exact_match"]
+            for row in evaluation["swap_table"]
+            if row["adapters"] == label and row["question_set"] == "local"
+        ]
+        assert figures[who]["exact_match/local"] == pytest.approx(sum(rows) / 3)
+    summary = evaluation["summary"]
+    own = figures["global+local:own"]
+    assert own["accuracy/pass_rate"] == summary["conflict_pass_rate"]["value"]
+    lines = list(tabulate({"dual": [figures]}, {"dual": [12]}, "accuracy"))
+    assert any("| dual | global + own local |" in line and "| 12 |" in line for line in lines)
+
+
+def test_a_study_refuses_unknown_keys(tmp_path, fedlora):
+    path = tmp_path / "study.yaml"
+    path.write_text("name: x\nconfig: y\nseeds: [1]\nvariants: {a: ''}\nsedes: [2]\n")
+    status, _, err = fedlora("study", path)
+    assert status == 2 and "sedes" in err
+    assert StudyConfig(name="x", config="y", seeds=[1], variants={"a": ""}).overrides == ""
