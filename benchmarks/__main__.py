@@ -148,11 +148,11 @@ def gpu(
 ) -> None:
     """Training of a model of Qwen2.5-7B's shape on a GPU: speed, memory, loading."""
     from benchmarks.gpu import choose_runs, describe, measure
-    from fedlora_app.foundation.errors import MendableError
+    from fedlora_app.foundation.errors import UserError
 
     try:
         figures = measure(choose_runs(config, cap), device, shape, steps)
-    except MendableError as error:
+    except UserError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
     if (device, shape) == ("cuda", "7b"):

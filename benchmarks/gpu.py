@@ -32,7 +32,7 @@ from fedlora_app.config.loading import load_config
 from fedlora_app.config.rounds import Phase, plan_round
 from fedlora_app.config.schema import Config, TrainingConfig
 from fedlora_app.data.tokens import Example
-from fedlora_app.foundation.errors import MendableError
+from fedlora_app.foundation.errors import UserError
 from fedlora_app.model.adapters import AdaptedModel, adapter_parameters, attach_adapters
 from fedlora_app.model.device import read_peak_memory, reset_peak_memory
 from fedlora_app.model.host_embedding import move_embedding_to_host
@@ -70,7 +70,7 @@ LARGE_CONFIG = "conf/qwen2.5-7b-4090.yaml"
 SMALL_CONFIG, SMALL_CAP = "conf/qwen2.5-7b-8gb.yaml", "7.0GiB"
 
 
-class GpuBenchmarkError(MendableError):
+class GpuBenchmarkError(UserError):
     """The benchmark cannot run as asked; the message says why."""
 
 

@@ -1,6 +1,6 @@
 """``fedlora``, the command for everything but training.
 
-Exit status 0 only if it did what was asked; 2 for what the user can mend.
+Exit status 0 only if it did what was asked; 2 for what the user can fix.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import click
 import typer
 from rich.console import Console
 
-from fedlora_app.foundation.errors import MendableError
+from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import keep_files_private
 from fedlora_app.foundation.project import find_project_root
 from fedlora_app.foundation.terminal import show_progress
@@ -427,7 +427,7 @@ def _answer(conversation: Conversation, question: str) -> None:
 
 
 def main() -> None:
-    """Run the command; what the user can mend ends in one message and status 2."""
+    """Run the command; what the user can fix ends in one message and status 2."""
     keep_files_private()
     try:
         status = app(standalone_mode=False) or 0
@@ -438,7 +438,7 @@ def main() -> None:
     except click.ClickException as error:  # a mistyped command or option
         error.show()
         sys.exit(error.exit_code)
-    except MendableError as error:
+    except UserError as error:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(2)
     except OSError as error:

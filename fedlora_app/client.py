@@ -1,4 +1,4 @@
-"""What a client does, without Flower: check in, train, personalise and evaluate.
+"""What a client does, without Flower: register, train, personalise and evaluate.
 
 Both adapters are set from scratch at the beginning of every call, the global one from
 what the server sent and the local one from this client's folder, so nothing of one client
@@ -29,10 +29,8 @@ from fedlora_app.config.schema import (
 )
 from fedlora_app.data.client_files import (
     ClientFiles,
-    count_phase_steps,
     count_unscored_conflicts,
     load_client_files,
-    select_examples,
     tokenize_client_files,
 )
 from fedlora_app.data.linter import Finding, describe_findings, lint
@@ -71,6 +69,7 @@ from fedlora_app.training.phase import (
     train_phase,
     use_less_memory,
 )
+from fedlora_app.training.selection import count_phase_steps, select_examples
 
 
 class LostGlobalError(AdapterError):
@@ -101,7 +100,7 @@ class Client:
         for path in (self._own_dir, self._final_dir, *links):
             require_within(path, self.run_dir)
 
-    def check_in(self, *, resumes: bool = False) -> tuple[Metrics, dict[str, str]]:
+    def register(self, *, resumes: bool = False) -> tuple[Metrics, dict[str, str]]:
         """Check and tokenise this client's data before anything large is loaded.
 
         Args:
@@ -302,7 +301,7 @@ class Client:
             places = ", ".join(dict.fromkeys(f"{f.file}: {f.rule}" for f in errors))
             raise DataError(
                 f"{self.client_id}: {len(errors)} errors in the question sets ({places}). See "
-                "them with: fedlora check CONFIG. Mend them, or set data.on_lint_error: warn."
+                "them with: fedlora check CONFIG. Fix them, or set data.on_lint_error: warn."
             )
         return findings
 

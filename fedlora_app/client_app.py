@@ -1,6 +1,6 @@
 """Flower's client side: which client this node is, and its three kinds of messages.
 
-*query*: check in; *train*: the phase before the average; *evaluate*: personalise against
+*query*: register; *train*: the phase before the average; *evaluate*: personalise against
 the new global adapter and evaluate.
 """
 
@@ -83,8 +83,8 @@ Handler = Callable[[Client, Task, Message], Message]
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Check in: say which client this node is, after checking its data or what it has kept."""
-    return _answer(message, context, _check_in)
+    """Register: say which client this node is, after checking its data or what it has kept."""
+    return _answer(message, context, _register)
 
 
 @app.train()
@@ -99,14 +99,14 @@ def evaluate(message: Message, context: Context) -> Message:
     return _answer(message, context, _personalise)
 
 
-def _check_in(client: Client, task: Task, message: Message) -> Message:
+def _register(client: Client, task: Task, message: Message) -> Message:
     if task.client_id:
         counts, facts = {}, client.verify(task.local_round, task.local_sha256)
         if ADAPTER_RECORD in message.content.array_records:
             state = _received_state(client, task, message)
             facts["global_adapter"] = client.keep_global(state)
     else:
-        counts, facts = client.check_in(resumes=task.resumes)
+        counts, facts = client.register(resumes=task.resumes)
     return build_reply(message, client.client_id, task.server_round, counts, facts)
 
 

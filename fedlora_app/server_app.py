@@ -22,7 +22,7 @@ from fedlora_app.config.loading import load_config
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config, ConfigError
 from fedlora_app.federation.grid import PacedGrid, build_message
 from fedlora_app.federation.messages import (
-    CHECK_IN_ROUND,
+    REGISTRATION_ROUND,
     MessageError,
     Reply,
     Task,
@@ -103,10 +103,12 @@ def main(grid: Grid, context: Context) -> None:
             current_pool,
         )
         stack.enter_context(_show_errors(paced))
-        task = build_check_in(settings)
-        check_ins = meet_clients(paced, config, task, context.run_config)
-        paced.names = {node: client for client, (node, _) in check_ins.items()}
-        reports = {client: _read_report(reply) for client, (_, reply) in sorted(check_ins.items())}
+        task = build_registration(settings)
+        registrations = meet_clients(paced, config, task, context.run_config)
+        paced.names = {node: client for client, (node, _) in registrations.items()}
+        reports = {
+            client: _read_report(reply) for client, (_, reply) in sorted(registrations.items())
+        }
         if resumption is None:
             base_commit = getattr(model.get_base_model().config, "_commit_hash", None)
             run = RunDirectory.create(settings.run_dir, config, settings.root, reports, base_commit)
@@ -120,7 +122,7 @@ def main(grid: Grid, context: Context) -> None:
         print(describe_start(config, shapes, reports), flush=True)
         strategy = GlobalAdapterFedAvg(
             config,
-            nodes={client: node for client, (node, _) in check_ins.items()},
+            nodes={client: node for client, (node, _) in registrations.items()},
             task=task,
             model=model,
             run=run,
@@ -132,11 +134,11 @@ def main(grid: Grid, context: Context) -> None:
     print(f"Run directory: {run.path}\nReport: {report_run(run.path)}", flush=True)
 
 
-def build_check_in(settings: Settings) -> Task:
+def build_registration(settings: Settings) -> Task:
     """Return the first task, which every node gets and from which all others are made."""
     return Task(
         client_id="",
-        server_round=CHECK_IN_ROUND,
+        server_round=REGISTRATION_ROUND,
         local_round=NO_LOCAL[0],
         local_sha256=NO_LOCAL[1],
         global_sha256="",
@@ -279,7 +281,7 @@ def resolve_output_dir(root: Path, output_dir: str) -> Path:
 def meet_clients(
     grid: PacedGrid, config: Config, task: Task, run_config: dict[str, Any]
 ) -> dict[str, tuple[int, Reply]]:
-    """Have every node check in; return each client's node and report.
+    """Have every node register; return each client's node and report.
 
     Raises:
         ConfigError: too many or too few nodes, or two nodes that are one client.
@@ -293,7 +295,7 @@ def meet_clients(
     for message in grid.send_and_receive(messages):
         node = message.metadata.src_node_id
         try:
-            reply = read_reply(message, None, CHECK_IN_ROUND)
+            reply = read_reply(message, None, REGISTRATION_ROUND)
             config.client(reply.client_id)  # raises where the experiment has none of that id
             require_counts(reply)
             if reply.client_id in met:

@@ -24,7 +24,7 @@ from fedlora_app.federation.aggregation import AggregationError, WeightedMean
 from fedlora_app.federation.aggregation_error import ProductSketch
 from fedlora_app.federation.grid import PacedGrid, build_message
 from fedlora_app.federation.messages import (
-    CHECK_IN_ROUND,
+    REGISTRATION_ROUND,
     MessageError,
     Reply,
     Task,
@@ -139,7 +139,7 @@ class GlobalAdapterFedAvg(FedAvg):
         Raises:
             RoundError: with what every client found wrong, together.
         """
-        task = replace(self._task, server_round=CHECK_IN_ROUND)
+        task = replace(self._task, server_round=REGISTRATION_ROUND)
         messages = (
             message
             for client in self.serving_order
@@ -151,7 +151,7 @@ class GlobalAdapterFedAvg(FedAvg):
         for message in grid.send_and_receive(messages):
             client = self._clients_by_node.get(message.metadata.src_node_id, "an unknown node")
             try:
-                reply = read_reply(message, client, CHECK_IN_ROUND)
+                reply = read_reply(message, client, REGISTRATION_ROUND)
                 _require_facts(["base_model"], reply)
                 self._require_same_base({client: reply.facts["base_model"]})
                 self._held[client] = reply.facts.get("global_adapter", "")
@@ -361,14 +361,14 @@ class GlobalAdapterFedAvg(FedAvg):
             yield message
 
     def _find_returned(self, grid: Grid, absent: set[str]) -> None:
-        """Have nodes that are new check in: a SuperNode that restarts is another one to Flower."""
+        """Have nodes that are new register: a SuperNode that restarts is another one to Flower."""
         new = sorted(set(grid.get_node_ids()) - set(self.nodes.values()))
         content = build_task_content(replace(self._task, resumes=True))
         messages = (build_message(content, MessageType.QUERY, node) for node in new)
         for message in grid.send_and_receive(messages):
             node = message.metadata.src_node_id
             try:
-                reply = read_reply(message, None, CHECK_IN_ROUND)
+                reply = read_reply(message, None, REGISTRATION_ROUND)
                 if reply.client_id not in absent:
                     raise MessageError(f"Node {node} is {reply.client_id}, which is not missing.")
                 self._require_same_data(reply)
@@ -453,7 +453,7 @@ class GlobalAdapterFedAvg(FedAvg):
                 )
             if num_examples > (most := self._most_examples(sender)):
                 raise MessageError(
-                    f"{sender} reports {num_examples} examples, and at check-in it had {most}. "
+                    f"{sender} reports {num_examples} examples, and at registration it had {most}. "
                     "They would be its weight in the mean."
                 )
             if reply.arrays is None:

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import AdaptersConfig, Config
 from fedlora_app.model.adapters import attach_adapters
-from fedlora_app.model.quantized_cache import CACHE_VARIABLE
+from fedlora_app.model.quantised_cache import CACHE_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_MODEL = ROOT / "data" / "demo" / "base_model"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,65 +13,20 @@ PACKAGE = ROOT / "fedlora_app"
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in PACKAGE.rglob("*.py")
-    if path.stem != "__init__" and path.parent.name != "demo"
+    if path.parent != PACKAGE or path.stem != "__init__"
 }
-FLOWER_EDGE = {"client_app", "server_app", "strategy", "grid", "messages", "workers"}
-LAYERS = [
-    {"errors"},
-    {"project", "seeds", "storage", "telemetry", "build_hook", "config", "progress", "memory"},
-    {
-        "config_file",
-        "rounds",
-        "tracking",
-        "chat_template",
-        "quantised_copy",
-        "fingerprint",
-        "host_embedding",
-        "planning.memory",
-        "planning.cards",
-    },
-    {"data", "run_directory", "evaluation.keywords", "evaluation.intervals", "evaluation.wording"},
-    {
-        "model",
-        "tokens",
-        "kernels",
-        "aggregation",
-        "aggregation_error",
-        "adapters",
-        "evaluation.questions",
-    },
-    {"packing", "losses", "adapter_files", "fused", "optimizer"},
-    {
-        "training",
-        "gate",
-        "saved_run",
-        "resumption",
-        "evaluation.comparison",
-        "evaluation.comparison_text",
-    },
-    {"evaluation.scoring", "summary", "report.plots", "report.history", "report.template"},
-    {"report.figures", "report.pieces"},
-    {"report.evidence", "report.variants"},
-    {"report.verdict", "report.sections"},
-    {"report.page"},
-    {"evaluation.metrics", "evaluation.score_store"},
-    {"client_data"},
-    {"client_evaluation", "evaluation.linter", "evaluation.matching", "saved_model"},
-    {"evaluation.membership", "evaluation.answering", "conversation", "model_card"},
-    {"export"},
-    {"client", "messages", "evaluation.tables"},
-    {"grid", "workers", "strategy", "evaluation.protocol", "evaluation.text"},
-    {"client_app", "server_app", "study"},
-    {"planning.sizes", "planning.workload", "planning.advice"},
-    {"planning.plan"},
-    {"planning.text"},
-    {"importing.source", "importing.assignment"},
-    {"importing.records"},
-    {"importing.card"},
-    {"importing.data_import"},
-    {"terminal"},
-    {"command"},
+ORDER = [
+    *("foundation", "config", "model", "data", "training"),
+    *("federation", "runs", "evaluation", "report", "planning", "serving"),
+    *("client", "strategy", "client_app", "server_app", "study", "cli", "demo"),
 ]
+"""Packages and the root's modules; each imports from itself and from what stands before it."""
+FLOWER_EDGE = {"client_app", "server_app", "strategy", "federation"}
+
+
+def place(name: str) -> str:
+    """The package, or the module in the root, that a module belongs to."""
+    return name.split(".")[0]
 
 
 def imported(path: Path) -> set[str]:
@@ -87,27 +43,39 @@ def uses(path: Path, library: str) -> bool:
     return any(name == library or name.startswith(f"{library}.") for name in imported(path))
 
 
+def test_the_root_holds_nothing_but_what_is_named():
+    found = {path.stem for path in PACKAGE.glob("*") if path.is_dir() or path.suffix == ".py"}
+    assert found - {"__init__", "__pycache__"} == set(ORDER)
+
+
 @pytest.mark.parametrize("name", MODULES)
-def test_imports_run_downwards(name):
-    level = next(i for i, layer in enumerate(LAYERS) if name in layer)
-    allowed = set().union(*LAYERS[: level + 1])
-    own = {n.removeprefix("fedlora_app.") for n in imported(MODULES[name])}
-    assert own & set(MODULES) <= allowed
+def test_imports_run_one_way(name):
+    used = {
+        place(n.removeprefix("fedlora_app."))
+        for n in imported(MODULES[name])
+        if n.startswith("fedlora_app.")
+    }
+    assert used & set(ORDER) <= set(ORDER[: ORDER.index(place(name)) + 1])
+
+
+def test_no_two_modules_import_each_other():
+    graph = {
+        name: {n.removeprefix("fedlora_app.") for n in imported(path)} & set(MODULES)
+        for name, path in MODULES.items()
+    }
+    TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_flower_is_used_at_the_edge_and_peft_in_one_module():
-    assert {name for name, path in MODULES.items() if uses(path, "flwr")} <= FLOWER_EDGE
-    assert [name for name, path in MODULES.items() if uses(path, "peft")] == ["adapters"]
+    assert {place(name) for name, path in MODULES.items() if uses(path, "flwr")} <= FLOWER_EDGE
+    peft = [name for name, path in MODULES.items() if uses(path, "peft")]
+    assert peft == ["model.adapters"]
 
 
 def test_the_server_cannot_load_a_base_model():
-    for name in (
-        *("server_app", "strategy", "run_directory", "aggregation", "aggregation_error"),
-        *("summary", "tracking", "progress"),
-    ):
-        used = {n for n in imported(MODULES[name]) if n.startswith("fedlora_app.model.base")}
-        assert used <= {"fedlora_app.model.base", "fedlora_app.model.base.build_empty_model"}
-        assert "fedlora_app.client" not in imported(MODULES[name])
+    for name in ("server_app", "strategy", *(n for n in MODULES if place(n) == "federation")):
+        used = imported(MODULES[name])
+        assert not used & {"fedlora_app.model.base.load_base_model", "fedlora_app.client"}, name
 
 
 def test_flower_would_drop_no_module_from_its_bundle():

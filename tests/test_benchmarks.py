@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from fedlora_app.foundation.errors import MendableError
+from fedlora_app.foundation.errors import UserError
 
 sys.path.insert(0, str(ROOT))  # the benchmarks lie beside the package and are not installed
 
@@ -152,5 +152,5 @@ def test_gpu_says_what_is_missing():
             continue
         with pytest.raises(gpu.GpuBenchmarkError, match=text):
             gpu.measure(gpu.choose_runs(None, None), *arguments, num_steps=1)
-    with pytest.raises(MendableError, match="is no size"):
+    with pytest.raises(UserError, match="is no size"):
         gpu.parse_memory("7 potatoes")

@@ -203,7 +203,7 @@ class TestWhatLeavesAClient:
 
     def test_a_reply_holds_these_records_and_no_others(self, observed):
         replies = observed.grid.received
-        # Check-in, the base model's evaluation, and per round an update and a report.
+        # Registration, the base model's evaluation, and per round an update and a report.
         assert len(replies) == len(CLIENTS) * (2 + 2 * NUM_ROUNDS)
         shapes = {k: v.shape for k, v in load_file(self._first_global(observed)).items()}
         facts = set()
@@ -288,7 +288,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("place", "fails"),
         [
-            ("tokenize_client_files", "check-in"),
+            ("tokenize_client_files", "registration"),
             ("train_phase", "train"),
             ("evaluate_client", "evaluate"),
         ],

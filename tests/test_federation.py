@@ -335,7 +335,7 @@ def test_traffic_is_what_the_grid_saw(federation):
     grid = federation.grids[0]
     seen = {}
     for direction, messages in (("down", grid.sent[2:]), ("up", grid.received[2:])):
-        for index, message in enumerate(messages):  # after the check-in; 2 clients take turns
+        for index, message in enumerate(messages):  # after the registration; 2 clients take turns
             server_round = (index // 2 + 1) // 2  # one pair in round 0, then two in each
             metadata = message.metadata
             node = metadata.dst_node_id if direction == "down" else metadata.src_node_id
@@ -584,7 +584,7 @@ class TestFaultyClients:
             (lambda r: _replace(r, lambda a: a.astype("float64")), "float64, expected float32"),
             (lambda r: _metrics(r).update({"num-examples": 0}), "0 examples"),
             (lambda r: _metrics(r).update({"num-examples": 1.5}), "1.5 examples"),
-            (lambda r: _metrics(r).update({"num-examples": 10**6}), "at check-in it had"),
+            (lambda r: _metrics(r).update({"num-examples": 10**6}), "at registration it had"),
             (lambda r: r.content.pop(UPDATE_RECORD), "sent no update"),
             (lambda r: r.content[ABOUT_RECORD].update({"server-round": 7}), "for round 7"),
             (lambda r: r.content[ABOUT_RECORD].update({"client-id": "ann"}), "as 'ann'"),
@@ -722,7 +722,7 @@ def test_a_clients_folder_is_its_own_and_never_overwritten(federation):
             federation.run()
 
 
-class TestCheckIn:
+class TestRegistration:
     """Bad input is reported before anything is loaded, and no run directory is made."""
 
     def test_all_clients_faults_come_together(self, tiny_project, tmp_path):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from fedlora_app.foundation.errors import MendableError
+from fedlora_app.foundation.errors import UserError
 
 GLOBAL = "global"
 LOCAL = "local"
@@ -21,7 +21,7 @@ LARGEST_INTEGER = 2**31 - 1
 Mode = Literal["dual", "fedavg", "local-only", "centralized"]
 
 
-class ConfigError(MendableError):
+class ConfigError(UserError):
     """The configuration has faults; the message lists all of them."""
 
 

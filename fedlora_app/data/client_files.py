@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from fedlora_app.config.rounds import Phase
 from fedlora_app.config.schema import ClientConfig, Config
 from fedlora_app.data.questions import (
     CONFLICT,
@@ -19,9 +17,7 @@ from fedlora_app.data.questions import (
     build_questions,
 )
 from fedlora_app.data.records import DataError, RecordFile, load_conflicts, load_records
-from fedlora_app.data.tokens import Example, TokenizedFile, tokenize_file
-from fedlora_app.foundation.seeds import derive_seed
-from fedlora_app.training.phase import count_steps
+from fedlora_app.data.tokens import TokenizedFile, tokenize_file
 
 CACHE_DIR = Path(".cache", "tokens")
 
@@ -134,33 +130,6 @@ def tokenize_client_files(
     return ClientExamples(universal, local)
 
 
-def select_examples(
-    config: Config, client_id: str, examples: ClientExamples, phase: Phase, server_round: int
-) -> list[Example]:
-    """Return what one phase trains on. The replayed share is drawn anew in every round."""
-    universal, local = examples.universal.examples, examples.local.examples
-    if phase.data == "universal":
-        return universal
-    if phase.data == "mixed":
-        return universal + local
-    rng = random.Random(derive_seed(config.experiment.seed, "replay", server_round, client_id))
-    replayed = rng.sample(universal, _num_replayed(config, examples))
-    return local + [replace(example, is_replayed=True) for example in replayed]
-
-
-def count_phase_steps(config: Config, examples: ClientExamples, phase: Phase) -> int:
-    """Return a phase's optimizer steps.
-
-    A mode with one phase takes as many steps as both phases of the dual mode together, so
-    that modes are compared at equal work.
-    """
-    training = config.training
-    universal = count_steps(len(examples.universal.examples), training.global_epochs, training)
-    num_local = len(examples.local.examples) + _num_replayed(config, examples)
-    local = count_steps(num_local, training.local_epochs, training)
-    return {"universal": universal, "local": local}.get(phase.data, universal + local)
-
-
 def build_question_sets(
     client: ClientConfig, files: ClientFiles, *, validation: bool = False
 ) -> dict[str, list[Question]]:
@@ -184,7 +153,3 @@ def count_unscored_conflicts(client: ClientConfig, files: ClientFiles) -> int:
 
 def _present(files: dict[str, RecordFile | None]) -> dict[str, RecordFile]:
     return {name: file for name, file in files.items() if file is not None}
-
-
-def _num_replayed(config: Config, examples: ClientExamples) -> int:
-    return round(config.training.replay * len(examples.universal.examples))

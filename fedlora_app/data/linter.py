@@ -56,7 +56,7 @@ MAX_LINES_PER_RULE = 20  # of one file; further findings are counted only
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to mend or to know. ``record`` counts from 1, None for a whole file."""
+    """One thing to fix or to know. ``record`` counts from 1, None for a whole file."""
 
     severity: Severity
     rule: str
@@ -272,7 +272,7 @@ def find_low_keyword_ceiling(file: _File, client_id: str) -> Iterator[Finding]:
     text = (
         f"only {passed} of {n} gold answers{whose} pass the keyword rule "
         f"({_percent(passed, n)}{f'; {each}' if each else ''}), and {plain} of {n} the plain "
-        f"substring rule ({_percent(plain, n)}). No model can be told to do better; mend the "
+        f"substring rule ({_percent(plain, n)}). No model can be told to do better; fix the "
         "keywords, or give the records answers and distractors."
     )
     yield file.finding("warning", "keyword-ceiling", None, text)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedlora_app.foundation.errors import MendableError
+from fedlora_app.foundation.errors import UserError
 
 KEYWORD_SUFFIX = "_keywords"
 MAX_FAULTS_SHOWN = 20
@@ -25,7 +25,7 @@ MAX_KEY_SHOWN = 100
 FIELDS = {"instruction", "input", "output", "answers", "distractors", "fact", "evaluation_guide"}
 
 
-class DataError(MendableError):
+class DataError(UserError):
     """A data file is missing or has faults; the message lists them with their records."""
 
 

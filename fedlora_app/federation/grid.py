@@ -22,7 +22,7 @@ FIRST_POLL_SECONDS = 0.02
 LONGEST_POLL_SECONDS = 0.5
 WAITING_REPORT_SECONDS = 600.0
 TIME_TO_LIVE_SECONDS = 10 * 365 * 24 * 3600.0
-CHECK_IN_SECONDS = 600.0  # at least: Ray starts and libraries are imported meanwhile
+REGISTRATION_SECONDS = 600.0  # at least: Ray starts and libraries are imported meanwhile
 REFUSED = (
     "Flower did not accept the message for it. Its SuperNode is gone, or the message is too "
     "large; the log has more"
@@ -132,7 +132,7 @@ class PacedGrid(Grid):
     def _limit(self, request: Message) -> float:
         """Return how many seconds the client has."""
         if request.metadata.message_type == MessageType.QUERY:
-            return max(self._client_timeout_seconds, CHECK_IN_SECONDS)
+            return max(self._client_timeout_seconds, REGISTRATION_SECONDS)
         return self._client_timeout_seconds
 
     def _is_late(self, request: Message, started_at: float | None) -> bool:
@@ -147,7 +147,7 @@ class PacedGrid(Grid):
             self.has_running_clients = True
         limit = self._limit(request)
         is_set = limit == self._client_timeout_seconds
-        what = "federated.client_timeout_seconds" if is_set else "the least for a check-in"
+        what = "federated.client_timeout_seconds" if is_set else "the least for a registration"
         return _fail(request, f"no answer within {limit:g} seconds ({what})")
 
     def _push(self, message: Message) -> str | None:

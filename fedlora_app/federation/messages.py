@@ -24,7 +24,7 @@ from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import SAFE_NAME, Config
 from fedlora_app.model.adapters import AdapterState, check_names, check_state
 
-CHECK_IN_ROUND = 0
+REGISTRATION_ROUND = 0
 ADAPTER_RECORD = "global-adapter"
 UPDATE_RECORD = "global-update"
 TASK_RECORD = "task"
@@ -50,7 +50,7 @@ DECLARED_METRICS = re.compile(
     """,
     re.VERBOSE,
 )
-CHECK_IN_COUNTS = (
+REGISTRATION_COUNTS = (
     *(f"{kind}_{what}" for kind in ("universal", "local") for what in COUNTED),
     *("skipped_records", "unscored_conflicts"),
 )
@@ -314,8 +314,8 @@ def read_reply(message: Message, client_id: str | None, server_round: int) -> Re
 
 
 def require_counts(reply: Reply) -> None:
-    """Raise ``MessageError`` unless a client that checks in says how many examples it has."""
-    missing = [name for name in CHECK_IN_COUNTS if not isinstance(reply.metrics.get(name), int)]
+    """Raise ``MessageError`` unless a client that registers says how many examples it has."""
+    missing = [name for name in REGISTRATION_COUNTS if not isinstance(reply.metrics.get(name), int)]
     if missing:
         raise MessageError(f"{reply.client_id} did not say how many {', '.join(missing)} it has.")
 

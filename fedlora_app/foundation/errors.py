@@ -1,5 +1,5 @@
-"""What all errors have in common that the user can mend."""
+"""What all errors have in common that the user can fix."""
 
 
-class MendableError(ValueError):
+class UserError(ValueError):
     """The message says what happened, what was expected and what to do."""

@@ -15,14 +15,14 @@ from importlib.metadata import Distribution, PackageNotFoundError
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from fedlora_app.foundation.errors import MendableError
+from fedlora_app.foundation.errors import UserError
 
 PACKAGE_DIR = Path(__file__).resolve().parents[1]
 PROJECT_NAME = "fedlora-app"
 ROOT_VARIABLE = "FEDLORA_PROJECT_DIR"
 
 
-class ProjectNotFoundError(MendableError):
+class ProjectNotFoundError(UserError):
     """No checkout of the project was found in any of the places searched."""
 
 

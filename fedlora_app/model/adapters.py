@@ -29,7 +29,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdapterConfig, AdaptersConfig
-from fedlora_app.foundation.errors import MendableError
+from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model.base import LoadedModel
 
@@ -43,7 +43,7 @@ AdaptedLayer = LoraLayer
 """The base model with its adapters attached and one module of it, for annotations elsewhere."""
 
 
-class AdapterError(MendableError):
+class AdapterError(UserError):
     """An adapter does not fit: other names, shapes, rank or base, or a damaged file."""
 
 

@@ -29,16 +29,16 @@ from transformers import (
 from transformers.utils import cached_file
 
 from fedlora_app.config.schema import ModelConfig, TrainingConfig
-from fedlora_app.foundation.errors import MendableError
+from fedlora_app.foundation.errors import UserError
 from fedlora_app.model.chat_template import find_template_fault
 from fedlora_app.model.fingerprint import fingerprint_model, fingerprint_weights
 from fedlora_app.model.host_embedding import SHARED_WEIGHTS, move_embedding_to_host
-from fedlora_app.model.quantized_cache import QuantisedCopy
+from fedlora_app.model.quantised_cache import QuantisedCopy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class ModelError(MendableError):
+class ModelError(UserError):
     """The base model cannot be loaded; the message says what to download or to name."""
 
 
@@ -115,7 +115,7 @@ def load_tokenizer(config: ModelConfig, root: Path) -> PreTrainedTokenizerBase:
     fault = find_template_fault(template, tokenizer.special_tokens_map)
     if fault is not None:
         raise ModelError(
-            f"The chat template of {config.name} {fault}. Use another model, or mend the template "
+            f"The chat template of {config.name} {fault}. Use another model, or fix the template "
             "in a copy of its folder."
         )
     if tokenizer.pad_token_id is None:

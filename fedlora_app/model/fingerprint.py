@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora_app.foundation.files import hash_file, make_private_dir, write_json
-from fedlora_app.model.quantized_cache import HASHING_THREADS, find_cache_dir
+from fedlora_app.model.quantised_cache import HASHING_THREADS, find_cache_dir
 
 WEIGHTS = ("*.safetensors",)
 SETTINGS = (

@@ -15,8 +15,6 @@ from fedlora_app.config.schema import Config, TrainingConfig
 from fedlora_app.data.client_files import (
     CACHE_DIR,
     ClientExamples,
-    count_phase_steps,
-    select_examples,
 )
 from fedlora_app.data.records import load_records
 from fedlora_app.data.tokens import Example, tokenize_file
@@ -24,6 +22,7 @@ from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.planning.gpus import Work
 from fedlora_app.training.packing import SHORTEST_WIDTH, split_into_packs
 from fedlora_app.training.phase import tokens_per_micro_batch
+from fedlora_app.training.selection import count_phase_steps, select_examples
 from fedlora_app.training.step_memory import MicroBatch
 
 ASSUMED_ANSWER_SHARE = 0.5

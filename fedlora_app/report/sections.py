@@ -267,7 +267,9 @@ def _show_data(run: Pieces, plotter: Plotter) -> Section:
     if found:
         headings = ("client", "severity", "rule", "file", "record")
         section.tables.append(
-            Table(headings, found, "Findings at check-in; fedlora check CONFIG quotes the records")
+            Table(
+                headings, found, "Findings at registration; fedlora check CONFIG quotes records"
+            )
         )
     warnings = list((run.evaluation or {}).get("warnings", []))
     if warnings:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fedlora_app.config.schema import LOCAL, SAFE_NAME, Config
-from fedlora_app.foundation.errors import MendableError
+from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import (
     LOCK_FILE,
     extend_atomically,
@@ -58,7 +58,7 @@ WRITTEN_BY_SERVER = (
 TABLE_HEADING = "round,client,phase,metric,value\n"
 
 
-class RunDirectoryError(MendableError):
+class RunDirectoryError(UserError):
     """A run directory exists already or cannot be written."""
 
 
@@ -115,7 +115,7 @@ class RunDirectory:
         """Make the folder with ``config.json`` and ``manifest.json``, and point latest to it.
 
         Args:
-            clients: what each client reported when it checked in.
+            clients: what each client reported when it registered.
             base_commit: the hub's commit of the base model, where it comes from there.
 
         Raises:

@@ -207,7 +207,7 @@ def find_changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list
 
 
 def describe_changed_data(config: Config, client: str, changed: list[str]) -> str:
-    """Return the error for data files that are not those that a client checked in with."""
+    """Return the error for data files that are not those that a client registered with."""
 
     def find_path(role: str) -> str | None:
         key = role if "_" in role else f"{role}_test"
@@ -226,7 +226,7 @@ def describe_other_software(
     """Yield a line for all code and hardware that is not the run's; its bytes may then differ.
 
     Args:
-        reports: what each client says at its check-in now.
+        reports: what each client says at its registration now.
     """
     now = {"python": platform.python_version()}
     for name in manifest.get("versions", {}):

@@ -155,7 +155,7 @@ def build_trackers(config: Config, run_dir: Path) -> Trackers:
             Trackers(started).close()
             raise ConfigError(
                 f"experiment.track: {name} cannot be started: {type(error).__name__}: {error}\n"
-                f"Mend that, or take {name} out of experiment.track; nothing was trained yet."
+                f"Fix that, or take {name} out of experiment.track; nothing was trained yet."
             ) from None
     return Trackers(started)
 

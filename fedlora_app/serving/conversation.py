@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from fedlora_app.data.tokens import Turn, encode_prompt
 from fedlora_app.evaluation.saved_model import Answering, SavedModel
 from fedlora_app.evaluation.scoring import generate_answer
-from fedlora_app.foundation.errors import MendableError
+from fedlora_app.foundation.errors import UserError
 
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
 """Of the global adapter alone where the clients' own prompts differ."""
@@ -26,7 +26,7 @@ GLOBAL_ALONE = "global alone"
 UNFINISHED = "\ufffd"  # what a character decodes to whose last bytes are still to come
 
 
-class QuestionError(MendableError):
+class QuestionError(UserError):
     """A question cannot be asked; the message says why."""
 
 

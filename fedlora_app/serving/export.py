@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.evaluation.saved_model import Answering, SavedModel
-from fedlora_app.foundation.errors import MendableError
+from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import hash_file, make_private_dir, replace_folder
 from fedlora_app.model.adapter_files import save_plain_adapter
 from fedlora_app.model.adapters import AdapterState, PlainAdapter, attach_adapters, merge_into_base
@@ -42,7 +42,7 @@ from fedlora_app.serving.model_card import (
 Dtype = Literal["float32", "bfloat16"]
 
 
-class ExportError(MendableError):
+class ExportError(UserError):
     """What is asked for cannot be exported, or not to that place."""
 
 

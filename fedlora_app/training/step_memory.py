@@ -13,7 +13,7 @@ from typing import Any
 
 from fedlora_app.config.rounds import BOTH, Phase
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdapterConfig, AdaptersConfig, TrainingConfig
-from fedlora_app.foundation.errors import MendableError
+from fedlora_app.foundation.errors import UserError
 
 FP32_BYTES = 4
 ADAM_BYTES = {"adamw": 8, "paged_adamw_8bit": 2}
@@ -44,7 +44,7 @@ RESERVE = 0.05
 """Share of torch's peak that its allocator holds in pieces too small to use."""
 
 
-class PlanError(MendableError):
+class PlanError(UserError):
     """What was asked cannot be planned; the message says why."""
 
 

@@ -181,14 +181,14 @@ def test_a_hung_worker_is_stopped_and_only_its_client_blamed():
     assert len(replies) == 5
 
 
-def test_a_check_in_has_time_for_what_starts_with_it(monkeypatch):
+def test_a_registration_has_time_for_what_starts_with_it(monkeypatch):
     def ask():
         paced = PacedGrid(SlowGrid(polls_needed=9), 1, client_timeout_seconds=0.01)
         return next(paced.send_and_receive([build_message(RecordDict(), "query", 1)]))
 
     assert not ask().has_error()
-    monkeypatch.setattr(grid_module, "CHECK_IN_SECONDS", 0.02)
-    assert "no answer within 0.02 seconds (the least for a check-in)" in ask().error.reason
+    monkeypatch.setattr(grid_module, "REGISTRATION_SECONDS", 0.02)
+    assert "no answer within 0.02 seconds (the least for a registration)" in ask().error.reason
 
 
 def test_the_settings_limit_reaches_the_grid(federation, monkeypatch):

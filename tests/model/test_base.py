@@ -18,7 +18,7 @@ from fedlora_app.data.tokens import Example
 from fedlora_app.foundation.files import hash_file, lock_folder, write_json
 from fedlora_app.model import base as model_module
 from fedlora_app.model import fingerprint
-from fedlora_app.model import quantized_cache as quantised_copy
+from fedlora_app.model import quantised_cache as quantised_copy
 from fedlora_app.model.adapters import (
     activate,
     adapter_parameters,
@@ -35,7 +35,7 @@ from fedlora_app.model.base import (
     load_tokenizer,
 )
 from fedlora_app.model.host_embedding import HostEmbedding
-from fedlora_app.model.quantized_cache import CACHE_VARIABLE, CONTENTS_FILE
+from fedlora_app.model.quantised_cache import CACHE_VARIABLE, CONTENTS_FILE
 from fedlora_app.training.phase import train_phase
 
 
