@@ -267,9 +267,7 @@ def _show_data(run: Pieces, plotter: Plotter) -> Section:
     if found:
         headings = ("client", "severity", "rule", "file", "record")
         section.tables.append(
-            Table(
-                headings, found, "Findings at registration; fedlora check CONFIG quotes records"
-            )
+            Table(headings, found, "Findings at registration; fedlora check CONFIG quotes records")
         )
     warnings = list((run.evaluation or {}).get("warnings", []))
     if warnings:
