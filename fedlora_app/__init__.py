@@ -5,17 +5,14 @@ For notebooks the package offers what reads and draws runs: ``load_run``, ``load
 """
 
 import importlib
-import warnings
 
-from fedlora_app.foundation.quiet import switch_off_telemetry
+from fedlora_app.foundation.quiet import hide_notices, switch_off_telemetry
 
 __version__ = "0.1.0"
 
-switch_off_telemetry()  # here, because every module of ours comes after this and most libraries do
-
-# Notices to the libraries' own developers, which would bury what a run has to say.
-warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.jit")
-warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.modeling_utils")
+# Here, because every module of ours comes after this, and most libraries do.
+switch_off_telemetry()
+hide_notices()
 
 _PLOTS = (
     "plot_accuracy",

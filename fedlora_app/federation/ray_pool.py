@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from flwr.app import Error, Message
@@ -49,6 +50,7 @@ class WatchedPool:
         self._jobs: dict[Any, Job] = {}
         self._jobs_lock = threading.Lock()
         _pool = self
+        _print_workers_lines_as_they_are()
 
     def submit(self, actor_fn: Any, job: tuple) -> Any:
         """Give a message to an idle actor."""
@@ -133,6 +135,20 @@ def watch_workers() -> None:
 def current_pool() -> WatchedPool | None:
     """Return the pool of the simulation in this process, once it is built."""
     return _pool
+
+
+def _print_workers_lines_as_they_are() -> None:
+    """Leave out Ray's prefix, class and process id: our lines name the client that they are of."""
+    try:
+        from ray._private import ray_logging, worker
+
+        dispatcher = ray_logging.global_worker_stdstream_dispatcher
+        if any(name == "ray_print_logs" for name, _ in dispatcher.handlers):
+            dispatcher.remove_handler("ray_print_logs")
+            plain = partial(worker.print_to_stdstream, ignore_prefix=True)
+            dispatcher.add_handler("ray_print_logs", plain)
+    except (ImportError, AttributeError):  # another Ray: the lines keep their prefix
+        return
 
 
 def _import_app(actor: Any, app_fn: Any) -> None:
