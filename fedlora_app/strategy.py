@@ -20,8 +20,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedlora_app.config.rounds import plan_round, training_clients
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config
-from fedlora_app.federation.aggregation import AggregationError, WeightedMean
-from fedlora_app.federation.aggregation_error import ProductSketch
+from fedlora_app.federation.aggregation_error import AggregationErrorObserver, ProductSketch
 from fedlora_app.federation.grid import PacedGrid, build_message
 from fedlora_app.federation.messages import (
     REGISTRATION_ROUND,
@@ -34,6 +33,9 @@ from fedlora_app.federation.messages import (
     read_reply,
     unpack_state,
 )
+from fedlora_app.federation.rules import build_rule
+from fedlora_app.federation.rules.fedavg import FedAvg as FedAvgRule
+from fedlora_app.federation.weighted_mean import RejectedUpdateError
 from fedlora_app.foundation.progress import client_lines
 from fedlora_app.model.adapter_files import save_adapter
 from fedlora_app.model.adapters import AdaptedModel, AdapterError, AdapterState, state_shapes
@@ -91,6 +93,7 @@ class GlobalAdapterFedAvg(FedAvg):
         self._task = task
         self._model = model
         self._shapes = state_shapes(model, GLOBAL)
+        self._rule = build_rule(config.federated.aggregation)
         self._sketch = ProductSketch(self._shapes, config.experiment.seed)
         self._run = run
         self._report = report
@@ -193,18 +196,19 @@ class GlobalAdapterFedAvg(FedAvg):
         plan = plan_round(self.config, server_round)
         phase = plan.train
         if phase is not None:
-            mean = WeightedMean(self._shapes | self._sketch.shapes)
+            self._rule.begin(self._global_state)
+            observer = AggregationErrorObserver(self._sketch)
             count = self._count_clients(server_round, "train", len(training_clients(self.config)))
             expected = ["local_adapter"] if LOCAL in phase.trainable else []
-            fold = self._fold_into(mean, expected)
+            fold = self._fold_into(observer, expected)
             for reply in self._valid_replies(server_round, replies, count, fold):
                 self._run.add_metrics(server_round, reply.client_id, phase.name, reply.metrics)
                 if expected:
                     self._note_local(reply, server_round, is_last=plan.personalise is None)
-            self._require(mean.num_updates, len(training_clients(self.config)), server_round)
+            self._require(self._rule.num_updates, len(training_clients(self.config)), server_round)
             started = time.monotonic()
-            self._global_state = mean.apply_to(self._global_state)
-            self._log_aggregation_error(server_round, mean)
+            self._global_state = self._rule.result()
+            self._log_aggregation_error(server_round, observer)
             self._aggregation_seconds += time.monotonic() - started
             self._aggregation_metrics["aggregation_seconds"] = self._aggregation_seconds
         self._global_sha256 = self._save_global(server_round)
@@ -326,8 +330,10 @@ class GlobalAdapterFedAvg(FedAvg):
             left = mean * (num_rounds - server_round)
         self._report(describe_round(server_round, num_rounds, reports, seconds, left))
 
-    def _log_aggregation_error(self, server_round: int, mean: WeightedMean) -> None:
-        by_module, error = self._sketch.relative_errors(mean, self._global_state)
+    def _log_aggregation_error(self, server_round: int, observer: AggregationErrorObserver) -> None:
+        if not isinstance(self._rule, FedAvgRule):
+            return  # the figure is about averaging A and B
+        by_module, error = observer.relative_errors(self._rule, self._global_state)
         self._run.log_event("aggregation", round=server_round, relative_error=by_module)
         if error is not None:
             self._aggregation_metrics["aggregation_error"] = error
@@ -442,7 +448,9 @@ class GlobalAdapterFedAvg(FedAvg):
                 del message  # and with it the update, before the next one comes
             yield reply
 
-    def _fold_into(self, mean: WeightedMean, expected: list[str]) -> Callable[[Reply], None]:
+    def _fold_into(
+        self, observer: AggregationErrorObserver, expected: list[str]
+    ) -> Callable[[Reply], None]:
         def fold(reply: Reply) -> None:
             started, sender = time.monotonic(), reply.client_id
             _require_facts(expected, reply)
@@ -461,9 +469,10 @@ class GlobalAdapterFedAvg(FedAvg):
             dtype = self.config.federated.upload_dtype
             update = unpack_state(reply.arrays, self._shapes, sender, dtype)
             try:
-                mean.add(update | self._sketch.project(update), num_examples)
-            except AggregationError as error:
+                self._rule.add(update, num_examples)
+            except RejectedUpdateError as error:
                 raise MessageError(f"{sender}: {error}") from None
+            observer.add(update, num_examples)
             self._aggregation_seconds += time.monotonic() - started
 
         return fold

@@ -19,7 +19,8 @@ import math
 
 import torch
 
-from fedlora_app.federation.aggregation import WeightedMean
+from fedlora_app.federation.rules.fedavg import FedAvg
+from fedlora_app.federation.weighted_mean import RejectedUpdateError, WeightedMean
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model.adapters import AdapterState
 
@@ -64,7 +65,7 @@ class ProductSketch:
         }
 
     def relative_errors(
-        self, mean: WeightedMean, state: AdapterState
+        self, mean: WeightedMean, products: WeightedMean, state: AdapterState
     ) -> tuple[dict[str, float | None], float | None]:
         """Return ||E|| / ||B_mean A_mean|| by module, and over all modules.
 
@@ -72,28 +73,29 @@ class ProductSketch:
         left counts as 0.
 
         Args:
-            mean: of the clients' updates and their projections.
+            mean: of the clients' updates.
+            products: of their projections.
             state: the adapter that came of it.
         """
-        by_module, errors, products = {}, 0.0, 0.0
+        by_module, errors, sizes = {}, 0.0, 0.0
         for module, keys in self._pairs.items():
             means = {key: mean.mean_of(key) for key in keys}
-            error = self._measure_error(module, mean, means)
+            error = self._measure_error(module, products, means)
             product = self._project(*self._factors(module, state)).norm().item()
             by_module[module] = _divide(error, product)
             errors += error**2
-            products += product**2
-        return by_module, _divide(math.sqrt(errors), math.sqrt(products))
+            sizes += product**2
+        return by_module, _divide(math.sqrt(errors), math.sqrt(sizes))
 
-    def _measure_error(self, module: str, mean: WeightedMean, means: AdapterState) -> float:
+    def _measure_error(self, module: str, products: WeightedMean, means: AdapterState) -> float:
         """Return ||E W||, which is sqrt(s) times an estimate of ||E||."""
         outer, inner = self._factors(module, means)
         matrix = self._matrix(inner.shape[1])
-        error = mean.mean_of(_sum_name(module)) - outer @ (inner @ matrix)
+        error = products.mean_of(_sum_name(module)) - outer @ (inner @ matrix)
         # What the resolution of the three means, and of their products, may amount to.
         seen = inner.abs() @ matrix.abs()
         blur = seen.sum(0) + outer.abs().sum(1, keepdim=True) * matrix.abs().sum(0) + 1
-        noise = mean.resolution * blur + ROUNDING * (outer.abs() @ seen)
+        noise = products.resolution * blur + ROUNDING * (outer.abs() @ seen)
         return error.norm().item() if error.norm() > noise.norm() else 0.0
 
     def _factors(self, module: str, state: AdapterState) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,6 +113,33 @@ class ProductSketch:
             shape = (size, self._num_columns)
             self._matrices[size] = torch.randn(shape, dtype=torch.float64, generator=generator)
         return self._matrices[size]
+
+
+class AggregationErrorObserver:
+    """Watches one round beside a rule that averages A and B, and measures what that costs.
+
+    It rejects no update: where projections cannot be summed, the round has no figure.
+    """
+
+    def __init__(self, sketch: ProductSketch) -> None:
+        self._sketch = sketch
+        self._products = WeightedMean(sketch.shapes)
+        self._is_complete = True
+
+    def add(self, update: AdapterState, num_examples: int) -> None:
+        """See an update that the rule has folded in."""
+        try:
+            self._products.add(self._sketch.project(update), num_examples)
+        except RejectedUpdateError:
+            self._is_complete = False
+
+    def relative_errors(
+        self, rule: FedAvg, state: AdapterState
+    ) -> tuple[dict[str, float | None], float | None]:
+        """Return what ``ProductSketch.relative_errors`` does for the rule's new ``state``."""
+        if not self._is_complete:
+            return {}, None
+        return self._sketch.relative_errors(rule.mean, self._products, state)
 
 
 def _module_name(key: str) -> str:

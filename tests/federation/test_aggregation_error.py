@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from fedlora_app.federation.aggregation import WeightedMean
 from fedlora_app.federation.aggregation_error import NUM_COLUMNS, ProductSketch
+from fedlora_app.federation.weighted_mean import WeightedMean
 
 RANK = 3
 SIZES = {"wide": (40, 24), "tall": (24, 40), "square": (32, 32)}  # in, out
@@ -42,7 +42,7 @@ def average(sketch, updates, counts):
 def estimate(start, updates, counts=COUNTS, seed=0, num_columns=NUM_COLUMNS):
     sketch = ProductSketch(SHAPES, seed, num_columns)
     mean = average(sketch, updates, counts)
-    return sketch.relative_errors(mean, mean.apply_to(start))
+    return sketch.relative_errors(mean, mean, mean.apply_to(start))
 
 
 def exact(start, updates, counts=COUNTS):
@@ -119,7 +119,7 @@ def test_the_closed_form_of_two_clients_that_share_nothing():
     for unit in torch.eye(2):
         update = {"x.lora_A.weight": unit[None], "x.lora_B.weight": unit[:, None]}
         mean.add(update | sketch.project(update), 10)
-    by_module, total = sketch.relative_errors(mean, mean.apply_to(start))
+    by_module, total = sketch.relative_errors(mean, mean, mean.apply_to(start))
     assert by_module["x"] == pytest.approx(1.0, abs=0.03) and total == by_module["x"]
 
 

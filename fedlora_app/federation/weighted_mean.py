@@ -1,9 +1,4 @@
-"""Fold the clients' updates into the new global adapter, one by one, in any order.
-
-Federated averaging (McMahan et al. 2017, https://arxiv.org/abs/1602.05629): with updates
-d_k and n_k examples, the new state is G + (sum_k n_k d_k) / (sum_k n_k). A and B are
-averaged apart, which is not the average of their products; ``aggregation_error`` tells by how
-much, from tensors that are averaged beside them.
+"""A running weighted mean of tensors that no order of arrival changes.
 
 The sum is kept in 64-bit fixed point. Integer addition is associative, so the order in
 which clients are served changes no bit of the result, and the server holds one
@@ -20,8 +15,8 @@ FRACTION_BITS = 36  # resolution 1.5e-11 of the weighted sum, room up to 2**27
 LIMIT = 2.0 ** (63 - FRACTION_BITS - 1)
 
 
-class AggregationError(ValueError):
-    """The updates cannot be averaged."""
+class RejectedUpdateError(ValueError):
+    """An update cannot be used, or there is none."""
 
 
 class WeightedMean:
@@ -37,12 +32,12 @@ class WeightedMean:
         """Fold in one client's update; its names and shapes must have been checked.
 
         Raises:
-            AggregationError: the sum could leave the range of the fixed-point numbers.
+            RejectedUpdateError: the sum could leave the range of the fixed-point numbers.
         """
         largest = max(abs(end.item()) for key in update for end in update[key].aminmax())
         bound = self._bound + largest * num_examples
         if not bound < LIMIT:
-            raise AggregationError(
+            raise RejectedUpdateError(
                 f"An update of {largest:.3g} weighted by {num_examples} examples is too large to "
                 f"sum (limit {LIMIT:.3g}). The client's training has probably diverged."
             )
@@ -69,5 +64,5 @@ class WeightedMean:
     @property
     def _divisor(self) -> float:
         if self.num_examples == 0:
-            raise AggregationError("No update was added, so there is nothing to average.")
+            raise RejectedUpdateError("No update was added, so there is nothing to average.")
         return self.num_examples * 2.0**FRACTION_BITS

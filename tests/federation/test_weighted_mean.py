@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fedlora_app.federation.aggregation import AggregationError, WeightedMean
+from fedlora_app.federation.weighted_mean import RejectedUpdateError, WeightedMean
 
 SHAPES = {"a": torch.Size([3, 4]), "b": torch.Size([2])}
 
@@ -51,7 +51,7 @@ def test_the_accumulator_does_not_grow():
 
 def test_a_diverged_update_is_refused_before_it_overflows():
     mean = WeightedMean(SHAPES)
-    with pytest.raises(AggregationError, match="probably diverged"):
+    with pytest.raises(RejectedUpdateError, match="probably diverged"):
         mean.add({key: torch.full(shape, 1e6) for key, shape in SHAPES.items()}, 1000)
     assert mean.num_updates == 0
     mean.add(build_state(1), 2)  # the refused one left no trace
@@ -59,5 +59,5 @@ def test_a_diverged_update_is_refused_before_it_overflows():
     for key, tensor in mean.apply_to(zero).items():
         torch.testing.assert_close(tensor, build_state(1)[key], rtol=0, atol=1e-10)
     mean = WeightedMean(SHAPES)
-    with pytest.raises(AggregationError, match="nothing to average"):
+    with pytest.raises(RejectedUpdateError, match="nothing to average"):
         mean.apply_to(build_state(0))
