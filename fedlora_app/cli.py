@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fedlora_app.serving.conversation import Conversation
 
 INTERRUPTED = 130  # what Typer makes of Ctrl-C
-CONTINUED = {"evaluate", "study"}  # what goes on where it was stopped
+CONTINUED = {"evaluate", "study"}  # commands that resume where they stopped
 
 app = typer.Typer(
     name="fedlora",
@@ -114,7 +114,7 @@ def evaluate(
 ) -> None:
     """Run the whole evaluation protocol on a round of a run and write evaluation.json.
 
-    A stopped evaluation goes on where it was. Example: fedlora evaluate latest
+    A stopped evaluation resumes where it was. Example: fedlora evaluate latest
     """
     from fedlora_app.evaluation.choices import open_round
     from fedlora_app.evaluation.protocol import evaluate_round
@@ -432,7 +432,7 @@ def main() -> None:
     try:
         status = app(standalone_mode=False) or 0
         if status == INTERRUPTED:
-            kept = " What is done is kept; the same command goes on from here."
+            kept = " What is done is kept; the same command resumes here."
             typer.echo(f"Stopped.{kept * bool(CONTINUED & set(sys.argv))}", err=True)
         sys.exit(status)
     except click.ClickException as error:  # a mistyped command or option

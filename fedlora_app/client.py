@@ -135,7 +135,7 @@ class Client:
         return counts, files.hashes | about
 
     def verify(self, local_round: int, local_sha256: str) -> dict[str, str]:
-        """Check that this client still holds what the run is to go on with.
+        """Check that this client still holds what the run is to resume with.
 
         Returns:
             The base model's fingerprint, as a fact.
@@ -345,13 +345,13 @@ class Client:
         weights = self._round_dir(local_round) / WEIGHTS_FILE
         if not weights.is_file():
             raise AdapterError(
-                f"{weights} does not exist, and the run is to go on with it. Restore it, or go on "
-                "from an earlier round."
+                f"{weights} does not exist, and the run is to resume with it. Restore it, or "
+                "resume from an earlier round."
             )
         if local_sha256 and hash_file(weights) != local_sha256:
             raise AdapterError(
                 f"{weights} is damaged: its sha256 is not that of the file that the run wrote. "
-                "Restore it, or go on from an earlier round."
+                "Restore it, or resume from an earlier round."
             )
 
     def _forget_global(self) -> None:

@@ -84,7 +84,7 @@ class Settings:
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run one experiment from configuration to final adapters, or go on with a stopped one."""
+    """Run one experiment from configuration to final adapters, or resume a stopped one."""
     keep_files_private()
     settings = read_settings(context.run_config)
     config, resumption = settings.config, settings.resumption
@@ -164,7 +164,7 @@ def run_rounds(
         after = resumption.after_round
         arrays = _restore(strategy, grid, model, resumption)
         run.rewind(config, after)
-        print(f"Going on after round {after} of {config.federated.num_rounds}.", flush=True)
+        print(f"Resuming after round {after} of {config.federated.num_rounds}.", flush=True)
     run.trackers = build_trackers(config, run.path)
     if after == FRESH:
         seed = derive_seed(config.experiment.seed, "initial")
@@ -367,7 +367,7 @@ def _explain_disk_errors(run: RunDirectory) -> Iterator[None]:
         )
         raise RunDirectoryError(
             f"{error.filename or run.path} cannot be written: {error.strerror or error}. {state}. "
-            f"When there is room again, go on with: resume='{run.path.name}'"
+            f"When there is room again, resume with: resume='{run.path.name}'"
         ) from error
 
 

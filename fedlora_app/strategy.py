@@ -57,7 +57,7 @@ EVALUATION_PREFIXES = (
 
 
 class RoundError(RuntimeError):
-    """Too few clients did their part; the last complete round is untouched."""
+    """Too few clients returned valid results; the last complete round is untouched."""
 
 
 class GlobalAdapterFedAvg(FedAvg):
@@ -163,7 +163,7 @@ class GlobalAdapterFedAvg(FedAvg):
         if faults:
             listing = "\n".join(faults)
             hint = suggest_earlier(self._run.path, self._rounds_before)
-            raise RoundError(f"The run cannot go on:\n{listing}{hint}")
+            raise RoundError(f"The run cannot resume:\n{listing}{hint}")
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -414,8 +414,8 @@ class GlobalAdapterFedAvg(FedAvg):
             count: called with the number of clients that have answered, whatever it is worth.
         """
         answered: set[str] = set()
-        losers: list[str] = []
-        for message in chain(replies, self._ask_again(losers)):
+        missing_global: list[str] = []
+        for message in chain(replies, self._ask_again(missing_global)):
             client = self._clients_by_node.get(message.metadata.src_node_id, "an unknown node")
             if client in self.nodes:
                 self._traffic.add(client, "up", message)
@@ -427,8 +427,8 @@ class GlobalAdapterFedAvg(FedAvg):
             count(len(answered))
             try:
                 reply = read_reply(message, client, server_round)
-                if reply.needs_global and client not in losers:
-                    losers.append(client)
+                if reply.needs_global and client not in missing_global:
+                    missing_global.append(client)
                     answered.remove(client)
                     self._run.log_event("lost_adapter", round=server_round, client=client)
                     continue
@@ -489,7 +489,7 @@ class GlobalAdapterFedAvg(FedAvg):
         if num_valid < required:
             reasons = "\n".join(f"  {reason}" for reason in self._failures.values())
             raise RoundError(
-                f"Round {server_round}: {num_valid} of {num_asked} clients did their part and "
+                f"Round {server_round}: {num_valid} of {num_asked} clients returned valid results and "
                 f"{required} are required (federated.min_clients).\n{reasons}\n"
                 f"The last complete round in {self._run.path} is untouched."
             )

@@ -81,7 +81,7 @@ def load_study(path: Path) -> StudyConfig:
     except ValidationError as error:
         faults = (f"  {'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors())
         listing = "\n".join(faults)
-        raise ConfigError(f"{path} is no study:\n{listing}") from None
+        raise ConfigError(f"{path} is not a study:\n{listing}") from None
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
 
@@ -111,7 +111,7 @@ def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) 
             if not _is_finished(run_dir, config, data_root):
                 raise RunDirectoryError(
                     f"{run_dir} did not reach its end; its log stands above. The same command "
-                    "goes on with it."
+                    "resumes it."
                 )
         evaluations[variant].append(_evaluate(run_dir, data_root, report))
     figures = {name: [measure(entry) for entry in runs] for name, runs in evaluations.items()}
@@ -221,7 +221,7 @@ def _overrides(study: StudyConfig, variant: str, seed: int) -> str:
 
 
 def _is_finished(run_dir: Path, config: Config, data_root: Path) -> bool:
-    """Tell whether a run of this configuration and of the files as they are now has ended."""
+    """Return whether a run of this configuration and of the files as they are now has ended."""
     try:
         run = load_run(run_dir)
     except (RunDirectoryError, ConfigError):
@@ -239,7 +239,7 @@ def _run(study: StudyConfig, root: Path, run_dir: Path, config: Config, override
     """Start one run with Flower and wait for it."""
     if run_dir.exists():
         why = "unfinished, or of another configuration or data"
-        print(f"{run_dir} is {why}, and is run anew.", flush=True)
+        print(f"{run_dir} is {why}, and is run again.", flush=True)
         shutil.rmtree(run_dir)
     quoted = overrides.replace("'", '"')
     settings = (
@@ -257,7 +257,7 @@ def _run(study: StudyConfig, root: Path, run_dir: Path, config: Config, override
         subprocess.run([FLWR, "log", run_id, "--stream"], check=False, env=environment)
         while not _has_ended(run_id, environment):
             time.sleep(POLL_SECONDS)
-    except KeyboardInterrupt:  # the run would go on without us
+    except KeyboardInterrupt:  # the run would continue without us
         subprocess.run([FLWR, "stop", run_id], check=False, env=environment)
         raise
 
@@ -287,7 +287,7 @@ def _call_flower(command: list[str], environment: Mapping[str, str]) -> dict[str
 
 
 def _evaluate(run_dir: Path, root: Path, report: Report) -> dict[str, Any]:
-    """Return a run's evaluation, made anew where it is not of its adapters."""
+    """Return a run's evaluation, made again where it is not of its adapters."""
     run = load_run(run_dir)
     saved = open_round(run, root)
     if _is_current(run.evaluation, saved):
@@ -297,7 +297,7 @@ def _evaluate(run_dir: Path, root: Path, report: Report) -> dict[str, Any]:
 
 
 def _is_current(evaluation: Mapping[str, Any] | None, saved: SavedRound) -> bool:
-    """Tell whether an evaluation is of these adapters and of the files as they are now."""
+    """Return whether an evaluation is of these adapters and of the files as they are now."""
     if evaluation is None or evaluation.get("format") != FORMAT:
         return False
     files = {c: {n: f.sha256 for n, f in fs.all.items()} for c, fs in saved.files.items()}

@@ -90,7 +90,7 @@ def test_ctrl_c_says_that_the_work_is_kept(fedlora, project, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(answering, "score_prompts", interrupt)
         status, _, err = fedlora("evaluate", project / "results" / "pair")
-    assert status == 130 and "the same command goes on from here" in err
+    assert status == 130 and "the same command resumes here" in err
 
 
 def test_a_round_that_is_not_complete_is_an_error(fedlora, project):

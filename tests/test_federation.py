@@ -155,7 +155,7 @@ def test_a_missing_local_adapter_stops_the_round(federation):
             (folder / WEIGHTS).unlink()
         return reply
 
-    with pytest.raises(RoundError, match="never silently started anew"):
+    with pytest.raises(RoundError, match="never silently restarted"):
         federation.run(tamper=remove_local)
 
 
@@ -594,7 +594,7 @@ class TestFaultyClients:
         with pytest.raises(RoundError) as caught:
             federation.run(tamper=self.spoil(change))
         text = str(caught.value)
-        assert "Round 1: 2 of 3 clients did their part and 3 are required" in text
+        assert "Round 1: 2 of 3 clients returned valid results and 3 are required" in text
         assert "bob" in text and expected in text
         run = federation.output_dir / "run"
         manifest = json.loads((run / "manifest.json").read_text())

@@ -283,7 +283,7 @@ def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[st
 def _read_yaml(path: Path) -> Any:
     try:
         if path.exists() and not path.is_file():
-            raise ConfigError(f"{path} is no regular file. Expected a YAML file.")
+            raise ConfigError(f"{path} is not a regular file. Expected a YAML file.")
         size = path.stat().st_size
         if size > MAX_CONFIG_BYTES:
             raise ConfigError(

@@ -109,7 +109,7 @@ class TrainingConfig(Section):
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     """Share of an adapter's whole run during which its learning rate rises."""
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    """Over an adapter's whole run, not anew in every round."""
+    """Over an adapter's whole run, not restarted in every round."""
     final_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
     """Where cosine and linear schedules end, relative to learning_rate."""
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"

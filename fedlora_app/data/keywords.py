@@ -65,7 +65,7 @@ INSISTENCE = re.compile(r" *不[可行成](?!以)")  # 非罚款不可: a fine, 
 def passes_keyword_rule(
     text: str, own: Sequence[str], others: Sequence[str], *, plain: bool = False
 ) -> bool:
-    """Tell whether ``text`` holds an own keyword and none of the others'.
+    """Return whether ``text`` holds an own keyword and none of the others'.
 
     A keyword that both sides have therefore never helps, and fails the text that holds it.
 
@@ -100,7 +100,7 @@ def find_keywords(text: str, keywords: Sequence[str]) -> set[str]:
 
 
 def continues_word(character: str) -> bool:
-    """Tell whether a character is part of a word that spaces or signs set apart."""
+    """Return whether a character is part of a word that spaces or signs set apart."""
     return unicodedata.category(character)[0] in "LMN" and not UNSPACED.match(character)
 
 

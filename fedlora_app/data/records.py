@@ -131,9 +131,9 @@ def read_json_records(path: Path) -> tuple[list[Any], str]:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError:
-        raise DataError(f"{str(path)!a} is no possible file name.") from None
+        raise DataError(f"{str(path)!a} is not a possible file name.") from None
     if is_other:
-        raise DataError(f"{path} is no regular file. Expected JSON or JSON Lines.")
+        raise DataError(f"{path} is not a regular file. Expected JSON or JSON Lines.")
     sha256 = hashlib.sha256(content).hexdigest()
     try:
         text = content.decode("utf-8-sig")

@@ -1,6 +1,6 @@
 """How questions are worded: when two ask the same thing, what they are about, in which script.
 
-In go texts of any language; a helper of the linter that knows nothing of files or clients.
+Input: texts of any language. It knows nothing of files or clients.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _sort_words(text: str) -> str:
 
 
 def _asks_the_same(one: str, other: str) -> bool:
-    """Tell whether two questions differ in fillers and spelling only."""
+    """Return whether two questions differ in fillers and spelling only."""
     if _find_numbers(one) != _find_numbers(other):
         return False
     ones, others = _count_tokens(one), _count_tokens(other)
@@ -198,7 +198,7 @@ def _is_filler(token: str) -> bool:
 
 
 def _has_variant(word: str, others: Iterable[str]) -> bool:
-    """Tell whether a spelling of the word is among others."""
+    """Return whether a spelling of the word is among others."""
     return len(word) >= SPELLING_MIN_LENGTH and any(
         fuzz.ratio(word, other) >= SPELLING_RATIO for other in others
     )

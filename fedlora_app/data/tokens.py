@@ -219,7 +219,7 @@ def _load_cached(folder: Path) -> list[Example] | None:
         ]
     except Exception as error:  # pyarrow and datasets raise nearly anything for damaged files
         reason = error.args[0] if type(error) is ValueError else type(error).__name__
-        print(f"The tokens in {folder} are made anew: {reason}.", flush=True)
+        print(f"The tokens in {folder} are rebuilt: {reason}.", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
         return None
 

@@ -65,7 +65,7 @@ Figures = dict[str, float]
 
 
 def ablate(run_dir: Path, root: Path, overrides: str) -> Figures:
-    """Train every client's local adapter anew with ``overrides`` and return its figures.
+    """Train every client's local adapter again with ``overrides`` and return its figures.
 
     Returns:
         Exact match in [0, 1] under ``<validation or test>/<question set>``, means over the
@@ -78,7 +78,7 @@ def ablate(run_dir: Path, root: Path, overrides: str) -> Figures:
         set_dotted(recorded, key, value)
     config = parse_config(recorded, source=str(run_dir))
     if config.federated.mode != "dual" or config.training.schedule != "phased":
-        raise ConfigError(f"{run_dir} is no phased run of mode dual. Expected the runs of one.")
+        raise ConfigError(f"{run_dir} is not a phased run of mode dual. Expected only such runs.")
     config = config.model_copy(
         update={"evaluation": config.evaluation.model_copy(update={"interval": 10**6})}
     )

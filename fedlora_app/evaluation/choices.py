@@ -2,7 +2,7 @@
 
 Questions are collected by the adapters that are to answer them, so each choice of adapters is
 set up once, and a question that several clients share is scored once. Scores are kept in a
-file as they come, so that a stopped evaluation goes on where it was.
+file as they come, so that a stopped evaluation resumes where it was.
 """
 
 from __future__ import annotations

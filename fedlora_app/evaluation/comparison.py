@@ -79,7 +79,7 @@ class EvaluatedRun:
                 raise ValueError(
                     f"{self.name}: evaluation.json holds record {key[1]} of {key[0]}'s "
                     f"{row['question_set']} questions twice. Expected one row per question at "
-                    f"scale 1.0. Write it anew with: fedlora evaluate {self.name}"
+                    f"scale 1.0. Write it again with: fedlora evaluate {self.name}"
                 )
             rows[key] = row
         return sets
@@ -206,7 +206,7 @@ def _read_runs(evaluations: Mapping[str, dict[str, Any]]) -> list[EvaluatedRun]:
         if evaluation.get("format") != FORMAT:
             raise ValueError(
                 f"{name}: evaluation.json has format {evaluation.get('format')!r}, expected "
-                f"{FORMAT}. Write it anew with: fedlora evaluate {name}"
+                f"{FORMAT}. Write it again with: fedlora evaluate {name}"
             )
     return [EvaluatedRun(name, evaluation) for name, evaluation in evaluations.items()]
 

@@ -2,7 +2,7 @@
 
 A linear discriminant on the frozen base's mean hidden state of the prompt, fitted to the
 client's own training prompts, local against universal ones. It is not trained, and it is
-made anew from the client's data where it is needed, so nothing of it is stored or sent. The
+refitted from the client's data where it is needed, so nothing of it is stored or sent. The
 idea of weighing the local adapter by instance is that of FedDPA (Yang et al. 2024,
 https://arxiv.org/abs/2403.19211, section 3.3), which weighs by cosine similarity instead.
 """

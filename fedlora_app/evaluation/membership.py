@@ -326,7 +326,7 @@ def _encode(
 
 
 def _fits(tokenizer: PreTrainedTokenizerBase, candidate: Candidate, max_seq_length: int) -> bool:
-    """Tell whether training would keep any of the answer."""
+    """Return whether training would keep any of the answer."""
     return _encode(tokenizer, candidate, max_seq_length).num_answer_tokens > 0
 
 

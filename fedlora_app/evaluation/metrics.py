@@ -170,7 +170,7 @@ def normalise_answer(text: str) -> str:
 
 
 def matches_exactly(generated: str, answer: str) -> bool:
-    """Tell whether two texts are the same after normalisation, and not both empty."""
+    """Return whether two texts are the same after normalisation, and not both empty."""
     return normalise_answer(generated) == normalise_answer(answer) != ""
 
 

@@ -1,6 +1,6 @@
 """The whole evaluation of a saved round: what is asked, and of whom.
 
-In go a run directory and the data that its configuration names; out comes what
+Input: a run directory and the data that its configuration names. Output: what
 ``evaluation.json`` holds: the swap table (every question set under every choice of
 adapters), the controls, the scale of the local adapter chosen on validation questions, and
 the intervals of all of it.
@@ -40,7 +40,7 @@ def evaluate_round(
     """Run the protocol, write ``evaluation.json`` and return what it holds.
 
     Args:
-        report: called as the work goes on.
+        report: called with the progress.
         membership: also try to tell the members of the training data by the global adapter.
     """
     store = open_store(saved, saved.run.path / PARTIAL_FILE)

@@ -1,6 +1,6 @@
 """A saved round's adapters on the base model, to be asked: whose answer, and at which scale.
 
-In go a run directory and a choice of its adapters; out comes the model that answers so.
+Input: a run directory and a choice of its adapters. Output: the model that answers with them.
 """
 
 from __future__ import annotations

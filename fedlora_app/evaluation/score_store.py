@@ -1,4 +1,4 @@
-"""Scores that are kept as they come, so that a stopped evaluation goes on where it was."""
+"""Scores that are kept as they come, so that a stopped evaluation resumes where it was."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedlora_app.evaluation.scoring import Answered, Prompt
 
 
 class ScoreStore:
-    """Scores by adapters and prompt, kept in a file so that a stopped evaluation goes on.
+    """Scores by adapters and prompt, kept in a file so that a stopped evaluation can be resumed.
 
     Args:
         path: JSON Lines beside the run; a last line that a stop has cut is dropped.

@@ -156,7 +156,7 @@ def generate_answer(
 
 
 def shares_prefix(model: AdaptedModel) -> bool:
-    """Tell whether candidates can share their prompt exactly in this model.
+    """Return whether candidates can share their prompt exactly in this model.
 
     It takes an attention that follows a given mask, over everything before it.
     """

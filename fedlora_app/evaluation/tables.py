@@ -175,7 +175,7 @@ def _conflicts(
 
 
 def _passes(by_client: Mapping[str, tuple[Question, Score]], outcome: Outcome) -> bool | None:
-    """Tell whether every client's own answer won; None where one could not be scored."""
+    """Return whether every client's own answer won; None where one could not be scored."""
     values = [outcome(score) for _, score in by_client.values()]
     return None if None in values else all(values)
 

@@ -36,7 +36,7 @@ class Workers(Protocol):
         """Return when a worker got the message, by the monotonic clock; None if none has it."""
 
     def stop(self, message_id: str) -> bool:
-        """Kill the worker that deals with the message; tell whether there was one."""
+        """Kill the worker that deals with the message; return whether there was one."""
 
 
 class PacedGrid(Grid):

@@ -321,7 +321,7 @@ def require_counts(reply: Reply) -> None:
 
 
 def _is_possible(name: str, value: Any) -> bool:
-    """Tell whether a value is a finite number, not a negative count, or a list of verdicts."""
+    """Return whether a value is a finite number, not a negative count, or a list of verdicts."""
     if isinstance(value, list) or name.endswith("_each"):
         return (
             isinstance(value, list)
@@ -345,7 +345,7 @@ def _read_facts(client_id: str, text: Any) -> dict[str, str]:
 
 
 def _is_declared(fact: str, value: str) -> bool:
-    """Tell whether a fact is one that may be sent, and says only what it may say."""
+    """Return whether a fact is one that may be sent, and says only what it may say."""
     f"{fact}{value}".encode()  # it is going to be written to a file
     patterns = [text for name, text in DECLARED_FACTS.items() if re.fullmatch(name, fact)]
     if not patterns or not re.fullmatch(patterns[0], value):
@@ -354,7 +354,7 @@ def _is_declared(fact: str, value: str) -> bool:
 
 
 def _is_finding(finding: Any) -> bool:
-    """Tell whether something names a rule, a file and a number, and holds no other text."""
+    """Return whether something names a rule, a file and a number, and holds no other text."""
     return (
         isinstance(finding, dict)
         and set(finding) == FINDING_KEYS

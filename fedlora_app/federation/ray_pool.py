@@ -90,7 +90,7 @@ class WatchedPool:
         return next(starts, None)
 
     def stop(self, message_id: str) -> bool:
-        """Kill the worker that deals with the message; tell whether there was one."""
+        """Kill the worker that deals with the message; return whether there was one."""
         import ray
 
         with self._jobs_lock:
@@ -102,7 +102,7 @@ class WatchedPool:
         return False
 
     def _replace(self, lost: Any, job: Job) -> Any:
-        """Return a new actor once it has imported the app, which is no client's time."""
+        """Return a new actor once it has imported the app, which counts as no client's time."""
         import ray
 
         try:

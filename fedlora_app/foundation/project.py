@@ -34,14 +34,14 @@ def find_project_root(config_path: str = "", project_dir: str = "") -> Path:
         project_dir: a folder given by the node's configuration (``project-dir``).
 
     Raises:
-        ProjectNotFoundError: the given ``project_dir`` is no checkout, or nothing is; the
+        ProjectNotFoundError: the given ``project_dir`` is not a checkout, or none was found; the
             message lists every place searched.
     """
     if project_dir:
         if is_checkout(Path(project_dir)):
             return Path(project_dir).resolve()
         raise ProjectNotFoundError(
-            f"project-dir of the node configuration is {project_dir}, which is no checkout of "
+            f"project-dir of the node configuration is {project_dir}, which is not a checkout of "
             f"{PROJECT_NAME}: it has no pyproject.toml of that name."
         )
     candidates: list[tuple[str, Path | None]] = [
@@ -65,7 +65,7 @@ def find_project_root(config_path: str = "", project_dir: str = "") -> Path:
 
 
 def is_checkout(folder: Path) -> bool:
-    """Tell whether ``folder`` is this project's, and not a bundle that Flower unpacked."""
+    """Return whether ``folder`` is this project's, and not a bundle that Flower unpacked."""
     if is_unpacked_bundle(folder):
         return False
     try:
@@ -76,7 +76,7 @@ def is_checkout(folder: Path) -> bool:
 
 
 def is_unpacked_bundle(folder: Path) -> bool:
-    """Tell whether ``folder`` lies where Flower unpacks apps."""
+    """Return whether ``folder`` lies where Flower unpacks apps."""
     flower_home = Path(os.getenv("FLWR_HOME") or Path.home() / ".flwr")
     return folder.resolve().is_relative_to((flower_home / "apps").resolve())
 

@@ -112,9 +112,9 @@ def _read_adapter_file(path: Path, largest: int, within: Path, name: str) -> byt
             raise AdapterError(f"{path} is a link that leads out of {within}. Put a copy there.")
         if not path.is_file():
             raise AdapterError(
-                f"{path} does not exist or is no regular file. Expected a PEFT folder with "
-                f"{CONFIG_FILE} and {WEIGHTS_FILE}; a {name} adapter is never silently started "
-                "anew."
+                f"{path} does not exist or is not a regular file. Expected a PEFT folder with "
+                f"{CONFIG_FILE} and {WEIGHTS_FILE}; a {name} adapter is never silently "
+                "restarted."
             )
         with path.open("rb") as file:
             content = file.read(largest + 1)
@@ -134,7 +134,7 @@ def _parse_object(content: bytes, path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is damaged: {error}") from error
     if not isinstance(value, dict):
-        raise AdapterError(f"{path} is damaged: it holds no object.")
+        raise AdapterError(f"{path} is damaged: it does not hold an object.")
     return value
 
 

@@ -153,7 +153,7 @@ def describe_device() -> str:
 
 
 def uses_4bit(config: ModelConfig) -> bool:
-    """Tell whether the base will be quantised on this machine."""
+    """Return whether the base will be quantised on this machine."""
     if config.quantization == "auto":
         return torch.cuda.is_available()
     return config.quantization == "4bit"
@@ -345,7 +345,7 @@ def _explain(config: ModelConfig, root: Path, folder: Path | None, error: Except
         return f'The base model "{config.name}" cannot be loaded: {reason}'
     offline = " (HF_HUB_OFFLINE is set)" if os.getenv("HF_HUB_OFFLINE") == "1" else ""
     return (
-        f'The base model "{config.name}" was not found: {root / config.name} is no folder with '
+        f'The base model "{config.name}" was not found: {root / config.name} is not a folder with '
         f"a config.json, and the model hub gave{offline}: {reason}\n"
         f'With a network, run "hf download {config.name}" first; without one, set model.name '
         "to a local folder that holds the model."

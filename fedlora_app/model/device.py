@@ -15,7 +15,7 @@ MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes; getrusage(2)
 def read_free_memory(device: torch.device) -> int:
     """Return the bytes that torch could still allocate on a GPU, or this process on a CPU."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # of pieces, which are no whole
+        torch.cuda.empty_cache()  # free fragments count only when joined
         free, total = torch.cuda.mem_get_info(device)
         cap = torch.cuda.get_per_process_memory_fraction(device) * total
         reserved = torch.cuda.memory_reserved(device)
@@ -30,7 +30,7 @@ def read_free_memory(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether a card's memory was too small, whoever of torch and its libraries says so."""
+    """Return whether a card's memory was too small, whoever of torch and its libraries says so."""
     return isinstance(error, torch.OutOfMemoryError) or any(
         text in str(error) for text in ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
     )

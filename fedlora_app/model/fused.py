@@ -22,7 +22,7 @@ Factors = tuple[torch.Tensor, torch.Tensor]
 
 
 def can_fuse_adapters(model: AdaptedModel, active: Iterable[str]) -> bool:
-    """Tell whether ``fused_adapters`` computes the same in training: without dropout it does."""
+    """Return whether ``fused_adapters`` computes the same in training: without dropout it does."""
     layers = lora_layers(model)
     dropouts = [layer.lora_dropout[n] for layer in layers for n in active if n in layer.lora_A]
     return all(isinstance(dropout, torch.nn.Identity) for dropout in dropouts)
@@ -73,7 +73,7 @@ def _names(layer: AdaptedLayer, active: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in active if name in layer.lora_A)
 
 
-@cache  # torch.compile compiles anew for what is another function
+@cache  # torch.compile recompiles for every new function object
 def _training_forward(names: tuple[str, ...]) -> Forward:
     def forward(layer: AdaptedLayer, inputs: torch.Tensor) -> torch.Tensor:
         outputs = layer.base_layer(inputs)

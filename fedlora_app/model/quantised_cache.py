@@ -68,7 +68,7 @@ class QuantisedCopy:
             return None
         fault = self._find_fault()
         if fault is not None:
-            _say(f"The quantised base model in {self.folder} is made anew: {fault}.")
+            _say(f"The quantised base model in {self.folder} is rebuilt: {fault}.")
             self._remove()
             return None
         _say(f"Reading the quantised base model in {self.folder}.")

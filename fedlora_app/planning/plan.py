@@ -132,13 +132,13 @@ def parse_memory(text: str) -> int:
     """Return the bytes of "24GB", "24 GB", "7.0GiB" or "8g"; GB is 1e9 and GiB 2**30.
 
     Raises:
-        PlanError: it is no size.
+        PlanError: it is not a size.
     """
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)b?\s*", text, re.IGNORECASE)
     size = round(float(found[1]) * UNITS[found[2].lower()]) if found else 0
     if size <= 0:
         raise PlanError(
-            f'--gpu-memory "{text[:40]}" is no size. Expected a number above 0 and its unit, such '
+            f'--gpu-memory "{text[:40]}" is not a size. Expected a number above 0 and its unit, such '
             "as 24GB (24e9 bytes) or 7.5GiB (7.5 * 2**30)."
         )
     return size
@@ -227,7 +227,7 @@ class _Predictor:
 
 
 def _leaves_room(phase: PhaseMemory, limit: int) -> bool:
-    """Tell whether "auto" does without checkpointing, as ``training`` decides it."""
+    """Return whether "auto" does without checkpointing, as ``training`` decides it."""
     context = phase.outside[0].num_bytes
     free = limit - context - phase.resident_bytes
     return phase.torch_bytes - phase.resident_bytes <= USABLE_SHARE * free

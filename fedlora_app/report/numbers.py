@@ -88,7 +88,7 @@ def share_of_questions(value: float, n: int) -> Estimate:
     """Return a mean over several answers to each of ``n`` questions, with Wilson's interval.
 
     Raises:
-        ValueError: the mean is no share.
+        ValueError: the mean is not in [0, 1].
     """
     if not 0 <= value <= 1:
         raise ValueError(f"A share of {n} questions is {value}, expected 0 to 1.")

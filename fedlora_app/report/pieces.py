@@ -81,7 +81,9 @@ def read_pieces(path: Path, name: str = "") -> Pieces:
     """
     names = ("config.json", "manifest.json", "history.json", "metrics.jsonl")
     if not any((path / name).exists() for name in names):
-        raise RunDirectoryError(f"{path} is no run directory: it holds none of {', '.join(names)}.")
+        raise RunDirectoryError(
+            f"{path} is not a run directory: it holds none of {', '.join(names)}."
+        )
     problems: list[str] = []
     config = _read_config(path / "config.json", problems)
     manifest = _check_manifest(_read_object(path / "manifest.json", problems), problems)
@@ -123,9 +125,7 @@ def _check_manifest(manifest: dict[str, Any], problems: list[str]) -> dict[str, 
     clients = manifest.get("clients", {})
     known = {c: r for c, r in clients.items() if isinstance(r, dict)} if _is_dict(clients) else {}
     if whole != rounds or known != clients:
-        problems.append(
-            "manifest.json is damaged: some of its rounds or clients are no such thing."
-        )
+        problems.append("manifest.json is damaged: some of its rounds or clients are malformed.")
     return manifest | {"rounds": whole, "clients": known}
 
 
@@ -148,7 +148,7 @@ def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(value, dict):
             return value
-        problems.append(f"{path.name} is damaged: it holds no object.")
+        problems.append(f"{path.name} is damaged: it does not hold an object.")
     except FileNotFoundError:
         problems.append(f"{path.name} is missing.")
     except (OSError, ValueError, RecursionError) as error:

@@ -175,7 +175,7 @@ class RunDirectory:
         return run
 
     def rewind(self, config: Config, after_round: int) -> None:
-        """Forget what came after a complete round; its files are written anew.
+        """Forget what came after a complete round; its files are rewritten.
 
         The manifest comes first: where this stops, the rest holds more rounds than count, and
         never fewer.
@@ -368,7 +368,7 @@ def read_complete_history(path: Path, rounds: set[int]) -> list[dict[str, Any]]:
         missing = rounds - {entry["round"] for entry in kept}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise RunDirectoryError(
-            f"{history} cannot be read ({type(error).__name__}), and the run is to go on with it. "
+            f"{history} cannot be read ({type(error).__name__}), and the run is to resume with it. "
             "Restore it, or start a new run."
         ) from None
     if fields or missing:

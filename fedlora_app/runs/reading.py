@@ -88,7 +88,7 @@ class SavedRun:
             return int(sum(values))
         except (LookupError, TypeError, AttributeError, ValueError, OverflowError):
             raise RunDirectoryError(
-                f"{path} is damaged: it is no list of rounds with their metrics."
+                f"{path} is damaged: it is not a list of rounds with their metrics."
             ) from None
 
     def count_parameters(self, server_round: int, active: Sequence[str]) -> dict[str, int]:
@@ -148,7 +148,7 @@ class SavedRun:
         """Return an adapter's file after checking that it lies, links followed, in this run."""
         weights = self.adapter_folder(server_round, client_id) / WEIGHTS_FILE
         if not weights.is_file():
-            raise RunDirectoryError(f"{weights} does not exist or is no regular file.")
+            raise RunDirectoryError(f"{weights} does not exist or is not a regular file.")
         require_within(weights, self.path)
         return weights
 
@@ -164,10 +164,10 @@ def load_run(path: Path | str) -> SavedRun:
         path = Path(path).resolve()  # "latest" is a link
         missing = [name for name in names if not (path / name).is_file()]
     except (OSError, ValueError, RuntimeError) as error:
-        raise RunDirectoryError(f"{path} is no run directory: {error}.") from None
+        raise RunDirectoryError(f"{path} is not a run directory: {error}.") from None
     if missing:
         raise RunDirectoryError(
-            f"{path} is no run directory: {missing[0]} is missing. Expected what flwr run wrote."
+            f"{path} is not a run directory: {missing[0]} is missing. Expected what flwr run wrote."
         )
     for name in names:
         require_within(path / name, path)
@@ -212,7 +212,7 @@ def _find_manifest_faults(manifest: dict[str, Any]) -> Iterator[str]:
     sections = {key: manifest.get(key) for key in ("base_model", "clients", "versions")}
     for key, section in sections.items():
         if not isinstance(section, dict):
-            yield f'"{key}" is no object'
+            yield f'"{key}" is not an object'
             return
     for key, value in {"name": None, **sections["base_model"]}.items():
         if not isinstance(value, str) and (value is not None or key == "name"):
@@ -240,7 +240,7 @@ def _is_round(entry: Any) -> bool:
 def _read_object(path: Path) -> dict[str, Any]:
     value = _read_json(path)
     if not isinstance(value, dict):
-        raise RunDirectoryError(f"{path} is damaged: it holds no object.")
+        raise RunDirectoryError(f"{path} is damaged: it does not hold an object.")
     return value
 
 

@@ -1,6 +1,6 @@
-"""Going on with a run that stopped: what it left, and whether that still fits.
+"""Resuming a run that stopped: what it left, and whether that still fits.
 
-A run goes on after its last complete round, with the configuration that it kept. Whatever would
+A run resumes after its last complete round, with the configuration that it kept. Whatever would
 make the rest differ from what an undisturbed run gives is refused before anything is loaded.
 """
 
@@ -22,14 +22,14 @@ from fedlora_app.runs.directory import RunDirectoryError, read_complete_history,
 from fedlora_app.runs.reading import SavedRun, load_run
 
 FRESH = -1
-"""The round after which a run goes on that has not completed a single one."""
+"""The round after which a run resumes that has not completed a single one."""
 MAY_CHANGE = ("federated.num_rounds", "federated.keep_rounds", "experiment.track")
 DATA_HASH = "sha256/"
 
 
 @dataclass(frozen=True)
 class Resumption:
-    """A stopped run, the round after which it goes on, and the configuration to do it with."""
+    """A stopped run, the round after which it resumes, and the configuration for that."""
 
     saved: SavedRun
     after_round: int
@@ -53,7 +53,7 @@ class Resumption:
 
     @property
     def evaluated_clients(self) -> set[str]:
-        """Who evaluated the round after which the run goes on."""
+        """Who evaluated the round after which the run resumes."""
         entries = read_complete_history(self.saved.path, {self.after_round})
         return {entry["client"] for entry in entries if entry["phase"] == "evaluate"}
 
@@ -80,7 +80,7 @@ class Resumption:
 
     @property
     def global_sha256(self) -> str:
-        """The hash of the global adapter to go on from."""
+        """The hash of the global adapter to resume from."""
         return next(e for e in self.entries if e["round"] == self.after_round)["adapters"][GLOBAL]
 
 
@@ -160,12 +160,12 @@ def _has_history(path: Path, server_round: int) -> bool:
 
 
 def suggest_earlier(run_dir: Path, after: int) -> str:
-    """Return how to go on from the newest round before a damaged one that is still kept."""
+    """Return how to resume from the newest round before a damaged one that is still kept."""
     kept = [path.name.removeprefix("round_") for path in (run_dir / "server").glob("round_*")]
     earlier = [int(number) for number in kept if number.isdecimal() and int(number) < after]
     if not earlier:
         return "\nNo earlier round is kept; start a new run."
-    return f"\nTo go on from the newest round before it: resume='{run_dir.name}@{max(earlier)}'"
+    return f"\nTo resume from the newest round before it: resume='{run_dir.name}@{max(earlier)}'"
 
 
 def require_same_settings(kept: Config, given: Config) -> None:
@@ -179,7 +179,7 @@ def require_same_settings(kept: Config, given: Config) -> None:
     if different:
         listing = "\n".join(different)
         raise ConfigError(
-            f"resume: a run goes on with the settings that it began with, and these differ:\n"
+            f"resume: a run keeps the settings that it began with, and these differ:\n"
             f"{listing}\nLeave config, mode and overrides out, or start a new run."
         )
 
@@ -216,7 +216,7 @@ def describe_changed_data(config: Config, client: str, changed: list[str]) -> st
     listing = ", ".join(f"{role} ({find_path(role)})" for role in changed)
     return (
         f"{client}: these data files are not those that the run began with: {listing}. Restore "
-        "them and go on with resume, or start a new run."
+        "them and resume, or start a new run."
     )
 
 

@@ -2,7 +2,7 @@
 
 Off unless ``experiment.track`` names them. Only the events named "metrics" are passed on, and of
 those the numbers, as ``<phase>/<metric>/<client>`` over the rounds. A tracker that fails is
-left out for the rest of the run, which goes on.
+left out for the rest of the run, which continues.
 
 TensorBoard's files stay in the run directory. What leaves the machine with Weights & Biases,
 unless WANDB_MODE says otherwise: the metrics that ``messages`` declares and the server's own

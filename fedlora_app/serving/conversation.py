@@ -1,6 +1,6 @@
 """Asking a client's adapters: a conversation with one of them, or one question to all.
 
-In go a saved round and who is to answer; out come greedy answers, as they are made. The first
+Input: a saved round and who is to answer. Output: greedy answers, streamed. The first
 question of a conversation is put in exactly the prompt that the client was trained with.
 """
 

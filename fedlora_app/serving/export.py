@@ -1,6 +1,6 @@
 """What a client answers with, as one model to take away: a plain LoRA adapter, or full weights.
 
-In go a run directory and a client; out comes a folder that PEFT, Transformers and multi-LoRA
+Input: a run directory and a client. Output: a folder that PEFT, Transformers and multi-LoRA
 servers such as vLLM load without this package. The pair ``s_G B_G A_G + lambda s_L B_L A_L`` is
 one adapter of rank r_G + r_L: ``A = [A_G; A_L]``, ``B = [s_G B_G, lambda s_L B_L]``.
 """
@@ -167,7 +167,7 @@ def _choose(saved: SavedModel, client_id: str, scale: float) -> Answering:
     if who.with_global and saved.run.config.adapters.gate != "none":
         raise ExportError(
             "This run's pairs have a gate (adapters.gate: prompt), which weighs the local adapter "
-            "anew for every question, so a pair is not one adapter. Export a run without a gate, "
+            "for every question, so a pair is not one adapter. Export a run without a gate, "
             "or with scale 0 the global adapter alone."
         )
     return who

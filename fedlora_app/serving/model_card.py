@@ -131,7 +131,7 @@ def _notes(export: Export) -> Iterator[str]:
 
 
 def _was_4bit(run: SavedRun) -> bool:
-    """Tell whether clients trained on a quantised base, on whatever machines they were."""
+    """Return whether clients trained on a quantised base, on whatever machines they were."""
     if run.config.model.quantization != "auto":
         return run.config.model.quantization == "4bit"
     devices = [facts.get("device", "CPU") for facts in run.manifest["clients"].values()]

@@ -1,7 +1,7 @@
 """Examples laid end to end without padding, and attention that keeps them apart.
 
 A micro-batch is one row of tokens, so that every linear layer works on real tokens only. Positions
-begin anew with each example. Attention alone needs the examples side by side: it pads them for
+restart with each example. Attention alone needs the examples side by side: it pads them for
 itself, examples of similar length together, so that plain causal attention does without a mask.
 Packing and its contamination: Krell et al. 2021, https://arxiv.org/abs/2107.02027.
 """
@@ -193,7 +193,7 @@ def _attend(
 
 
 AttentionInterface.register(ATTENTION, _attend)
-torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and few come twice
+torch.backends.cuda.enable_cudnn_sdp(False)  # it plans again for every shape, and few recur
 
 
 def _by_group(states: torch.Tensor, groups: Groups) -> tuple[torch.Tensor, ...]:

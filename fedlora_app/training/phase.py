@@ -1,7 +1,7 @@
 """One phase of training: an explicit loop over answer tokens, in plain torch.
 
-In go examples, which adapters are active and which of them learn, and where in the run the
-phase lies; the adapters' weights change in place and the phase's figures come out.
+Input: examples, the active and the trainable adapters, and which part of the run the phase covers.
+Output: the phase's figures; the adapters' weights change in place.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Progress = Callable[[int, int, float], None]  # step, number of steps, loss
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on, for instance because the loss is not finite."""
+    """Training cannot continue, for instance because the loss is not finite."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from fedlora_app.training.phase import count_steps
 def select_examples(
     config: Config, client_id: str, examples: ClientExamples, phase: Phase, server_round: int
 ) -> list[Example]:
-    """Return what one phase trains on. The replayed share is drawn anew in every round."""
+    """Return what one phase trains on. The replayed share is drawn again in every round."""
     universal, local = examples.universal.examples, examples.local.examples
     if phase.data == "universal":
         return universal

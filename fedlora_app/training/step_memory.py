@@ -104,7 +104,7 @@ class BaseSizes:
 
     @property
     def is_tied(self) -> bool:
-        """Tell whether the head's weights are the embedding's."""
+        """Return whether the head's weights are the embedding's."""
         return self.head == 0
 
     @property
@@ -164,13 +164,15 @@ def read_shape(model_config: Any) -> Shape:
     """Return the sizes that a transformers configuration names.
 
     Raises:
-        PlanError: it is no decoder's, or misses a size.
+        PlanError: it is not a decoder's, or misses a size.
     """
     kind = getattr(model_config, "model_type", type(model_config).__name__)
     text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else None
     text = text or model_config
     if getattr(text, "is_encoder_decoder", False):
-        raise PlanError(f"A model of type {kind} is no decoder alone, so it cannot be planned.")
+        raise PlanError(
+            f"A model of type {kind} is not a decoder-only model, so it cannot be planned."
+        )
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     if getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None):
         raise PlanError(f"A model of type {kind} is a mixture of experts, which is not planned.")
@@ -267,7 +269,7 @@ def predict_step_bytes(
         num_learning: parameters that learn in the phase.
 
     Raises:
-        PlanError: the configuration is no decoder's.
+        PlanError: the configuration is not a decoder's.
     """
     shape = read_shape(model_config)
     largest = max(inputs * outputs for inputs, outputs in shape.modules.values())
@@ -403,7 +405,7 @@ def _loss_bytes(shape: Shape, batch: MicroBatch, dtype_bytes: int, logit_bytes: 
 
 
 def _is_adapted(adapter: AdapterConfig, module: str, modules: Iterable[str]) -> bool:
-    """Tell whether a module has this adapter; names of another architecture count as all."""
+    """Return whether a module has this adapter; names of another architecture count as all."""
     targets = adapter.target_modules
     if targets == "all-linear" or not set(targets) & set(modules):
         return True

@@ -115,7 +115,7 @@ class TestDamagedCache:
             path.write_bytes(content[: keep if isinstance(keep, int) else int(len(content) * keep)])
         assert not capsys.readouterr().out
         assert tokenize() == expected
-        assert f"The tokens in {folder} are made anew: " in capsys.readouterr().out
+        assert f"The tokens in {folder} are rebuilt: " in capsys.readouterr().out
         assert path.read_bytes() == content
         assert tokenize() == expected and not capsys.readouterr().out
 

@@ -232,7 +232,7 @@ def test_why_a_run_ends_is_told_where_flower_waits_for_a_hung_worker(
 
     with pytest.raises(RoundError, match="0 of 2 clients"):
         federation.run("run", config, tamper)
-    assert ("0 of 2 clients did their part" in capsys.readouterr().out) == is_simulation
+    assert ("0 of 2 clients returned valid results" in capsys.readouterr().out) == is_simulation
 
 
 def test_a_reply_that_comes_while_another_is_dealt_with_is_not_late():

@@ -156,7 +156,7 @@ class TestRefusals:
         assert all(torch.equal(state[key], expected[key]) for key in expected)
 
     def test_missing(self, adapted, tmp_path):
-        with pytest.raises(AdapterError, match=r"does not exist.*never silently started anew"):
+        with pytest.raises(AdapterError, match=r"does not exist.*never silently restarted"):
             load_adapter(tmp_path / "none", adapted, LOCAL, "tiny")
 
     def test_another_role(self, folder, adapted):

@@ -368,7 +368,7 @@ class TestQuantisedCopy:
         capsys.readouterr()
         again = load_anew(quantised, tiny_project)
         err = capsys.readouterr().err
-        assert err.count(f"{copy} is made anew: ") == 1 and "kept in" in err
+        assert err.count(f"{copy} is rebuilt: ") == 1 and "kept in" in err
         assert str(copy) not in sources
         assert_equal_bits(fresh.model, again.model)
         load_anew(quantised, tiny_project)

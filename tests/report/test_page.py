@@ -131,7 +131,7 @@ def test_a_run_that_stopped_says_so(tmp_path):
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path):
-    with pytest.raises(RunDirectoryError, match="is no run directory"):
+    with pytest.raises(RunDirectoryError, match="is not a run directory"):
         write_report(tmp_path)
 
 

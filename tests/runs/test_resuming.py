@@ -559,7 +559,7 @@ def test_there_is_nothing_to_resume(tiny_project, tmp_path):
     with pytest.raises(RunDirectoryError, match="there is no run"):
         federation.run("run", resume="nothing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RunDirectoryError, match="is no run directory"):
+    with pytest.raises(RunDirectoryError, match="is not a run directory"):
         federation.run("run", resume="empty")
 
 

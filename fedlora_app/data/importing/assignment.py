@@ -86,7 +86,7 @@ def partition_dirichlet(
 ) -> list[int | None]:
     """Divide each label's records by shares drawn from Dir(alpha) (Yurochkin et al. 2019).
 
-    Drawn anew, up to 100 times, until every client has ``min_records`` (arXiv:1905.12022 and
+    Drawn again, up to 100 times, until every client has ``min_records`` (arXiv:1905.12022 and
     the benchmarks after it do the same).
     """
     positions = defaultdict(list)
@@ -222,7 +222,7 @@ class _Splitter:
         return held
 
     def _can_spare(self, group: int, split: str) -> bool:
-        """Tell whether moving the group there empties no split of the same or a higher rank."""
+        """Return whether moving the group there empties no split of the same or a higher rank."""
         now = self.split_of[group]
         if now == split or group in self.train_only:
             return False

@@ -345,7 +345,7 @@ def _read_texts(row: dict[str, Any], settings: ImportSettings) -> dict[str, Any]
 def _read_messages(messages: Any) -> dict[str, str]:
     """Return the question and the answer of a conversation that has one of each."""
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
-        raise ValueError("its messages are no list of {role, content}.")
+        raise ValueError("its messages are not a list of {role, content}.")
     turns = [turn for turn in messages if turn.get("role") != "system"]
     roles = [turn.get("role") for turn in turns]
     if roles != ["user", "assistant"]:
