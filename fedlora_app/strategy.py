@@ -489,8 +489,8 @@ class GlobalAdapterFedAvg(FedAvg):
         if num_valid < required:
             reasons = "\n".join(f"  {reason}" for reason in self._failures.values())
             raise RoundError(
-                f"Round {server_round}: {num_valid} of {num_asked} clients returned valid results and "
-                f"{required} are required (federated.min_clients).\n{reasons}\n"
+                f"Round {server_round}: {num_valid} of {num_asked} clients returned valid results "
+                f"and {required} are required (federated.min_clients).\n{reasons}\n"
                 f"The last complete round in {self._run.path} is untouched."
             )
 

@@ -19,10 +19,10 @@ def names() -> set[str]:
 
 def test_no_data_test_result_or_adapter_is_in_the_bundle(names):
     folders = {name.split("/")[0] for name in names}
-    assert folders <= {"fedlora_app", "conf", "README.md", "pyproject.toml", ".info"}
+    assert folders <= {"fedlora_app", "conf", "README.md", "LICENSE", "pyproject.toml", ".info"}
     assert not any("adapter_config" in name or name.endswith(".jsonl") for name in names)
     json_files = {name for name in names if name.endswith(".json")}
-    assert json_files <= {"fedlora_app/checkout.json"}
+    assert json_files <= {"fedlora_app/checkout.json", "conf/schema.json"}
 
 
 def test_every_module_and_config_is(names):

@@ -138,8 +138,8 @@ def parse_memory(text: str) -> int:
     size = round(float(found[1]) * UNITS[found[2].lower()]) if found else 0
     if size <= 0:
         raise PlanError(
-            f'--gpu-memory "{text[:40]}" is not a size. Expected a number above 0 and its unit, such '
-            "as 24GB (24e9 bytes) or 7.5GiB (7.5 * 2**30)."
+            f'--gpu-memory "{text[:40]}" is not a size. Expected a number above 0 and its unit, '
+            "such as 24GB (24e9 bytes) or 7.5GiB (7.5 * 2**30)."
         )
     return size
 

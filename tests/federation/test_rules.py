@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import pickle
+import re
 from typing import get_args
 
 import pytest
 import torch
+from conftest import ROOT
 
 from fedlora_app.config.schema import FederatedConfig
 from fedlora_app.federation.rules import RULES, build_rule
@@ -23,8 +26,19 @@ def build_state(seed: int, scale: float = 1e-2):
     return {k: scale * torch.randn(shape, generator=generator) for k, shape in SHAPES.items()}
 
 
-def aggregate(name, start, clients, rule=None):
-    rule = rule or build_rule(name)
+def load_example() -> type:
+    """Return the rule that the documentation shows."""
+    text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    module: dict = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.S).group(1), module)
+    return module["Momentum"]
+
+
+ALL_RULES = RULES | {"docs/extending.md": load_example()}
+
+
+def aggregate(name, start, clients):
+    rule = ALL_RULES[name]()
     rule.begin(start)
     for update, num_examples in clients:
         rule.add(update, num_examples)
@@ -39,7 +53,7 @@ def test_the_schema_names_the_rules_that_there_are():
     assert set(get_args(field.annotation)) == set(RULES)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", ALL_RULES)
 class TestEveryRule:
     def test_names_shapes_and_dtype_stay(self, name):
         result = aggregate(name, build_state(0), CLIENTS)
@@ -59,29 +73,56 @@ class TestEveryRule:
             assert torch.equal(start[key], build_state(0)[key])
             assert torch.equal(update[key], build_state(1)[key])
 
-    def test_a_round_leaves_no_update_for_the_next(self, name):
-        rule, start = build_rule(name), build_state(0)
-        aggregate(name, start, CLIENTS, rule)
-        again = aggregate(name, start, CLIENTS[:1], rule)
-        fresh = aggregate(name, start, CLIENTS[:1])
+    def test_a_round_starts_without_the_updates_of_the_last(self, name):
+        rule, start = ALL_RULES[name](), build_state(0)
+        rule.begin(start)
+        rule.add(*CLIENTS[0])
         assert rule.num_updates == 1
-        assert all(torch.equal(again[key], fresh[key]) for key in SHAPES)
+        rule.begin(start)
+        assert rule.num_updates == 0
+        with pytest.raises(RejectedUpdateError):
+            rule.result()
+
+    def test_what_is_kept_does_not_grow_with_the_clients(self, name):
+        rule = ALL_RULES[name]()
+        rule.begin(build_state(0))
+        sizes = set()
+        for update, num_examples in CLIENTS:
+            rule.add(update, num_examples)
+            sizes.add(len(pickle.dumps(rule)))
+        assert max(sizes) - min(sizes) < 64  # digits of counts, no tensor
 
     def test_without_an_update_there_is_no_result(self, name):
-        rule = build_rule(name)
+        rule = ALL_RULES[name]()
         rule.begin(build_state(0))
         with pytest.raises(RejectedUpdateError):
             rule.result()
 
     def test_a_rejected_update_leaves_no_trace(self, name):
-        rule = build_rule(name)
+        rule = ALL_RULES[name]()
         rule.begin(build_state(0))
         rule.add(*CLIENTS[0])
         with pytest.raises(RejectedUpdateError):
             rule.add({key: torch.full(shape, 1e30) for key, shape in SHAPES.items()}, 10)
         assert rule.num_updates == 1
         expected = aggregate(name, build_state(0), CLIENTS[:1])
-        assert all(torch.equal(rule.result()[key], expected[key]) for key in SHAPES)
+        result = rule.result()
+        assert all(torch.equal(result[key], expected[key]) for key in SHAPES)
+
+
+def test_the_configuration_s_name_builds_the_rule():
+    assert type(build_rule("fedavg")) is RULES["fedavg"]
+
+
+def test_the_documentation_s_example_has_momentum():
+    rule, start = ALL_RULES["docs/extending.md"](), build_state(0)
+    for _ in range(2):
+        rule.begin(start)
+        rule.add(*CLIENTS[0])
+        result = rule.result()
+    for key in SHAPES:
+        expected = start[key] + 1.9 * CLIENTS[0][0][key]
+        torch.testing.assert_close(result[key], expected, rtol=0, atol=1e-7)
 
 
 def test_fedavg_is_the_weighted_mean_of_the_updates():
