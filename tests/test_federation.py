@@ -842,7 +842,7 @@ def test_the_ablation_refuses_other_runs(tiny_project, tmp_path):
 
     config = build_tiny_config(federated={"mode": "fedavg", "num_rounds": 1})
     run = Federation(tiny_project, tmp_path, config).run()
-    with pytest.raises(ConfigError, match="is no phased run of mode dual"):
+    with pytest.raises(ConfigError, match="is not a phased run of mode dual"):
         ablate(run, tiny_project, "training.replay=0")
 
 

@@ -59,7 +59,7 @@ def test_the_node_configuration_comes_first(elsewhere, checkout, tmp_path):
 def test_a_folder_that_was_named_and_is_no_checkout_is_an_error(elsewhere, checkout, tmp_path):
     note = elsewhere / "fedlora_app" / "checkout.json"
     note.write_text(json.dumps({"root": str(checkout)}))
-    with pytest.raises(ProjectNotFoundError, match="which is no checkout"):
+    with pytest.raises(ProjectNotFoundError, match="which is not a checkout"):
         find_project_root(project_dir=str(tmp_path / "typo"))
 
 

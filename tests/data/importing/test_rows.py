@@ -69,7 +69,7 @@ def test_conversations_of_one_question_are_read_where_there_is_no_instruction():
     assert written(row(messages=messages))[0]["instruction"] == "Who mends lamps?"
     with pytest.raises(DataError, match="a conversation of user, assistant, user, assistant"):
         read({"messages": messages + messages[1:], "city": "Ayr"})
-    with pytest.raises(DataError, match="its messages are no list"):
+    with pytest.raises(DataError, match="its messages are not a list"):
         read({"messages": "Who?", "city": "Ayr"})
 
 
