@@ -8,29 +8,25 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, Context, MessageType, MetricRecord
+from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora_app.config.loading import load_config
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config, ConfigError
-from fedlora_app.federation.grid import PacedGrid, build_message
+from fedlora_app.federation.grid import PacedGrid
 from fedlora_app.federation.messages import (
     REGISTRATION_ROUND,
-    MessageError,
     Reply,
     Task,
-    build_task_content,
-    read_reply,
-    require_counts,
 )
 from fedlora_app.federation.ray_pool import current_pool
+from fedlora_app.federation.registration import DECLARED_DEFAULTS, is_simulation, register_clients
 from fedlora_app.foundation.files import keep_files_private
 from fedlora_app.foundation.project import find_project_root, hash_package
 from fedlora_app.foundation.seeds import derive_seed
@@ -59,9 +55,6 @@ from fedlora_app.runs.resuming import (
 )
 from fedlora_app.runs.tracking import build_trackers, require_trackers
 from fedlora_app.strategy import NO_LOCAL, GlobalAdapterFedAvg
-
-DECLARED_DEFAULTS = {("config", "conf/demo.yaml"), ("output-dir", "results")}  # pyproject.toml
-CONNECT_REPORT_SECONDS = 30.0
 
 app = ServerApp()
 
@@ -104,7 +97,7 @@ def main(grid: Grid, context: Context) -> None:
         )
         stack.enter_context(_show_errors(paced))
         task = build_registration(settings)
-        registrations = meet_clients(paced, config, task, context.run_config)
+        registrations = register_clients(paced, config, task, context.run_config)
         paced.names = {node: client for client, (node, _) in registrations.items()}
         reports = {
             client: _read_report(reply) for client, (_, reply) in sorted(registrations.items())
@@ -278,64 +271,6 @@ def resolve_output_dir(root: Path, output_dir: str) -> Path:
     return (root / Path(output_dir).expanduser()).resolve()
 
 
-def meet_clients(
-    grid: PacedGrid, config: Config, task: Task, run_config: dict[str, Any]
-) -> dict[str, tuple[int, Reply]]:
-    """Have every node register; return each client's node and report.
-
-    Raises:
-        ConfigError: too many or too few nodes, or two nodes that are one client.
-        MessageError: with what every client found wrong, together.
-    """
-    node_ids = wait_for_nodes(grid, len(config.federated.clients), run_config)
-    content = build_task_content(task)
-    messages = (build_message(content, MessageType.QUERY, node) for node in node_ids)
-    met: dict[str, tuple[int, Reply]] = {}
-    faults: list[str] = []
-    for message in grid.send_and_receive(messages):
-        node = message.metadata.src_node_id
-        try:
-            reply = read_reply(message, None, REGISTRATION_ROUND)
-            config.client(reply.client_id)  # raises where the experiment has none of that id
-            require_counts(reply)
-            if reply.client_id in met:
-                raise MessageError(
-                    f'Two nodes are the client "{reply.client_id}". Give each SuperNode its own '
-                    "client-id."
-                )
-            met[reply.client_id] = (node, reply)
-        except ValueError as error:
-            faults.append(str(error))
-    if faults:
-        listing = "\n".join(sorted(set(faults)))
-        raise MessageError(f"The run cannot start:\n{listing}")
-    return met
-
-
-def wait_for_nodes(grid: PacedGrid, num_clients: int, run_config: dict[str, Any]) -> list[int]:
-    """Return the nodes, waiting for SuperNodes to connect; a simulation has all it gets."""
-    is_simulation = _is_simulation(grid)
-    reported = 0.0
-    while True:
-        node_ids = sorted(grid.get_node_ids())
-        if len(node_ids) > num_clients or (is_simulation and len(node_ids) != num_clients):
-            text = f"The federation has {len(node_ids)} nodes and federated.clients names "
-            text += f"{num_clients}. "
-            if not is_simulation:
-                raise ConfigError(f"{text}Stop the SuperNodes that do not take part.")
-            raise ConfigError(f"{text}Run:\n  {_command_for(num_clients, run_config)}")
-        if len(node_ids) == num_clients:
-            return node_ids
-        if time.monotonic() - reported > CONNECT_REPORT_SECONDS:
-            reported = time.monotonic()
-            print(f"Waiting for {num_clients - len(node_ids)} more SuperNodes.", flush=True)
-        time.sleep(1)
-
-
-def _is_simulation(grid: PacedGrid) -> bool:
-    return type(grid.unwrapped).__name__ == "InMemoryGrid"
-
-
 def _read_report(reply: Reply) -> dict[str, Any]:
     """Return what a client said of itself, with its list of findings about the data."""
     findings = json.loads(reply.facts.get("findings", "[]"))
@@ -348,7 +283,7 @@ def _show_errors(grid: PacedGrid) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if grid.has_running_clients and _is_simulation(grid):
+        if grid.has_running_clients and is_simulation(grid):
             print(f"{error}\nFlower waits for the worker that hangs; end it.", flush=True)
         raise
 
@@ -381,14 +316,3 @@ def _quiet_flower() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _command_for(num_nodes: int, run_config: dict[str, Any]) -> str:
-    """Return the same run's command line with the right number of nodes."""
-    given = " ".join(
-        f"{key}={value}" if isinstance(value, int) else f"{key}='{value}'"
-        for key, value in run_config.items()
-        if value not in ("", 0) and (key, value) not in DECLARED_DEFAULTS
-    )
-    settings = f' --run-config "{given}"' if given else ""
-    return f'flwr run . --stream --federation-config "num-supernodes={num_nodes}"{settings}'

@@ -33,6 +33,8 @@ from fedlora_app.federation.messages import (
     read_reply,
     unpack_state,
 )
+from fedlora_app.federation.registration import collect_faults
+from fedlora_app.federation.replies import require_examples, require_facts, require_update
 from fedlora_app.federation.rules import build_rule
 from fedlora_app.federation.rules.fedavg import FedAvg as FedAvgRule
 from fedlora_app.federation.weighted_mean import RejectedUpdateError
@@ -150,16 +152,18 @@ class GlobalAdapterFedAvg(FedAvg):
                 task, arrays if client in holders else None, MessageType.QUERY, [client]
             )
         )
-        faults = []
-        for message in grid.send_and_receive(messages):
+
+        def read(message: Message) -> None:
             client = self._clients_by_node.get(message.metadata.src_node_id, "an unknown node")
+            reply = read_reply(message, client, REGISTRATION_ROUND)
+            require_facts(["base_model"], reply)
             try:
-                reply = read_reply(message, client, REGISTRATION_ROUND)
-                _require_facts(["base_model"], reply)
                 self._require_same_base({client: reply.facts["base_model"]})
-                self._held[client] = reply.facts.get("global_adapter", "")
-            except (MessageError, RoundError) as error:
-                faults.append(str(error))
+            except RoundError as error:
+                raise MessageError(str(error)) from None
+            self._held[client] = reply.facts.get("global_adapter", "")
+
+        faults = collect_faults(grid, messages, read)
         if faults:
             listing = "\n".join(faults)
             hint = suggest_earlier(self._run.path, self._rounds_before)
@@ -239,7 +243,7 @@ class GlobalAdapterFedAvg(FedAvg):
         expected += ["global_adapter"] if server_round < self.config.federated.num_rounds else []
         reports: dict[str, dict[str, Any]] = {}
         count = self._count_clients(server_round, "evaluate", len(self.nodes))
-        fold = partial(_require_facts, expected)
+        fold = partial(require_facts, expected)
         for reply in self._valid_replies(server_round, replies, count, fold):
             client = reply.client_id
             reports[client] = reply.metrics
@@ -371,17 +375,14 @@ class GlobalAdapterFedAvg(FedAvg):
         new = sorted(set(grid.get_node_ids()) - set(self.nodes.values()))
         content = build_task_content(replace(self._task, resumes=True))
         messages = (build_message(content, MessageType.QUERY, node) for node in new)
-        for message in grid.send_and_receive(messages):
+
+        def read(message: Message) -> None:
             node = message.metadata.src_node_id
-            try:
-                reply = read_reply(message, None, REGISTRATION_ROUND)
-                if reply.client_id not in absent:
-                    raise MessageError(f"Node {node} is {reply.client_id}, which is not missing.")
-                self._require_same_data(reply)
-            except MessageError as error:
-                self._report(f"A new node cannot take part: {error}")
-                continue
+            reply = read_reply(message, None, REGISTRATION_ROUND)
             client = reply.client_id
+            if client not in absent:
+                raise MessageError(f"Node {node} is {client}, which is not missing.")
+            self._require_same_data(reply)
             del self._clients_by_node[self.nodes[client]]
             self.nodes[client] = node
             self._clients_by_node[node] = client
@@ -389,6 +390,9 @@ class GlobalAdapterFedAvg(FedAvg):
                 grid.names[node] = client
             self._run.log_event("returned", client=client, node=node)
             self._report(f"{client} is back, as another node.")
+
+        for fault in collect_faults(grid, messages, read):
+            self._report(f"A new node cannot take part: {fault}")
 
     def _send_to_who_lost_it(
         self, grid: Grid, task: Task, message_type: str, clients: list[str]
@@ -453,21 +457,9 @@ class GlobalAdapterFedAvg(FedAvg):
     ) -> Callable[[Reply], None]:
         def fold(reply: Reply) -> None:
             started, sender = time.monotonic(), reply.client_id
-            _require_facts(expected, reply)
-            num_examples = reply.metrics.get("num-examples")
-            if not isinstance(num_examples, int) or num_examples < 1:
-                raise MessageError(
-                    f"{sender} reports {num_examples!r} examples; at least 1 is needed."
-                )
-            if num_examples > (most := self._most_examples(sender)):
-                raise MessageError(
-                    f"{sender} reports {num_examples} examples, and at registration it had {most}. "
-                    "They would be its weight in the mean."
-                )
-            if reply.arrays is None:
-                raise MessageError(f"{sender} sent no update.")
-            dtype = self.config.federated.upload_dtype
-            update = unpack_state(reply.arrays, self._shapes, sender, dtype)
+            require_facts(expected, reply)
+            num_examples = require_examples(reply, self._most_examples(sender))
+            update = require_update(reply, self._shapes, self.config.federated.upload_dtype)
             try:
                 self._rule.add(update, num_examples)
             except RejectedUpdateError as error:
@@ -493,13 +485,6 @@ class GlobalAdapterFedAvg(FedAvg):
                 f"and {required} are required (federated.min_clients).\n{reasons}\n"
                 f"The last complete round in {self._run.path} is untouched."
             )
-
-
-def _require_facts(expected: list[str], reply: Reply) -> None:
-    for name in expected:
-        if name not in reply.facts:
-            what = name.replace("_", " ")
-            raise MessageError(f"{reply.client_id} did not say which {what} it holds.")
 
 
 def _split_evaluation(metrics: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

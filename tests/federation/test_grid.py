@@ -12,6 +12,7 @@ from loopback import LoopbackGrid
 from fedlora_app import server_app
 from fedlora_app.federation import grid as grid_module
 from fedlora_app.federation import ray_pool as workers
+from fedlora_app.federation import registration
 from fedlora_app.federation.grid import PacedGrid, build_message
 from fedlora_app.strategy import RoundError
 
@@ -224,8 +225,8 @@ def test_why_a_run_ends_is_told_where_flower_waits_for_a_hung_worker(
     is_simulation, federation, monkeypatch, capsys
 ):
     config = build_tiny_config(federated={"client_timeout_seconds": 0.2})
-    monkeypatch.setattr(server_app, "_is_simulation", lambda grid: is_simulation)
-    monkeypatch.setattr(server_app, "wait_for_nodes", lambda grid, *_: grid.get_node_ids())
+    monkeypatch.setattr(server_app, "is_simulation", lambda grid: is_simulation)
+    monkeypatch.setattr(registration, "wait_for_nodes", lambda grid, *_: grid.get_node_ids())
 
     def tamper(message, reply):
         return None if message.metadata.message_type == "train" else reply
