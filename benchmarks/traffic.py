@@ -66,7 +66,7 @@ def _count_run(
 ) -> dict[str, Any]:
     """Run a federation and count its messages, from the first round on."""
     use_tests()
-    from federation import Federation
+    from loopback import Federation
 
     identify_process()
     project = folder / dtype

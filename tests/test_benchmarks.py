@@ -152,5 +152,5 @@ def test_gpu_says_what_is_missing():
             continue
         with pytest.raises(gpu.GpuBenchmarkError, match=text):
             gpu.measure(gpu.choose_runs(None, None), *arguments, num_steps=1)
-    with pytest.raises(UserError, match="is no size"):
+    with pytest.raises(UserError, match="is not a size"):
         gpu.parse_memory("7 potatoes")
