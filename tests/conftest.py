@@ -185,6 +185,14 @@ def federation(tiny_project, tmp_path) -> Federation:
     return Federation(tiny_project, tmp_path / "results", build_tiny_config())
 
 
+@pytest.fixture(scope="session")
+def finished(tiny_project, tmp_path_factory) -> Federation:
+    """The same federation after its run has ended, for all tests to read and none to change."""
+    federation = Federation(tiny_project, tmp_path_factory.mktemp("finished"), build_tiny_config())
+    federation.run()
+    return federation
+
+
 @pytest.fixture(scope="module")
 def flower(tmp_path_factory):
     flower = Flower(tmp_path_factory.mktemp("flwr"))

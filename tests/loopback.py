@@ -95,6 +95,11 @@ class Federation:
     config: Config
     grids: list[LoopbackGrid] = field(default_factory=list)
 
+    @property
+    def path(self) -> Path:
+        """The run directory, by its usual name."""
+        return self.output_dir / "run"
+
     def run(
         self,
         name: str = "run",

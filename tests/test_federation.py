@@ -72,13 +72,13 @@ def train_replies(grid):
     return [reply for reply in grid.received if UPDATE_RECORD in reply.content.array_records]
 
 
-def test_the_global_adapter_moves_by_the_weighted_mean_of_the_deltas(federation):
+def test_the_global_adapter_moves_by_the_weighted_mean_of_the_deltas(finished):
     """The predecessor never trained its global adapter: B stayed zero."""
-    run = federation.run()
+    run = finished.path
     before, after = server_state(run, 0), server_state(run, 1)
     assert not any(before[key].any() for key in before if "lora_B" in key)
     assert all(after[key].any() for key in after if "lora_B" in key)
-    replies = train_replies(federation.grids[0])[:2]
+    replies = train_replies(finished.grids[0])[:2]
     counts = [reply.content.metric_records[METRIC_RECORD]["num-examples"] for reply in replies]
     assert counts == [4, 4]
     for key in before:
@@ -87,10 +87,17 @@ def test_the_global_adapter_moves_by_the_weighted_mean_of_the_deltas(federation)
         torch.testing.assert_close(after[key] - before[key], mean, rtol=0, atol=1e-6)
 
 
-def test_weights_count_the_examples_of_the_global_phase_only(tiny_project, tmp_path):
-    config = build_tiny_config(("ann", "cy"))
-    federation = Federation(tiny_project, tmp_path, config)
-    run = federation.run()
+@pytest.fixture(scope="module")
+def unequal(tiny_project, tmp_path_factory):
+    """A finished run of two clients with 4 and 3 examples of what the global adapter learns."""
+    folder = tmp_path_factory.mktemp("unequal")
+    federation = Federation(tiny_project, folder, build_tiny_config(("ann", "cy")))
+    federation.run()
+    return federation
+
+
+def test_weights_count_the_examples_of_the_global_phase_only(unequal):
+    run = unequal.path
     counts = {}
     for entry in json.loads((run / "history.json").read_text()):
         if "num-examples" in entry["metrics"]:
@@ -100,13 +107,13 @@ def test_weights_count_the_examples_of_the_global_phase_only(tiny_project, tmp_p
     for key in before:
         sent = [
             torch.tensor(reply.content.array_records[UPDATE_RECORD][key].numpy())
-            for reply in train_replies(federation.grids[0])[:2]
+            for reply in train_replies(unequal.grids[0])[:2]
         ]
         mean = (4 * sent[0] + 3 * sent[1]) / 7
         torch.testing.assert_close(after[key] - before[key], mean, rtol=0, atol=1e-6)
 
 
-def test_bf16_uploads_are_means_of_what_was_sent(tiny_project, tmp_path):
+def test_bf16_uploads_are_half_the_bytes_and_means_of_what_was_sent(tiny_project, tmp_path):
     config = build_tiny_config(federated={"upload_dtype": "bfloat16", "num_rounds": 1})
     federation = Federation(tiny_project, tmp_path, config)
     run = federation.run()
@@ -117,6 +124,10 @@ def test_bf16_uploads_are_means_of_what_was_sent(tiny_project, tmp_path):
         deltas = [torch.from_numpy(d.copy()).view(torch.bfloat16).float() for d in sent]
         mean = (deltas[0] + deltas[1]) / 2
         torch.testing.assert_close(after[key] - before[key], mean, rtol=0, atol=1e-6)
+    metrics = entries(run, "traffic")[-1]["metrics"]
+    headers = 128 * len(before)  # of the .npy format
+    payload = metrics["adapter_bytes_down"] - headers
+    assert metrics["adapter_bytes_up"] - headers == payload / 2
 
 
 def test_a_local_adapter_continues_from_its_last_round(federation, monkeypatch):
@@ -231,8 +242,8 @@ def test_no_local_adapter_is_in_any_message(tiny_project, tmp_path, monkeypatch)
         assert text not in sent
 
 
-def test_the_same_seed_gives_the_same_bytes_in_any_order(federation, monkeypatch):
-    first = federation.run("first")
+def test_the_same_seed_gives_the_same_bytes_in_any_order(finished, federation, monkeypatch):
+    first = finished.path
     original = GlobalAdapterFedAvg.__init__
 
     def shuffle(self, *args, **kwargs):
@@ -240,17 +251,19 @@ def test_the_same_seed_gives_the_same_bytes_in_any_order(federation, monkeypatch
         self.serving_order = self.serving_order[::-1]
 
     monkeypatch.setattr(GlobalAdapterFedAvg, "__init__", shuffle)
-    second = federation.run("second")
-    served = [[m.metadata.dst_node_id for m in grid.sent[2:4]] for grid in federation.grids]
+    second = federation.run()
+    served = [
+        [m.metadata.dst_node_id for m in each.grids[0].sent[2:4]] for each in (finished, federation)
+    ]
     assert served == [[11, 12], [12, 11]]
     assert adapter_bytes(first) == adapter_bytes(second)
     assert len(adapter_bytes(first)) == 2 * (3 + 2 * 3 + 3)
     assert metric_rows(first) == metric_rows(second)
 
 
-def test_another_seed_gives_other_bytes(federation):
-    first = federation.run("first")
-    other = federation.run("other", build_tiny_config(experiment={"seed": 8}))
+def test_another_seed_gives_other_bytes(finished, federation):
+    first = finished.path
+    other = federation.run(config=build_tiny_config(experiment={"seed": 8}))
     assert not equal(server_state(first, 0), server_state(other, 0))
     assert not equal(local_state(first, "ann", 0), local_state(first, "bob", 0))
 
@@ -263,35 +276,47 @@ def test_the_base_is_loaded_once(federation):
     assert model_module.num_loads == loads + 1
 
 
+@pytest.fixture(scope="module")
+def finished_by_mode(finished, tiny_project, tmp_path_factory):
+    """Finished runs of every mode, with the same clients and rounds."""
+    runs = {"dual": finished.path}
+    for mode in ("fedavg", "local-only", "centralized"):
+        config = build_tiny_config(federated={"mode": mode})
+        runs[mode] = Federation(tiny_project, tmp_path_factory.mktemp(mode), config).run()
+    return runs
+
+
 @pytest.mark.parametrize(
-    ("mode", "evaluated", "senders", "locals_kept"),
+    ("mode", "evaluated", "senders", "locals_kept", "error"),
     [
-        ("fedavg", "global", {"ann", "bob"}, False),
-        ("local-only", "local", set(), True),
-        ("centralized", "global", {"ann"}, False),
+        ("fedavg", "global", {"ann", "bob"}, False, pytest.approx(0.5, abs=0.5)),
+        ("local-only", "local", set(), True, None),
+        ("centralized", "global", {"ann"}, False, 0.0),
     ],
 )
-def test_the_baselines(federation, mode, evaluated, senders, locals_kept):
-    run = federation.run(config=build_tiny_config(federated={"mode": mode}))
+def test_the_baselines(finished_by_mode, mode, evaluated, senders, locals_kept, error):
+    run = finished_by_mode[mode]
     history = json.loads((run / "history.json").read_text())
     labels = {name.split("/")[0] for e in history for name in e["metrics"] if name.count("/") == 2}
     assert labels == {"base", evaluated}
     assert {e["client"] for e in history if "num-examples" in e["metrics"]} == senders
     assert (run / "clients").exists() == locals_kept
     assert equal(server_state(run, 0), server_state(run, 2)) == (mode == "local-only")
+    server = [entry["metrics"] for entry in entries(run, "aggregate")]
+    assert [metrics.get("aggregation_error") for metrics in server] == [None, error, error]
+    assert all(metrics["round_seconds"] > 0 for metrics in server)
 
 
-def test_all_modes_take_the_same_number_of_steps(federation):
-    steps = {}
-    for mode in ("dual", "fedavg", "local-only", "centralized"):
-        run = federation.run(mode, build_tiny_config(federated={"mode": mode, "num_rounds": 1}))
-        history = json.loads((run / "history.json").read_text())
-        steps[mode] = sum(
+def test_all_modes_take_the_same_number_of_steps(finished_by_mode):
+    steps = {
+        mode: sum(
             value
-            for entry in history
+            for entry in json.loads((run / "history.json").read_text())
             for name, value in entry["metrics"].items()
             if name.endswith("/num_steps")
         )
+        for mode, run in finished_by_mode.items()
+    }
     assert len(set(steps.values())) == 1, steps
 
 
@@ -306,11 +331,11 @@ def test_the_joint_schedule_refreshes_local_against_the_final_global(federation)
     assert phases == [(1, "global+local"), (2, "global+local"), (2, "local")]
 
 
-def test_the_run_directory_holds_what_the_contract_names(federation):
-    run = federation.run()
+def test_the_run_directory_holds_what_the_contract_names(finished):
+    run = finished.path
     names = {path.name for path in run.iterdir()}
     assert {"config.json", "manifest.json", "metrics.jsonl", "history.json", "history.csv"} <= names
-    assert (federation.output_dir / "latest").resolve() == run.resolve()
+    assert (finished.output_dir / "latest").resolve() == run.resolve()
     manifest = json.loads((run / "manifest.json").read_text())
     assert [entry["round"] for entry in manifest["rounds"]] == [0, 1, 2]
     assert set(manifest["rounds"][2]["adapters"]) == {"global", "local:ann", "local:bob"}
@@ -322,17 +347,17 @@ def test_the_run_directory_holds_what_the_contract_names(federation):
     assert run.stat().st_mode & 0o077 == 0
 
 
-def test_an_existing_run_is_left_alone(federation):
-    run = federation.run()
+def test_an_existing_run_is_left_alone(finished):
+    run = finished.path
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(RunDirectoryError, match="exists already and is left as it is"):
-        federation.run()
+        finished.run()
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_traffic_is_what_the_grid_saw(federation):
-    run = federation.run()
-    grid = federation.grids[0]
+def test_traffic_is_what_the_grid_saw(finished):
+    run = finished.path
+    grid = finished.grids[0]
     seen = {}
     for direction, messages in (("down", grid.sent[2:]), ("up", grid.received[2:])):
         for index, message in enumerate(messages):  # after the registration; 2 clients take turns
@@ -422,20 +447,9 @@ def test_who_loses_the_average_that_it_was_just_sent_has_failed(federation):
     assert [t.client_id for t in asked if t.server_round == 1] == ["ann", "bob", "bob"]
 
 
-def test_bf16_uploads_travel_as_half_the_bytes(tiny_project, tmp_path):
-    config = build_tiny_config(federated={"upload_dtype": "bfloat16", "num_rounds": 1})
-    run = Federation(tiny_project, tmp_path, config).run()
-    metrics = entries(run, "traffic")[-1]["metrics"]
-    headers = 128 * len(server_state(run, 0))  # of the .npy format
-    payload = metrics["adapter_bytes_down"] - headers
-    assert metrics["adapter_bytes_up"] - headers == payload / 2
-
-
-def test_the_aggregation_error_is_that_of_the_updates(tiny_project, tmp_path):
-    config = build_tiny_config(("ann", "cy"))
-    federation = Federation(tiny_project, tmp_path, config)
-    run = federation.run()
-    replies = train_replies(federation.grids[0])[:2]
+def test_the_aggregation_error_is_that_of_the_updates(unequal):
+    run = unequal.path
+    replies = train_replies(unequal.grids[0])[:2]
     sent = [
         {key: torch.tensor(array.numpy()) for key, array in r.content[UPDATE_RECORD].items()}
         for r in replies
@@ -465,16 +479,8 @@ def test_the_aggregation_error_is_that_of_the_updates(tiny_project, tmp_path):
     assert 0 < server[0]["metrics"]["aggregation_seconds"] < server[0]["metrics"]["round_seconds"]
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("centralized", 0.0), ("local-only", None)])
-def test_the_aggregation_error_where_nothing_is_averaged(federation, mode, expected):
-    run = federation.run(config=build_tiny_config(federated={"mode": mode}))
-    server = [entry["metrics"] for entry in entries(run, "aggregate")]
-    assert [metrics.get("aggregation_error") for metrics in server] == [None, expected, expected]
-    assert all(metrics["round_seconds"] > 0 for metrics in server)
-
-
-def test_peak_memory_is_reported_for_every_phase_and_evaluation(federation):
-    run = federation.run()
+def test_peak_memory_is_reported_for_every_phase_and_evaluation(finished):
+    run = finished.path
     for phase, name in (
         ("global", "train_global/peak_memory_bytes"),
         ("local", "train_local/peak_memory_bytes"),
@@ -641,7 +647,8 @@ class TestFaultyClients:
         with pytest.raises(RoundError, match=f"bob did not say which {fact.replace('_', ' ')} it"):
             federation.run(config=config, tamper=leave_out)
 
-    def test_a_reply_that_is_sent_twice_counts_once(self, federation):
+    def test_a_reply_that_is_sent_twice_counts_once(self, finished, tiny_project, tmp_path):
+        federation = Federation(tiny_project, tmp_path, finished.config)
         strategy_calls = []
         original = GlobalAdapterFedAvg.aggregate_train
 
@@ -652,10 +659,9 @@ class TestFaultyClients:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(GlobalAdapterFedAvg, "aggregate_train", repeat)
-            run = federation.run("twice")
-        plain = federation.run("once")
-        assert strategy_calls == [3, 3]
-        assert equal(server_state(run, 2), server_state(plain, 2))
+            run = federation.run()
+        assert strategy_calls == [2, 2]
+        assert equal(server_state(run, 2), server_state(finished.path, 2))
         manifest = json.loads((run / "manifest.json").read_text())
         assert not any("failures" in entry for entry in manifest["rounds"])
         assert not entries(run, "failure")
@@ -704,16 +710,10 @@ def test_a_reply_that_cannot_be_decoded_names_its_sender(federation):
         federation.run(tamper=cut)
 
 
-def test_a_clients_folder_is_its_own_and_never_overwritten(federation):
+def test_a_clients_folder_is_its_own_and_never_overwritten(finished, federation):
     """In a deployment the run directory is new at the server and may be old at a client."""
-    run = federation.run()
-    assert (run / "clients" / "ann").stat().st_mode & 0o077 == 0
-    for path in run.iterdir():
-        if path.name not in ("clients",):
-            path.rename(run.parent / f"moved-{path.name}")
-    run.rename(run.parent / "elsewhere")
-    (run.parent / "run" / "clients").mkdir(parents=True)
-    (run.parent / "elsewhere" / "clients" / "ann").rename(run / "clients" / "ann")
+    assert (finished.path / "clients" / "ann").stat().st_mode & 0o077 == 0
+    shutil.copytree(finished.path / "clients" / "ann", federation.path / "clients" / "ann")
     with pytest.MonkeyPatch.context() as patch:
         from fedlora_app.runs.directory import RunDirectory
 
@@ -756,14 +756,13 @@ class TestRegistration:
         assert "error: ann_local.json, record 1" in capsys.readouterr().out
         assert not (tmp_path / "run").exists()
 
-    def test_findings_are_in_the_manifest_without_their_texts(self, federation):
-        run = federation.run()
-        manifest = json.loads((run / "manifest.json").read_text())
+    def test_findings_are_in_the_manifest_without_their_texts(self, finished):
+        manifest = json.loads((finished.path / "manifest.json").read_text())
         findings = manifest["clients"]["ann"]["findings"]
         assert {"severity": "error", "rule": "test-in-training", "file": "ann_local.json"} in [
             {k: v for k, v in finding.items() if k != "record"} for finding in findings
         ]
-        sent = federation.grids[-1].bytes_received()
+        sent = finished.grids[0].bytes_received()
         assert b"test-in-training" in sent
         assert b"red rule" not in sent and b"also stands" not in sent
 
@@ -822,16 +821,16 @@ def test_rounds_between_evaluations_are_trained_and_not_evaluated(tiny_project, 
     assert re.search(r"round 3/3 \[global\+local\] .* \(\d+ s\)", output)
 
 
-def test_the_ablation_trains_local_adapters_as_the_run_itself_did(federation, tmp_path):
+def test_the_ablation_trains_local_adapters_as_the_run_itself_did(finished, tmp_path):
     """So its figures are those of whole runs, at the price of their local phases."""
     from fedlora_app.client import Client
     from fedlora_app.demo.ablation import load_global_states, retrain
     from fedlora_app.foundation.files import WEIGHTS_FILE
 
-    run = federation.run()
-    states = load_global_states(run, federation.config, federation.project)
+    run = finished.path
+    states = load_global_states(run, finished.config, finished.project)
     for name in ("ann", "bob"):
-        client = Client(federation.config, name, tmp_path / "again", federation.project)
+        client = Client(finished.config, name, tmp_path / "again", finished.project)
         retrain(client, states)
         path = Path("clients", name, "round_002", WEIGHTS_FILE)
         assert (tmp_path / "again" / path).read_bytes() == (run / path).read_bytes()
@@ -846,11 +845,12 @@ def test_the_ablation_refuses_other_runs(tiny_project, tmp_path):
         ablate(run, tiny_project, "training.replay=0")
 
 
-def test_a_client_without_memory_begins_again_with_smaller_batches(federation, monkeypatch, capsys):
+def test_a_client_without_memory_begins_again_with_smaller_batches(
+    finished, federation, monkeypatch, capsys
+):
     """The steps see the same examples; only their sums are taken in smaller parts."""
     from fedlora_app.training import phase as training
 
-    whole = federation.run("whole")
     original, length = training.split_into_packs, federation.config.training.max_seq_length
 
     def full(examples, max_tokens):
@@ -867,7 +867,9 @@ def test_a_client_without_memory_begins_again_with_smaller_batches(federation, m
     assert [m["train_global/memory_retries"] for m in phases] == [1, 0, 0, 0]
     assert {m["train_global/gradient_checkpointing"] for m in phases} == {1}
     for name in ("server/round_002", "clients/ann/round_002"):
-        ours, theirs = (load_file(r / name / "adapter_model.safetensors") for r in (run, whole))
+        ours, theirs = (
+            load_file(r / name / "adapter_model.safetensors") for r in (run, finished.path)
+        )
         for key, tensor in theirs.items():
             assert torch.allclose(ours[key], tensor, atol=2e-3)
     assert "ran out of memory" in " ".join(read_pieces(run).problems)

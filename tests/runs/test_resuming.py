@@ -6,6 +6,7 @@ import json
 import platform
 import re
 import shutil
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -71,40 +72,64 @@ def snapshot(run: Path) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_project, tmp_path_factory):
-    """Snapshots of whole runs by schedule."""
-    found = {}
+def whole_runs(tiny_project, tmp_path_factory):
+    """By schedule, a folder with a whole run and with what it had written at each message."""
+    folders = {}
     for schedule in ("phased", "joint"):
+        folder = folders[schedule] = tmp_path_factory.mktemp(schedule)
+        numbers = count(1)
+
+        def keep(message, reply, folder=folder, numbers=numbers):
+            number = next(numbers)
+            if (folder / "run").exists():
+                shutil.copytree(folder / "run", folder / f"stopped_{number}")
+            return reply
+
         config = build_tiny_config(training={"schedule": schedule})
-        folder = tmp_path_factory.mktemp(schedule)
-        found[schedule] = snapshot(Federation(tiny_project, folder, config).run("run"))
-    return found
+        Federation(tiny_project, folder, config).run("run", tamper=keep)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def undisturbed(whole_runs):
+    """Snapshots of whole runs by schedule."""
+    return {schedule: snapshot(folder / "run") for schedule, folder in whole_runs.items()}
+
+
+@pytest.fixture
+def stopped_at(whole_runs, tiny_project, tmp_path):
+    """Return a federation whose run was killed at a message: what it had written is all."""
+
+    def stop(number, schedule="phased", project=tiny_project, folder=tmp_path):
+        shutil.copytree(whole_runs[schedule] / f"stopped_{number}", folder / "run")
+        return Federation(project, folder, build_tiny_config(training={"schedule": schedule}))
+
+    return stop
 
 
 def stopped_run(project, folder, number, config=None):
-    """Return a federation whose run stopped at a message."""
+    """Return a federation whose run an exception stopped at a message."""
     federation = Federation(project, folder, config or build_tiny_config())
     with pytest.raises(Stopped):
         federation.run("run", tamper=stop_at(number))
     return federation
 
 
-# Messages: 2 check-ins, 2 evaluations of the base, then 2 trains and 2 evaluations per round.
-@pytest.mark.parametrize("number", range(3, 13))
-def test_a_run_stopped_at_any_message_ends_in_the_same_bytes(
-    tiny_project, tmp_path, undisturbed, number
+# Messages: 2 registrations, 2 evaluations of the base, then 2 trains and 2 evaluations per round.
+@pytest.mark.parametrize(
+    ("schedule", "number"),
+    [*(("phased", number) for number in range(3, 13)), ("joint", 6), ("joint", 9), ("joint", 11)],
+)
+def test_a_run_killed_at_any_message_ends_in_the_same_bytes(
+    stopped_at, tmp_path, undisturbed, schedule, number
 ):
-    federation = stopped_run(tiny_project, tmp_path, number)
-    federation.run("run", resume="latest")
+    stopped_at(number, schedule).run("run", resume="run")
+    assert snapshot(tmp_path / "run") == undisturbed[schedule]
+
+
+def test_so_does_one_that_an_exception_stopped(tiny_project, tmp_path, undisturbed):
+    stopped_run(tiny_project, tmp_path, 8).run("run", resume="latest")
     assert snapshot(tmp_path / "run") == undisturbed["phased"]
-
-
-@pytest.mark.parametrize("number", [6, 9, 11])
-def test_so_does_one_of_the_joint_schedule(tiny_project, tmp_path, undisturbed, number):
-    config = build_tiny_config(training={"schedule": "joint"})
-    federation = stopped_run(tiny_project, tmp_path, number, config)
-    federation.run("run", config, resume="run")
-    assert snapshot(tmp_path / "run") == undisturbed["joint"]
 
 
 @pytest.mark.parametrize("mode", ["fedavg", "local-only", "centralized"])
@@ -128,9 +153,9 @@ def test_so_do_runs_of_the_other_modes(tiny_project, tmp_path, mode):
     ],
 )
 def test_a_history_that_is_damaged_is_refused_before_anything_changes(
-    tiny_project, tmp_path, content, message
+    stopped_at, tmp_path, content, message
 ):
-    federation = stopped_run(tiny_project, tmp_path, 10)
+    federation = stopped_at(10)
     run = tmp_path / "run"
     if content is None:
         (run / "history.json").unlink()
@@ -142,15 +167,15 @@ def test_a_history_that_is_damaged_is_refused_before_anything_changes(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_a_run_cannot_be_cut_to_the_rounds_that_it_has(tiny_project, tmp_path):
+def test_a_run_cannot_be_cut_to_the_rounds_that_it_has(stopped_at, tmp_path):
     """It would end without a last evaluation and without final local adapters."""
-    federation = stopped_run(tiny_project, tmp_path, 10)  # round 1 of 2 is complete
+    federation = stopped_at(10)  # round 1 of 2 is complete
     with pytest.raises(ConfigError, match="no round is left to end the run with"):
         federation.run("run", resume="run", **{"num-rounds": 1})
 
 
-def test_what_may_change_is_taken_from_the_settings_that_are_given(tiny_project, tmp_path):
-    federation = stopped_run(tiny_project, tmp_path, 10)
+def test_what_may_change_is_taken_from_the_settings_that_are_given(stopped_at, tmp_path):
+    federation = stopped_at(10)
     config = build_tiny_config(federated={"keep_rounds": 1})
     federation.run("run", config, resume="run")
     kept = [path.name for path in (tmp_path / "run" / "server").iterdir()]
@@ -210,9 +235,9 @@ def test_a_report_lost_in_the_last_joint_round_leaves_the_adapter_of_the_round_b
     assert saved.local_round(3, "bob") == 3 and saved.adapter_sha256(3, "bob")
 
 
-def test_a_run_s_name_may_hold_an_at_sign(tiny_project, tmp_path):
+def test_a_run_s_name_may_hold_an_at_sign(stopped_at, tmp_path):
     folder = tmp_path / "me@home"
-    federation = stopped_run(tiny_project, folder, 10)
+    federation = stopped_at(10, folder=folder)
     federation.run("run", resume=str(folder / "run"))
     with pytest.raises(RunDirectoryError, match="there is no run"):
         federation.run("run", resume="x" * 300)
@@ -240,11 +265,11 @@ def test_a_run_stopped_twice_while_it_writes_ends_in_the_same_bytes(
 
 
 @pytest.mark.parametrize("number", range(1, 6))
-def test_a_rewind_that_stops_at_any_write_can_be_gone_on_with(
-    tiny_project, tmp_path, undisturbed, monkeypatch, number
+def test_a_rewind_that_stops_at_any_write_can_be_resumed(
+    stopped_at, tmp_path, undisturbed, monkeypatch, number
 ):
     """Manifest, configuration, history, its table and the events are written in its course."""
-    federation = stopped_run(tiny_project, tmp_path, 11)  # rounds 0 and 1 are complete
+    federation = stopped_at(11)  # rounds 0 and 1 are complete
     original, writes = run_directory.write_atomically, 0
 
     def stop(path, text):
@@ -259,20 +284,20 @@ def test_a_rewind_that_stops_at_any_write_can_be_gone_on_with(
         patch.setattr(run_directory, "write_json", lambda p, v: stop(p, storage._dump(v)))
         federation.run("run", resume="run@0")
     shutil.copytree(tmp_path / "run", tmp_path / "other" / "run")
-    federation.run("run", resume="latest")
+    federation.run("run", resume="run")
     assert snapshot(tmp_path / "run") == undisturbed["phased"]
     federation.output_dir = tmp_path / "other"  # of the clients
     federation.run("run", resume=str(tmp_path / "other" / "run@0"))
     assert snapshot(tmp_path / "other" / "run") == undisturbed["phased"]
 
 
-def test_a_history_that_lacks_a_round_names_the_round_before_it(tiny_project, tmp_path):
-    federation = stopped_run(tiny_project, tmp_path, 11)
+def test_a_history_that_lacks_a_round_names_the_round_before_it(stopped_at, tmp_path):
+    federation = stopped_at(11)
     path = tmp_path / "run" / "history.json"
     entries = json.loads(path.read_text())
     path.write_text(json.dumps([entry for entry in entries if entry["round"] == 0]))
     with pytest.raises(RunDirectoryError, match=r"lacks round 1\.(?s:.*)resume='run@0'$"):
-        federation.run("run", resume="latest")
+        federation.run("run", resume="run")
     federation.run("run", resume="run@0")
 
 
@@ -294,8 +319,8 @@ def test_more_rounds_can_be_added_to_a_finished_run(tiny_project, tmp_path, undi
             assert kept[name] == value
 
 
-def test_settings_that_differ_from_the_run_are_refused_with_their_keys(tiny_project, tmp_path):
-    federation = stopped_run(tiny_project, tmp_path, 7)
+def test_settings_that_differ_from_the_run_are_refused_with_their_keys(stopped_at, tmp_path):
+    federation = stopped_at(7)
     resume = {"resume": "run"}
     with pytest.raises(ConfigError, match=r"training\.learning_rate: 0\.01 in the run, 0\.5 given"):
         federation.run("run", **resume, overrides="training.learning_rate=0.5")
@@ -306,10 +331,10 @@ def test_settings_that_differ_from_the_run_are_refused_with_their_keys(tiny_proj
     assert (tmp_path / "run" / "server" / "round_000").exists()
 
 
-def test_changed_data_are_refused_by_client_and_file(tiny_project, tmp_path):
+def test_changed_data_are_refused_by_client_and_file(stopped_at, tiny_project, tmp_path):
     project = tmp_path / "project"
     shutil.copytree(tiny_project, project)
-    federation = stopped_run(project, tmp_path / "results", 7)
+    federation = stopped_at(7, project=project, folder=tmp_path / "results")
     path = project / "ann_local.json"
     path.write_text(path.read_text().replace("ann says", "ann wrote"))
     before = hash_file(tmp_path / "results" / "run" / "manifest.json")
@@ -391,10 +416,10 @@ def change_template(model: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [change_weights, change_configuration, change_template])
-def test_another_base_model_is_refused(tiny_project, tmp_path, change):
+def test_another_base_model_is_refused(stopped_at, tiny_project, tmp_path, change):
     project = tmp_path / "project"
     shutil.copytree(tiny_project, project)
-    federation = stopped_run(project, tmp_path / "results", 7)
+    federation = stopped_at(7, project=project, folder=tmp_path / "results")
     change(project / "model")
     with pytest.raises(RoundError, match="do not hold the same base model") as caught:
         federation.run("run", resume="run")
@@ -402,9 +427,9 @@ def test_another_base_model_is_refused(tiny_project, tmp_path, change):
 
 
 def test_a_run_of_a_version_with_another_fingerprint_says_how_to_go_on(
-    tiny_project, tmp_path, undisturbed
+    stopped_at, tmp_path, undisturbed
 ):
-    federation = stopped_run(tiny_project, tmp_path, 7)
+    federation = stopped_at(7)
     path = tmp_path / "run" / "manifest.json"
     manifest = json.loads(path.read_text())
     about = manifest["base_model"]
@@ -419,8 +444,8 @@ def test_a_run_of_a_version_with_another_fingerprint_says_how_to_go_on(
     assert snapshot(tmp_path / "run") == undisturbed["phased"]
 
 
-def test_what_a_run_goes_on_with_instead_is_noted(tiny_project, tmp_path, capsys):
-    federation = stopped_run(tiny_project, tmp_path, 7)
+def test_what_a_run_goes_on_with_instead_is_noted(stopped_at, tmp_path, capsys):
+    federation = stopped_at(7)
     path = tmp_path / "run" / "manifest.json"
     manifest = json.loads(path.read_text())
     assert manifest["package_sha256"] == hash_package()
@@ -451,9 +476,9 @@ def test_what_a_run_goes_on_with_instead_is_noted(tiny_project, tmp_path, capsys
 
 
 def test_nothing_is_noted_where_nothing_changed_or_an_older_run_does_not_say(
-    tiny_project, tmp_path, capsys
+    stopped_at, tmp_path, capsys
 ):
-    federation = stopped_run(tiny_project, tmp_path, 7)
+    federation = stopped_at(7)
     path = tmp_path / "run" / "manifest.json"
     manifest = json.loads(path.read_text())
     reports = manifest["clients"]
@@ -467,9 +492,9 @@ def test_nothing_is_noted_where_nothing_changed_or_an_older_run_does_not_say(
 @pytest.mark.parametrize("part", ["server", "clients/ann"])
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_round_is_reported_and_the_one_before_it_used_on_demand(
-    tiny_project, tmp_path, undisturbed, part, damage
+    stopped_at, tmp_path, undisturbed, part, damage
 ):
-    federation = stopped_run(tiny_project, tmp_path, 11)
+    federation = stopped_at(11)
     weights = tmp_path / "run" / part / "round_001" / WEIGHTS_FILE
     weights.write_bytes(weights.read_bytes()[:-7]) if damage == "cut" else weights.unlink()
     with pytest.raises((RunDirectoryError, RoundError)) as caught:
@@ -484,9 +509,9 @@ def test_a_damaged_round_is_reported_and_the_one_before_it_used_on_demand(
 @pytest.mark.parametrize("number", [3, 11])  # no round is complete, or round 1
 @pytest.mark.parametrize("name", ["manifest.json", "server", "clients/ann", "final"])
 def test_links_out_of_the_run_are_refused_before_anything_changes(
-    tiny_project, tmp_path, number, name
+    stopped_at, tmp_path, number, name
 ):
-    federation = stopped_run(tiny_project, tmp_path, number)
+    federation = stopped_at(number)
     link, outside = tmp_path / "run" / name, tmp_path / "outside"
     if link.exists():
         link.rename(outside)
@@ -506,8 +531,8 @@ def test_links_out_of_the_run_are_refused_before_anything_changes(
     assert content() == before and link.is_symlink()
 
 
-def test_two_runs_cannot_write_one_run_directory(tiny_project, tmp_path):
-    federation = stopped_run(tiny_project, tmp_path, 7)
+def test_two_runs_cannot_write_one_run_directory(stopped_at, tmp_path):
+    federation = stopped_at(7)
     other = RunDirectory.reopen(tmp_path / "run", {})
     with pytest.raises(RunDirectoryError, match="is being written by another process"):
         federation.run("run", resume="run")
