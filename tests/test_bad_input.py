@@ -67,14 +67,17 @@ SLOWEST_SECONDS = 10.0
 WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def examples(number: int):
-    return settings(
-        max_examples=number,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+def for_all(number: int, **strategies):
+    """Try 100 examples, and ``number`` of them in a slow test of the same name and _at_length."""
+
+    def decorate(test):
+        kept = {"deadline": None, "derandomize": True, "database": None}
+        kept["suppress_health_check"] = list(HealthCheck)
+        at_length = settings(max_examples=number, **kept)(given(**strategies)(test))
+        globals()[f"{test.__name__}_at_length"] = pytest.mark.slow(at_length)
+        return settings(max_examples=100, **kept)(given(**strategies)(test))
+
+    return decorate
 
 
 def attempt(call, *names):
@@ -281,8 +284,7 @@ def require_valid_config(config: Config) -> None:
     assert (plain["federated"]["min_clients"] or 1) <= len(ids)
 
 
-@examples(700)
-@given(raw=broken(RAW_CONFIG), as_file=st.booleans())
+@for_all(700, raw=broken(RAW_CONFIG), as_file=st.booleans())
 def test_broken_configs(raw, as_file):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.yaml"
@@ -305,8 +307,8 @@ def _dump_json(raw) -> str:
         return repr(raw)
 
 
-@examples(500)
-@given(
+@for_all(
+    500,
     content=damaged(yaml.safe_dump(RAW_CONFIG).encode())
     | st.sampled_from(YAML_PIECES).map(str.encode)
     | st.lists(st.sampled_from(YAML_PIECES), min_size=2, max_size=4).map(
@@ -315,7 +317,7 @@ def _dump_json(raw) -> str:
     | st.tuples(
         st.sampled_from(["model", "training", "federated", "x"]), st.sampled_from(YAML_PIECES)
     ).map(lambda p: f"{p[0]}: {p[1]}".encode())
-    | st.binary(max_size=100)
+    | st.binary(max_size=100),
 )
 def test_damaged_yaml(content):
     with tempfile.TemporaryDirectory() as folder:
@@ -330,8 +332,8 @@ def test_damaged_yaml(content):
 KEYS = [".".join(map(str, path)) for path in paths_in(RAW_CONFIG)]
 
 
-@examples(300)
-@given(
+@for_all(
+    300,
     words=st.lists(
         st.tuples(
             st.sampled_from(
@@ -342,7 +344,7 @@ KEYS = [".".join(map(str, path)) for path in paths_in(RAW_CONFIG)]
             st.sampled_from([piece[:200] for piece in YAML_PIECES]) | st.text(max_size=8),
         ).map("".join),
         max_size=3,
-    )
+    ),
 )
 def test_broken_overrides(words):
     with tempfile.TemporaryDirectory() as folder:
@@ -399,8 +401,7 @@ def test_names_that_are_no_folder_names(name):
     assert attempt(lambda: check_run_name(name), "run-name") is None
 
 
-@examples(300)
-@given(name=st.text(max_size=70) | st.text("abAB01._-/\\", max_size=6))
+@for_all(300, name=st.text(max_size=70) | st.text("abAB01._-/\\", max_size=6))
 def test_a_name_that_is_taken_is_one_folder(name):
     accepted = attempt(lambda: check_run_name(name), "run-name")
     raw = copy.deepcopy(RAW_CONFIG)
@@ -482,9 +483,8 @@ def require_valid_records(file, is_conflict: bool) -> None:
             text.encode()
 
 
+@for_all(500, data=st.data())
 @pytest.mark.parametrize("kind", LOADERS)
-@examples(500)
-@given(data=st.data())
 def test_broken_records(kind, data):
     record, load_file = LOADERS[kind]
     content = data.draw(record_files(record))
@@ -501,8 +501,7 @@ def test_broken_records(kind, data):
             require_valid_records(file, kind == "conflict")
 
 
-@examples(300)
-@given(data=st.data())
+@for_all(300, data=st.data())
 def test_the_fault_of_one_record_names_its_number(data):
     bad = data.draw(broken(RECORD))
     with tempfile.TemporaryDirectory() as folder:
@@ -693,8 +692,7 @@ def place(path: Path, content: bytes, how: str, outside: Path) -> None:
             os.truncate(path, 1 << 36)
 
 
-@examples(1000)
-@given(data=st.data())
+@for_all(1000, data=st.data())
 def test_broken_adapter_folders(adapter, data):
     weights, config = (
         data.draw(weight_files(adapter.weights)),
@@ -818,8 +816,7 @@ def read_everything(path: Path) -> None:
     assert isinstance(run.manifest["base_model"]["name"], str)
 
 
-@examples(300)
-@given(data=st.data())
+@for_all(300, data=st.data())
 def test_broken_run_directories(adapter, data):
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch).resolve() / "run"
@@ -952,8 +949,7 @@ def require_valid_state(state) -> None:
             assert tensor.dtype == torch.float32 and bool(torch.isfinite(tensor).all())
 
 
-@examples(1000)
-@given(record=states(), dtype=st.sampled_from(["float32", "bfloat16"]))
+@for_all(1000, record=states(), dtype=st.sampled_from(["float32", "bfloat16"]))
 def test_broken_states_in_messages(record, dtype):
     require_valid_state(attempt(lambda: unpack_state(record, SHAPES, "ann", dtype), "ann"))
 
@@ -984,8 +980,7 @@ def broken_record(draw, good, values, names=()):
     return record
 
 
-@examples(500)
-@given(data=st.data())
+@for_all(500, data=st.data())
 def test_broken_messages_from_the_server(data):
     task = data.draw(broken_record(good_task(), CONFIG_VALUES, ["x", "client-id"]))
     if isinstance(task.get("experiment"), str) and data.draw(st.booleans()):
@@ -1019,8 +1014,7 @@ def reply_to_nobody(content) -> Message:
     return Message(content, reply_to=request)
 
 
-@examples(1000)
-@given(data=st.data())
+@for_all(1000, data=st.data())
 def test_broken_replies_from_clients(data):
     facts = json.dumps({"device": "CPU", "base_model": "a" * 64, "findings": "[]"})
     about = {"client-id": "ann", "server-round": 3, "dtype": "float32", "facts": facts}
