@@ -24,6 +24,7 @@ from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import AdaptersConfig, Config
 from fedlora_app.model.adapters import attach_adapters
 from fedlora_app.model.quantised_cache import CACHE_VARIABLE
+from fedlora_app.report import plots
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_MODEL = ROOT / "data" / "demo" / "base_model"
@@ -191,6 +192,12 @@ def finished(tiny_project, tmp_path_factory) -> Federation:
     federation = Federation(tiny_project, tmp_path_factory.mktemp("finished"), build_tiny_config())
     federation.run()
     return federation
+
+
+@pytest.fixture
+def unrendered(monkeypatch) -> None:
+    """Figures are made and not rendered, which takes most of a report's time."""
+    monkeypatch.setattr(plots, "save_plot", lambda figure, folder, name: "<svg></svg>")
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ def test_membership_is_an_option(fedlora, project):
         (["study", "conf/no-such.yaml"], "cannot be read"),
     ],
 )
-def test_what_the_user_can_mend_ends_in_one_message_and_status_2(fedlora, arguments, message):
+def test_what_the_user_can_fix_ends_in_one_message_and_status_2(fedlora, arguments, message):
     status, _, err = fedlora(*arguments)
     assert status == 2 and message in err and "Traceback" not in err
 
@@ -135,7 +135,7 @@ def test_completion_can_be_installed(fedlora):
     assert status == 0 and "--install-completion" in out
 
 
-def test_report_writes_a_page_per_run_and_one_for_all(fedlora, project):
+def test_report_writes_a_page_per_run_and_one_for_all(fedlora, project, unrendered):
     runs = [project / "results" / name for name in ("pair", "one")]
     status, out, _ = fedlora("report", runs[0])
     assert status == 0 and f"Report: {runs[0] / 'report.html'}" in out

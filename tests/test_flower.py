@@ -36,6 +36,7 @@ def test_a_run_started_from_a_foreign_folder(flower, tiny_experiment, tiny_proje
     assert output.count("CUDA_VISIBLE_DEVICES is '7'") == 2, output
 
 
+@pytest.mark.slow
 def test_run_config_keys_do_what_they_say(flower, tiny_experiment, tmp_path):
     output = flower.run(
         ".",
@@ -53,7 +54,8 @@ def test_run_config_keys_do_what_they_say(flower, tiny_experiment, tmp_path):
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 3
 
 
-def test_another_number_of_nodes_stops_with_the_line_that_mends_it(flower, tiny_experiment):
+@pytest.mark.slow
+def test_another_number_of_nodes_stops_with_the_line_that_fixes_it(flower, tiny_experiment):
     output = flower.run(
         ".", "--federation-config", "num-supernodes=3", run_config=f"config='{tiny_experiment}'"
     )
@@ -62,6 +64,7 @@ def test_another_number_of_nodes_stops_with_the_line_that_mends_it(flower, tiny_
     assert f"{line}\"config='{tiny_experiment}'\"" in output
 
 
+@pytest.mark.slow
 def test_a_bad_configuration_is_one_clear_error(flower, tiny_experiment):
     output = flower.run(
         ".",

@@ -337,7 +337,12 @@ class TestQuantisedCopy:
         assert not cache.exists()
 
     @pytest.mark.parametrize(
-        "damage", ["flipped", "cut", "weights", "contents", "foreign", "extra", "garbled", "empty"]
+        "damage",
+        [
+            *("flipped", "contents", "extra"),
+            *(pytest.param(name, marks=pytest.mark.slow) for name in ("cut", "weights", "foreign")),
+            *(pytest.param(name, marks=pytest.mark.slow) for name in ("garbled", "empty")),
+        ],
     )
     def test_a_damaged_one_is_named_and_made_anew(
         self, quantised, cache, sources, tiny_project, capsys, damage

@@ -152,10 +152,16 @@ class TestRemoteCode:
             load_base_model(CONFIG, project)
 
 
+DAMAGED = [b"", b"[]", b"5", b"{}", b"\xff", b"[" * 100_000, b'{"a": 1}']
+
+
 @pytest.mark.parametrize(
     "name", ["config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors"]
 )
-@pytest.mark.parametrize("content", [b"", b"[]", b"5", b"{}", b"\xff", b"[" * 100_000, b'{"a": 1}'])
+@pytest.mark.parametrize(
+    "content",
+    [DAMAGED[0], DAMAGED[-1], *(pytest.param(c, marks=pytest.mark.slow) for c in DAMAGED[1:-1])],
+)
 def test_damaged_model_files_are_named(project, name, content):
     model._resident.clear()
     (project / "model" / name).write_bytes(content)

@@ -238,7 +238,8 @@ def adapter_modules(adapted) -> set[torch.nn.Module]:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "checkpointing"), [([1024] * 4, True), ([700, 500, 300, 100], False)]
+    ("lengths", "checkpointing"),
+    [pytest.param([1024] * 4, True, marks=pytest.mark.slow), ([700, 500, 300, 100], False)],
 )
 def test_the_peak_of_a_step_of_7b(fake_7b, seven_b_sizes, lengths, checkpointing):
     base, adapted, mode = fake_7b
@@ -350,7 +351,10 @@ LARGE = "training.batch_size=4 training.gradient_accumulation_steps=6"
     ("memory", "overrides", "settings"),
     [
         ("10GB", "training.gradient_checkpointing=false", ["training.gradient_checkpointing"]),
-        ("9GB", LARGE, ["training.batch_size", "training.gradient_accumulation_steps"]),
+        pytest.param(
+            *("9GB", LARGE, ["training.batch_size", "training.gradient_accumulation_steps"]),
+            marks=pytest.mark.slow,
+        ),
         ("12GB", "model.quantization=none", ["model.quantization"]),
         ("7.4GB", LARGE, ["training.batch_size", "training.optimizer", "model.embedding_device"]),
     ],

@@ -11,7 +11,6 @@ from conftest import build_tiny_config
 from loopback import Federation
 from synthetic import write_run
 
-from fedlora_app.report import plots
 from fedlora_app.report.numbers import measure_run
 from fedlora_app.report.page import write_comparison, write_report
 from fedlora_app.report.verdict import BOTH
@@ -46,8 +45,16 @@ def read(path) -> Page:
     return Page(path.read_text(encoding="utf-8"))
 
 
-def test_a_page_fetches_nothing_and_runs_only_its_own_script(tmp_path):
-    path = write_report(write_run(tmp_path / "run"))
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """An evaluated run with its report, its plots rendered."""
+    run = write_run(tmp_path_factory.mktemp("reported") / "run")
+    write_report(run)
+    return run
+
+
+def test_a_page_fetches_nothing_and_runs_only_its_own_script(reported):
+    path = reported / "report.html"
     page, html = read(path), path.read_text()
     assert all(link.startswith("#") for link in page.links)
     assert not re.search(r"@import|url\((?!#)", html)
@@ -55,9 +62,8 @@ def test_a_page_fetches_nothing_and_runs_only_its_own_script(tmp_path):
     assert page.tags.count("script") == 1 and "unsafe-inline'; script" in html
 
 
-def test_the_first_screen_says_what_the_evaluation_holds(tmp_path):
-    run = write_run(tmp_path / "run")
-    page = read(write_report(run))
+def test_the_first_screen_says_what_the_evaluation_holds(reported):
+    run, page = reported, read(reported / "report.html")
     rate = json.loads((run / "evaluation.json").read_text())["summary"]["conflict_pass_rate"]
     right = round(rate["value"] * rate["n"])
     assert f"to {right} of {rate['n']} conflict questions" in page.text
@@ -67,8 +73,8 @@ def test_the_first_screen_says_what_the_evaluation_holds(tmp_path):
         assert f"#{name}" in page.links
 
 
-def test_plots_are_kept_as_png_and_svg(tmp_path):
-    folder = write_report(write_run(tmp_path / "run")).parent / "plots"
+def test_plots_are_kept_as_png_and_svg(reported):
+    folder = reported / "plots"
     names = {path.stem for path in folder.glob("*.png")}
     assert names == {path.stem for path in folder.glob("*.svg")}
     assert {"swap_table", "foreign_adapters_local", "local_scale", "accuracy_conflict"} <= names
@@ -84,12 +90,6 @@ def test_text_from_data_is_escaped(tmp_path):
     page = read(write_report(run))
     assert page.tags.count("script") == 1 and "img" not in page.tags
     assert "<script>alert(3)</script>" in page.text and "<b>model</b>" in page.text
-
-
-@pytest.fixture
-def unrendered(monkeypatch):
-    """Figures are made and not rendered, which takes most of a report's time."""
-    monkeypatch.setattr(plots, "save_plot", lambda figure, folder, name: "<svg></svg>")
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_an_evaluation_of_another_shape_does_not_stop_the_report(tmp_path, unren
     assert "Training" in read(write_report(run)).text
 
 
-def test_a_run_that_stopped_says_so(tmp_path):
+def test_a_run_that_stopped_says_so(tmp_path, unrendered):
     run = write_run(tmp_path / "run", evaluated=False)
     manifest = json.loads((run / "manifest.json").read_text())
     manifest |= {"finished": None, "rounds": manifest["rounds"][:2]}
@@ -202,7 +202,7 @@ def test_a_large_run_gives_a_page_under_10_megabytes(tmp_path):
     assert shown and 50 < int(shown[1]) < 300
 
 
-def test_a_comparison_links_the_runs_and_says_what_differs(tmp_path):
+def test_a_comparison_links_the_runs_and_says_what_differs(tmp_path, unrendered):
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", mode="fedavg", right=0.2)]
     for run in runs:
         write_report(run)
@@ -221,5 +221,5 @@ def test_a_run_ends_with_its_report(tiny_project, tmp_path, capsys):
     passes = conflict_passes(collect_reports(read_history(run)), "global+local")
     assert found[BOTH].passed().value == sum(passes) / len(passes)
     assert {"base", "global", BOTH} == set(found)
-    text = read(write_report(run)).text
+    text = read(run / "report.html").text
     assert "Not evaluated yet" in text and "conflict questions" in text
