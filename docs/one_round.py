@@ -15,7 +15,7 @@ from fedlora_app.data.client_files import (
     tokenize_client_files,
 )
 from fedlora_app.data.questions import CONFLICT
-from fedlora_app.evaluation.metrics import evaluate_questions
+from fedlora_app.evaluation.client_round import evaluate_questions
 from fedlora_app.federation.rules import build_rule
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model.adapters import attach_once, build_initial_state, get_state, set_state

@@ -19,6 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlora_app.config.loading import load_config
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config, ConfigError
+from fedlora_app.evaluation.reported import describe_run
 from fedlora_app.federation.grid import PacedGrid
 from fedlora_app.federation.messages import (
     REGISTRATION_ROUND,
@@ -38,7 +39,7 @@ from fedlora_app.model.adapters import (
     state_shapes,
 )
 from fedlora_app.model.base import build_empty_model
-from fedlora_app.runs.console import describe_run, describe_start
+from fedlora_app.runs.console import describe_start
 from fedlora_app.runs.directory import (
     RunDirectory,
     RunDirectoryError,

@@ -20,6 +20,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedlora_app.config.rounds import plan_round, training_clients
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config
+from fedlora_app.evaluation.reported import describe_round
 from fedlora_app.federation.aggregation_error import AggregationErrorObserver, ProductSketch
 from fedlora_app.federation.grid import PacedGrid, build_message
 from fedlora_app.federation.messages import (
@@ -42,7 +43,6 @@ from fedlora_app.foundation.progress import client_lines
 from fedlora_app.model.adapter_files import save_adapter
 from fedlora_app.model.adapters import AdaptedModel, AdapterError, AdapterState, state_shapes
 from fedlora_app.model.fingerprint import COVERS, explain_fingerprint
-from fedlora_app.runs.console import describe_round
 from fedlora_app.runs.directory import SERVER, RunDirectory, describe_missing_finals
 from fedlora_app.runs.resuming import (
     DATA_HASH,

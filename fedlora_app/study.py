@@ -26,30 +26,36 @@ from fedlora_app.config.loading import load_config
 from fedlora_app.config.schema import SAFE_NAME, Config, ConfigError, Section
 from fedlora_app.data.client_files import load_all_files
 from fedlora_app.evaluation.choices import Report, SavedRound, open_round
+from fedlora_app.evaluation.names import (
+    ANSWERERS,
+    EXACT_MATCH,
+    LEAKAGE,
+    OWN_PAIR,
+    PASS_HEADING,
+    PASS_RATE,
+    QUESTION_SETS,
+    Measure,
+    figure_key,
+    own_answerer,
+    relative_label,
+    shown_measures,
+)
 from fedlora_app.evaluation.protocol import evaluate_round
 from fedlora_app.evaluation.statistics import over_seeds
 from fedlora_app.evaluation.tables import FORMAT
 from fedlora_app.foundation.files import write_atomically, write_json
+from fedlora_app.foundation.percent import PLUS_MINUS, format_percent
 from fedlora_app.foundation.project import find_project_root
 from fedlora_app.report.page import REPORT_FILE, write_comparison, write_report
-from fedlora_app.report.plots import relative_label
 from fedlora_app.runs.directory import RunDirectoryError
 from fedlora_app.runs.reading import load_run
 
 FLWR = str(Path(sys.executable).with_name("flwr"))  # of this environment, whatever PATH says
 POLL_SECONDS = 5.0
-QUESTION_SETS = ("universal", "universal_unseen", "local", "conflict")
-HEADINGS = ("universal", "never seen", "local", "conflict", "every client right", "leakage")
-MEASURES = {"exact_match": "Greedy answer exact", "accuracy": "Ranked first"}
-ANSWERERS = {  # who answers in a run, in the order of the table
-    "base": "base model",
-    "global": "global alone",
-    "local:own": "own local alone",
-    "global+local:foreign": "global + foreign local",
-    "local:foreign": "foreign local alone",
-    "global+local:own": "global + own local",
-    "chosen": "  ... at the chosen scale",
-}
+HEADINGS = (*(entry.heading for entry in QUESTION_SETS.values()), PASS_HEADING, LEAKAGE)
+ROWS = {who: label for who, label in ANSWERERS.items() if who != OWN_PAIR}
+ROWS |= {OWN_PAIR: ANSWERERS[OWN_PAIR], "chosen": "  ... at the chosen scale"}
+"""Who answers in a run, in the order of the table: what the method is for comes last."""
 
 Figures = dict[str, dict[str, float]]
 """Who answers, to ``<measure>/<heading>``, to a share in [0, 1]."""
@@ -136,9 +142,9 @@ def measure(evaluation: Mapping[str, Any]) -> Figures:
         if row["scale"] == 1.0:
             rows.setdefault(relative_label(row), []).append(row)
     figures = {who: _average(found) for who, found in rows.items()}
-    own = {"global": "global", "local": "local:own"}.get(evaluation["answering"])
-    own = own or "global+local:own"
-    figures.setdefault(own, {}).update(_from_summary(evaluation["summary"]))
+    figures.setdefault(own_answerer(evaluation["answering"]), {}).update(
+        _from_summary(evaluation["summary"])
+    )
     if evaluation["summary_chosen_scale"] is not None:
         figures["chosen"] = _average(_chosen_rows(evaluation))
         figures["chosen"] |= _from_summary(evaluation["summary_chosen_scale"])
@@ -153,7 +159,7 @@ def tabulate(
     yield "| variant | answers with | " + " | ".join(HEADINGS) + " | steps |"
     yield "|---" * (3 + len(HEADINGS)) + "|"
     for position, (variant, runs) in enumerate(figures.items()):
-        for who, label in ANSWERERS.items():
+        for who, label in ROWS.items():
             is_repeated = who == "base" and position > 0  # the same in every variant
             if is_repeated or any(who not in run for run in runs):
                 continue
@@ -167,18 +173,17 @@ def describe_percent(values: list[float | None]) -> str:
     if any(value is None for value in values):
         return ""
     estimate = over_seeds(values)
-    if estimate.high is None:
-        return f"{100 * estimate.value:.1f}"
-    return f"{100 * estimate.value:.1f} ± {100 * (estimate.high - estimate.value):.1f}"
+    return format_percent(estimate.value, estimate.low, estimate.high, interval=PLUS_MINUS)
 
 
 def _describe(
     study: StudyConfig, figures: Mapping[str, list[Figures]], steps: Mapping[str, list[int]]
 ) -> Iterator[str]:
-    for name, heading in MEASURES.items():
-        seeds = ", ".join(map(str, study.seeds))
-        yield f"{heading}, %; means over clients, then over seeds {seeds}, ± 95 % (Student's t)\n"
-        yield from tabulate(figures, steps, name)
+    seeds = ", ".join(map(str, study.seeds))
+    for measure in _measures():
+        heading = f"{measure.label.capitalize()}, %"
+        yield f"{heading}; means over clients, then over seeds {seeds}, ± 95 % (Student's t)\n"
+        yield from tabulate(figures, steps, measure.name)
         yield ""
 
 
@@ -186,15 +191,15 @@ def _average(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Return the means of several clients' rows by measure and question set."""
     values: dict[str, list[float]] = {}
     for row in rows:
-        for name in MEASURES:
-            if row[name] is not None:
+        for name in (measure.name for measure in _measures()):
+            if row.get(name) is not None:
                 values.setdefault(f"{name}/{row['question_set']}", []).append(row[name])
     return {key: fmean(found) for key, found in values.items()}
 
 
 def _chosen_rows(evaluation: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Yield the clients' rows under their own adapters at the scale that was chosen."""
-    own = f"{evaluation['answering']}:own"
+    own = own_answerer(evaluation["answering"])
     for row in evaluation["swap_table"]:
         scale = evaluation["scales"].get(row["client"], {}).get("chosen", 1.0)
         if row["scale"] == scale and relative_label(row) == own:
@@ -204,15 +209,17 @@ def _chosen_rows(evaluation: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 def _from_summary(summary: Mapping[str, Any]) -> dict[str, float]:
     """Return the figures that a run has for its clients' own adapters only."""
     figures = {}
-    for name, suffix in (("accuracy", ""), ("exact_match", "_exact_match")):
-        entries = {
-            "pass_rate": summary[f"conflict_pass_rate{suffix}"],
-            "leakage": summary[f"leakage{suffix}"],
-        }
-        for key, entry in entries.items():
-            if entry["value"] is not None:
-                figures[f"{name}/{key}"] = entry["value"]
+    for measure in _measures():
+        for key, figure in (("pass_rate", PASS_RATE), ("leakage", LEAKAGE)):
+            entry = summary.get(figure_key(figure, measure)) or {}
+            if entry.get("value") is not None:
+                figures[f"{measure.name}/{key}"] = entry["value"]
     return figures
+
+
+def _measures() -> list[Measure]:
+    """Return the measures that there is a table of, exact match first."""
+    return sorted(shown_measures(), key=lambda measure: measure is not EXACT_MATCH)
 
 
 def _overrides(study: StudyConfig, variant: str, seed: int) -> str:

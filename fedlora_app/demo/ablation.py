@@ -22,8 +22,10 @@ import transformers
 
 from fedlora_app.client import Client
 from fedlora_app.config.loading import parse_config, parse_overrides, set_dotted
+from fedlora_app.config.rounds import BOTH, adapters_label
 from fedlora_app.config.schema import GLOBAL, Config, ConfigError
 from fedlora_app.evaluation.client_round import Metrics
+from fedlora_app.evaluation.names import EXACT_MATCH, QUESTION_SETS
 from fedlora_app.foundation.files import write_json
 from fedlora_app.foundation.project import find_project_root
 from fedlora_app.model.adapter_files import load_adapter
@@ -60,7 +62,6 @@ VARIANTS = {
     "replay 1, weight decay 10, orthogonality 1": "training.replay=1 "
     "training.local_weight_decay=10 training.local_orthogonality=1",
 }
-QUESTION_SETS = ("universal", "universal_unseen", "local", "conflict")
 Figures = dict[str, float]
 
 
@@ -94,7 +95,7 @@ def ablate(run_dir: Path, root: Path, overrides: str) -> Figures:
         reported = tested.evaluate(states[-1], config.federated.num_rounds)
         for part, metrics in (("validation", chosen_by), ("test", reported)):
             for name in QUESTION_SETS:
-                value = metrics[f"global+local/{name}/exact_match"]
+                value = metrics[f"{adapters_label(BOTH)}/{name}/{EXACT_MATCH.reported}"]
                 sums.setdefault(f"{part}/{name}", []).append(value)
     shutil.rmtree(work_dir)
     return {name: sum(values) / len(values) for name, values in sums.items()}

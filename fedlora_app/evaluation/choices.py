@@ -17,9 +17,9 @@ from pathlib import Path
 from fedlora_app.config.schema import GLOBAL, LOCAL, ModelConfig
 from fedlora_app.data.client_files import ClientFiles, load_all_files
 from fedlora_app.data.questions import Question
-from fedlora_app.evaluation.metrics import Score, score_answer
 from fedlora_app.evaluation.saved_model import Answering, SavedModel
 from fedlora_app.evaluation.score_store import ScoreStore
+from fedlora_app.evaluation.scores import Score, score_answer
 from fedlora_app.evaluation.scoring import CANDIDATES_PER_ROW, Answered, Prompt, score_prompts
 from fedlora_app.model.base import compute_dtype, describe_device, uses_4bit
 from fedlora_app.runs.reading import SavedRun
@@ -177,8 +177,9 @@ class Evaluator:
             sorted_back = Answered(
                 tuple(answered.log_likelihoods[i] for i in order),
                 answered.generated,
+                tuple(unconditional[text] for text in question.candidates),
             )
-            scores.append(score_answer(question, sorted_back, unconditional))
+            scores.append(score_answer(question, sorted_back))
         return scores
 
     def _identify(self, answering: Answering) -> str:

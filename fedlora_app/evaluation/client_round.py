@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from fedlora_app.config.rounds import BOTH, Phase, adapters_label
-from fedlora_app.config.schema import ClientConfig, Config
+from fedlora_app.config.schema import ClientConfig, Config, EvaluationConfig
 from fedlora_app.data.client_files import ClientFiles, build_question_sets
 from fedlora_app.data.questions import CONFLICT, UNIVERSAL, UNIVERSAL_UNSEEN, Question
-from fedlora_app.evaluation.gate import fit_gate
-from fedlora_app.evaluation.metrics import Score, evaluate_questions, summarise
+from fedlora_app.evaluation.gate import Gate, fit_gate
+from fedlora_app.evaluation.names import ACCURACY, EXACT_MATCH
+from fedlora_app.evaluation.scores import Score, score_answer, summarise
+from fedlora_app.evaluation.scoring import Answered, Progress, Prompt, score_prompts
 from fedlora_app.foundation.progress import prompt_lines
-from fedlora_app.model.adapters import AdaptedModel
+from fedlora_app.model.adapters import AdaptedModel, activate, base_only
 from fedlora_app.model.base import LoadedModel
 from fedlora_app.training.phase import PhaseResult
 
@@ -80,6 +84,40 @@ def evaluate_client(
     return metrics
 
 
+def evaluate_questions(
+    model: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    active: Sequence[str],
+    system_prompt: str,
+    settings: EvaluationConfig,
+    gate: Gate | None = None,
+    progress: Progress | None = None,
+) -> list[Score]:
+    """Score every question with the adapters ``active`` (none: the base model alone)."""
+    prompts = [Prompt(system_prompt, q.text, q.candidates) for q in questions]
+
+    def answer() -> list[Answered]:
+        return score_prompts(
+            model,
+            tokenizer,
+            prompts,
+            batch_size=settings.batch_size,
+            max_new_tokens=settings.max_new_tokens,
+            gate=gate,
+            progress=progress,
+        )
+
+    if active:
+        activate(model, active)
+        answers = answer()
+    else:
+        with base_only(model):
+            answers = answer()
+    return [score_answer(q, answered) for q, answered in zip(questions, answers, strict=True)]
+
+
 def phase_metrics(phase: Phase, result: PhaseResult) -> Metrics:
     """Return a training phase's figures under ``train_<adapters>/<metric>``."""
     return _prefixed(f"train_{phase.name}", vars(result))
@@ -89,9 +127,10 @@ def _verdicts(questions: Sequence[Question], scores: Sequence[Score], num_record
     """Return 1 or 0 per record of the file, -1 where it has no answer or rival for the client."""
     by_record = {question.record: s for question, s in zip(questions, scores, strict=True)}
     metrics: Metrics = {}
-    for key in ("exact_match", "ranked_first"):
-        values = [getattr(by_record.get(index), key, None) for index in range(num_records)]
-        metrics[f"{key}_each"] = [-1 if value is None else int(value) for value in values]
+    for measure in (EXACT_MATCH, ACCURACY):
+        passed = {record: score.outcome(measure) for record, score in by_record.items()}
+        values = [passed.get(index) for index in range(num_records)]
+        metrics[measure.reported_each] = [-1 if value is None else int(value) for value in values]
     return metrics
 
 

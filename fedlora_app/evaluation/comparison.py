@@ -14,12 +14,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from fedlora_app.data.questions import CONFLICT, LOCAL_SET, UNIVERSAL
+from fedlora_app.data.questions import CONFLICT, LOCAL_SET, UNIVERSAL, UNIVERSAL_UNSEEN
+from fedlora_app.evaluation.names import (
+    ACCURACY,
+    EXACT_MATCH,
+    FIGURES,
+    PASS_RATE,
+    Measure,
+    figure_key,
+    shown_measures,
+)
 from fedlora_app.evaluation.statistics import mcnemar, over_seeds, paired_difference
 
 FORMAT = 1
-RANKING, EXACT_MATCH = "correct", "exact_match"
-SCORED_BY = {RANKING: "likelihood ranking", EXACT_MATCH: "greedy exact match"}
 NUM_NAMED = 3
 """How many differing values a sentence names before it only counts them."""
 
@@ -29,35 +36,22 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True)
 class Topic:
-    """Some questions, and the summary's keys of how they went by ranking and exact match."""
+    """Some questions, and the summary's figure of how they went."""
 
-    label: str
+    figure: str
     question_set: str
-    ranking: str
-    exact_match: str
     unseen_only: bool = False
     every_client: bool = False
     """A record counts once, and as right only if every client's own answer is."""
 
-    @property
-    def measures(self) -> dict[str, str]:
-        """The summary's key by the field of a question's row."""
-        return {RANKING: self.ranking, EXACT_MATCH: self.exact_match}
 
-
-UNSEEN_KEYS = ("universal_unseen_accuracy", "universal_unseen_exact_match")
-PASS_KEYS = ("conflict_pass_rate", "conflict_pass_rate_exact_match")
 TOPICS = (
-    Topic("universal", UNIVERSAL, "universal_accuracy", "universal_exact_match"),
-    Topic("universal, never seen", UNIVERSAL, *UNSEEN_KEYS, unseen_only=True),
-    Topic("local", LOCAL_SET, "local_accuracy", "local_exact_match"),
-    Topic("conflict, each client", CONFLICT, "conflict_accuracy", "conflict_exact_match"),
-    Topic("conflict, passed by all", CONFLICT, *PASS_KEYS, every_client=True),
+    Topic(UNIVERSAL, UNIVERSAL),
+    Topic(UNIVERSAL_UNSEEN, UNIVERSAL, unseen_only=True),
+    Topic(LOCAL_SET, LOCAL_SET),
+    Topic(CONFLICT, CONFLICT),
+    Topic(PASS_RATE, CONFLICT, every_client=True),
 )
-FIGURES = {
-    **{topic.label: (topic.ranking, topic.exact_match) for topic in TOPICS},
-    "leakage (global alone minus base)": ("leakage", "leakage_exact_match"),
-}
 
 
 @dataclass(frozen=True)
@@ -236,19 +230,21 @@ def _compute_differences(
 ) -> list[dict[str, Any]]:
     """Return a topic's differences; a measure that nothing was scored by has none."""
     differences = []
-    for field, measure in topic.measures.items():
-        outcomes = _pair_outcomes(reference, run, topic, field)
+    for measure in shown_measures():
+        outcomes = _pair_outcomes(reference, run, topic, measure)
         if not outcomes:
             continue
         clusters, ones, others = zip(*outcomes, strict=True)
-        test = mcnemar(ones, others)
+        better = [one > other for one, other in zip(ones, others, strict=True)]
+        worse = [one < other for one, other in zip(ones, others, strict=True)]
+        test = mcnemar(better, worse)  # of passes McNemar's, of other values the sign test
         differences.append(
             {
                 "run": run.name,
                 "reference": reference.name,
-                "topic": topic.label,
-                "scored_by": SCORED_BY[field],
-                "measure": measure,
+                "topic": FIGURES[topic.figure],
+                "scored_by": measure.label,
+                "measure": figure_key(topic.figure, measure),
                 "difference": paired_difference(ones, others, clusters).dump(),
                 "p_value": test["p_value"],
                 "only_run": test["only_first"],
@@ -260,11 +256,14 @@ def _compute_differences(
 
 
 def _pair_outcomes(
-    reference: EvaluatedRun, run: EvaluatedRun, topic: Topic, field: str
-) -> list[tuple[str, bool, bool]]:
+    reference: EvaluatedRun, run: EvaluatedRun, topic: Topic, measure: Measure
+) -> list[tuple[str, float, float]]:
     """Return (cluster, outcome of the run, of the reference) for all that was scored."""
+    if topic.every_client and measure.passes_above is None:
+        return []
+    field = measure.row_key
     ones, others = run.select(topic), reference.select(topic)
-    scored = [key for key, row in ones.items() if row[field] is not None]
+    scored = [k for k, row in ones.items() if None not in (row.get(field), others[k].get(field))]
     units = [[key] for key in scored]
     if topic.every_client:
         records: dict[int, list[Key]] = {}
@@ -275,8 +274,8 @@ def _pair_outcomes(
     return [
         (
             ones[keys[0]]["fact"] or ones[keys[0]]["instruction"],
-            all(ones[key][field] for key in keys),
-            all(others[key][field] for key in keys),
+            min(ones[key][field] for key in keys),
+            min(others[key][field] for key in keys),
         )
         for keys in units
     ]
@@ -318,7 +317,7 @@ def _find_other_questions(reference: EvaluatedRun, run: EvaluatedRun, topic: Top
 def _fingerprint_questions(rows: Mapping[Key, dict[str, Any]]) -> set[tuple[Any, ...]]:
     """Return what has to be equal for pairs: the questions and what each is scored by."""
     return {
-        (key, row["instruction"], row[RANKING] is None, row[EXACT_MATCH] is None)
+        (key, row["instruction"], *(row[m.row_key] is None for m in (ACCURACY, EXACT_MATCH)))
         for key, row in rows.items()
     }
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from fedlora_app.evaluation.comparison import EXACT_MATCH, FIGURES, RANKING, SCORED_BY
-
-WIDTH = 100
+from fedlora_app.evaluation.comparison import TOPICS
+from fedlora_app.evaluation.names import FIGURES, LEAKAGE, figure_key, shown_measures
+from fedlora_app.foundation.percent import format_percent
+from fedlora_app.foundation.terminal import WIDTH, render_table
 
 
 def describe_comparison(comparison: Mapping[str, Any]) -> str:
@@ -51,22 +50,25 @@ def _render_runs(runs: list[dict[str, Any]]) -> str:
         counts = (f"{run[key]:,}" for key in ("num_steps", "num_parameters"))
         words = (run["name"], run["mode"], str(run["seed"]), str(run["round"]))
         table.add_row(str(number), *words, *counts)
-    return _render(table)
+    return render_table(table)
 
 
 def _render_figures(title: str, entries: list[dict[str, Any]]) -> str:
     table = Table("", title=title)
-    for heading in (SCORED_BY[RANKING], "n", SCORED_BY[EXACT_MATCH], "n"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for label, keys in FIGURES.items():
+    measures = shown_measures()
+    for measure in measures:
+        table.add_column(measure.label, justify="right", no_wrap=True)
+        table.add_column("n", justify="right", no_wrap=True)
+    for figure in (*(topic.figure for topic in TOPICS), LEAKAGE):
+        keys = [figure_key(figure, measure) for measure in measures]
         rows = [[entry["figures"].get(key) for key in keys] for entry in entries]
-        if not any(figure and figure["n"] for row in rows for figure in row):
+        if not any(found and found["n"] for row in rows for found in row):
             continue
         table.add_section()
-        table.add_row(label)
+        table.add_row(FIGURES[figure])
         for entry, row in zip(entries, rows, strict=True):
             table.add_row(f"  {entry['name']}", *_format_figures(row))
-    return _render(table)
+    return render_table(table)
 
 
 def _render_keyword_rule(runs: list[dict[str, Any]]) -> str:
@@ -79,7 +81,7 @@ def _render_keyword_rule(runs: list[dict[str, Any]]) -> str:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, row in rows.items():
         table.add_row(name, *_format_figures(row))
-    return _render(table)
+    return render_table(table)
 
 
 def _render_differences(entries: list[dict[str, Any]]) -> str:
@@ -92,11 +94,11 @@ def _render_differences(entries: list[dict[str, Any]]) -> str:
         table.add_section()
         table.add_row(topic)
         for entry in (entry for entry in entries if entry["topic"] == topic):
-            difference = _format_estimate(entry["difference"], "+.1f")
+            difference = _format_estimate(entry["difference"], "+")
             counts = (str(entry[key]) for key in ("only_run", "only_reference", "n"))
             p_values = (_format_p(entry[key]) for key in ("p_value", "p_value_holm"))
             table.add_row(f"  {entry['scored_by']}", difference, *counts, *p_values)
-    return _render(table)
+    return render_table(table)
 
 
 def _explain(num_tests: int) -> str:
@@ -114,13 +116,9 @@ def _format_figures(figures: Iterable[dict[str, Any] | None]) -> Iterable[str]:
         yield from (_format_estimate(figure), str(figure["n"])) if figure else ("-", "")
 
 
-def _format_estimate(estimate: Mapping[str, Any], number: str = ".1f") -> str:
-    """Return "97.2 [93.1, 98.9]", a dash where there is no value."""
+def _format_estimate(estimate: Mapping[str, Any], sign: str = "") -> str:
     value, low, high = (estimate[key] for key in ("value", "low", "high"))
-    if value is None:
-        return "-"
-    interval = "" if low is None else f" [{100 * low:{number}}, {100 * high:{number}}]"
-    return f"{100 * value:{number}}{interval}"
+    return format_percent(value, low, high, sign=sign) or "-"
 
 
 def _format_p(p_value: float) -> str:
@@ -140,19 +138,3 @@ def _itemise(heading: str, sentences: Sequence[str]) -> str:
         for sentence in sentences
     ]
     return "\n".join([f"{heading}:", *lines]) if lines else ""
-
-
-def _render(table: Table) -> str:
-    table.title_justify = "left"
-    # Names of runs are not markup, and in a notebook the text is wanted, not a display.
-    console = Console(
-        file=io.StringIO(),
-        width=WIDTH,
-        color_system=None,
-        markup=False,
-        emoji=False,
-        force_jupyter=False,
-    )
-    console.print(table)
-    lines = console.file.getvalue().splitlines()
-    return "\n".join(line.rstrip() for line in lines).strip("\n")

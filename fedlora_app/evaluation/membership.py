@@ -30,7 +30,6 @@ client's private answers.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +38,6 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
@@ -61,8 +59,8 @@ from fedlora_app.evaluation.statistics import (
     clustered_area,
     paired_difference,
 )
+from fedlora_app.foundation.terminal import render_table
 from fedlora_app.model.adapters import AdaptedModel, activate, base_only
-from fedlora_app.runs.console import WIDTH
 from fedlora_app.training.losses import answer_log_likelihoods
 
 MIN_K_SHARE = 0.2
@@ -208,7 +206,7 @@ def describe_membership(rows: Sequence[Mapping[str, Any]]) -> str:
     table = Table(
         "client", "set", "attack", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False
     )
-    table.title, table.title_justify = "Membership inference against the global adapter", "left"
+    table.title = "Membership inference against the global adapter"
     for heading in ("AUC", "95 %", "pairs\nwon", "95 %", "TPR at\n1 % FPR", "at\n10 %", "pairs"):
         table.add_column(heading, justify="right")
     for row in rows:
@@ -224,9 +222,7 @@ def describe_membership(rows: Sequence[Mapping[str, Any]]) -> str:
             str(row["n_members"]),
             end_section=row["attack"] == list(ATTACKS)[-1],
         )
-    console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
-    console.print(table)
-    return "\n".join([console.file.getvalue().rstrip(), *_notes(rows), MEANING])
+    return "\n".join([render_table(table), *_notes(rows), MEANING])
 
 
 def _build_sets(

@@ -27,7 +27,8 @@ from fedlora_app.evaluation.choices import (
 )
 from fedlora_app.evaluation.membership import infer_membership
 from fedlora_app.evaluation.saved_model import Answering
-from fedlora_app.evaluation.tables import Scores, build_evaluation, choose_scales
+from fedlora_app.evaluation.summary import Scores
+from fedlora_app.evaluation.tables import build_evaluation, choose_scales
 from fedlora_app.foundation.files import write_json
 
 NO_IDENTITY = "You are a helpful assistant."

@@ -45,11 +45,13 @@ class Answered:
     """What the model made of a prompt.
 
     ``log_likelihoods`` are sums over a candidate's tokens, its end-of-turn mark included, in
-    nats. ``generated`` is "" where none was wanted.
+    nats. ``generated`` is "" where none was wanted. ``priors`` are the candidates'
+    log-likelihoods without the question, where they were asked for.
     """
 
     log_likelihoods: tuple[float, ...]
     generated: str
+    priors: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

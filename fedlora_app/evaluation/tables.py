@@ -4,46 +4,45 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import combinations
 from statistics import fmean
 from typing import Any
 
 from fedlora_app.config.rounds import adapters_label
-from fedlora_app.config.schema import GLOBAL, LOCAL, Config
-from fedlora_app.data.linter import keyword_ceiling
+from fedlora_app.config.schema import LOCAL, Config
 from fedlora_app.data.questions import (
-    CONFLICT,
-    LOCAL_SET,
     UNIVERSAL,
     UNIVERSAL_UNSEEN,
-    Question,
 )
 from fedlora_app.evaluation.choices import Cell, SavedRound, describe_precision
-from fedlora_app.evaluation.metrics import Score, compute_interaction
-from fedlora_app.evaluation.saved_model import Answering
-from fedlora_app.evaluation.statistics import NOTHING, Estimate, paired_difference, proportion
+from fedlora_app.evaluation.names import (
+    ACCURACY,
+    ASKED_SETS,
+    EXACT_MATCH,
+    KEYWORD,
+    MEASURES,
+    OWN_SETS,
+    PER_BYTE,
+    PMI,
+    shown_measures,
+)
+from fedlora_app.evaluation.scores import Score, collect_outcomes, compute_interaction, mean
+from fedlora_app.evaluation.statistics import proportion
+from fedlora_app.evaluation.summary import (
+    Conflict,
+    Results,
+    Scores,
+    compute_difference,
+    every_client_passes,
+    summarise_scores,
+)
 
 FORMAT = 1
 
-Scores = dict[Cell, list[Score]]
 Row = dict[str, Any]
-Pairs = list[tuple[Question, Score]]
-Outcome = Callable[[Score], bool | None]
-
-# Suffix of a figure's name to what it counts. Ranking by raw likelihood is the primary measure.
-OUTCOMES: dict[str, Outcome] = {
-    "accuracy": lambda score: score.ranked_first,
-    "accuracy_per_byte": lambda score: score.ranked_first_per_byte,
-    "accuracy_pmi": lambda score: score.ranked_first_pmi,
-    "exact_match": lambda score: score.exact_match,
-}
-RATES = {  # how the same outcomes are called in the conflict pass rate and in differences
-    "accuracy": "",
-    "accuracy_per_byte": "_per_byte",
-    "accuracy_pmi": "_pmi",
-    "exact_match": "_exact_match",
-}
 
 
 def build_evaluation(
@@ -62,6 +61,7 @@ def build_evaluation(
     """
     run, config = saved.run, saved.run.config
     as_trained = dict.fromkeys(saved.clients, 1.0)
+    results = Results(saved, scores, as_trained)
     return {
         "format": FORMAT,
         "run": run.name,
@@ -78,13 +78,15 @@ def build_evaluation(
         "system_prompts": {c: config.client(c).system_prompt for c in saved.clients},
         "num_steps": run.count_steps(saved.server_round),
         "num_parameters": run.count_parameters(saved.server_round, saved.active),
-        "summary": summarise_scores(saved, scores, as_trained),
-        "summary_chosen_scale": summarise_scores(saved, scores, chosen) if chosen else None,
+        "summary": summarise_scores(results),
+        "summary_chosen_scale": summarise_scores(replace(results, scales=chosen))
+        if chosen
+        else None,
         "scales": {c: {"chosen": chosen[c], "curve": curves[c]} for c in chosen},
         "swap_table": list(_swap_rows(scores)),
         "controls": list(_control_rows(scores)),
-        "specificity": list(_specificity_rows(saved, scores)),
-        "conflicts": list(_conflict_rows(saved, scores, as_trained)),
+        "specificity": list(_specificity_rows(results)),
+        "conflicts": list(_conflict_rows(results)),
         "membership": membership,
         "questions": list(_question_rows(saved, scores, [as_trained, chosen])),
         "notes": [*_notes(saved, chosen), *_data_notes(saved)],
@@ -108,8 +110,8 @@ def choose_scales(on_validation: Scores) -> tuple[dict[str, float], dict[str, li
     figures: dict[tuple[str, float], Row] = {}
     for cell, results in on_validation.items():
         row = figures.setdefault((cell.client, cell.answering.scale), {})
-        row[cell.question_set] = _share(results, "accuracy")
-        row[f"{cell.question_set}_exact_match"] = _share(results, "exact_match")
+        for measure in (ACCURACY, EXACT_MATCH):
+            row[measure.extend(cell.question_set)] = mean(collect_outcomes(results, measure))
     chosen: dict[str, float] = {}
     curves: dict[str, list[Row]] = {}
     for (client, scale), row in sorted(figures.items()):
@@ -119,132 +121,6 @@ def choose_scales(on_validation: Scores) -> tuple[dict[str, float], dict[str, li
         best = max(curve, key=lambda row: (row["objective"], -abs(row["scale"] - 1)))
         chosen[client] = best["scale"]
     return chosen, curves
-
-
-def summarise_scores(
-    saved: SavedRound, scores: Scores, scales: Mapping[str, float]
-) -> dict[str, Row]:
-    """Return the figures over all clients, each under its own adapters at its scale."""
-    summary: dict[str, Estimate] = {}
-    for suffix, outcome in OUTCOMES.items():
-        passes = [_passes(found, outcome) for found in _conflicts(saved, scores, scales).values()]
-        valid = [value for value in passes if value is not None]
-        summary[f"conflict_pass_rate{RATES[suffix]}"] = proportion(valid)
-        for name in (CONFLICT, LOCAL_SET, UNIVERSAL, UNIVERSAL_UNSEEN):
-            pairs = [pair for c in saved.clients for pair in _own(saved, scores, c, name, scales)]
-            values = [outcome(score) for _, score in pairs]
-            summary[f"{name}_{suffix}"] = proportion([v for v in values if v is not None])
-    for suffix in ("accuracy", "exact_match"):
-        for name in (LOCAL_SET, CONFLICT):
-            key = RATES[suffix] if name == LOCAL_SET else f"_{name}{RATES[suffix]}"
-            summary[f"leakage{key}"] = _leakage(saved, scores, name, suffix)
-            summary[f"specificity{key}"] = _specificity(saved, scores, scales, name, suffix)
-    summary |= _keyword_figures(saved, scores, scales)
-    return {name: estimate.dump() for name, estimate in summary.items()}
-
-
-def _own(
-    saved: SavedRound, scores: Scores, client: str, name: str, scales: Mapping[str, float]
-) -> Pairs:
-    """Return a client's questions with their scores under its own adapters at its scale."""
-    return _find(scores, client, name, saved.own(client, scales.get(client, 1.0)))
-
-
-def _find(scores: Scores, client: str, name: str, answering: Answering) -> Pairs:
-    """Return the questions of a set under a choice of adapters and the client's own prompt."""
-    wanted = UNIVERSAL if name == UNIVERSAL_UNSEEN else name
-    for cell, results in scores.items():
-        key = (cell.client, cell.question_set, cell.answering, cell.prompt_kind)
-        if key == (client, wanted, answering, "own"):
-            pairs = zip(cell.questions, results, strict=True)
-            return [p for p in pairs if name != UNIVERSAL_UNSEEN or p[0].is_unseen]
-    return []
-
-
-def _conflicts(
-    saved: SavedRound, scores: Scores, scales: Mapping[str, float]
-) -> dict[int, dict[str, tuple[Question, Score]]]:
-    """Return the conflict records that two clients or more answer: record to client to score."""
-    found: dict[int, dict[str, tuple[Question, Score]]] = {}
-    for client in saved.clients:
-        for question, score in _own(saved, scores, client, CONFLICT, scales):
-            if question.answer is None:  # keywords only: nothing to rank or to match
-                continue
-            found.setdefault(question.record, {})[client] = (question, score)
-    return {record: by_client for record, by_client in found.items() if len(by_client) > 1}
-
-
-def _passes(by_client: Mapping[str, tuple[Question, Score]], outcome: Outcome) -> bool | None:
-    """Return whether every client's own answer won; None where one could not be scored."""
-    values = [outcome(score) for _, score in by_client.values()]
-    return None if None in values else all(values)
-
-
-def _leakage(saved: SavedRound, scores: Scores, name: str, suffix: str) -> Estimate:
-    """Return how much more global alone is right than the base, on what is a client's own."""
-    if GLOBAL not in saved.active:
-        return NOTHING
-    compared = []
-    for client in saved.clients:
-        shared = _find(scores, client, name, Answering(with_global=True))
-        compared.append((client, shared, [_find(scores, client, name, Answering())]))
-    return _difference(compared, suffix)
-
-
-def _specificity(
-    saved: SavedRound, scores: Scores, scales: Mapping[str, float], name: str, suffix: str
-) -> Estimate:
-    """Return how much more a client's own local adapter is right than the others' ones."""
-    compared = []
-    for client in saved.clients:
-        foreign = saved.foreign(client, scales.get(client, 1.0))
-        if foreign:
-            own = _own(saved, scores, client, name, scales)
-            rivals = [_find(scores, client, name, answering) for answering in foreign]
-            compared.append((client, own, rivals))
-    return _difference(compared, suffix)
-
-
-def _difference(compared: Sequence[tuple[str, Pairs, list[Pairs]]], suffix: str) -> Estimate:
-    """Return the paired difference of a set of questions against the mean of several others."""
-    outcome = OUTCOMES[suffix]
-    ones, others, clusters = [], [], []
-    for client, own, rivals in compared:
-        for index, (question, score) in enumerate(own):
-            value = outcome(score)
-            rival_values = [outcome(rival[index][1]) for rival in rivals]
-            if value is None or None in rival_values:
-                continue
-            ones.append(value)
-            others.append(fmean(rival_values))
-            clusters.append((client, question.cluster))
-    return paired_difference(ones, others, clusters)
-
-
-def _keyword_figures(
-    saved: SavedRound, scores: Scores, scales: Mapping[str, float]
-) -> dict[str, Estimate]:
-    """Return the keyword rule's pass rate beside its ceiling on the gold answers."""
-    passed = [
-        score.keyword
-        for client in saved.clients
-        for name in (UNIVERSAL, LOCAL_SET, CONFLICT)
-        for _, score in _own(saved, scores, client, name, scales)
-        if score.keyword is not None
-    ]
-    figures = {"keyword_pass_rate": proportion(passed)}
-    for name, plain in (("keyword_ceiling", False), ("keyword_ceiling_plain", True)):
-        right = total = 0
-        seen = set()
-        for client, files in saved.files.items():
-            for kind, file in files.tests.items():
-                owner = None if kind == CONFLICT else client
-                if (file.path, owner) not in seen:
-                    seen.add((file.path, owner))
-                    counted = keyword_ceiling(file.records, owner, plain=plain)
-                    right, total = right + counted[0], total + counted[1]
-        figures[name] = proportion([True] * right + [False] * (total - right))
-    return figures
 
 
 def _swap_rows(scores: Scores) -> Iterator[Row]:
@@ -268,11 +144,9 @@ def _control_rows(scores: Scores) -> Iterator[Row]:
 
 def _row(cell: Cell, question_set: str, results: Sequence[Score]) -> Row:
     """Return one row of the swap table or of the controls."""
-    ranked = [score.ranked_first for score in results if score.ranked_first is not None]
-    accuracy = proportion(ranked)
-    exact = proportion([score.exact_match for score in results if score.exact_match is not None])
-    keywords = [score.keyword for score in results if score.keyword is not None]
-    return {
+    accuracy, exact = (proportion(collect_outcomes(results, m)) for m in (ACCURACY, EXACT_MATCH))
+    means = {name: mean(collect_outcomes(results, m)) for name, m in MEASURES.items()}
+    row = {
         "question_set": question_set,
         "client": cell.client,
         "adapters": cell.answering.label,
@@ -281,67 +155,62 @@ def _row(cell: Cell, question_set: str, results: Sequence[Score]) -> Row:
         "low": accuracy.low,
         "high": accuracy.high,
         "n": accuracy.n,
-        "accuracy_per_byte": _share(results, "accuracy_per_byte"),
-        "accuracy_pmi": _share(results, "accuracy_pmi"),
-        "margin": _mean([s.margin for s in results]),
-        "margin_per_byte": _mean([s.margin_per_byte for s in results]),
+        "accuracy_per_byte": means["accuracy_per_byte"],
+        "accuracy_pmi": means["accuracy_pmi"],
+        "margin": mean(score.value(ACCURACY) for score in results),
+        "margin_per_byte": mean(score.value(PER_BYTE) for score in results),
         "exact_match": exact.value,
         "exact_match_low": exact.low,
         "exact_match_high": exact.high,
         "n_generated": len(results),
-        "rouge_l": _mean([s.rouge_l for s in results]),
-        "keyword": _mean(keywords),
-        "n_keyword": len(keywords),
+        "rouge_l": means["rouge_l"],
+        "keyword": means["keyword"],
+        "n_keyword": len(collect_outcomes(results, KEYWORD)),
     }
+    return row | {name: value for name, value in means.items() if name not in row}
 
 
-def _specificity_rows(saved: SavedRound, scores: Scores) -> Iterator[Row]:
+def _specificity_rows(results: Results) -> Iterator[Row]:
     """Yield own minus foreign local adapter, by client, foreign client and question set."""
-    for client in saved.clients:
-        for foreign in saved.foreign(client):
-            for name in (LOCAL_SET, CONFLICT):
-                own = _find(scores, client, name, saved.own(client))
+    for client in results.clients:
+        for foreign in results.foreign(client):
+            for name in OWN_SETS:
+                own = results.own(client, name)
                 if own:
-                    rivals = [_find(scores, client, name, foreign)]
                     row = {"client": client, "foreign": foreign.local, "question_set": name}
-                    for suffix in ("accuracy", "exact_match"):
-                        row[suffix] = _difference([(client, own, rivals)], suffix).dump()
+                    compared = [(client, own, [results.find(client, name, foreign)])]
+                    for measure in shown_measures():
+                        row[measure.name] = compute_difference(compared, measure).dump()
                     yield row
 
 
-def _conflict_rows(saved: SavedRound, scores: Scores, scales: Mapping[str, float]) -> Iterator[Row]:
+def _conflict_rows(results: Results) -> Iterator[Row]:
     """Yield one verdict per conflict record, with the interaction of the clients' answers."""
-    for record, by_client in sorted(_conflicts(saved, scores, scales).items()):
-        first = next(iter(by_client.values()))[0]
+    for record, conflict in results.conflicts.items():
+        first = next(iter(conflict.values()))[0]
         yield {
             "record": record,
             "instruction": first.text,
             "fact": first.fact,
-            "passed": _passes(by_client, OUTCOMES["accuracy"]),
-            "passed_per_byte": _passes(by_client, OUTCOMES["accuracy_per_byte"]),
-            "passed_pmi": _passes(by_client, OUTCOMES["accuracy_pmi"]),
-            "passed_exact_match": _passes(by_client, OUTCOMES["exact_match"]),
-            "interaction": _interactions(by_client),
+            **{
+                measure.extend("passed"): every_client_passes(conflict, measure)
+                for measure in shown_measures(with_variants=True)
+                if measure.passes_above is not None
+            },
+            "interaction": dict(_interactions(conflict)),
         }
 
 
-def _interactions(by_client: Mapping[str, tuple[Question, Score]]) -> Row:
-    """Return the interaction of every two clients, under "one|other"."""
-    found = {}
-    clients = list(by_client)
-    for position, one in enumerate(clients):
-        for other in clients[position + 1 :]:
-            own, own_score = by_client[one]
-            rival, rival_score = by_client[other]
-            if own.answer in rival.candidates and rival.answer in own.candidates:
-                likelihoods = dict(zip(rival.candidates, rival_score.log_likelihoods, strict=True))
-                found[f"{one}|{other}"] = compute_interaction(
-                    dict(zip(own.candidates, own_score.log_likelihoods, strict=True)),
-                    likelihoods,
-                    own.answer,
-                    rival.answer,
-                )
-    return found
+def _interactions(conflict: Conflict) -> Iterator[tuple[str, float]]:
+    """Yield the interaction of every two clients, under "one|other"."""
+    for (one, (own, own_score)), (other, (rival, rival_score)) in combinations(conflict.items(), 2):
+        if own.answer in rival.candidates and rival.answer in own.candidates:
+            sides = ((own, own_score), (rival, rival_score))
+            likelihoods = (
+                dict(zip(question.candidates, score.log_likelihoods, strict=True))
+                for question, score in sides
+            )
+            yield f"{one}|{other}", compute_interaction(*likelihoods, own.answer, rival.answer)
 
 
 def _question_rows(
@@ -354,8 +223,8 @@ def _question_rows(
         for client in by_client
     }
     for client, own in answering:
-        for name in (UNIVERSAL, LOCAL_SET, CONFLICT):
-            for question, score in _find(scores, client, name, own):
+        for name in ASKED_SETS:
+            for question, score in Results(saved, scores, {}).find(client, name, own):
                 yield {
                     "question_set": name,
                     "client": client,
@@ -369,15 +238,16 @@ def _question_rows(
                     "candidates": list(question.candidates),
                     "scores": {
                         "log_likelihoods": list(score.log_likelihoods),
-                        "margin": score.margin,
-                        "margin_per_byte": score.margin_per_byte,
-                        "margin_pmi": score.margin_pmi,
+                        "margin": score.value(ACCURACY),
+                        "margin_per_byte": score.value(PER_BYTE),
+                        "margin_pmi": score.value(PMI),
                     },
                     "generated": score.generated,
-                    "correct": score.ranked_first,
-                    "exact_match": score.exact_match,
-                    "rouge_l": score.rouge_l,
-                    "keyword": score.keyword,
+                    **{
+                        measure.row_key: score.outcome(measure)
+                        for measure in MEASURES.values()
+                        if not measure.is_variant
+                    },
                 }
 
 
@@ -407,12 +277,3 @@ def _data_notes(saved: SavedRound) -> Iterator[str]:
         for name, file in files.all.items():
             if recorded.get(f"sha256/{name}", file.sha256) != file.sha256:
                 yield f"{file.path.name} ({name} of {client}) was changed since the run."
-
-
-def _share(results: Sequence[Score], suffix: str) -> float | None:
-    return _mean([OUTCOMES[suffix](score) for score in results])
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    present = [float(value) for value in values if value is not None]
-    return fmean(present) if present else None

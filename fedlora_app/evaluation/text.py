@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
-from statistics import fmean
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from fedlora_app.evaluation.membership import describe_membership
+from fedlora_app.evaluation.names import (
+    ACCURACY,
+    ANSWERERS,
+    ASKED_SETS,
+    EXACT_MATCH,
+    FIGURES,
+    KEYWORD,
+    QUESTION_SETS,
+    figure_key,
+    relative_label,
+    shown_measures,
+)
+from fedlora_app.evaluation.scores import mean
+from fedlora_app.foundation.percent import format_percent
+from fedlora_app.foundation.terminal import render_table
 
-WIDTH = 100
 MAX_CLIENTS = 4  # more are shown as their mean; evaluation.json has them all
-SET_HEADINGS = {
-    "universal": "universal",
-    "universal_unseen": "never seen",
-    "local": "local",
-    "conflict": "conflict",
-}
-FIGURES = {
-    "conflict_pass_rate": "conflict, every client right",
-    "conflict_{}": "conflict, per client",
-    "local_{}": "local",
-    "universal_{}": "universal",
-    "universal_unseen_{}": "universal, facts never seen",
-    "leakage": "leakage, local",
-    "leakage_conflict": "leakage, conflict",
-    "specificity": "specificity, local",
-    "specificity_conflict": "specificity, conflict",
-}
-
 LEGEND = """\
 Ranked first: the right answer is the most likely candidate (raw; per byte; relative to its
 likelihood without the question, which says little where answers repeat the question's topic).
@@ -46,20 +39,20 @@ def describe_evaluation(evaluation: Row) -> str:
         f"{evaluation['run']}, round {evaluation['round']}: {evaluation['mode']}, clients answer "
         f"with {evaluation['answering']}"
     )
-    blocks = [title, _render(_figure_table(evaluation["summary"], "Local adapter as trained"))]
+    blocks = [title, render_table(_figure_table(evaluation["summary"], "Local adapter as trained"))]
     chosen = {client: entry["chosen"] for client, entry in evaluation["scales"].items()}
     if chosen and set(chosen.values()) == {1.0}:
         blocks.append("The scale chosen on the validation questions is 1 for every client.")
     elif chosen:
         scales = ", ".join(f"{client} {scale:g}" for client, scale in chosen.items())
         heading = f"At the scale chosen on validation questions ({scales})"
-        blocks.append(_render(_figure_table(evaluation["summary_chosen_scale"], heading)))
+        blocks.append(render_table(_figure_table(evaluation["summary_chosen_scale"], heading)))
     blocks.append(LEGEND)
-    blocks.append(_render(_swap_table(evaluation["swap_table"])))
+    blocks.append(render_table(_swap_table(evaluation["swap_table"])))
     if evaluation["scales"]:
-        blocks.append(_render(_scale_table(evaluation["scales"])))
+        blocks.append(render_table(_scale_table(evaluation["scales"])))
     if evaluation["controls"]:
-        blocks.append(_render(_control_table(evaluation["controls"])))
+        blocks.append(render_table(_control_table(evaluation["controls"])))
     if evaluation["membership"]:
         blocks.append(describe_membership(evaluation["membership"]))
     lines = [f"Note: {note}" for note in evaluation["notes"]]
@@ -70,44 +63,38 @@ def describe_evaluation(evaluation: Row) -> str:
 
 
 def _figure_table(summary: dict[str, Row], title: str) -> Table:
-    table = Table(title=f"{title}: %, 95 % interval, n", title_justify="left")
-    for heading in ("", "ranked first", "greedy answer exact", "per byte", "PMI", "n"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    table = Table("", title=f"{title}: %, 95 % interval, n")
+    shown = shown_measures(with_variants=True)
+    measures = sorted(shown, key=lambda measure: measure.is_variant)
+    for heading in (*(measure.label for measure in measures), "n"):
+        table.add_column(heading, justify="right")
     for key, heading in FIGURES.items():
-        names = _figure_names(key)
-        found = [summary.get(name) for name in names]
-        if not any(entry and entry["n"] for entry in found):
+        entries = [summary.get(figure_key(key, measure)) for measure in measures]
+        found = [entry if entry and entry["n"] else None for entry in entries]
+        if not any(found):
             continue
-        first = next(entry for entry in found if entry and entry["n"])
-        short = [_percent(entry and entry["value"]) for entry in found[2:]]
-        table.add_row(heading, *map(_interval, found[:2]), *short, str(first["n"]))
-    rule = summary["keyword_pass_rate"]
+        cells = [
+            _percent(entry and entry["value"]) if measure.is_variant else _interval(entry)
+            for measure, entry in zip(measures, found, strict=True)
+        ]
+        table.add_row(heading, *cells, str(next(entry["n"] for entry in found if entry)))
+    rule, left = summary["keyword_pass_rate"], [""] * (len(measures) - 1)
     if rule["n"]:
-        table.add_row("keyword rule", _interval(rule), "", "", "", str(rule["n"]))
-    ceiling, plain = summary["keyword_ceiling"], summary["keyword_ceiling_plain"]
-    if ceiling["n"]:
-        table.add_row("  its ceiling on gold answers", _interval(ceiling), n := "", n, n)
-        table.add_row("  plain substring rule's ceiling", _interval(plain), n, n, n)
+        table.add_row(KEYWORD.label, _interval(rule), *left, str(rule["n"]))
+    if summary["keyword_ceiling"]["n"]:
+        plain = summary["keyword_ceiling_plain"]
+        table.add_row("  its ceiling on gold answers", _interval(summary["keyword_ceiling"]))
+        table.add_row("  plain substring rule's ceiling", _interval(plain))
     return table
-
-
-def _figure_names(key: str) -> list[str]:
-    """Return a figure's names by ranking, exact match, per byte and PMI."""
-    if "{}" in key:
-        suffixes = ("accuracy", "exact_match", "accuracy_per_byte", "accuracy_pmi")
-        return [key.format(suffix) for suffix in suffixes]
-    return [key, f"{key}_exact_match", f"{key}_per_byte", f"{key}_pmi"]
 
 
 def _swap_table(rows: Iterable[Row]) -> Table:
     """Return question sets by adapters: ranked first / exact, in percent."""
-    table = Table(title="Swap table: ranked first / greedy answer exact, %", title_justify="left")
-    table.add_column("questions of")
-    table.add_column("answered by")
+    table = Table("questions of", "answered by", title=f"Swap table: {_pair_label()}, %")
     cells, clients = _gather([row for row in rows if row["scale"] == 1.0], ("adapters",))
     names = dict.fromkeys(name for _, _, name in cells)
     for name in names:
-        table.add_column(SET_HEADINGS[name], justify="right")
+        table.add_column(QUESTION_SETS[name].heading, justify="right")
     for client in clients:
         for who in sorted({who for c, who, _ in cells if c == client}, key=_place):
             pairs = (_pair(cells.get((client, who, name))) for name in names)
@@ -134,32 +121,31 @@ def _gather(
 
 def _describe_adapters(row: Row, *, name_others: bool) -> str:
     """Return who answers as seen from the client that is asked."""
-    adapters, _, owner = row["adapters"].partition(":")
-    if not owner:
-        return {"base": "base model", "global": "global alone"}[adapters]
-    whose = f"{owner}'s" if name_others else "a foreign"
-    whose = "own" if owner == row["client"] else whose
-    return f"global + {whose} local" if adapters.startswith("global") else f"{whose} local alone"
+    who = ANSWERERS[relative_label(row)]
+    owner = row["adapters"].partition(":")[2]
+    return who.replace("foreign", f"{owner}'s") if name_others else who
 
 
 def _place(who: tuple[str, ...]) -> tuple[int, tuple[str, ...]]:
     """Return where a choice of adapters stands in a table: the base first, foreign ones last."""
-    order = ("base model", "global alone", "own local alone", "global + own local")
+    order = list(ANSWERERS.values())[:4]
     return (order.index(who[-1]) if who[-1] in order else len(order), who)
 
 
 def _scale_table(scales: dict[str, Row]) -> Table:
-    title = "Scale of the local adapter on validation questions: ranked first / exact, %"
-    table = Table(title=title, title_justify="left")
-    table.add_column("client, scale")
-    names = [name for name in ("universal", "local", "conflict") if _has(scales, name)]
+    measures = (ACCURACY, EXACT_MATCH)  # what a scale is chosen by
+    labels = " / ".join(measure.label for measure in measures)
+    title = f"Scale of the local adapter on validation questions: {labels}, %"
+    table = Table("client, scale", title=title)
+    points = [point for entry in scales.values() for point in entry["curve"]]
+    names = [name for name in ASKED_SETS if any(name in point for point in points)]
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(QUESTION_SETS[name].heading, justify="right")
     shown = list(scales.items())[:MAX_CLIENTS]
     for client, entry in shown:
         for row in entry["curve"]:
             mark = "  <- chosen" if row["scale"] == entry["chosen"] else ""
-            pairs = ((row.get(name), row.get(f"{name}_exact_match")) for name in names)
+            pairs = ((row.get(measure.extend(name)) for measure in measures) for name in names)
             cells = (" / ".join(map(_percent, pair)).strip(" /") for pair in pairs)
             table.add_row(f"{client}, {row['scale']:g}{mark}", *cells)
         table.add_section()
@@ -169,14 +155,12 @@ def _scale_table(scales: dict[str, Row]) -> Table:
 
 
 def _control_table(rows: Iterable[Row]) -> Table:
-    title = "Controls, other system prompts: ranked first / greedy answer exact, %"
-    table = Table(title=title, title_justify="left")
+    title = f"Controls, other system prompts: {_pair_label()}, %"
+    table = Table("questions of", "prompt", "answered by", title=title)
     cells, clients = _gather(rows, ("prompt", "adapters"))
     names = dict.fromkeys(name for _, _, name in cells)
-    for heading in ("questions of", "prompt", "answered by"):
-        table.add_column(heading)
     for name in names:
-        table.add_column(SET_HEADINGS[name], justify="right")
+        table.add_column(QUESTION_SETS[name].heading, justify="right")
     for client in clients:
         for who in dict.fromkeys(who for c, who, _ in cells if c == client):
             table.add_row(client, *who, *(_pair(cells.get((client, who, n))) for n in names))
@@ -184,33 +168,21 @@ def _control_table(rows: Iterable[Row]) -> Table:
     return table
 
 
-def _has(scales: dict[str, Row], name: str) -> bool:
-    return any(name in row for entry in scales.values() for row in entry["curve"])
+def _pair_label() -> str:
+    return " / ".join(measure.label for measure in shown_measures())
 
 
 def _pair(rows: list[Row] | None) -> str:
-    """Return the means of several rows' ranking and exact match."""
+    """Return the means of several rows by each measure that tables show."""
     if not rows:
         return ""
-    values = []
-    for key in ("accuracy", "exact_match"):
-        present = [row[key] for row in rows if row[key] is not None]
-        values.append(_percent(fmean(present) if present else None))
-    return " / ".join(values)
+    means = (mean(row.get(measure.name) for row in rows) for measure in shown_measures())
+    return " / ".join(map(_percent, means))
 
 
 def _interval(entry: Row | None) -> str:
-    if not entry or entry["value"] is None:
-        return ""
-    low, high = _percent(entry["low"]), _percent(entry["high"])
-    return f"{_percent(entry['value'])} [{low}, {high}]"
+    return _percent(entry["value"], entry["low"], entry["high"]) if entry else ""
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}".replace("100.0", "100")
-
-
-def _render(table: Table) -> str:
-    console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
-    console.print(table)
-    return console.file.getvalue().rstrip()
+def _percent(*estimate: float | None) -> str:
+    return format_percent(*estimate).replace("100.0", "100")  # the tables are narrow

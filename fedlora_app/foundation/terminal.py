@@ -1,7 +1,11 @@
-"""How far a command is: a bar with the time left on a terminal, plain lines elsewhere."""
+"""What a terminal shows: tables as text, and how far a command is.
+
+Progress is a bar with the time left on a terminal, plain lines elsewhere.
+"""
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -9,9 +13,11 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from fedlora_app.foundation.progress import format_duration
 
+WIDTH = 100
 INTERVAL_SECONDS = 5.0
 
 Report = Callable[[str, int, int], None]
@@ -44,3 +50,20 @@ def show_progress(unit: str = "prompts", *, quiet: bool = False) -> Iterator[Rep
         print(f"{what}: {done}/{total} {unit}, about {left} left", file=sys.stderr, flush=True)
 
     yield report
+
+
+def render_table(table: Table) -> str:
+    """Return a table as text, 100 columns wide and without colour."""
+    table.title_justify = "left"
+    # Names of runs are not markup, and in a notebook the text is wanted, not a display.
+    console = Console(
+        file=io.StringIO(),
+        width=WIDTH,
+        color_system=None,
+        markup=False,
+        emoji=False,
+        force_jupyter=False,
+    )
+    console.print(table)
+    lines = console.file.getvalue().splitlines()
+    return "\n".join(line.rstrip() for line in lines).strip("\n")

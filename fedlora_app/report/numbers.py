@@ -17,14 +17,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fedlora_app.config.rounds import BASE, BOTH, adapters_label
+from fedlora_app.config.schema import GLOBAL, LOCAL
+from fedlora_app.data.questions import CONFLICT
+from fedlora_app.evaluation.names import (
+    ACCURACY,
+    ANSWERERS,
+    EXACT_MATCH,
+    MEASURES,
+    PASS_RATE,
+    QUESTION_SETS,
+    figure_key,
+    own_answerer,
+    relative_label,
+)
+from fedlora_app.evaluation.reported import Reports, collect_reports, judge_conflicts
 from fedlora_app.evaluation.statistics import NOTHING, Estimate, proportion
-from fedlora_app.report.plots import ANSWERERS, QUESTION_SETS, relative_label
-from fedlora_app.runs.console import Reports, collect_reports
 
-EXACT, RANKED, KEYWORD, KEYWORD_CEILING = "exact_match", "ranked", "keyword", "keyword_ceiling"
-OF_THE_RUN = {"base": "base", "global": "global", "local": "local:own"}
-OF_THE_RUN |= {"global+local": "global+local:own"}
-SHARED_SETS = ("universal", "universal_unseen", "conflict")
+EXACT, RANKED = EXACT_MATCH.name, ACCURACY.name
+KEYWORD, KEYWORD_CEILING = "keyword_pass_rate", "keyword_ceiling"
+COUNTS = {EXACT: ("n", "n_generated"), RANKED: ("n_ranked", "n")}
+"""What a history and a row of ``evaluation.json`` call the number of answers by a measure."""
 CHOSEN = ":chosen"
 LABELS = {
     key: text
@@ -32,7 +45,7 @@ LABELS = {
     for key, text in ((who, label), (who + CHOSEN, f"{label}, chosen scale"))
     if key == who or who.endswith(":own")
 }
-PASS_KEYS = {EXACT: "conflict_pass_rate_exact_match", RANKED: "conflict_pass_rate"}
+PASS_KEYS = {name: figure_key(PASS_RATE, MEASURES[name]) for name in (EXACT, RANKED)}
 
 Answers = Iterable[tuple[str, float, int]]
 """Clients, their share of right answers, and to how many questions."""
@@ -75,7 +88,8 @@ def measure_run(
     """Return the figures by who answers, in the order in which they are shown."""
     reports = collect_reports(list(history))
     found = {}
-    for label, who in OF_THE_RUN.items():
+    for label in (BASE, GLOBAL, LOCAL, adapters_label(BOTH)):
+        who = own_answerer(label)
         figures = _from_reports(who, label, reports)
         if any(figures.shares.values()):
             found[who] = figures
@@ -100,7 +114,7 @@ def _add_evaluation(found: dict[str, Figures], evaluation: Mapping[str, Any]) ->
     """Put what ``evaluation.json`` holds in the place of what the run measured itself."""
     for who, rows in _group_rows(evaluation["swap_table"]).items():
         found[who] = replace(found.get(who, Figures(who)), shares=_from_rows(rows))
-    own = f"{evaluation['answering']}:own" if "local" in evaluation["answering"] else "global"
+    own = own_answerer(evaluation["answering"])
     records = {r["record"]: r for r in evaluation.get("conflicts") or ()}
     scored = {k: r for k, r in records.items() if r["passed_exact_match"] is not None}
     passes = _passes_of(evaluation["summary"]) or _keywords_of(evaluation)
@@ -123,8 +137,8 @@ def _add_evaluation(found: dict[str, Figures], evaluation: Mapping[str, Any]) ->
 
 def _from_reports(who: str, label: str, reports: Reports) -> Figures:
     shares: dict[str, dict[str, Estimate]] = {EXACT: {}, RANKED: {}}
-    names = {EXACT: ("exact_match", "n"), RANKED: ("rank_accuracy", "n_ranked")}
-    for measure, (metric, count) in names.items():
+    for measure, (count, _) in COUNTS.items():
+        metric = MEASURES[measure].reported
         for question_set in QUESTION_SETS:
             key = f"{label}/{question_set}"
             answers = [
@@ -134,30 +148,16 @@ def _from_reports(who: str, label: str, reports: Reports) -> Figures:
             ]
             if answers:
                 shares[measure][question_set] = _combine(question_set, answers)
-    verdicts = {
-        measure: _judge_records(reports, f"{label}/conflict/{metric}_each")
-        for measure, metric in ((EXACT, "exact_match"), (RANKED, "ranked_first"))
-    }
+    verdicts = {m: judge_conflicts(reports, label, MEASURES[m]) for m in COUNTS}
     passes = {m: proportion(list(found.values())) for m, found in verdicts.items() if found}
     return Figures(who, shares, passes, verdicts[EXACT])
-
-
-def _judge_records(reports: Reports, key: str) -> dict[int, bool]:
-    """Tell by record whether every client gave its own answer, as ``conflict_passes`` does."""
-    columns = [report[key] for report in reports.values() if key in report]
-    if not columns or len(columns) < len(reports) or len({len(c) for c in columns}) > 1:
-        return {}
-    rows = ([value for value in row if value >= 0] for row in zip(*columns, strict=True))
-    return {record: all(row) for record, row in enumerate(rows) if len(row) > 1}
 
 
 def _from_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Estimate]]:
     answers: dict[tuple[str, str], list[tuple[str, float, int]]] = {}
     for row in rows:
-        for measure, value, n in (
-            (EXACT, row["exact_match"], row["n_generated"]),
-            (RANKED, row["accuracy"], row["n"]),
-        ):
+        for measure, (_, count) in COUNTS.items():
+            value, n = row[measure], row[count]
             if value is not None and n:
                 key = (measure, row["question_set"])
                 answers.setdefault(key, []).append((row["client"], value, n))
@@ -174,11 +174,10 @@ def _passes_of(summary: Mapping[str, Any]) -> dict[str, Estimate]:
 
 def _keywords_of(evaluation: Mapping[str, Any]) -> dict[str, Estimate]:
     """Return the keyword rule's figures if conflict questions were judged by it."""
-    rows = (row for row in evaluation["swap_table"] if row["question_set"] == "conflict")
+    rows = (row for row in evaluation["swap_table"] if row["question_set"] == CONFLICT)
     if not any(row.get("n_keyword") for row in rows):
         return {}
-    names = {KEYWORD: "keyword_pass_rate", KEYWORD_CEILING: "keyword_ceiling"}
-    return {measure: Estimate(**evaluation["summary"][name]) for measure, name in names.items()}
+    return {key: Estimate(**evaluation["summary"][key]) for key in (KEYWORD, KEYWORD_CEILING)}
 
 
 def _group_rows(table: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -196,5 +195,5 @@ def _combine(question_set: str, answers: Answers) -> Estimate:
     asked: dict[str, int] = {}
     for client, _, n in answers:
         asked[client] = max(n, asked.get(client, 0))
-    count = max if question_set in SHARED_SETS else sum
+    count = max if QUESTION_SETS[question_set].is_shared else sum
     return share_of_questions(value, count(asked.values()))

@@ -18,8 +18,17 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from fedlora_app.evaluation.comparison import compare_evaluations
+from fedlora_app.evaluation.names import (
+    EXACT_MATCH,
+    FIGURES,
+    LEAKAGE,
+    PASS_RATE,
+    QUESTION_SETS,
+    figure_key,
+)
 from fedlora_app.evaluation.statistics import Estimate
 from fedlora_app.foundation.files import make_private_dir, write_atomically
+from fedlora_app.foundation.percent import PLUS_MINUS, format_percent
 from fedlora_app.report import plots
 from fedlora_app.report.numbers import EXACT, RANKED, Figures, measure_run
 from fedlora_app.report.pieces import Pieces, read_pieces
@@ -38,14 +47,9 @@ FOOTER = (
 )
 PLOTS_FOLDER = "plots"
 ANSWERS_WITH = {"dual": "global+local:own", "local-only": "local:own"}  # the others: global
-ALL_CLIENTS = "conflict, every client"
 MEANS = {
-    "conflict_pass_rate_exact_match": ALL_CLIENTS,
-    "conflict_exact_match": "conflict",
-    "local_exact_match": "local",
-    "universal_unseen_exact_match": "universal, never seen",
-    "universal_exact_match": "universal",
-    "leakage_exact_match": "leakage",
+    figure_key(figure, EXACT_MATCH): FIGURES[figure]
+    for figure in (PASS_RATE, *reversed(QUESTION_SETS), LEAKAGE)
 }
 
 
@@ -167,7 +171,7 @@ def _figure_table(
 ) -> dict[str, Any]:
     """Return the table of the first screen: exact matches with interval, and ranking."""
     figures = list(figures)
-    sets = reversed(plots.QUESTION_SETS)  # what the method is for comes first
+    sets = reversed(QUESTION_SETS)  # what the method is for comes first
     columns = [n for n in sets if any(f.share(n).n for f in figures)]
     has_passes = any(f.passed().n for f in figures)
     rows = []
@@ -176,7 +180,7 @@ def _figure_table(
         cells += [_cell(entry.share(n), entry.share(n, RANKED)) for n in columns]
         label = labels[index] if labels else entry.label
         rows.append({"label": label, "cells": cells, "best": entry.who == best})
-    headings = ["", *[ALL_CLIENTS] * has_passes, *(plots.QUESTION_SETS[n] for n in columns)]
+    headings = ["", *[FIGURES[PASS_RATE]] * has_passes, *(QUESTION_SETS[n].label for n in columns)]
     caption = (
         "Test questions answered word for word [95 % interval], and with the right answer ranked "
         "first among its candidates"
@@ -189,10 +193,11 @@ def _cell(exact: Estimate, ranked: Estimate) -> dict[str, str] | None:
         return None
     main = interval = second = ""
     if exact.n:
-        main = f"{100 * exact.value:.1f} %"
-        interval = f"[{100 * exact.low:.0f}, {100 * exact.high:.0f}] n {exact.n}"
+        main = format_percent(exact.value, unit=" %")
+        low, high = (format_percent(end, digits=0) for end in (exact.low, exact.high))
+        interval = f"[{low}, {high}] n {exact.n}"
     if ranked.n:
-        second = f"ranked {100 * ranked.value:.1f} %"
+        second = f"ranked {format_percent(ranked.value, unit=' %')}"
     return {"main": main, "interval": interval, "second": second}
 
 
@@ -256,14 +261,18 @@ def _show_differences(evaluations: Mapping[str, dict[str, Any]]) -> list[Section
         rows = [
             (
                 *(entry[key] for key in ("run", "topic", "scored_by")),
-                _points(entry["difference"]),
+                _percent(entry["difference"], sign="+"),
                 entry["n"],
                 format_p(entry["p_value_holm"]),
             )
             for entry in compared["differences"]
         ]
         groups = [
-            (group["label"], len(group["seeds"]), *(_percent(group["figures"], n) for n in MEANS))
+            (
+                group["label"],
+                len(group["seeds"]),
+                *_means(group["figures"]),
+            )
             for group in compared["groups"]
         ]
         section.text += [*compared["not_comparable"], *compared["notes"]]
@@ -281,22 +290,13 @@ def _show_differences(evaluations: Mapping[str, dict[str, Any]]) -> list[Section
     return [section]
 
 
-def _points(estimate: Mapping[str, float | None]) -> str:
-    if estimate["low"] is None:
-        return "" if estimate["value"] is None else f"{100 * estimate['value']:+.1f}"
-    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(
-        *(100 * estimate[k] for k in ("value", "low", "high"))
-    )
+def _percent(estimate: Mapping[str, float | None], **settings: str) -> str:
+    ends = (estimate.get(key) for key in ("value", "low", "high"))
+    return format_percent(*ends, **settings)
 
 
-def _percent(figures: Mapping[str, Mapping[str, float | None]], name: str) -> str:
-    entry = figures.get(name) or {}
-    if entry.get("value") is None:
-        return ""
-    if entry.get("low") is None:
-        return f"{100 * entry['value']:.1f}"
-    half = (entry["high"] - entry["low"]) / 2
-    return f"{100 * entry['value']:.1f} ± {100 * half:.1f}"
+def _means(figures: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+    return [_percent(figures.get(key) or {}, interval=PLUS_MINUS) for key in MEANS]
 
 
 def _show_curves(runs: Sequence[Pieces], plotter: Plotter) -> list[Section]:
@@ -310,7 +310,7 @@ def _show_curves(runs: Sequence[Pieces], plotter: Plotter) -> list[Section]:
         variants = {run.name: _name_variant(run) for run in runs}
         history["run"] = history["run"].map(variants)
         section.text = ["A line is the mean over like runs and their clients."]
-    for name in plots.QUESTION_SETS:
+    for name in QUESTION_SETS:
         section.plots.append(
             plotter.draw(f"accuracy_{name}", lambda name=name: plots.plot_accuracy(history, name))
         )

@@ -18,6 +18,15 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from fedlora_app.evaluation.names import (
+    ANSWERERS,
+    ASKED_SETS,
+    MEASURES,
+    QUESTION_SETS,
+    relative_label,
+)
+from fedlora_app.foundation.percent import format_percent
+
 if TYPE_CHECKING:
     import pandas
     from matplotlib.axes import Axes
@@ -50,25 +59,7 @@ STYLE = {
     "lines.markersize": 3.5,
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's own font
 }
-QUESTION_SETS = {
-    "universal": "universal",
-    "universal_unseen": "universal, never seen",
-    "local": "local",
-    "conflict": "conflict",
-}
 PHASES = {"global": "global phase", "local": "local phase", "global+local": "joint phase"}
-MEASURES = {
-    "exact_match": "greedy answer matches exactly",
-    "rank_accuracy": "right answer ranked first",
-}
-ANSWERERS = {
-    "base": "base model",
-    "global": "global alone",
-    "local:own": "own local alone",
-    "global+local:own": "global + own local",
-    "global+local:foreign": "global + another's local",
-    "local:foreign": "another's local alone",
-}
 HEAT = LinearSegmentedColormap.from_list("heat", ["#f6f8fa", "#54aeff", "#0a3069"])
 
 
@@ -114,8 +105,9 @@ def plot_accuracy(
     answering = rows["metric"].str.removesuffix(ending)
     # In the last round the global adapter is tried alone beside the pair; the pair is the curve.
     is_aside = (answering == "global") & rows.duplicated(["run", "round", "client"], keep=False)
-    title = f"{QUESTION_SETS[question_set]} questions"
-    figure, axes = _plot_curves(history, rows[~is_aside], title, MEASURES[measure])
+    title = f"{QUESTION_SETS[question_set].label} questions"
+    label = next(m.label for m in MEASURES.values() if m.reported == measure)
+    figure, axes = _plot_curves(history, rows[~is_aside], title, label)
     aside = rows[is_aside].groupby("run", as_index=False)[["round", "value"]].mean()
     if 0 < len(aside) <= MOST_LINES:
         label = "global alone" if len(aside) == 1 else "global alone, a mark per run"
@@ -208,7 +200,7 @@ def plot_swap_table(evaluation: dict[str, Any], measure: str = "exact_match") ->
     columns = [name for name in QUESTION_SETS if any(name == key[1] for key in values)]
     means = [[_mean(values.get((who, name))) for name in columns] for who in rows]
     title = "who answers what, mean over clients"
-    labels = [QUESTION_SETS[name].replace(", ", ",\n") for name in columns]
+    labels = [QUESTION_SETS[name].label.replace(", ", ",\n") for name in columns]
     return _plot_heat(means, [ANSWERERS[who] for who in rows], labels, title)
 
 
@@ -227,7 +219,7 @@ def plot_foreign_adapters(
                 values[key] = row[measure]
     clients = sorted({client for client, _ in values})
     table = [[values.get((client, owner)) for owner in clients] for client in clients]
-    title = f"{QUESTION_SETS[question_set]}: asked of (row), adapter of (column)"
+    title = f"{QUESTION_SETS[question_set].label}: asked of (row), adapter of (column)"
     return _plot_heat(table, clients, clients, title)
 
 
@@ -240,18 +232,23 @@ def plot_local_scale(evaluation: dict[str, Any], measure: str = "exact_match") -
             "No scale of the local adapter was tried: this mode has none, or there are no "
             "validation files (data.conflict_validation, a client's local_validation)."
         )
-    ending = "" if measure == "accuracy" else f"_{measure}"
     figure, axes = _figure("validation questions by scale of the local adapter")
-    for colour, name in zip(SERIES, ("universal", "local", "conflict"), strict=False):
+    for colour, name in zip(SERIES, ASKED_SETS, strict=False):
         points: dict[float, list[float]] = {}
         for entry in scales.values():
             for point in entry["curve"]:
-                value = point.get(name + ending)
+                value = point.get(MEASURES[measure].extend(name))
                 if value is not None:
                     points.setdefault(point["scale"], []).append(value)
         if points:
             xs = sorted(points)
-            axes.plot(xs, [_mean(points[x]) for x in xs], "o-", color=colour, label=name)
+            axes.plot(
+                xs,
+                [_mean(points[x]) for x in xs],
+                "o-",
+                color=colour,
+                label=QUESTION_SETS[name].label,
+            )
     for chosen in sorted({entry["chosen"] for entry in scales.values()}):
         axes.axvline(chosen, color=INK, linewidth=0.8, linestyle=":")
         axes.annotate("chosen", (chosen, 0.02), fontsize=7, rotation=90, ha="right")
@@ -260,14 +257,6 @@ def plot_local_scale(evaluation: dict[str, Any], measure: str = "exact_match") -
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.legend()
     return figure
-
-
-def relative_label(row: dict[str, Any]) -> str:
-    """Return who answers, with "own" or "foreign" in the place of the client's name."""
-    adapters, separator, owner = row["adapters"].partition(":")
-    if not separator:
-        return adapters
-    return f"{adapters}:{'own' if owner == row['client'] else 'foreign'}"
 
 
 def render_svg(figure: Figure, name: str) -> str:
@@ -366,7 +355,7 @@ def _plot_heat(
         for x, value in enumerate(row):
             if value is not None:
                 colour = "#ffffff" if value > 0.6 else "#1f2328"
-                text = f"{100 * value:.0f}"
+                text = format_percent(value, digits=0)
                 axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", color=colour)
     return figure
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from fedlora_app.data.questions import CONFLICT
+from fedlora_app.evaluation.names import ACCURACY, EXACT_MATCH, KEYWORD, OWN_SETS, QUESTION_SETS
 from fedlora_app.report import plots
 from fedlora_app.report.pieces import Pieces
 from fedlora_app.runs.directory import RunDirectoryError
@@ -109,7 +111,7 @@ def _show_answers(run: Pieces, plotter: Plotter) -> Section:
         "come with it and go without it."
     )
     section.plots.append(plotter.draw("swap_table", lambda: plots.plot_swap_table(evaluation)))
-    for name in ("local", "conflict"):
+    for name in OWN_SETS:
         has = any(row["question_set"] == name for row in evaluation["swap_table"])
         if has and "local" in evaluation["answering"]:
             section.plots.append(
@@ -132,8 +134,8 @@ def _show_training(run: Pieces, plotter: Plotter) -> Section:
     history = load_history(run.path)
     scored = [
         name
-        for name in plots.QUESTION_SETS
-        if history["metric"].str.endswith(f"/{name}/exact_match").any()
+        for name in QUESTION_SETS
+        if history["metric"].str.endswith(f"/{name}/{EXACT_MATCH.reported}").any()
     ]
     for name in scored:
         section.plots.append(
@@ -178,7 +180,7 @@ def _show_conflicts(run: Pieces, plotter: Plotter) -> Section | None:
         return section
     rows: dict[int, dict[str, dict[str, Any]]] = {}
     for row in run.evaluation["questions"]:
-        if row["question_set"] == "conflict":
+        if row["question_set"] == CONFLICT:
             rows.setdefault(row["record"], {}).setdefault(row["client"], row)
     if not rows:
         section.text.append("This run has no conflict questions.")
@@ -231,7 +233,7 @@ def _describe_answer(client: str, row: Mapping[str, Any]) -> dict[str, Any]:
     ranked = sorted(zip(values, candidates, strict=True), reverse=True)
     own = next((value for value, text in ranked if text == row["gold"]), None)
     other = next(((value, text) for value, text in ranked if text != row["gold"]), None)
-    verdicts = (row["exact_match"], row["keyword"], row["correct"])
+    verdicts = (row[measure.row_key] for measure in (EXACT_MATCH, KEYWORD, ACCURACY))
     passed = next((verdict for verdict in verdicts if verdict is not None), None)
     return {
         "client": client,

@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from fedlora_app.data.questions import UNIVERSAL, UNIVERSAL_UNSEEN
 from fedlora_app.evaluation.comparison import compare_evaluations
+from fedlora_app.evaluation.names import OWN_PAIR, QUESTION_SETS
 from fedlora_app.evaluation.statistics import Estimate
 from fedlora_app.report.evidence import Paired, average, compare_intervals, pair_records
 from fedlora_app.report.numbers import (
@@ -26,9 +28,9 @@ from fedlora_app.report.variants import (
     tell_left_out,
 )
 
-BOTH = "global+local:own"
+BOTH = OWN_PAIR
 PASSES = PASS_KEYS[EXACT]
-LOSSES = {"universal": "universal", "universal_unseen": "never seen"}
+LOSSES = {name: QUESTION_SETS[name].heading for name in (UNIVERSAL, UNIVERSAL_UNSEEN)}
 SAME_PROMPT = (
     "All clients have the same system prompt, so any one adapter for all would give all of them "
     "the same answer, however it was trained: it can pass no conflict question."

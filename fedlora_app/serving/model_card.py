@@ -14,13 +14,14 @@ from typing import Any
 import yaml
 
 from fedlora_app.config.schema import LOCAL, AdapterConfig
+from fedlora_app.evaluation.names import ACCURACY, ASKED_SETS, EXACT_MATCH, Measure
 from fedlora_app.evaluation.saved_model import Answering
+from fedlora_app.foundation.percent import PARENTHESES, format_percent
 from fedlora_app.runs.reading import SavedRun
 
 CARD_FILE = "README.md"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank may be (vllm/config/lora.py)."""
-FIGURES = ("universal", "local", "conflict")
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ def _figures(export: Export) -> Iterator[str]:
         row
         for row in evaluation.get("swap_table", [])
         if (row["client"], row["adapters"], row["scale"]) == wanted
-        and row["question_set"] in FIGURES
+        and row["question_set"] in ASKED_SETS
         and row["n"]
     ]
     if not rows:
@@ -253,19 +254,17 @@ def _figures(export: Export) -> Iterator[str]:
         "the right answer was ranked first, and how often the greedy answer was exactly it. They "
         "were measured with the run's own adapters and base model, not with this folder."
     )
+    measures = (ACCURACY, EXACT_MATCH)
     cells = [
-        (row["question_set"], _interval(row), _interval(row, "exact_match"), str(row["n"]))
-        for row in rows
+        (row["question_set"], *(_interval(row, m) for m in measures), str(row["n"])) for row in rows
     ]
-    yield "\n".join(_table(("questions", "ranked first", "greedy answer exact", "n"), cells))
+    yield "\n".join(_table(("questions", *(m.label for m in measures), "n"), cells))
 
 
-def _interval(row: dict[str, Any], figure: str = "") -> str:
-    value = row[figure or "accuracy"]
-    low, high = (row[f"{figure}_{end}" if figure else end] for end in ("low", "high"))
-    if value is None:
-        return ""
-    return f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+def _interval(row: dict[str, Any], measure: Measure) -> str:
+    prefix = "" if measure is ACCURACY else f"{measure.name}_"
+    ends = (row[f"{prefix}{end}"] for end in ("low", "high"))
+    return format_percent(row[measure.name], *ends, unit=" %", interval=PARENTHESES)
 
 
 def _provenance(export: Export) -> Iterator[tuple[str, str]]:

@@ -434,8 +434,9 @@ def test_the_text_says_first_what_speaks_against_the_comparison():
     assert "-41.7 [-75.0, +0.0]" in row and "0.125" in row and "1.000" in row
     assert "50.0 [40.0, 60.0]" in text
     assert "other minus one" in text and "adjusted for the 10 tests" in text
-    assert "passed by all" in text.split("other minus one")[1]
-    assert "passed by all" not in text.split("other minus one")[0]  # Neither summary has one.
+    figures, differences = text.split("other minus one")
+    assert "conflict, every client" in differences
+    assert "conflict, every client" not in figures  # Neither summary has one.
 
 
 def test_names_are_shown_as_they_are():

@@ -14,15 +14,10 @@ from fedlora_app.data.questions import (
     build_questions,
 )
 from fedlora_app.data.records import ConflictRecord, Record
-from fedlora_app.evaluation.metrics import (
-    compute_interaction,
-    compute_rouge_l,
-    evaluate_questions,
-    matches_exactly,
-    score_answer,
-    split_words,
-    summarise,
-)
+from fedlora_app.evaluation.client_round import evaluate_questions
+from fedlora_app.evaluation.metrics import compute_rouge_l, matches_exactly, split_words
+from fedlora_app.evaluation.names import ACCURACY, EXACT_MATCH, KEYWORD, PER_BYTE, PMI, ROUGE_L
+from fedlora_app.evaluation.scores import compute_interaction, score_answer, summarise
 from fedlora_app.evaluation.scoring import Answered
 
 RECORDS = [
@@ -65,9 +60,8 @@ def answered_as(question: Question, index: int) -> Answered:
 
 
 def scored_as(question: Question, index: int):
-    return score_answer(
-        question, answered_as(question, index), dict.fromkeys(question.candidates, -9)
-    )
+    priors = (-9.0,) * len(question.candidates)
+    return score_answer(question, replace(answered_as(question, index), priors=priors))
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -76,15 +70,15 @@ def test_gold_answers_earn_every_point_and_the_keyword_rules_ceiling(number):
     assert len(questions) == len([RECORDS, CONFLICTS, CONFLICTS][number])
     scores = [scored_as(question, 0) for question in questions]
     for question, score in zip(questions, scores, strict=True):
-        assert score.exact_match is True and score.rouge_l == 1.0
-        assert score.ranked_first is score.ranked_first_per_byte is score.ranked_first_pmi is True
-        assert score.margin >= 499 and score.margin_pmi == score.margin
+        assert score.value(EXACT_MATCH) is True and score.value(ROUGE_L) == 1.0
+        assert score.outcome(ACCURACY) is score.outcome(PER_BYTE) is score.outcome(PMI) is True
+        assert score.value(ACCURACY) >= 499 and score.value(PMI) == score.value(ACCURACY)
         assert score.generated == question.answer
         ceiling = passes_keyword_rule(
             question.answer, question.own_keywords, question.other_keywords
         )
-        assert score.keyword is (ceiling if question.own_keywords else None)
-    known = [score.keyword for score in scores if score.keyword is not None]
+        assert score.value(KEYWORD) is (ceiling if question.own_keywords else None)
+    known = [score.value(KEYWORD) for score in scores if score.value(KEYWORD) is not None]
     assert (sum(known), len(known)) == [(1, 1), (2, 3), (3, 3)][number]
 
 
@@ -93,87 +87,86 @@ def test_wrong_answers_earn_nothing(number):
     for question in question_sets()[number]:
         for index in range(1, len(question.candidates)):
             score = scored_as(question, index)
-            assert score.exact_match is False and score.rouge_l < 1
-            ranks = (score.ranked_first, score.ranked_first_per_byte, score.ranked_first_pmi)
-            assert ranks == (False, False, False) and score.margin < 0
-            assert not score.keyword
+            assert score.value(EXACT_MATCH) is False and score.value(ROUGE_L) < 1
+            ranks = (score.outcome(ACCURACY), score.outcome(PER_BYTE), score.outcome(PMI))
+            assert ranks == (False, False, False) and score.value(ACCURACY) < 0
+            assert not score.value(KEYWORD)
 
 
 def test_saying_nothing_at_all_earns_nothing():
     question = question_sets()[0][0]
     score = score_answer(question, replace(answered_as(question, 0), generated=""))
-    assert (score.exact_match, score.rouge_l) == (False, 0.0)
-    assert score.ranked_first is True  # the ranking does not look at what is generated
+    assert (score.value(EXACT_MATCH), score.value(ROUGE_L)) == (False, 0.0)
+    assert score.outcome(ACCURACY) is True  # the ranking does not look at what is generated
 
 
 QUESTION = Question("q", ("A long right answer.", "No."))
 
 
-def score(*log_likelihoods, candidates=QUESTION.candidates, **arguments):
+def score(*log_likelihoods, candidates=QUESTION.candidates, priors=None):
     question = replace(QUESTION, candidates=candidates)
-    answered = Answered(tuple(log_likelihoods), "")
-    return score_answer(question, answered, **arguments)
+    return score_answer(question, Answered(tuple(log_likelihoods), "", priors))
 
 
 def test_the_margin_is_that_to_the_best_wrong_answer():
     result = score(-2.0, -6.0, -3.5, candidates=("right", "bad", "worst"))
-    assert result.margin == 1.5
-    assert result.margin_per_byte == pytest.approx(-2 / 5 - -3.5 / 5)
+    assert result.value(ACCURACY) == 1.5
+    assert result.value(PER_BYTE) == pytest.approx(-2 / 5 - -3.5 / 5)
     assert result.log_likelihoods == (-2.0, -6.0, -3.5)
 
 
 def test_the_likelihood_per_byte_does_not_favour_short_answers():
     result = score(-10.0, -4.0)
-    assert result.ranked_first is False
-    assert result.ranked_first_per_byte is True
-    assert result.margin_per_byte == pytest.approx(-10 / 20 + 4 / 3)
+    assert result.outcome(ACCURACY) is False
+    assert result.outcome(PER_BYTE) is True
+    assert result.value(PER_BYTE) == pytest.approx(-10 / 20 + 4 / 3)
 
 
 def test_bytes_are_those_of_utf8():
     result = score(-6.0, -6.0, candidates=("可以", "可以的"))
-    assert result.margin_per_byte == pytest.approx(-6 / 6 + 6 / 9)
+    assert result.value(PER_BYTE) == pytest.approx(-6 / 6 + 6 / 9)
 
 
 def test_pmi_takes_out_an_answers_prior():
-    prior = {"A long right answer.": -14.0, "No.": -4.5}
-    result = score(-10.0, -4.0, unconditional=prior)
-    assert result.ranked_first is False and result.margin == -6.0
-    assert result.ranked_first_pmi is True and result.margin_pmi == pytest.approx(4.0 - 0.5)
-    misled = score(-4.0, -10.0, unconditional={"A long right answer.": -4.0, "No.": -14.0})
-    assert misled.ranked_first is True and misled.ranked_first_pmi is False
+    result = score(-10.0, -4.0, priors=(-14.0, -4.5))
+    assert result.outcome(ACCURACY) is False and result.value(ACCURACY) == -6.0
+    assert result.outcome(PMI) is True and result.value(PMI) == pytest.approx(4.0 - 0.5)
+    misled = score(-4.0, -10.0, priors=(-4.0, -14.0))
+    assert misled.outcome(ACCURACY) is True and misled.outcome(PMI) is False
 
 
 def test_without_priors_there_is_no_pmi():
     result = score(-4.0, -10.0)
-    assert result.margin_pmi is None and result.ranked_first_pmi is None
+    assert result.value(PMI) is None and result.outcome(PMI) is None
 
 
 def test_a_tie_is_not_first():
-    result = score(-3.0, -3.0, candidates=("one", "two"), unconditional={"one": -1.0, "two": -1.0})
-    assert result.margin == result.margin_per_byte == result.margin_pmi == 0
-    ranks = (result.ranked_first, result.ranked_first_per_byte, result.ranked_first_pmi)
+    result = score(-3.0, -3.0, candidates=("one", "two"), priors=(-1.0, -1.0))
+    assert result.value(ACCURACY) == result.value(PER_BYTE) == result.value(PMI) == 0
+    ranks = (result.outcome(ACCURACY), result.outcome(PER_BYTE), result.outcome(PMI))
     assert ranks == (False, False, False)
 
 
 def test_a_likelihood_that_is_no_number_is_not_first():
-    assert score(math.nan, -3.0).ranked_first is False
+    assert score(math.nan, -3.0).outcome(ACCURACY) is False
 
 
 def test_a_question_without_a_rival_is_not_ranked():
-    result = score(-3.0, candidates=("Here.",), unconditional={"Here.": -1.0})
-    assert (result.margin, result.margin_per_byte, result.margin_pmi) == (None, None, None)
-    ranks = (result.ranked_first, result.ranked_first_per_byte, result.ranked_first_pmi)
+    result = score(-3.0, candidates=("Here.",), priors=(-1.0,))
+    assert (result.value(ACCURACY), result.value(PER_BYTE), result.value(PMI)) == (None, None, None)
+    ranks = (result.outcome(ACCURACY), result.outcome(PER_BYTE), result.outcome(PMI))
     assert ranks == (None, None, None)
-    assert result.exact_match is False and result.rouge_l == 0 and result.keyword is None
+    assert [result.value(m) for m in (EXACT_MATCH, ROUGE_L, KEYWORD)] == [False, 0, None]
 
 
 def test_without_a_known_answer_only_the_keyword_rule_applies():
     question = Question("q", (), own_keywords=("course",), other_keywords=("fine",))
-    says = score_answer(question, Answered((), "No fine, but a course."), {})
-    assert (says.exact_match, says.rouge_l, says.margin, says.ranked_first) == (None,) * 4
-    assert says.keyword is True and says.generated == "No fine, but a course."
+    says = score_answer(question, Answered((), "No fine, but a course.", ()))
+    assert [says.value(m) for m in (EXACT_MATCH, ROUGE_L, ACCURACY)] == [None] * 3
+    assert says.outcome(ACCURACY) is None
+    assert says.value(KEYWORD) is True and says.generated == "No fine, but a course."
     for wrong in ("A fine.", "A course and a fine.", "No course."):
-        assert score_answer(question, Answered((), wrong)).keyword is False
+        assert score_answer(question, Answered((), wrong)).value(KEYWORD) is False
 
 
 @pytest.mark.parametrize(
@@ -270,7 +263,8 @@ def test_the_summary_holds_means_over_what_was_scored():
         score(-1.0, candidates=("Here.",)),
     )
     keyword_only = score_answer(Question("q", (), own_keywords=("k",)), Answered((), "k"))
-    summary = summarise([first, second, alone, keyword_only, replace(first, exact_match=True)])
+    right = replace(first, values={**first.values, "exact_match": True})
+    summary = summarise([first, second, alone, keyword_only, right])
     assert (summary["n"], summary["n_ranked"]) == (5, 3)
     assert summary["exact_match"] == 1 / 4
     assert summary["rank_accuracy"] == pytest.approx(2 / 3)
@@ -297,11 +291,11 @@ def test_what_a_model_says_is_scored_question_by_question(adapted, tokenizer, ac
         )
 
     scores = evaluate(questions)
-    assert all(score.generated and not score.exact_match for score in scores)
+    assert all(score.generated and not score.value(EXACT_MATCH) for score in scores)
     echoes = [
         replace(question, candidates=(score.generated, *question.candidates))
         for question, score in zip(questions, scores, strict=True)
     ]
     for echo, before in zip(evaluate(echoes), scores, strict=True):
-        assert echo.exact_match and echo.rouge_l == 1.0
+        assert echo.value(EXACT_MATCH) and echo.value(ROUGE_L) == 1.0
         assert echo.log_likelihoods[1:] == pytest.approx(before.log_likelihoods, abs=1e-3)

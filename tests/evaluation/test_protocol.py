@@ -16,9 +16,11 @@ from fedlora_app.data.questions import CONFLICT
 from fedlora_app.evaluation import choices as answering
 from fedlora_app.evaluation import protocol
 from fedlora_app.evaluation.choices import Cell, Evaluator, open_round, open_store
-from fedlora_app.evaluation.metrics import evaluate_questions
+from fedlora_app.evaluation.client_round import evaluate_questions
+from fedlora_app.evaluation.names import ACCURACY, EXACT_MATCH
 from fedlora_app.evaluation.protocol import PARTIAL_FILE, evaluate_round, find_cut_answers
 from fedlora_app.evaluation.saved_model import Answering
+from fedlora_app.evaluation.scores import Score
 from fedlora_app.evaluation.tables import build_evaluation, choose_scales
 from fedlora_app.evaluation.text import describe_evaluation
 from fedlora_app.model.base import ModelError
@@ -132,9 +134,9 @@ def test_each_cell_equals_an_evaluation_of_its_own(evaluation, runs, tiny_projec
                 if (row["client"], row["question_set"], row["adapters"])
                 == ("ann", name, choice.label)
             )
-            margins = [score.margin for score in scores if score.margin is not None]
+            margins = [m for score in scores if (m := score.value(ACCURACY)) is not None]
             assert row["margin"] == pytest.approx(sum(margins) / len(margins), abs=1e-4)
-            assert row["exact_match"] == sum(s.exact_match for s in scores) / len(scores)
+            assert row["exact_match"] == sum(s.value(EXACT_MATCH) for s in scores) / len(scores)
 
 
 def test_the_run_s_own_figures_are_found_again(evaluation, runs):
@@ -277,11 +279,8 @@ def test_the_scale_with_the_best_mean_is_chosen_and_the_nearest_to_one_of_severa
     def cell(scale: float) -> Cell:
         return Cell("ann", "local", Answering(True, "ann", scale), "", ())
 
-    score = next(iter([]), None)
-    from fedlora_app.evaluation.metrics import Score
-
-    score = Score(1.0, 1.0, 1.0, True, 1.0, None, "x")
-    wrong = replace(score, margin=-1.0, exact_match=False)
+    score = Score({"accuracy": 1.0, "exact_match": True}, "x")
+    wrong = Score({"accuracy": -1.0, "exact_match": False}, "y")
     results = {
         cell(0.25): [wrong, wrong],
         cell(0.75): [score, score],

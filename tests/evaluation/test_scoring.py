@@ -11,7 +11,8 @@ from fedlora_app.config.schema import GLOBAL, LOCAL, EvaluationConfig
 from fedlora_app.data.questions import Question
 from fedlora_app.data.tokens import encode_answer, encode_prompt
 from fedlora_app.evaluation import scoring
-from fedlora_app.evaluation.metrics import evaluate_questions
+from fedlora_app.evaluation.client_round import evaluate_questions
+from fedlora_app.evaluation.names import ACCURACY
 from fedlora_app.evaluation.scoring import Prompt, score_prompts, shares_prefix
 from fedlora_app.model.adapters import activate, attach_adapters, base_only
 
@@ -176,7 +177,7 @@ def test_the_adapters_that_are_asked_for_answer(adapted, tokenizer):
             active=active,
             system_prompt=SYSTEM,
             settings=EvaluationConfig(batch_size=3, max_new_tokens=6),
-        )[0].margin
+        )[0].value(ACCURACY)
         for active in ((), (GLOBAL,), (LOCAL,), (GLOBAL, LOCAL))
     }
     assert len(set(margins.values())) == 4

@@ -11,10 +11,10 @@ from conftest import build_tiny_config
 from loopback import Federation
 from synthetic import write_run
 
+from fedlora_app.evaluation.reported import collect_reports, judge_conflicts
 from fedlora_app.report.numbers import measure_run
 from fedlora_app.report.page import write_comparison, write_report
 from fedlora_app.report.verdict import BOTH
-from fedlora_app.runs.console import collect_reports, conflict_passes
 from fedlora_app.runs.directory import RunDirectoryError
 from fedlora_app.runs.history import read_history
 
@@ -218,7 +218,7 @@ def test_a_run_ends_with_its_report(tiny_project, tmp_path, capsys):
     assert f"Report: {run / 'report.html'}" in capsys.readouterr().out.splitlines()[-1]
     assert (run / "report.html").exists() and (run / "plots" / "traffic.png").exists()
     found = measure_run(read_history(run), None)
-    passes = conflict_passes(collect_reports(read_history(run)), "global+local")
+    passes = list(judge_conflicts(collect_reports(read_history(run)), "global+local").values())
     assert found[BOTH].passed().value == sum(passes) / len(passes)
     assert {"base", "global", BOTH} == set(found)
     text = read(run / "report.html").text

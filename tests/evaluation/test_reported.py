@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedlora_app.runs.console import describe_round
+from fedlora_app.evaluation.reported import describe_round
 
 REPORTS = {
     "ann": {"global/universal/exact_match": 0.5, "global/conflict/exact_match_each": [1, 1]},

@@ -1,0 +1,186 @@
+"""The figures of a round over all clients: rates, leakage, specificity, the keyword rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+from typing import Any
+
+from fedlora_app.config.schema import GLOBAL
+from fedlora_app.data.linter import keyword_ceiling
+from fedlora_app.data.questions import (
+    CONFLICT,
+    LOCAL_SET,
+    UNIVERSAL,
+    UNIVERSAL_UNSEEN,
+    Question,
+)
+from fedlora_app.evaluation.choices import Cell, SavedRound
+from fedlora_app.evaluation.names import (
+    ASKED_SETS,
+    KEYWORD,
+    LEAKAGE,
+    OWN_SETS,
+    PASS_RATE,
+    QUESTION_SETS,
+    SPECIFICITY,
+    Measure,
+    figure_key,
+    shown_measures,
+)
+from fedlora_app.evaluation.saved_model import Answering
+from fedlora_app.evaluation.scores import Score, collect_outcomes
+from fedlora_app.evaluation.statistics import NOTHING, Estimate, paired_difference, proportion
+
+Scores = dict[Cell, list[Score]]
+Pairs = list[tuple[Question, Score]]
+Conflict = dict[str, tuple[Question, Score]]
+"""By client: its question of a conflict record, and how that went."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Scores of a round's test questions, each client's local adapter at its scale."""
+
+    saved: SavedRound
+    scores: Scores
+    scales: Mapping[str, float]
+
+    @property
+    def clients(self) -> list[str]:
+        """The clients, in order."""
+        return self.saved.clients
+
+    def find(self, client: str, name: str, answering: Answering) -> Pairs:
+        """Return a set's questions under a choice of adapters and the client's own prompt."""
+        wanted = UNIVERSAL if name == UNIVERSAL_UNSEEN else name
+        for cell, results in self.scores.items():
+            key = (cell.client, cell.question_set, cell.answering, cell.prompt_kind)
+            if key == (client, wanted, answering, "own"):
+                pairs = zip(cell.questions, results, strict=True)
+                return [p for p in pairs if name != UNIVERSAL_UNSEEN or p[0].is_unseen]
+        return []
+
+    def own(self, client: str, name: str) -> Pairs:
+        """Return a set's questions under the client's own adapters."""
+        return self.find(client, name, self.saved.own(client, self.scales.get(client, 1.0)))
+
+    def foreign(self, client: str) -> list[Answering]:
+        """Return the client's adapters with others' local ones in the place of its own."""
+        return self.saved.foreign(client, self.scales.get(client, 1.0))
+
+    @cached_property
+    def conflicts(self) -> dict[int, Conflict]:
+        """The conflict records that two clients or more answer."""
+        found: dict[int, Conflict] = {}
+        for client in self.clients:
+            for question, score in self.own(client, CONFLICT):
+                if question.answer is not None:  # else keywords only: nothing to rank or match
+                    found.setdefault(question.record, {})[client] = (question, score)
+        return {record: c for record, c in sorted(found.items()) if len(c) > 1}
+
+    def estimate(self, name: str, measure: Measure) -> Estimate:
+        """Return a measure's mean over all clients' questions of a set."""
+        scored = [
+            (outcome, (client, question.cluster))
+            for client in self.clients
+            for question, score in self.own(client, name)
+            if (outcome := score.outcome(measure)) is not None
+        ]
+        outcomes = [outcome for outcome, _ in scored]
+        if measure.passes_above is not None:
+            return proportion(outcomes)
+        return paired_difference(outcomes, [0.0] * len(outcomes), [c for _, c in scored])
+
+    def leakage(self, name: str, measure: Measure) -> Estimate:
+        """Return how much more global alone is right than the base, on what is a client's own."""
+        if GLOBAL not in self.saved.active:
+            return NOTHING
+        shared = Answering(with_global=True)
+        return compute_difference(
+            (
+                (c, self.find(c, name, shared), [self.find(c, name, Answering())])
+                for c in self.clients
+            ),
+            measure,
+        )
+
+    def specificity(self, name: str, measure: Measure) -> Estimate:
+        """Return how much more a client's own local adapter is right than the others' ones."""
+        return compute_difference(
+            (
+                (client, self.own(client, name), [self.find(client, name, f) for f in foreign])
+                for client in self.clients
+                if (foreign := self.foreign(client))
+            ),
+            measure,
+        )
+
+
+def summarise_scores(results: Results) -> dict[str, dict[str, Any]]:
+    """Return the figures over all clients, each under its own adapters at its scale."""
+    summary: dict[str, Estimate] = {}
+    for measure in shown_measures(with_variants=True):
+        if measure.passes_above is not None:
+            passes = [
+                every_client_passes(conflict, measure) for conflict in results.conflicts.values()
+            ]
+            valid = [value for value in passes if value is not None]
+            summary[measure.extend(PASS_RATE)] = proportion(valid)
+        for name in sorted(QUESTION_SETS):
+            summary[figure_key(name, measure)] = results.estimate(name, measure)
+    for measure in shown_measures():
+        for name in OWN_SETS:
+            ending = "" if name == LOCAL_SET else f"_{name}"
+            summary[measure.extend(LEAKAGE + ending)] = results.leakage(name, measure)
+            summary[measure.extend(SPECIFICITY + ending)] = results.specificity(name, measure)
+    summary |= _keyword_figures(results)
+    return {name: estimate.dump() for name, estimate in summary.items()}
+
+
+def every_client_passes(conflict: Conflict, measure: Measure) -> bool | None:
+    """Return whether every client's own answer passes; None where one could not be scored."""
+    values = [score.outcome(measure) for _, score in conflict.values()]
+    return None if None in values else all(values)
+
+
+def compute_difference(
+    compared: Iterable[tuple[str, Pairs, list[Pairs]]], measure: Measure
+) -> Estimate:
+    """Return the paired difference of a set of questions against the mean of several others."""
+    ones, others, clusters = [], [], []
+    for client, own, rivals in compared:
+        for index, (question, score) in enumerate(own):
+            value = score.outcome(measure)
+            rival_values = [rival[index][1].outcome(measure) for rival in rivals]
+            if value is None or None in rival_values:
+                continue
+            ones.append(value)
+            others.append(fmean(rival_values))
+            clusters.append((client, question.cluster))
+    return paired_difference(ones, others, clusters)
+
+
+def _keyword_figures(results: Results) -> dict[str, Estimate]:
+    """Return the keyword rule's pass rate beside its ceiling on the gold answers."""
+    passed = [
+        outcome
+        for client in results.clients
+        for name in ASKED_SETS
+        for outcome in collect_outcomes((s for _, s in results.own(client, name)), KEYWORD)
+    ]
+    figures = {"keyword_pass_rate": proportion(passed)}
+    for name, plain in (("keyword_ceiling", False), ("keyword_ceiling_plain", True)):
+        right = total = 0
+        seen = set()
+        for client, files in results.saved.files.items():
+            for kind, file in files.tests.items():
+                owner = None if kind == CONFLICT else client
+                if (file.path, owner) not in seen:
+                    seen.add((file.path, owner))
+                    counted = keyword_ceiling(file.records, owner, plain=plain)
+                    right, total = right + counted[0], total + counted[1]
+        figures[name] = proportion([True] * right + [False] * (total - right))
+    return figures
