@@ -21,6 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from fedlora_app.evaluation.names import (
     ANSWERERS,
     ASKED_SETS,
+    EXACT_MATCH,
     MEASURES,
     QUESTION_SETS,
     relative_label,
@@ -193,13 +194,15 @@ def plot_swap_table(evaluation: dict[str, Any], measure: str = "exact_match") ->
     """Draw which adapters answer which questions, means over the clients."""
     values: dict[tuple[str, str], list[float]] = {}
     for row in evaluation["swap_table"]:
-        if row["scale"] == 1.0 and row[measure] is not None:
+        if row["scale"] == 1.0 and row.get(measure) is not None:
             key = (relative_label(row), row["question_set"])
             values.setdefault(key, []).append(row[measure])
     rows = [who for who in ANSWERERS if any(who == key[0] for key in values)]
     columns = [name for name in QUESTION_SETS if any(name == key[1] for key in values)]
     means = [[_mean(values.get((who, name))) for name in columns] for who in rows]
     title = "who answers what, mean over clients"
+    if measure != EXACT_MATCH.name:
+        title += f": {MEASURES[measure].label}"
     labels = [QUESTION_SETS[name].label.replace(", ", ",\n") for name in columns]
     return _plot_heat(means, [ANSWERERS[who] for who in rows], labels, title)
 

@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from fedlora_app.data.questions import CONFLICT
-from fedlora_app.evaluation.names import ACCURACY, EXACT_MATCH, KEYWORD, OWN_SETS, QUESTION_SETS
+from fedlora_app.evaluation.names import (
+    ACCURACY,
+    EXACT_MATCH,
+    KEYWORD,
+    OWN_SETS,
+    QUESTION_SETS,
+    shown_measures,
+)
 from fedlora_app.report import plots
 from fedlora_app.report.pieces import Pieces
 from fedlora_app.runs.directory import RunDirectoryError
@@ -110,7 +118,10 @@ def _show_answers(run: Pieces, plotter: Plotter) -> Section:
         "Greedy answers that match exactly, in percent. Knowledge sits in an adapter when answers "
         "come with it and go without it."
     )
-    section.plots.append(plotter.draw("swap_table", lambda: plots.plot_swap_table(evaluation)))
+    for measure in (m for m in shown_measures() if m is not ACCURACY):
+        name = "swap_table" if measure is EXACT_MATCH else f"swap_table_{measure.name}"
+        draw = partial(plots.plot_swap_table, evaluation, measure.name)
+        section.plots.append(plotter.draw(name, draw))
     for name in OWN_SETS:
         has = any(row["question_set"] == name for row in evaluation["swap_table"])
         if has and "local" in evaluation["answering"]:

@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+import pytest
+
+from fedlora_app.foundation.percent import PARENTHESES, PLUS_MINUS, format_percent
+
+
+@pytest.mark.parametrize(
+    ("values", "settings", "expected"),
+    [
+        ((0.9721,), {}, "97.2"),
+        ((0.9721,), {"digits": 0, "unit": " %"}, "97 %"),
+        ((0.972, 0.931, 0.989), {}, "97.2 [93.1, 98.9]"),
+        ((-0.417, -0.75, 0.0), {"sign": "+"}, "-41.7 [-75.0, +0.0]"),
+        ((0.5, 0.4, 0.6), {"unit": " %", "interval": PARENTHESES}, "50.0 % (40.0 to 60.0)"),
+        ((0.5, 0.4, 0.6), {"interval": PLUS_MINUS, "sign": "+"}, "+50.0 ± 10.0"),
+        ((0.5, None, None), {"interval": PLUS_MINUS}, "50.0"),
+        ((None, None, None), {"unit": " %"}, ""),
+    ],
+)
+def test_a_share_is_written_with_its_interval(values, settings, expected):
+    assert format_percent(*values, **settings) == expected
