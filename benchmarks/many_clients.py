@@ -28,10 +28,10 @@ from fedlora_app.federation.messages import (
     UPDATE_RECORD,
     Task,
     build_reply,
-    count_bytes,
     pack_state,
     read_task,
 )
+from fedlora_app.federation.roster import count_bytes
 from fedlora_app.model.adapters import (
     AdaptedModel,
     attach_adapters,

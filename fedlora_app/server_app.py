@@ -21,13 +21,11 @@ from fedlora_app.config.loading import load_config
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config, ConfigError
 from fedlora_app.evaluation.reported import describe_run
 from fedlora_app.federation.grid import PacedGrid
-from fedlora_app.federation.messages import (
-    REGISTRATION_ROUND,
-    Reply,
-    Task,
-)
+from fedlora_app.federation.messages import REGISTRATION_ROUND, Task
 from fedlora_app.federation.ray_pool import current_pool
 from fedlora_app.federation.registration import DECLARED_DEFAULTS, is_simulation, register_clients
+from fedlora_app.federation.replies import Reply
+from fedlora_app.federation.roster import NO_LOCAL
 from fedlora_app.foundation.files import keep_files_private
 from fedlora_app.foundation.project import find_project_root, hash_package
 from fedlora_app.foundation.seeds import derive_seed
@@ -55,7 +53,7 @@ from fedlora_app.runs.resuming import (
     require_same_data,
 )
 from fedlora_app.runs.tracking import build_trackers, require_trackers
-from fedlora_app.strategy import NO_LOCAL, GlobalAdapterFedAvg
+from fedlora_app.strategy import GlobalAdapterFedAvg
 
 app = ServerApp()
 

@@ -45,10 +45,10 @@ from fedlora_app.federation.messages import (
     MessageError,
     Task,
     pack_state,
-    read_reply,
     read_task,
     unpack_state,
 )
+from fedlora_app.federation.replies import read_reply
 from fedlora_app.foundation.files import hash_file
 from fedlora_app.model.adapter_files import load_adapter, save_adapter
 from fedlora_app.model.adapters import (

@@ -44,7 +44,8 @@ def strategy(tokenizer, tmp_path):
 
 
 def reply_from(message: Message, strategy, value: float) -> Message:
-    client = strategy._clients_by_node[message.metadata.dst_node_id]
+    nodes = strategy.roster.nodes
+    client = next(name for name in nodes if nodes[name] == message.metadata.dst_node_id)
     shapes = state_shapes(strategy._model, GLOBAL)
     update = {key: torch.full(shape, value) for key, shape in shapes.items()}
     shapes = {key: tensor.shape for key, tensor in update.items()} if update else None
@@ -92,7 +93,7 @@ def test_the_error_of_the_average_is_logged_and_costs_no_copy_of_an_update(strat
     errors = event["relative_error"]
     assert len(errors) == 14 and "model.layers.0.self_attn.q_proj" in errors
     assert all(value > 0 for value in errors.values())
-    assert 0 < strategy._aggregation_metrics["aggregation_error"] < max(errors.values())
+    assert 0 < strategy._aggregation.metrics["aggregation_error"] < max(errors.values())
 
 
 def test_a_long_round_says_how_many_clients_have_answered(strategy, monkeypatch):

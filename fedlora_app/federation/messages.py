@@ -11,17 +11,16 @@ import io
 import json
 import math
 import re
-import sys
 import warnings
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedlora_app.config.loading import parse_config
-from fedlora_app.config.schema import SAFE_NAME, Config
+from fedlora_app.config.schema import Config
 from fedlora_app.model.adapters import AdapterState, check_names, check_state
 
 REGISTRATION_ROUND = 0
@@ -195,9 +194,9 @@ def build_reply(
     undeclared = [
         name
         for name, value in metrics.items()
-        if not DECLARED_METRICS.fullmatch(name) or not _is_possible(name, value)
+        if not DECLARED_METRICS.fullmatch(name) or not is_possible(name, value)
     ]
-    undeclared += [name for name, value in facts.items() if not _is_declared(name, value)]
+    undeclared += [name for name, value in facts.items() if not is_declared(name, value)]
     if undeclared:
         raise MessageError(f"These were not declared and stay here: {', '.join(undeclared)}.")
     about = {
@@ -227,100 +226,7 @@ def build_error_reply(message: Message, client_id: str, why: str) -> Message:
     return Message(RecordDict({ABOUT_RECORD: ConfigRecord(about)}), reply_to=message)
 
 
-class Traffic:
-    """Counts the bytes of a round's messages to and from each client."""
-
-    def __init__(self) -> None:
-        self.by_client: dict[str, dict[str, int]] = {}
-
-    def add(self, client_id: str, direction: Literal["down", "up"], message: Message) -> None:
-        """Count one message; an error that Flower reports in a client's place has no content."""
-        counts = self.by_client.setdefault(
-            client_id,
-            dict.fromkeys(("bytes_down", "bytes_up", "adapter_bytes_down", "adapter_bytes_up"), 0),
-        )
-        if message.has_content():
-            total, arrays = count_bytes(message.content)
-            counts[f"bytes_{direction}"] += total
-            counts[f"adapter_bytes_{direction}"] += arrays
-
-
-def count_bytes(content: RecordDict) -> tuple[int, int]:
-    """Return the bytes of a message's content, and those of its arrays alone.
-
-    By Flower's own count, without the names of the records and what the transport adds.
-    """
-    arrays = sum(
-        len(array.data) for record in content.array_records.values() for array in record.values()
-    )
-    total = sum(record.count_bytes() for record in content.array_records.values())
-    total += sum(record.count_bytes() for record in content.metric_records.values())
-    # ConfigRecord.count_bytes of flwr 1.41 raises for an empty text or list.
-    total += sum(len(record.deflate()) for record in content.config_records.values())
-    return total, arrays
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A client's reply, read and checked except for the update itself."""
-
-    client_id: str
-    metrics: dict[str, Any]
-    facts: dict[str, str]
-    arrays: ArrayRecord | None
-
-    @property
-    def needs_global(self) -> bool:
-        """Whether the client has lost the global adapter and has done nothing without it."""
-        return "needs" in self.facts
-
-
-def read_reply(message: Message, client_id: str | None, server_round: int) -> Reply:
-    """Read the reply of the node that is ``client_id``, or, with None, that says who it is.
-
-    Raises:
-        MessageError: the client failed, or answered for another client or round.
-    """
-    sender = client_id or f"node {message.metadata.src_node_id}"
-    if message.has_error():
-        raise MessageError(f"{sender}: {str(message.error.reason)[:MAX_ERROR_CHARS]}")
-    about = message.content.config_records.get(ABOUT_RECORD, ConfigRecord())
-    named = about.get("client-id")
-    if client_id is None and isinstance(named, str) and re.fullmatch(SAFE_NAME, named):
-        client_id = sender = named
-    if "error" in about:
-        raise MessageError(f"{sender}: {str(about['error'])[:MAX_ERROR_CHARS]}")
-    if client_id is None or named != client_id or about.get("server-round") != server_round:
-        raise MessageError(
-            f"{sender} answered as {named!r:.100} for round {about.get('server-round')!r:.100}, "
-            f"expected its own id and round {server_round}."
-        )
-    record = message.content.metric_records.get(METRIC_RECORD, MetricRecord())
-    metrics = {sys.intern(name): value for name, value in record.items()}  # the same of all clients
-    undeclared = [name for name in metrics if not DECLARED_METRICS.fullmatch(name)]
-    if undeclared:
-        raise MessageError(
-            f"{client_id} sent metrics that are not declared: {undeclared[:5]!r:.500}."
-        )
-    for name, value in metrics.items():
-        if not _is_possible(name, value):
-            raise MessageError(f"{client_id} sent an impossible value as {name}: {value!r:.100}.")
-    return Reply(
-        client_id=client_id,
-        metrics=metrics,
-        facts=_read_facts(client_id, about.get("facts", "{}")),
-        arrays=message.content.array_records.get(UPDATE_RECORD),
-    )
-
-
-def require_counts(reply: Reply) -> None:
-    """Raise ``MessageError`` unless a client that registers says how many examples it has."""
-    missing = [name for name in REGISTRATION_COUNTS if not isinstance(reply.metrics.get(name), int)]
-    if missing:
-        raise MessageError(f"{reply.client_id} did not say how many {', '.join(missing)} it has.")
-
-
-def _is_possible(name: str, value: Any) -> bool:
+def is_possible(name: str, value: Any) -> bool:
     """Return whether a value is a finite number, not a negative count, or a list of verdicts."""
     if isinstance(value, list) or name.endswith("_each"):
         return (
@@ -331,20 +237,7 @@ def _is_possible(name: str, value: Any) -> bool:
     return math.isfinite(value) and not (isinstance(value, int) and value < 0)
 
 
-def _read_facts(client_id: str, text: Any) -> dict[str, str]:
-    try:
-        facts = json.loads(text)
-        unknown = [name for name, value in facts.items() if not _is_declared(name, value)]
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        raise MessageError(f"{client_id} sent facts that are not what was agreed on.") from None
-    if unknown:
-        raise MessageError(
-            f"{client_id} sent facts that are not what was agreed on: {unknown[:5]!r:.500}."
-        )
-    return facts
-
-
-def _is_declared(fact: str, value: str) -> bool:
+def is_declared(fact: str, value: str) -> bool:
     """Return whether a fact is one that may be sent, and says only what it may say."""
     f"{fact}{value}".encode()  # it is going to be written to a file
     patterns = [text for name, text in DECLARED_FACTS.items() if re.fullmatch(name, fact)]

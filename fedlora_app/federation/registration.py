@@ -1,9 +1,14 @@
-"""Which node is which client: waiting for nodes, and asking them before anything is trained."""
+"""Which node is which client, and what it has, asked before anything is trained.
+
+Every node registers when a run starts; those that resume a run also check what they have kept;
+and a node that restarts in the middle of a run is a new one to Flower, and registers again.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from flwr.app import Message, MessageType
@@ -14,12 +19,18 @@ from fedlora_app.federation.grid import PacedGrid, build_message
 from fedlora_app.federation.messages import (
     REGISTRATION_ROUND,
     MessageError,
-    Reply,
     Task,
     build_task_content,
+)
+from fedlora_app.federation.replies import (
+    Reply,
+    RoundError,
     read_reply,
     require_counts,
+    require_facts,
+    require_same_base,
 )
+from fedlora_app.federation.roster import Roster
 
 DECLARED_DEFAULTS = {("config", "conf/demo.yaml"), ("output-dir", "results")}  # pyproject.toml
 CONNECT_REPORT_SECONDS = 30.0
@@ -56,10 +67,62 @@ def register_clients(
     return registered
 
 
+def verify_clients(
+    grid: Grid, messages: Iterable[Message], roster: Roster, base_model: dict[str, Any]
+) -> list[str]:
+    """Have clients check what they have kept of a run that resumes; return what is wrong.
+
+    Args:
+        base_model: what the run has recorded of it, into which a fingerprint is entered.
+    """
+
+    def read(message: Message) -> None:
+        client = roster.sender(message)
+        reply = read_reply(message, client, REGISTRATION_ROUND)
+        require_facts(["base_model"], reply)
+        require_same_base(base_model, {client: reply.facts["base_model"]})
+        roster.held[client] = reply.facts.get("global_adapter", "")
+
+    return collect_faults(grid, messages, read)
+
+
+def find_returned(
+    grid: Grid,
+    roster: Roster,
+    task: Task,
+    absent: set[str],
+    accept: Callable[[Reply, int], None],
+) -> list[str]:
+    """Have new nodes register, as whichever absent client they are; return what is wrong.
+
+    A SuperNode that restarts is another node to Flower.
+
+    Args:
+        absent: the clients that returned no valid results in the last round.
+        accept: is given a client that is back, and its node; raises ``ValueError`` where the
+            client is not what it was.
+    """
+    new = sorted(set(grid.get_node_ids()) - set(roster.nodes.values()))
+    content = build_task_content(replace(task, resumes=True))
+    messages = (build_message(content, MessageType.QUERY, node) for node in new)
+
+    def read(message: Message) -> None:
+        node = message.metadata.src_node_id
+        reply = read_reply(message, None, REGISTRATION_ROUND)
+        if reply.client_id not in absent:
+            raise MessageError(f"Node {node} is {reply.client_id}, which is not missing.")
+        accept(reply, node)
+        roster.move(reply.client_id, node)
+        if isinstance(grid, PacedGrid):
+            grid.names[node] = reply.client_id
+
+    return collect_faults(grid, messages, read)
+
+
 def collect_faults(
     grid: Grid, messages: Iterable[Message], read: Callable[[Message], None]
 ) -> list[str]:
-    """Send messages, give every reply to ``read``, and return what it raised as ``ValueError``.
+    """Send messages, give every reply to ``read``, and return the texts of what it raised.
 
     So all that is wrong is known at once, and not only the first of it.
     """
@@ -67,7 +130,7 @@ def collect_faults(
     for message in grid.send_and_receive(messages):
         try:
             read(message)
-        except ValueError as error:
+        except (ValueError, RoundError) as error:
             faults.append(str(error))
     return faults
 

@@ -11,15 +11,14 @@ from fedlora_app.federation.messages import (
     MAX_ARRAY_HEADER_BYTES,
     MessageError,
     Task,
-    Traffic,
     build_error_reply,
     build_reply,
     build_task_content,
-    count_bytes,
     pack_state,
-    read_reply,
     unpack_state,
 )
+from fedlora_app.federation.replies import read_reply
+from fedlora_app.federation.roster import Traffic, count_bytes
 from fedlora_app.model.adapters import AdapterError
 
 STATE = {"x.lora_A.weight": torch.randn(2, 3), "x.lora_B.weight": torch.randn(3, 2)}
