@@ -1,20 +1,30 @@
 """What ``fedlora compare`` prints: evaluated runs side by side, paired by question.
 
-In come the contents of two or more runs' ``evaluation.json``; the first is the reference. Out
-come their figures, the differences with intervals and tests, and every reason for which this is
-no like-for-like comparison.
+Input: the contents of two or more runs' ``evaluation.json``; the first is the reference. Output:
+their figures, the differences with intervals and tests, and every reason for which this is not
+a like-for-like comparison.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 from fedlora_app.data.questions import CONFLICT, LOCAL_SET, UNIVERSAL, UNIVERSAL_UNSEEN
+from fedlora_app.evaluation.alike import (
+    EvaluatedRun,
+    Evaluations,
+    Key,
+    Variant,
+    contrast,
+    find_other_conditions,
+    group_alike,
+    note_other_size,
+    read_runs,
+)
 from fedlora_app.evaluation.names import (
     ACCURACY,
     EXACT_MATCH,
@@ -24,14 +34,12 @@ from fedlora_app.evaluation.names import (
     figure_key,
     shown_measures,
 )
-from fedlora_app.evaluation.statistics import mcnemar, over_seeds, paired_difference
+from fedlora_app.evaluation.statistics import Estimate, mcnemar, over_seeds, paired_difference
 
-FORMAT = 1
-NUM_NAMED = 3
-"""How many differing values a sentence names before it only counts them."""
+SIGNIFICANT = 0.05
 
-Key = tuple[str, int]
-"""Client and record: a question within its set."""
+Verdicts = Mapping[int, bool]
+"""By conflict record: every client gave its own answer."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,11 @@ class Topic:
     every_client: bool = False
     """A record counts once, and as right only if every client's own answer is."""
 
+    def select(self, run: EvaluatedRun) -> dict[Key, dict[str, Any]]:
+        """Return the rows of a run that belong to the topic."""
+        rows = run.rows.get(self.question_set, {})
+        return {k: row for k, row in rows.items() if row["is_unseen"] or not self.unseen_only}
+
 
 TOPICS = (
     Topic(UNIVERSAL, UNIVERSAL),
@@ -52,67 +65,6 @@ TOPICS = (
     Topic(CONFLICT, CONFLICT),
     Topic(PASS_RATE, CONFLICT, every_client=True),
 )
-
-
-@dataclass(frozen=True)
-class EvaluatedRun:
-    """A run's name and the content of its ``evaluation.json``."""
-
-    name: str
-    evaluation: Mapping[str, Any]
-
-    @cached_property
-    def rows(self) -> dict[str, dict[Key, dict[str, Any]]]:
-        """The questions of every set as the clients answer them, adapters at full scale."""
-        sets: dict[str, dict[Key, dict[str, Any]]] = {}
-        for row in self.evaluation["questions"]:
-            if row["scale"] != 1.0:
-                continue
-            rows, key = sets.setdefault(row["question_set"], {}), (row["client"], row["record"])
-            if key in rows:
-                raise ValueError(
-                    f"{self.name}: evaluation.json holds record {key[1]} of {key[0]}'s "
-                    f"{row['question_set']} questions twice. Expected one row per question at "
-                    f"scale 1.0. Write it again with: fedlora evaluate {self.name}"
-                )
-            rows[key] = row
-        return sets
-
-    def select(self, topic: Topic) -> dict[Key, dict[str, Any]]:
-        """Return the rows that belong to a topic."""
-        rows = self.rows.get(topic.question_set, {})
-        return {k: row for k, row in rows.items() if row["is_unseen"] or not topic.unseen_only}
-
-    def hashes(self, roles: Iterable[str]) -> dict[str, str]:
-        """Return the beginnings of the files' hashes by role and client."""
-        files = self.evaluation["files"]
-        pairs = [(role, client) for role in roles for client in files if role in files[client]]
-        return {f"{role} of {client} (sha256)": files[client][role][:12] for role, client in pairs}
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of the adapters that a client answers with."""
-        sizes = self.evaluation["num_parameters"]
-        return sum(sizes[adapter] for adapter in self.evaluation["answering"].split("+"))
-
-    @property
-    def base_model(self) -> str:
-        """Name and beginning of the fingerprint."""
-        base = self.evaluation["base_model"]
-        return f"{base['name']} ({base['fingerprint'][:12]})"
-
-
-OTHER_PROMPTS = "have other system prompts"
-CONDITIONS: dict[str, Callable[[EvaluatedRun], dict[str, str]]] = {
-    "have other clients": lambda run: {"": f"({', '.join(sorted(run.evaluation['files']))})"},
-    "have other base models": lambda run: {"": run.base_model},
-    "have other training data": lambda run: run.hashes(("universal_train", "local_train")),
-    OTHER_PROMPTS: lambda run: {
-        f"for {client}": prompt for client, prompt in run.evaluation["system_prompts"].items()
-    },
-    "have other numbers of optimizer steps": lambda run: {"": f"{run.evaluation['num_steps']:,}"},
-}
-"""What has to be equal in a fair comparison, apart from the questions."""
 
 
 def compare_evaluations(evaluations: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -124,13 +76,13 @@ def compare_evaluations(evaluations: Mapping[str, dict[str, Any]]) -> dict[str, 
     Raises:
         ValueError: fewer than two runs, or an evaluation that cannot be read.
     """
-    reference, *others = runs = _read_runs(evaluations)
+    reference, *others = runs = read_runs(evaluations)
     differences: list[dict[str, Any]] = []
     faults: list[str] = []
     notes: list[str] = []
     for run in others:
-        faults += _find_other_conditions(reference, run)
-        notes += _note_other_size(reference, run)
+        faults += find_other_conditions(reference, run)
+        notes += note_other_size(reference, run)
         for topic in TOPICS:
             fault = _find_other_questions(reference, run, topic)
             faults += [fault] if fault else []
@@ -153,17 +105,10 @@ def group_by_mode(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Return means over the seeds of like runs, and notes on runs that were not averaged.
 
-    Alike are runs of one mode, number of parameters and settings, trained and tested under the
-    same conditions. The n of a mean counts seeds.
+    The n of a mean counts seeds.
     """
-    alike: dict[str, list[EvaluatedRun]] = {}
-    for run in _read_runs(evaluations):
-        names = ("mode", "answering", "num_parameters", "files", "settings")
-        identity = [run.evaluation.get(name) for name in names]
-        conditions = [describe(run) for describe in CONDITIONS.values()]
-        alike.setdefault(json.dumps([identity, conditions], sort_keys=True), []).append(run)
     groups, notes = [], []
-    for members in alike.values():
+    for members in group_alike(read_runs(evaluations)):
         names = [run.name for run in members]
         seeds = [run.evaluation["seed"] for run in members]
         label = f"{members[0].evaluation['mode']}, {members[0].num_parameters:,} parameters"
@@ -190,19 +135,66 @@ def adjust_holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _read_runs(evaluations: Mapping[str, dict[str, Any]]) -> list[EvaluatedRun]:
-    if len(evaluations) < 2:
-        given = ", ".join(evaluations) or "none"
-        raise ValueError(
-            f"A comparison needs two or more different runs; given: {given}. Name another run."
-        )
-    for name, evaluation in evaluations.items():
-        if evaluation.get("format") != FORMAT:
-            raise ValueError(
-                f"{name}: evaluation.json has format {evaluation.get('format')!r}, expected "
-                f"{FORMAT}. Write it again with: fedlora evaluate {name}"
-            )
-    return [EvaluatedRun(name, evaluation) for name, evaluation in evaluations.items()]
+@dataclass(frozen=True)
+class Paired:
+    """A difference over the same questions, and an exact test of it."""
+
+    difference: Estimate
+    p_value: float
+    test: str = "McNemar's test"
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where both tell the difference from none, else 0."""
+        low, high = self.difference.low, self.difference.high
+        if low is None or self.p_value >= SIGNIFICANT:
+            return 0
+        return (low > 0) - (high < 0)
+
+
+def pair_conflicts(
+    pairs: Sequence[tuple[Verdicts, Verdicts]], facts: Mapping[int, str]
+) -> Paired | None:
+    """Return the difference over the same conflict records, run by run.
+
+    Facts are the unit, because paraphrases of one are not independent: they are resampled whole,
+    and the test is the sign test over them. Over several runs the interval is the wider of that
+    and Student's t. None unless the facts are known and all were asked the same records.
+
+    Args:
+        facts: by record, what its paraphrases share.
+    """
+    if not facts or any(side.keys() != facts.keys() for pair in pairs for side in pair):
+        return None
+    clusters = [facts[record] for _ in pairs for record in facts]
+    ones, others = ([pair[i][record] for pair in pairs for record in facts] for i in (0, 1))
+    difference = paired_difference(ones, others, clusters)
+    if len(pairs) > 1:
+        by_seed = over_seeds([fmean(two.values()) - fmean(one.values()) for two, one in pairs])
+        difference = difference.widen(by_seed, lowest=-1.0)
+    won = dict.fromkeys(clusters, 0)
+    for fact, one, other in zip(clusters, ones, others, strict=True):
+        won[fact] += one - other
+    test = mcnemar([n > 0 for n in won.values()], [n < 0 for n in won.values()])
+    return Paired(difference, test["p_value"], "sign test over facts")
+
+
+def pair_variants(two: Variant, one: Variant, evaluations: Evaluations) -> Paired | None:
+    """Return the difference between like runs, paired by seed; None unless the seeds are equal."""
+    if two.keys() != one.keys():
+        return None
+    sides = [[read_conflicts(evaluations[side[s]]) for s in two] for side in (two, one)]
+    pairs = [(ones, others) for (ones, _), (others, _) in zip(*sides, strict=True)]
+    return pair_conflicts(pairs, sides[0][0][1])
+
+
+def read_conflicts(evaluation: Mapping[str, Any]) -> tuple[dict[int, bool], dict[int, str]]:
+    """Return by conflict record whether all clients passed, word for word, and its fact."""
+    key = EXACT_MATCH.extend("passed")
+    rows = {row["record"]: row for row in evaluation.get("conflicts") or ()}
+    scored = {record: row for record, row in rows.items() if row[key] is not None}
+    facts = {record: row["fact"] or row["instruction"] for record, row in scored.items()}
+    return {record: row[key] for record, row in scored.items()}, facts
 
 
 def _dump_run(run: EvaluatedRun) -> dict[str, Any]:
@@ -262,7 +254,7 @@ def _pair_outcomes(
     if topic.every_client and measure.passes_above is None:
         return []
     field = measure.row_key
-    ones, others = run.select(topic), reference.select(topic)
+    ones, others = topic.select(run), topic.select(reference)
     scored = [k for k, row in ones.items() if None not in (row.get(field), others[k].get(field))]
     units = [[key] for key in scored]
     if topic.every_client:
@@ -281,30 +273,19 @@ def _pair_outcomes(
     ]
 
 
-def _find_other_conditions(reference: EvaluatedRun, run: EvaluatedRun) -> list[str]:
-    """Return a sentence for everything but the questions that two runs differ in."""
-    sentences = []
-    for claim, describe in CONDITIONS.items():
-        mark = '"' if claim == OTHER_PROMPTS else ""
-        contrast = _contrast(describe(reference), describe(run), mark)
-        if contrast:
-            sentences.append(f"{reference.name} and {run.name} {claim}: {contrast}.")
-    return sentences
-
-
 def _find_other_questions(reference: EvaluatedRun, run: EvaluatedRun, topic: Topic) -> str | None:
     """Return why two runs cannot be paired on a topic, None where they can."""
     names, name = f"{reference.name} and {run.name}", topic.question_set
     sets = [_fingerprint_questions(r.rows.get(name, {})) for r in (reference, run)]
-    contrast = _contrast(reference.hashes([name]), run.hashes([name]))
-    if all(sets) and contrast:
-        return f"{names} have other {name} test files, so they are not paired: {contrast}."
+    differing = contrast(reference.hashes([name]), run.hashes([name]))
+    if all(sets) and differing:
+        return f"{names} have other {name} test files, so they are not paired: {differing}."
     if sets[0] != sets[1]:
         return (
             f"{names} were asked other {name} questions, so they are not paired: {len(sets[0])} "
             f"and {len(sets[1])}, {len(sets[0] & sets[1])} in common."
         )
-    unseen = [r.select(topic).keys() for r in (reference, run)]
+    unseen = [topic.select(r).keys() for r in (reference, run)]
     if unseen[0] != unseen[1]:
         return (
             f"{names} had other facts that clients never saw, so they are not paired on these: "
@@ -320,36 +301,3 @@ def _fingerprint_questions(rows: Mapping[Key, dict[str, Any]]) -> set[tuple[Any,
         (key, row["instruction"], *(row[m.row_key] is None for m in (ACCURACY, EXACT_MATCH)))
         for key, row in rows.items()
     }
-
-
-def _contrast(ones: Mapping[str, str], others: Mapping[str, str], mark: str = "") -> str:
-    """Name the values that differ; what only one side has is another sentence's matter."""
-    differing = [key for key in ones if key in others and ones[key] != others[key]]
-    parts = []
-    for key in differing[:NUM_NAMED]:
-        one, other = _shorten(ones[key], others[key])
-        parts.append(f"{key} {mark}{one}{mark} and {mark}{other}{mark}".strip())
-    left = len(differing) - NUM_NAMED
-    return "; ".join([*parts, f"{left} more"] if left > 0 else parts)
-
-
-def _shorten(one: str, other: str, width: int = 44) -> list[str]:
-    """Cut long texts to where they begin to differ."""
-    if max(len(one), len(other)) <= width:
-        return [one, other]
-    letters = enumerate(zip(one, other, strict=False))
-    start = next((i for i, pair in letters if len(set(pair)) > 1), min(len(one), len(other)))
-    start = max(0, start - width // 4)
-    return [
-        "..." * (start > 0) + text[start : start + width] + "..." * (start + width < len(text))
-        for text in (one, other)
-    ]
-
-
-def _note_other_size(reference: EvaluatedRun, run: EvaluatedRun) -> list[str]:
-    if run.num_parameters == reference.num_parameters:
-        return []
-    return [
-        f"{reference.name} answers with {reference.num_parameters:,} adapter parameters, "
-        f"{run.name} with {run.num_parameters:,}."
-    ]

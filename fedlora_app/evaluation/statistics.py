@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,15 @@ class Estimate:
         """Return plain data."""
         return asdict(self)
 
+    def widen(self, other: Estimate, lowest: float) -> Estimate:
+        """Return this value with an interval that holds the other's too, within [lowest, 1]."""
+        low, high = min(self.low, other.low), max(self.high, other.high)
+        return replace(self, low=max(lowest, low), high=min(1.0, high))
+
+    def differs_from(self, other: Estimate) -> int:
+        """Return 1 or -1 where the intervals do not overlap, else 0."""
+        return (self.low > other.high) - (self.high < other.low)
+
 
 NOTHING = Estimate(None, None, None, 0)
 
@@ -45,6 +54,18 @@ def proportion(outcomes: Sequence[bool]) -> Estimate:
     successes = sum(map(bool, outcomes))
     interval = stats.binomtest(successes, n).proportion_ci(CONFIDENCE, method="wilson")
     return Estimate(successes / n, float(interval.low), float(interval.high), n)
+
+
+def share_of_questions(value: float, n: int) -> Estimate:
+    """Return a mean over several answers to each of ``n`` questions, with Wilson's interval.
+
+    Raises:
+        ValueError: the mean is not in [0, 1].
+    """
+    if not 0 <= value <= 1:
+        raise ValueError(f"A share of {n} questions is {value}, expected 0 to 1.")
+    right = round(value * n)
+    return replace(proportion([True] * right + [False] * (n - right)), value=value)
 
 
 def paired_difference(
@@ -114,6 +135,16 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     error = statistics.stdev(values) / math.sqrt(len(values))
     width = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
     return Estimate(mean, mean - width, mean + width, len(values))
+
+
+def average_shares(shares: Sequence[Estimate]) -> Estimate:
+    """Return the mean over runs, as wide as the seeds or the distinct questions make it."""
+    if len(shares) == 1:
+        return shares[0]
+    if not all(share.n for share in shares):
+        return NOTHING
+    by_seed = over_seeds([share.value for share in shares])
+    return share_of_questions(by_seed.value, min(share.n for share in shares)).widen(by_seed, 0.0)
 
 
 def area_under_curve(positives: Sequence[float], negatives: Sequence[float]) -> Estimate:

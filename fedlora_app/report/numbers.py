@@ -20,6 +20,7 @@ from typing import Any
 from fedlora_app.config.rounds import BASE, BOTH, adapters_label
 from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.data.questions import CONFLICT
+from fedlora_app.evaluation.comparison import read_conflicts
 from fedlora_app.evaluation.names import (
     ACCURACY,
     ANSWERERS,
@@ -32,7 +33,7 @@ from fedlora_app.evaluation.names import (
     relative_label,
 )
 from fedlora_app.evaluation.reported import Reports, collect_reports, judge_conflicts
-from fedlora_app.evaluation.statistics import NOTHING, Estimate, proportion
+from fedlora_app.evaluation.statistics import NOTHING, Estimate, proportion, share_of_questions
 
 EXACT, RANKED = EXACT_MATCH.name, ACCURACY.name
 KEYWORD, KEYWORD_CEILING = "keyword_pass_rate", "keyword_ceiling"
@@ -98,31 +99,18 @@ def measure_run(
     return {who: found[who] for who in LABELS if who in found}
 
 
-def share_of_questions(value: float, n: int) -> Estimate:
-    """Return a mean over several answers to each of ``n`` questions, with Wilson's interval.
-
-    Raises:
-        ValueError: the mean is not in [0, 1].
-    """
-    if not 0 <= value <= 1:
-        raise ValueError(f"A share of {n} questions is {value}, expected 0 to 1.")
-    right = round(value * n)
-    return replace(proportion([True] * right + [False] * (n - right)), value=value)
-
-
 def _add_evaluation(found: dict[str, Figures], evaluation: Mapping[str, Any]) -> None:
     """Put what ``evaluation.json`` holds in the place of what the run measured itself."""
     for who, rows in _group_rows(evaluation["swap_table"]).items():
         found[who] = replace(found.get(who, Figures(who)), shares=_from_rows(rows))
     own = own_answerer(evaluation["answering"])
-    records = {r["record"]: r for r in evaluation.get("conflicts") or ()}
-    scored = {k: r for k, r in records.items() if r["passed_exact_match"] is not None}
+    verdicts, facts = read_conflicts(evaluation)
     passes = _passes_of(evaluation["summary"]) or _keywords_of(evaluation)
     found[own] = replace(
         found.get(own, Figures(own)),
         passes=passes or found.get(own, Figures(own)).passes,
-        verdicts={k: row["passed_exact_match"] for k, row in scored.items()},
-        facts={k: row["fact"] or row["instruction"] for k, row in scored.items()},
+        verdicts=verdicts,
+        facts=facts,
     )
     scales = {client: entry["chosen"] for client, entry in evaluation["scales"].items()}
     if any(scale != 1.0 for scale in scales.values()):

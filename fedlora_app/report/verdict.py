@@ -7,10 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedlora_app.data.questions import UNIVERSAL, UNIVERSAL_UNSEEN
-from fedlora_app.evaluation.comparison import compare_evaluations
+from fedlora_app.evaluation.alike import Evaluations, Variant, choose_pair, find_variants
+from fedlora_app.evaluation.comparison import (
+    Paired,
+    compare_evaluations,
+    pair_conflicts,
+    pair_variants,
+)
 from fedlora_app.evaluation.names import OWN_PAIR, QUESTION_SETS
-from fedlora_app.evaluation.statistics import Estimate
-from fedlora_app.report.evidence import Paired, average, compare_intervals, pair_records
+from fedlora_app.evaluation.statistics import Estimate, average_shares
+from fedlora_app.foundation.percent import format_percent
 from fedlora_app.report.numbers import (
     EXACT,
     KEYWORD,
@@ -18,14 +24,6 @@ from fedlora_app.report.numbers import (
     PASS_KEYS,
     RANKED,
     Figures,
-)
-from fedlora_app.report.variants import (
-    Evaluations,
-    Variant,
-    choose_pair,
-    group_alike,
-    list_names,
-    tell_left_out,
 )
 
 BOTH = OWN_PAIR
@@ -115,12 +113,12 @@ def _judge_shared(own: Figures, one: Figures, are_equal: bool, trained_on: str) 
     """Judge both adapters against the shared one alone, which comes with every run of mode dual."""
     # Whatever it learns, one adapter says the same to clients that have the same prompt.
     fails = are_equal and not one.passed().value
-    paired = None if fails else pair_records([(own, one)])
+    paired = None if fails else pair_conflicts([(own.verdicts, one.verdicts)], own.facts)
     if fails:
         claim = f"Two adapters: {_percent(own.passed())} of the conflicts, where one adapter can "
         claim += "reach none"
     else:
-        sign = paired.sign if paired else compare_intervals(own.passed(), one.passed())
+        sign = paired.sign if paired else own.passed().differs_from(one.passed())
         claim = _claim(sign, "the shared one alone")
     shares = [{name: who.share(name) for name in LOSSES} for who in (own, one)]
     told = f"{_count(own.passed())} with both adapters, and to {_count(one.passed(), True)} with"
@@ -152,13 +150,13 @@ def judge_runs(
     if not all(sides):
         return Verdict("No verdict.", NEEDS_TWO)
     names = [name for side in sides for name in side]
-    groups = [group_alike(side, evaluations) for side in sides]
+    groups = [find_variants(side, evaluations) for side in sides]
     variants = [variant for side in groups for variant in side]
     if not all(groups):
-        reasons = tell_left_out(names, variants, variants, evaluations)
+        reasons = _tell_left_out(names, variants, variants, evaluations)
         return Verdict("No verdict.", " ".join(reasons))
     two, one = choose_pair(*groups, evaluations)
-    left_out = tell_left_out(names, variants, [two, one], evaluations)
+    left_out = _tell_left_out(names, variants, [two, one], evaluations)
     return _judge_variants(two, one, figures, evaluations, tuple(left_out))
 
 
@@ -180,10 +178,9 @@ def _judge_variants(
     entry = next((entry for entry in compared["differences"] if entry["measure"] == PASSES), None)
     if entry is None:
         return Verdict("No verdict.", "The runs have no conflict questions in common.", caveats)
+    paired = pair_variants(two, one, evaluations)
     if len(two) == len(one) == 1:
         paired = Paired(Estimate(**entry["difference"]), entry["p_value"])
-    else:
-        paired = _pair_by_seed(two, one, figures)
     verdict = _word_variants(two, one, figures, paired)
     notes = (SEEDS,) * (max(len(two), len(one)) > 1) + caveats
     prompts = set(evaluations[first[0]]["system_prompts"].values())
@@ -197,9 +194,11 @@ def _word_variants(
 ) -> tuple[str, str]:
     """Return headline and sentence."""
     sides = [[figures[name] for name in side.values()] for side in (two, one)]
-    passed = [average([f.passed() for f in side]) for side in sides]
-    shares = [{name: average([f.share(name) for f in side]) for name in LOSSES} for side in sides]
-    names = [list_names([*side.values()]) for side in (two, one)]
+    passed = [average_shares([f.passed() for f in side]) for side in sides]
+    shares = [
+        {name: average_shares([f.share(name) for f in side]) for name in LOSSES} for side in sides
+    ]
+    names = [_list_names([*side.values()]) for side in (two, one)]
     sentences = [
         f"Every client gave its own answer, word for word, to {_count(passed[0])} with two "
         f"adapters ({names[0]}), and to {_count(passed[1], short=True)} with one averaged adapter "
@@ -207,15 +206,41 @@ def _word_variants(
         *([_describe_paired(paired)] if paired else []),
         *_tell_shares(*shares, "with two", "with one"),
     ]
-    sign = paired.sign if paired else compare_intervals(*passed)
+    sign = paired.sign if paired else passed[0].differs_from(passed[1])
     headline = f"{_claim(sign, 'one averaged adapter')}{_cost(*shares)}."
     return headline, " ".join(sentences)
 
 
-def _pair_by_seed(two: Variant, one: Variant, figures: Mapping[str, Figures]) -> Paired | None:
-    if two.keys() != one.keys():
-        return None
-    return pair_records([(figures[two[seed]], figures[one[seed]]) for seed in two])
+def _tell_left_out(
+    names: Sequence[str],
+    variants: Sequence[Variant],
+    chosen: Sequence[Variant],
+    evaluations: Evaluations,
+) -> Iterator[str]:
+    """Yield which of the runs have no part in the verdict, and why."""
+    grouped = {name for variant in variants for name in variant.values()}
+    compared = {name for variant in chosen for name in variant.values()}
+    others = [name for name in names if name in grouped - compared]
+    repeated = [name for name in names if name in evaluations and name not in grouped]
+    unknown = [name for name in names if name not in evaluations]
+    if others:
+        yield (
+            "Two variants are compared: comparable ones before others, then the most runs, then "
+            f"the first given. Other variants stand in the table: {_list_names(others)}."
+        )
+    if repeated:
+        yield f"Not counted, because a like run has the same seed: {_list_names(repeated)}."
+    if unknown:
+        yield (
+            f"Not evaluated, so nothing tells what they are like: {_list_names(unknown)}. They "
+            "count after: fedlora evaluate."
+        )
+
+
+def _list_names(names: Sequence[str], most: int = 3) -> str:
+    """Return "a, b, c and 2 more"."""
+    left = len(names) - most
+    return ", ".join(names[:most]) + (f" and {left} more" if left > 0 else "")
 
 
 def _claim(sign: int, rival: str) -> str:
@@ -229,7 +254,7 @@ def _cost(two: Mapping[str, Estimate], one: Mapping[str, Estimate]) -> str:
     lost = [
         f"{LOSSES[name]} {_percent(two[name])} instead of {_percent(one[name])}"
         for name in LOSSES
-        if two[name].n and one[name].n and compare_intervals(two[name], one[name]) < 0
+        if two[name].n and one[name].n and two[name].differs_from(one[name]) < 0
     ]
     return f", at a cost: {', '.join(lost)}" if lost else ""
 
@@ -239,7 +264,7 @@ def _tell_shares(
 ) -> Iterator[str]:
     for name, label in LOSSES.items():
         if two[name].n and one[name].n:
-            lost = compare_intervals(two[name], one[name]) < 0
+            lost = two[name].differs_from(one[name]) < 0
             yield (
                 f"{label.capitalize()} questions: {_brief(two[name])} {with_two}, "
                 f"{_brief(one[name])} {with_one}{', a loss beyond the intervals' * lost}."
@@ -272,9 +297,8 @@ def _number(share: float, sign: str = "") -> str:
     """Return a percentage that is 0 or 100 only if it is so, else 0.1 or 99.9 at the most."""
     size = abs(share)
     if min(size, abs(1 - size)) < 1e-9 or 0.005 <= size < 0.995:
-        return f"{100 * share:{sign}.0f}"
-    size = min(max(size, 0.001), 0.999)
-    return f"{100 * math.copysign(size, share):{sign}.1f}"
+        return format_percent(share, digits=0, sign=sign)
+    return format_percent(math.copysign(min(max(size, 0.001), 0.999), share), sign=sign)
 
 
 def _describe_paired(paired: Paired) -> str:

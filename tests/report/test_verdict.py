@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from fedlora_app.evaluation.statistics import Estimate, proportion
-from fedlora_app.report.evidence import Paired
-from fedlora_app.report.numbers import EXACT, RANKED, Figures, measure_run, share_of_questions
+from fedlora_app.evaluation.comparison import Paired
+from fedlora_app.evaluation.statistics import Estimate, proportion, share_of_questions
+from fedlora_app.report.numbers import EXACT, RANKED, Figures, measure_run
 from fedlora_app.report.verdict import BOTH, judge_run, judge_runs
 
 CLIENTS = ("ann", "bob")
