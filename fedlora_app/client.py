@@ -36,6 +36,7 @@ from fedlora_app.data.client_files import (
 from fedlora_app.data.linter import Finding, describe_findings, lint
 from fedlora_app.data.records import DataError
 from fedlora_app.data.tokens import Example
+from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.client_round import Metrics, evaluate_client, phase_metrics
 from fedlora_app.foundation.files import WEIGHTS_FILE, hash_file, make_private_dir, remove_partials
 from fedlora_app.foundation.progress import step_lines
@@ -238,20 +239,21 @@ class Client:
             facts["local_adapter"] = self._save_local(model, self._round_dir(server_round))
         is_final = server_round == self.config.federated.num_rounds
         is_due = is_final or server_round % self.config.evaluation.interval == 0
-        answering = [plan.evaluated if server_round > 0 else ()] if is_due else []
+        own = Answering.own(plan.evaluated, self.client_id)
+        answering = [own if server_round > 0 else Answering()] if is_due else []
         if is_final and plan.evaluated == BOTH:
-            answering.append((GLOBAL,))
+            answering.append(Answering(with_global=True))
         started = time.monotonic()
         reset_peak_memory(model.device)
-        for active in answering:
+        for who in answering:
             metrics |= evaluate_client(
                 self.config,
                 self._own,
                 files,
                 loaded,
                 model,
-                active,
-                show_example=is_final and active == plan.evaluated,
+                who,
+                show_example=is_final and who == own,
                 what=f"{self.client_id}, round {server_round}",
             )
         metrics["evaluation_seconds"] = time.monotonic() - started
@@ -270,7 +272,8 @@ class Client:
         loaded, model = self._prepare(global_state, local_round)
         files = load_client_files(self.config, self._own, self.root)
         active = plan_round(self.config, self.config.federated.num_rounds).evaluated
-        return evaluate_client(self.config, self._own, files, loaded, model, active)
+        who = Answering.own(active, self.client_id)
+        return evaluate_client(self.config, self._own, files, loaded, model, who)
 
     def _impossible_settings(self, resumes: bool) -> list[str]:
         faults = []
@@ -333,7 +336,7 @@ class Client:
 
     @cached_property
     def _files(self) -> dict[str, ClientFiles]:
-        """Whatever this client works with, read once so that its hashes are of what was used."""
+        """The data that this client works with, read once: the hashes are of what was used."""
         owners = dict.fromkeys([*self._data_owners(), self.client_id])
         return {
             owner: load_client_files(self.config, self.config.client(owner), self.root)
@@ -443,7 +446,7 @@ class Client:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        # Outside that block, so that the exception's frames have let go of their tensors.
+        # Outside that block, so that the exception's frames have freed their tensors.
         smaller = loaded.smaller_batches[kind] = use_less_memory(training)
         print(
             f"{what}: out of memory with batches of {training.batch_size}; once more, as in the "

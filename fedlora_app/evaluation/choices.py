@@ -1,4 +1,4 @@
-"""A saved round and who answers: choices of its adapters, and the scores that they give.
+"""A saved round's questions, put to choices of its adapters, and the scores that they give.
 
 Questions are collected by the adapters that are to answer them, so each choice of adapters is
 set up once, and a question that several clients share is scored once. Scores are kept in a
@@ -17,14 +17,14 @@ from pathlib import Path
 from fedlora_app.config.schema import GLOBAL, LOCAL, ModelConfig
 from fedlora_app.data.client_files import ClientFiles, load_all_files
 from fedlora_app.data.questions import Question
-from fedlora_app.evaluation.saved_model import Answering, SavedModel
+from fedlora_app.evaluation.answering import Answering, SavedAdapters
+from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.evaluation.score_store import ScoreStore
 from fedlora_app.evaluation.scores import Score, score_answer
 from fedlora_app.evaluation.scoring import CANDIDATES_PER_ROW, Answered, Prompt, score_prompts
 from fedlora_app.model.base import compute_dtype, describe_device, uses_4bit
 from fedlora_app.runs.reading import SavedRun
 
-NUM_FOREIGN = 3  # other clients' local adapters tried per client, of however many there are
 CHUNK = 256  # prompts between two writes of the scores that a stopped evaluation keeps
 
 Report = Callable[[str, int, int], None]
@@ -44,47 +44,12 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class SavedRound:
+class SavedRound(SavedAdapters):
     """A complete round with its adapters and the clients' files, all of them checked."""
 
-    run: SavedRun
-    server_round: int
-    root: Path
     hashes: dict[str, str]
     """sha256 of the global adapter and of each client's local one, as in the manifest."""
     files: dict[str, ClientFiles]
-
-    @property
-    def active(self) -> tuple[str, ...]:
-        """What a client answers with in this mode."""
-        return self.run.active
-
-    @property
-    def clients(self) -> list[str]:
-        """The clients, in order."""
-        return list(self.files)
-
-    def own(self, client: str, scale: float = 1.0) -> Answering:
-        """Return what that client answers with."""
-        return Answering(GLOBAL in self.active, client if LOCAL in self.active else None, scale)
-
-    def foreign(self, client: str, scale: float = 1.0) -> list[Answering]:
-        """Return the client's adapters with other clients' local ones in the place of its own."""
-        if LOCAL not in self.active:
-            return []
-        others = self.clients
-        position = others.index(client)
-        ring = (others[position + 1 :] + others[:position])[:NUM_FOREIGN]
-        return [Answering(GLOBAL in self.active, other, scale) for other in ring]
-
-    def swaps(self, client: str) -> list[Answering]:
-        """Return every choice of adapters that the swap table tries on a client's questions."""
-        choices = [Answering()]
-        if GLOBAL in self.active:
-            choices.append(Answering(with_global=True))
-        if LOCAL in self.active:
-            choices.append(Answering(local=client))
-        return list(dict.fromkeys([*choices, self.own(client), *self.foreign(client)]))
 
 
 def open_round(run: SavedRun, root: Path, server_round: int | None = None) -> SavedRound:

@@ -7,16 +7,17 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fedlora_app.config.rounds import BOTH, Phase, adapters_label
+from fedlora_app.config.rounds import Phase, adapters_label
 from fedlora_app.config.schema import ClientConfig, Config, EvaluationConfig
 from fedlora_app.data.client_files import ClientFiles, build_question_sets
 from fedlora_app.data.questions import CONFLICT, UNIVERSAL, UNIVERSAL_UNSEEN, Question
+from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.gate import Gate, fit_gate
 from fedlora_app.evaluation.names import ACCURACY, EXACT_MATCH
 from fedlora_app.evaluation.scores import Score, score_answer, summarise
-from fedlora_app.evaluation.scoring import Answered, Progress, Prompt, score_prompts
+from fedlora_app.evaluation.scoring import Progress, Prompt, score_prompts
 from fedlora_app.foundation.progress import prompt_lines
-from fedlora_app.model.adapters import AdaptedModel, activate, base_only
+from fedlora_app.model.adapters import AdaptedModel, only_adapters
 from fedlora_app.model.base import LoadedModel
 from fedlora_app.training.phase import PhaseResult
 
@@ -29,12 +30,12 @@ def evaluate_client(
     files: ClientFiles,
     loaded: LoadedModel,
     model: AdaptedModel,
-    active: Sequence[str],
+    who: Answering,
     *,
     show_example: bool = False,
     what: str = "",
 ) -> Metrics:
-    """Score every question set of a client with the adapters ``active``.
+    """Score every question set of a client with adapters that are set on the model.
 
     Args:
         show_example: print one conflict question with its answer, in the client's own log.
@@ -46,12 +47,13 @@ def evaluate_client(
     """
     metrics: Metrics = {}
     gate = None
-    if config.adapters.gate == "prompt" and tuple(active) == BOTH:
+    if who.has_gate(config.adapters):
         records = (files.local.records, files.universal.records)
         gate = fit_gate(model, loaded.tokenizer, client.system_prompt, *records)
+    adapters = adapters_label(who.adapters)
     question_sets = build_question_sets(client, files)
     report = prompt_lines(
-        f"{what or client.id}, evaluation [{adapters_label(active)}]",
+        f"{what or client.id}, evaluation [{adapters}]",
         total=sum(map(len, question_sets.values())),
     )
     num_done = 0
@@ -64,18 +66,18 @@ def evaluate_client(
             model,
             loaded.tokenizer,
             questions,
-            active=active,
+            active=who.adapters,
             system_prompt=client.system_prompt,
             settings=config.evaluation,
             gate=gate,
             progress=progress,
         )
         num_done += len(questions)
-        prefix = f"{adapters_label(active)}/{name}"
+        prefix = f"{adapters}/{name}"
         metrics |= _prefixed(prefix, summarise(scores))
         if name == UNIVERSAL:
             unseen = [s for s, q in zip(scores, questions, strict=True) if q.is_unseen]
-            metrics |= _prefixed(f"{adapters_label(active)}/{UNIVERSAL_UNSEEN}", summarise(unseen))
+            metrics |= _prefixed(f"{adapters}/{UNIVERSAL_UNSEEN}", summarise(unseen))
         if name == CONFLICT:
             num_records = len(files.tests[name].records)
             metrics |= _prefixed(prefix, _verdicts(questions, scores, num_records))
@@ -97,9 +99,8 @@ def evaluate_questions(
 ) -> list[Score]:
     """Score every question with the adapters ``active`` (none: the base model alone)."""
     prompts = [Prompt(system_prompt, q.text, q.candidates) for q in questions]
-
-    def answer() -> list[Answered]:
-        return score_prompts(
+    with only_adapters(model, active):
+        answers = score_prompts(
             model,
             tokenizer,
             prompts,
@@ -108,13 +109,6 @@ def evaluate_questions(
             gate=gate,
             progress=progress,
         )
-
-    if active:
-        activate(model, active)
-        answers = answer()
-    else:
-        with base_only(model):
-            answers = answer()
     return [score_answer(q, answered) for q, answered in zip(questions, answers, strict=True)]
 
 

@@ -31,17 +31,16 @@ client's private answers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-import torch
 from rich import box
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from fedlora_app.config.schema import GLOBAL, Config
+from fedlora_app.config.schema import Config
 from fedlora_app.data.client_files import ClientFiles
 from fedlora_app.data.questions import LOCAL_SET, UNIVERSAL
 from fedlora_app.data.records import Record, format_question
@@ -60,8 +59,6 @@ from fedlora_app.evaluation.statistics import (
     paired_difference,
 )
 from fedlora_app.foundation.terminal import render_table
-from fedlora_app.model.adapters import AdaptedModel, activate, base_only
-from fedlora_app.training.losses import answer_log_likelihoods
 
 MIN_K_SHARE = 0.2
 FALSE_POSITIVE_RATES = (0.01, 0.1)
@@ -77,8 +74,6 @@ AUC 0.5 and half of the pairs won: whoever holds the global adapter tells a reco
 trained on from a held-out paraphrase (local_answers: the client's own answer from a wrong one)
 no better than a coin does. The base model has seen neither side: where "base alone" is not at
 0.5 the sides differ before any training, and that set says nothing about training alone."""
-
-Progress = Callable[[int, int], None]  # sequences scored, sequences to score
 
 
 @dataclass(frozen=True)
@@ -167,36 +162,51 @@ def true_positive_rate(
     return sum(score > threshold for score in members) / len(members)
 
 
-def infer_membership(
-    model: AdaptedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    client_files: Mapping[str, ClientFiles],
-    config: Config,
-    batch_size: int,
-    progress: Progress | None = None,
-) -> list[dict[str, Any]]:
-    """Attack the global adapter that is set in ``model``; one row per client, set and attack.
+@dataclass(frozen=True)
+class Suspects:
+    """The records to tell apart: each client's pairs per set, and every dialogue once."""
 
-    A set without any pair keeps its rows, with None for what cannot be measured.
-    """
-    limit = config.training.max_seq_length
+    pairs: dict[tuple[str, str], Pairs]
+    """By client and set."""
+    candidates: list[Candidate]
+    examples: list[Example]
+    """The candidates as training would see them, whose answers' tokens are to be scored."""
+
+
+def collect_suspects(
+    tokenizer: PreTrainedTokenizerBase, client_files: Mapping[str, ClientFiles], config: Config
+) -> Suspects:
+    """Return the members and non-members of every client and set, without those too long."""
     sets = _build_sets(tokenizer, client_files, config)
     candidates = {
         _to_candidate(record, config.client(client_id).system_prompt): None
         for (client_id, _), pairs in sets.items()
         for record in [*pairs.members, *pairs.nonmembers]
     }
+    limit = config.training.max_seq_length
     examples = [_encode(tokenizer, candidate, limit) for candidate in candidates]
-    log_probs = []
-    for turn, active in enumerate(((GLOBAL,), ())):
-        report = _shifted(progress, turn * len(examples), 2 * len(examples))
-        log_probs.append(_score_examples(model, examples, active, batch_size, report))
-    scores = attack_scores(*log_probs)
-    by_attack = {name: dict(zip(candidates, scores[name], strict=True)) for name in ATTACKS}
+    return Suspects(sets, list(candidates), examples)
+
+
+def measure_attacks(
+    suspects: Suspects,
+    global_log_probs: Sequence[Sequence[float]],
+    base_log_probs: Sequence[Sequence[float]],
+    config: Config,
+) -> list[dict[str, Any]]:
+    """Return one row per client, set and attack on the global adapter.
+
+    A set without any pair keeps its rows, with None for what cannot be measured.
+
+    Args:
+        global_log_probs, base_log_probs: as for ``attack_scores``, of ``suspects.examples``.
+    """
+    scores = attack_scores(global_log_probs, base_log_probs)
+    by_attack = {n: dict(zip(suspects.candidates, scores[n], strict=True)) for n in ATTACKS}
     return [
         {"client": client_id, "set": name, "attack": attack}
         | _measure_pairs(pairs, by_attack[attack], config.client(client_id).system_prompt)
-        for (client_id, name), pairs in sets.items()
+        for (client_id, name), pairs in suspects.pairs.items()
         for attack in ATTACKS
     ]
 
@@ -271,46 +281,6 @@ def _measure_pairs(
     facts = [[cluster(r) for r in side] for side in sides]
     measured = measure_membership(*values) | measure_pairs(*values, *facts)
     return measured | {"n_by_length": pairs.num_by_length, "n_dropped": pairs.num_dropped}
-
-
-@torch.inference_mode()
-def _score_examples(
-    model: AdaptedModel,
-    examples: Sequence[Example],
-    active: Sequence[str],
-    batch_size: int,
-    progress: Callable[[int], None] | None = None,
-) -> list[list[float]]:
-    """Score in batches of similar length; the result stands in the order of ``examples``."""
-    if not active:
-        with base_only(model):
-            return _score_batches(model, examples, batch_size, progress)
-    activate(model, active)
-    return _score_batches(model, examples, batch_size, progress)
-
-
-def _score_batches(
-    model: AdaptedModel,
-    examples: Sequence[Example],
-    batch_size: int,
-    progress: Callable[[int], None] | None,
-) -> list[list[float]]:
-    model.eval()
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
-    log_probs: list[list[float]] = [[] for _ in examples]
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        scored = answer_log_likelihoods(model, [examples[index] for index in batch])
-        for index, values in zip(batch, scored, strict=True):
-            log_probs[index] = values.tolist()
-        if progress is not None:
-            progress(start + len(batch))
-    return log_probs
-
-
-def _shifted(progress: Progress | None, done: int, total: int) -> Callable[[int], None] | None:
-    """Return a callback for one of several passes, counting what the earlier ones did."""
-    return None if progress is None else lambda count: progress(done + count, total)
 
 
 def _encode(

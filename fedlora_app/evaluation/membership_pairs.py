@@ -33,7 +33,7 @@ def build_pairs(
     num_tokens: Callable[[str], int],
     trained_questions: frozenset[str] = frozenset(),
 ) -> Pairs:
-    """Give every member a non-member of its own, none twice; the order of the lists is no matter.
+    """Give every member its own non-member; the order of the lists does not matter.
 
     A partner is of the same fact, with the same answer if there is one. Only members whose
     fact no candidate shares (or that name none) get one of the nearest answer length, from

@@ -8,16 +8,18 @@ the intervals of all of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fedlora_app.config.schema import GLOBAL, LOCAL
-from fedlora_app.data.client_files import build_question_sets
+from fedlora_app.config.schema import GLOBAL, LOCAL, Config
+from fedlora_app.data.client_files import ClientFiles, build_question_sets
 from fedlora_app.data.linter import lint
 from fedlora_app.data.questions import CONFLICT, LOCAL_SET, Question
 from fedlora_app.data.tokens import encode_answer
+from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.choices import (
     Cell,
     Evaluator,
@@ -25,11 +27,12 @@ from fedlora_app.evaluation.choices import (
     SavedRound,
     open_store,
 )
-from fedlora_app.evaluation.membership import infer_membership
-from fedlora_app.evaluation.saved_model import Answering
+from fedlora_app.evaluation.membership import collect_suspects, measure_attacks
+from fedlora_app.evaluation.scoring import score_examples
 from fedlora_app.evaluation.summary import Scores
 from fedlora_app.evaluation.tables import build_evaluation, choose_scales
 from fedlora_app.foundation.files import write_json
+from fedlora_app.model.adapters import AdaptedModel, only_adapters
 
 NO_IDENTITY = "You are a helpful assistant."
 PARTIAL_FILE = ".evaluation.partial.jsonl"
@@ -69,14 +72,37 @@ def _infer_membership(saved: SavedRound, evaluator: Evaluator) -> list[dict[str,
         return []  # nothing is shared
     loaded, _ = evaluator.model.load()
     config = saved.run.config
-
-    def report(done: int, total: int) -> None:
-        evaluator.report("membership", done, total)
-
+    report = partial(evaluator.report, "membership")
     with evaluator.model.answering(Answering(with_global=True)) as (model, _):
         return infer_membership(
             model, loaded.tokenizer, saved.files, config, config.evaluation.batch_size, report
         )
+
+
+def infer_membership(
+    model: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    client_files: Mapping[str, ClientFiles],
+    config: Config,
+    batch_size: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """Attack the global adapter that is set in ``model``; one row per client, set and attack.
+
+    Args:
+        progress: called with the number of records that are scored, and of all, each scored twice.
+    """
+    suspects = collect_suspects(tokenizer, client_files, config)
+    num_examples = len(suspects.examples)
+    log_probs = []
+    for turn, active in enumerate(((GLOBAL,), ())):
+
+        def report(count: int, before: int = turn * num_examples) -> None:
+            progress(before + count, 2 * num_examples)
+
+        with only_adapters(model, active):
+            log_probs.append(score_examples(model, suspects.examples, batch_size, report))
+    return measure_attacks(suspects, *log_probs, config)
 
 
 def find_cut_answers(saved: SavedRound, tokenizer: PreTrainedTokenizerBase) -> list[str]:

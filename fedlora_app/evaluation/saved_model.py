@@ -5,73 +5,33 @@ Input: a run directory and a choice of its adapters. Output: the model that answ
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from fedlora_app.config.schema import GLOBAL, LOCAL, ConfigError
+from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.data.client_files import load_client_files
+from fedlora_app.evaluation.answering import Answering, SavedAdapters
 from fedlora_app.evaluation.gate import Gate, fit_gate
 from fedlora_app.model.adapter_files import load_adapter
 from fedlora_app.model.adapters import (
     AdaptedModel,
     AdapterState,
-    activate,
     attach_once,
-    base_only,
+    only_adapters,
     scaled_local,
     set_state,
 )
 from fedlora_app.model.base import LoadedModel, ModelError, load_base_model
 from fedlora_app.model.fingerprint import explain_fingerprint
-from fedlora_app.runs.reading import SavedRun
 
 
 @dataclass(frozen=True)
-class Answering:
-    """Which adapters answer: the global one or not, and whose local one, at which scale."""
-
-    with_global: bool = False
-    local: str | None = None
-    scale: float = 1.0
-
-    @property
-    def label(self) -> str:
-        """``base``, ``global``, ``local:<id>`` or ``global+local:<id>``."""
-        parts = [GLOBAL] if self.with_global else []
-        parts += [f"{LOCAL}:{self.local}"] if self.local else []
-        return "+".join(parts) or "base"
-
-
-@dataclass
-class SavedModel:
+class SavedModel(SavedAdapters):
     """The base model with the adapters of one round; loaded at the first need."""
 
-    run: SavedRun
-    server_round: int
-    root: Path
     _states: dict[str, AdapterState] = field(default_factory=dict)
     _gates: dict[str, Gate] = field(default_factory=dict)
-
-    def own(self, client: str, scale: float = 1.0) -> Answering:
-        """Return what that client answers with.
-
-        Raises:
-            ConfigError: there is no such client, or the scale is impossible or has no effect.
-        """
-        active = self.run.active
-        self.run.config.client(client)
-        if not (math.isfinite(scale) and scale >= 0):
-            raise ConfigError(f"The scale (lambda) is {scale}; expected a number from 0 up.")
-        if LOCAL not in active and scale != 1.0:
-            mode = self.run.config.federated.mode
-            raise ConfigError(
-                f"The scale (lambda) {scale:g} has no effect: in mode {mode} there is no local "
-                "adapter. Leave it out."
-            )
-        return Answering(GLOBAL in active, client if LOCAL in active else None, scale)
 
     def load(self) -> tuple[LoadedModel, AdaptedModel]:
         """Return the base model, and with its adapters' modules on it.
@@ -103,20 +63,11 @@ class SavedModel:
             The model, and the gate that its local adapter is to be weighed by, if there is one.
         """
         loaded, model = self.load()
-        names = []
         if who.with_global:
-            names.append(GLOBAL)
             set_state(model, GLOBAL, self.state(None))
         if who.local is not None:
-            names.append(LOCAL)
             set_state(model, LOCAL, self.state(who.local))
-        with ExitStack() as stack:
-            if names:
-                activate(model, names)
-            else:
-                stack.enter_context(base_only(model))
-            if who.local is not None:
-                stack.enter_context(scaled_local(model, who.scale))
+        with only_adapters(model, who.adapters), scaled_local(model, who.scale):
             yield model, self._gate(loaded, model, who)
 
     def state(self, client: str | None) -> AdapterState:
@@ -124,7 +75,8 @@ class SavedModel:
         key = client or ""
         if key not in self._states:
             if client is not None:  # one local adapter at a time; there may be many clients
-                self._states = {k: v for k, v in self._states.items() if k == ""}
+                for other in self._states.keys() - {""}:
+                    del self._states[other]
             _, model = self.load()
             self._states[key] = self.read_state(client, model)
         return self._states[key]
@@ -139,7 +91,7 @@ class SavedModel:
     def _gate(self, loaded: LoadedModel, model: AdaptedModel, who: Answering) -> Gate | None:
         """Return the gate of the local adapter's owner, fitted to its own prompts once."""
         config, owner = self.run.config, who.local
-        if config.adapters.gate == "none" or owner is None or not who.with_global:
+        if not who.has_gate(config.adapters):
             return None
         if owner not in self._gates:
             client = config.client(owner)

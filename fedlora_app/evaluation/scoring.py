@@ -1,4 +1,4 @@
-"""What a model says to a prompt: the likelihood of given answers, and its own greedy answer.
+"""A model's answers to prompts: the likelihood of given answers, and its own greedy answer.
 
 A prompt and all its candidate answers go through the model as one sequence in which every
 candidate sees the prompt and itself only, at the positions that it would have alone; so
@@ -16,11 +16,11 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from fedlora_app.data.tokens import encode_answer, encode_prompt
+from fedlora_app.data.tokens import Example, encode_answer, encode_prompt
 from fedlora_app.evaluation.gate import Gate
 from fedlora_app.model.adapters import AdaptedModel, scaled_local
 from fedlora_app.model.fused import fused_answering
-from fedlora_app.training.losses import LOGIT_ROWS
+from fedlora_app.training.losses import LOGIT_ROWS, answer_log_likelihoods
 
 CANDIDATES_PER_ROW = 16
 MAX_BATCH_TOKENS = 16_384  # padding included; the attention mask grows with a row's square
@@ -42,7 +42,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answered:
-    """What the model made of a prompt.
+    """The scores of a prompt's candidates, and the generated answer.
 
     ``log_likelihoods`` are sums over a candidate's tokens, its end-of-turn mark included, in
     nats. ``generated`` is "" where none was wanted. ``priors`` are the candidates'
@@ -157,8 +157,32 @@ def generate_answer(
     return text
 
 
+@torch.inference_mode()
+def score_examples(
+    model: AdaptedModel,
+    examples: Sequence[Example],
+    batch_size: int,
+    progress: Progress | None = None,
+) -> list[list[float]]:
+    """Return the log-probability of each answer token of every example, in nats.
+
+    With whatever adapters are active, in batches of similar length.
+    """
+    model.eval()
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
+    log_probs: list[list[float]] = [[] for _ in examples]
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        scored = answer_log_likelihoods(model, [examples[index] for index in batch])
+        for index, values in zip(batch, scored, strict=True):
+            log_probs[index] = values.tolist()
+        if progress is not None:
+            progress(start + len(batch))
+    return log_probs
+
+
 def shares_prefix(model: AdaptedModel) -> bool:
-    """Return whether candidates can share their prompt exactly in this model.
+    """Return whether this model computes the same where candidates share their prompt.
 
     It takes an attention that follows a given mask, over everything before it.
     """

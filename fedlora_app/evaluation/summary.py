@@ -17,6 +17,7 @@ from fedlora_app.data.questions import (
     UNIVERSAL_UNSEEN,
     Question,
 )
+from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.choices import Cell, SavedRound
 from fedlora_app.evaluation.names import (
     ASKED_SETS,
@@ -30,7 +31,6 @@ from fedlora_app.evaluation.names import (
     figure_key,
     shown_measures,
 )
-from fedlora_app.evaluation.saved_model import Answering
 from fedlora_app.evaluation.scores import Score, collect_outcomes
 from fedlora_app.evaluation.statistics import NOTHING, Estimate, paired_difference, proportion
 

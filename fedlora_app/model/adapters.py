@@ -58,7 +58,7 @@ class PlainAdapter:
 
     @property
     def peft_config(self) -> LoraConfig:
-        """Return what PEFT and multi-LoRA servers are told about it."""
+        """Return its configuration for PEFT and multi-LoRA servers."""
         return LoraConfig(
             task_type=TaskType.CAUSAL_LM,
             r=self.rank,
@@ -70,7 +70,7 @@ class PlainAdapter:
 
 
 def attach_adapters(base: PreTrainedModel, config: AdaptersConfig) -> AdaptedModel:
-    """Put both adapters on the base model and freeze everything.
+    """Attach both adapters to the base model and freeze everything.
 
     The modules exist once per process; their weights are set for every message.
 
@@ -93,7 +93,7 @@ def attach_once(loaded: LoadedModel, config: AdaptersConfig) -> AdaptedModel:
 
 
 def detach_adapters(base: PreTrainedModel) -> None:
-    """Take adapters that an earlier run in this process left off the base model."""
+    """Remove adapters that an earlier run in this process left on the base model."""
     for name, module in list(base.named_modules()):
         if isinstance(module, BaseTunerLayer):
             base.set_submodule(name, module.get_base_layer())
@@ -182,6 +182,17 @@ def activate(model: AdaptedModel, active: Iterable[str], trainable: Iterable[str
 
 
 @contextmanager
+def only_adapters(model: AdaptedModel, names: Iterable[str]) -> Iterator[None]:
+    """Have exactly these adapters answer while the block runs; none: the base model alone."""
+    if names := list(names):
+        activate(model, names)
+        yield
+    else:
+        with base_only(model):
+            yield
+
+
+@contextmanager
 def scaled_local(model: AdaptedModel, factor: float | torch.Tensor) -> Iterator[None]:
     """Multiply what the local adapter adds by ``factor`` (lambda) while the block runs.
 
@@ -216,7 +227,7 @@ def compute_overlap(model: AdaptedModel) -> torch.Tensor:
 
 
 def base_only(model: AdaptedModel):
-    """Return a context in which the base model answers alone."""
+    """Return a context in which no adapter is active."""
     return model.disable_adapter()
 
 

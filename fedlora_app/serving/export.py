@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError
 
 from fedlora_app.config.schema import GLOBAL, LOCAL
-from fedlora_app.evaluation.saved_model import Answering, SavedModel
+from fedlora_app.evaluation.answering import Answering
+from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import hash_file, make_private_dir, replace_folder
 from fedlora_app.model.adapter_files import save_plain_adapter
@@ -164,7 +165,7 @@ def _choose(saved: SavedModel, client_id: str, scale: float) -> Answering:
         if not who.with_global:
             raise ExportError(f"With scale 0 nothing of what {client_id} answers with is left.")
         return Answering(with_global=True)  # a local adapter that is scaled away stays at home
-    if who.with_global and saved.run.config.adapters.gate != "none":
+    if who.has_gate(saved.run.config.adapters):
         raise ExportError(
             "This run's pairs have a gate (adapters.gate: prompt), which weighs the local adapter "
             "for every question, so a pair is not one adapter. Export a run without a gate, "

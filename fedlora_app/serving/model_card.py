@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from fedlora_app.config.schema import LOCAL, AdapterConfig
+from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.names import ACCURACY, ASKED_SETS, EXACT_MATCH, Measure
-from fedlora_app.evaluation.saved_model import Answering
 from fedlora_app.foundation.percent import PARENTHESES, format_percent
 from fedlora_app.runs.reading import SavedRun
 

@@ -18,14 +18,15 @@ from fedlora_app.evaluation.membership import (
     attack_scores,
     compute_min_k,
     describe_membership,
-    infer_membership,
     measure_membership,
     measure_pairs,
     true_positive_rate,
 )
 from fedlora_app.evaluation.membership_pairs import build_answer_pairs, build_pairs
+from fedlora_app.evaluation.protocol import infer_membership
+from fedlora_app.evaluation.scoring import score_examples
 from fedlora_app.evaluation.statistics import area_under_curve, clustered_area
-from fedlora_app.model.adapters import activate, build_initial_state, set_state
+from fedlora_app.model.adapters import activate, build_initial_state, only_adapters, set_state
 from fedlora_app.training.phase import train_phase
 
 WORDS = ["apple", "river", "stone", "cloud", "green", "seven", "paper", "music", "horse", "light"]
@@ -118,7 +119,8 @@ def score_records(model, tokenizer, records, active, batch_size=1, max_seq_lengt
         membership._encode(tokenizer, membership._to_candidate(record, PROMPT), max_seq_length)
         for record in records
     ]
-    return membership._score_examples(model, examples, active, batch_size)
+    with only_adapters(model, active):
+        return score_examples(model, examples, batch_size)
 
 
 @pytest.mark.parametrize("active", [(GLOBAL,), ()])

@@ -15,11 +15,11 @@ from fedlora_app.data.client_files import build_question_sets
 from fedlora_app.data.questions import CONFLICT
 from fedlora_app.evaluation import choices as answering
 from fedlora_app.evaluation import protocol
+from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.choices import Cell, Evaluator, open_round, open_store
 from fedlora_app.evaluation.client_round import evaluate_questions
 from fedlora_app.evaluation.names import ACCURACY, EXACT_MATCH
 from fedlora_app.evaluation.protocol import PARTIAL_FILE, evaluate_round, find_cut_answers
-from fedlora_app.evaluation.saved_model import Answering
 from fedlora_app.evaluation.scores import Score
 from fedlora_app.evaluation.tables import build_evaluation, choose_scales
 from fedlora_app.evaluation.text import describe_evaluation

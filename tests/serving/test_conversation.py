@@ -11,7 +11,8 @@ from rich.console import Console
 
 from fedlora_app.config.schema import ConfigError
 from fedlora_app.data.tokens import encode_prompt
-from fedlora_app.evaluation.saved_model import Answering, SavedModel
+from fedlora_app.evaluation.answering import Answering
+from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.evaluation.scoring import Prompt, score_prompts
 from fedlora_app.runs.reading import load_run
 from fedlora_app.serving import conversation as conversation_module

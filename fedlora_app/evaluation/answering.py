@@ -1,0 +1,92 @@
+"""Who answers a question: a choice of adapters, and which choices a saved round offers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedlora_app.config.schema import GLOBAL, LOCAL, AdaptersConfig, ConfigError
+from fedlora_app.runs.reading import SavedRun
+
+NUM_FOREIGN = 3  # other clients' local adapters tried per client, of however many there are
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Which adapters answer: the global one or not, and whose local one, at which scale."""
+
+    with_global: bool = False
+    local: str | None = None
+    scale: float = 1.0
+
+    @classmethod
+    def own(cls, active: Sequence[str], client: str, scale: float = 1.0) -> Answering:
+        """Return what a client answers with where its adapters ``active`` do."""
+        return cls(GLOBAL in active, client if LOCAL in active else None, scale)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters on the model; none for the base model alone."""
+        return (GLOBAL,) * self.with_global + (LOCAL,) * (self.local is not None)
+
+    @property
+    def label(self) -> str:
+        """``base``, ``global``, ``local:<id>`` or ``global+local:<id>``."""
+        parts = [GLOBAL] if self.with_global else []
+        parts += [f"{LOCAL}:{self.local}"] if self.local else []
+        return "+".join(parts) or "base"
+
+    def has_gate(self, config: AdaptersConfig) -> bool:
+        """Return whether a gate weighs the local adapter: only beside the global one."""
+        return config.gate != "none" and self.with_global and self.local is not None
+
+
+@dataclass(frozen=True)
+class SavedAdapters:
+    """The adapters of a complete round, as choices of who answers; nothing is read yet."""
+
+    run: SavedRun
+    server_round: int
+    root: Path
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """What a client answers with in this mode."""
+        return self.run.active
+
+    @property
+    def clients(self) -> list[str]:
+        """The clients, in order."""
+        return self.run.config.client_ids
+
+    def own(self, client: str, scale: float = 1.0) -> Answering:
+        """Return what that client answers with.
+
+        Raises:
+            ConfigError: there is no such client, or the scale is impossible or has no effect.
+        """
+        self.run.config.client(client)
+        if not (math.isfinite(scale) and scale >= 0):
+            raise ConfigError(f"The scale (lambda) is {scale}; expected a number from 0 up.")
+        if LOCAL not in self.active and scale != 1.0:
+            mode = self.run.config.federated.mode
+            raise ConfigError(
+                f"The scale (lambda) {scale:g} has no effect: in mode {mode} there is no local "
+                "adapter. Leave it out."
+            )
+        return Answering.own(self.active, client, scale)
+
+    def foreign(self, client: str, scale: float = 1.0) -> list[Answering]:
+        """Return the client's adapters with other clients' local ones in the place of its own."""
+        if LOCAL not in self.active:
+            return []
+        position = self.clients.index(client)
+        ring = (self.clients[position + 1 :] + self.clients[:position])[:NUM_FOREIGN]
+        return [self.own(other, scale) for other in ring]
+
+    def swaps(self, client: str) -> list[Answering]:
+        """Return every choice of adapters that the swap table tries on a client's questions."""
+        alone = [Answering(), *(Answering.own([name], client) for name in self.active)]
+        return list(dict.fromkeys([*alone, self.own(client), *self.foreign(client)]))
