@@ -6,22 +6,19 @@ server averages the updates, and each city then fits its private local adapter t
 
 from pathlib import Path
 
-from fedlora_app.config.loading import load_config
-from fedlora_app.config.rounds import BOTH, plan_round
-from fedlora_app.config.schema import GLOBAL, LOCAL
-from fedlora_app.data.client_files import (
-    build_question_sets,
-    load_client_files,
-    tokenize_client_files,
+from fedlora_app.config import BOTH, GLOBAL, LOCAL, load_config, plan_round
+from fedlora_app.data import CONFLICT, build_question_sets, load_client_files, tokenize_client_files
+from fedlora_app.evaluation import evaluate_questions
+from fedlora_app.federation import build_rule
+from fedlora_app.foundation import derive_seed
+from fedlora_app.model import (
+    attach_once,
+    build_initial_state,
+    get_state,
+    load_base_model,
+    set_state,
 )
-from fedlora_app.data.questions import CONFLICT
-from fedlora_app.evaluation.client_round import evaluate_questions
-from fedlora_app.federation.rules import build_rule
-from fedlora_app.foundation.seeds import derive_seed
-from fedlora_app.model.adapters import attach_once, build_initial_state, get_state, set_state
-from fedlora_app.model.base import load_base_model
-from fedlora_app.training.phase import train_phase
-from fedlora_app.training.selection import select_examples
+from fedlora_app.training import select_examples, train_phase
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVER_ROUND, NUM_STEPS = 1, 60
