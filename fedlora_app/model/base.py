@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import os
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -17,29 +16,28 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
 
 from fedlora_app.config.schema import ModelConfig, TrainingConfig
-from fedlora_app.foundation.errors import UserError
 from fedlora_app.model.chat_template import find_template_fault
 from fedlora_app.model.fingerprint import fingerprint_model, fingerprint_weights
 from fedlora_app.model.host_embedding import SHARED_WEIGHTS, move_embedding_to_host
+from fedlora_app.model.pretrained import (
+    ModelError,
+    find_weights,
+    from_pretrained,
+    load_model_config,
+    local_folder,
+)
 from fedlora_app.model.quantised_cache import QuantisedCopy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class ModelError(UserError):
-    """The base model cannot be loaded; the message says what to download or to name."""
 
 
 @dataclass
@@ -90,21 +88,21 @@ def _let_go() -> None:
 
 
 def load_unquantised_model(config: ModelConfig, root: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the base model on the CPU, a copy of its own that may be changed.
+    """Return the base model on the CPU, a separate copy that may be changed.
 
-    Whatever the configuration says of its quantisation and dtype.
+    The quantisation and dtype of the configuration are ignored.
 
     Raises:
         ModelError: it is not there.
     """
     _let_go()
     kwargs = {"dtype": dtype, "device_map": {"": "cpu"}, "use_safetensors": True}
-    return _from_pretrained(AutoModelForCausalLM, config, root, **kwargs).eval()
+    return from_pretrained(AutoModelForCausalLM, config, root, **kwargs).eval()
 
 
 def load_tokenizer(config: ModelConfig, root: Path) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer, which must bring a chat template."""
-    tokenizer = _from_pretrained(AutoTokenizer, config, root)
+    tokenizer = from_pretrained(AutoTokenizer, config, root)
     templates = tokenizer.chat_template
     template = templates.get("default") if isinstance(templates, dict) else templates
     if not template:
@@ -121,11 +119,6 @@ def load_tokenizer(config: ModelConfig, root: Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def load_model_config(config: ModelConfig, root: Path) -> PretrainedConfig:
-    """Return the base model's configuration, without any weights."""
-    return _from_pretrained(AutoConfig, config, root)
 
 
 def build_empty_model(config: ModelConfig, root: Path) -> PreTrainedModel:
@@ -174,7 +167,7 @@ def compute_fingerprint(config: ModelConfig, root: Path) -> str:
     Raises:
         ModelError: a file cannot be read.
     """
-    folder = _weights_folder(config, root)
+    folder = find_weights(config, root)
     try:
         return fingerprint_model(folder)
     except OSError as error:
@@ -202,7 +195,7 @@ def _load(config: ModelConfig, root: Path) -> PreTrainedModel:
     if uses_4bit(config):
         model = _load_quantised(config, root, kwargs)
     else:
-        model = _from_pretrained(AutoModelForCausalLM, config, root, use_safetensors=True, **kwargs)
+        model = from_pretrained(AutoModelForCausalLM, config, root, use_safetensors=True, **kwargs)
     model.requires_grad_(False)
     model.eval()
     # generate() fills what a caller leaves open from here, and instruct models ship sampling
@@ -236,7 +229,7 @@ def _load_quantised(config: ModelConfig, root: Path, kwargs: dict[str, Any]) -> 
         model.config.name_or_path = model.name_or_path
         return model
     kwargs = kwargs | {"use_safetensors": True, "quantization_config": quantisation}
-    model = _from_pretrained(AutoModelForCausalLM, config, root, **kwargs)
+    model = from_pretrained(AutoModelForCausalLM, config, root, **kwargs)
     copy = _find_copy(config, root, quantisation)  # the weights may have come only now
     if copy is not None:
         copy.save(model)
@@ -246,14 +239,14 @@ def _load_quantised(config: ModelConfig, root: Path, kwargs: dict[str, Any]) -> 
 def _find_copy(
     config: ModelConfig, root: Path, quantisation: BitsAndBytesConfig
 ) -> QuantisedCopy | None:
-    """Return where this base's quantised copy is or would be, None if there shall be none.
+    """Return where this base's quantised copy is or would be, None if none is to be kept.
 
     Everything that the bits depend on is in the key: weights, configuration, how and by what
     they were quantised, and on which kind of device.
     """
     if not config.cache_quantized or config.trust_remote_code:
         return None
-    folder = _weights_folder(config, root)
+    folder = find_weights(config, root)
     content = (folder / "config.json").read_bytes()
     if not any(folder.glob("*.safetensors")) or b'"quantization_config"' in content:
         return None  # nothing there yet, or nothing left to quantise
@@ -266,87 +259,4 @@ def _find_copy(
             "device": choose_device().type,
             "versions": [version(name) for name in ("transformers", "bitsandbytes", "torch")],
         }
-    )
-
-
-def _from_pretrained(factory: Any, config: ModelConfig, root: Path, **kwargs: Any) -> Any:
-    """Call ``factory.from_pretrained`` on a folder or a hub id, with one clear error."""
-    folder = local_folder(config, root)
-    _refuse_unsafe_folder(config, folder)
-    try:
-        loaded = factory.from_pretrained(
-            str(folder or config.name),
-            revision=None if folder else config.revision,
-            trust_remote_code=config.trust_remote_code,  # False, unlike None, never asks
-            local_files_only=folder is not None,
-            **kwargs,
-        )
-    except Exception as error:  # a damaged folder makes transformers raise almost anything
-        _refuse_unsafe_folder(config, folder)
-        raise ModelError(_explain(config, root, folder, error)) from error
-    if folder is None:
-        _refuse_unsafe_folder(config, folder)  # its files may have come only now
-    return loaded
-
-
-def _refuse_unsafe_folder(config: ModelConfig, folder: Path | None) -> None:
-    """Raise ``ModelError`` if the base would bring code or an adapter of its own."""
-    for name in () if config.trust_remote_code else ("config.json", "tokenizer_config.json"):
-        path = _find_file(config, folder, name)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8")) if path is not None else None
-        except (OSError, ValueError, RecursionError) as error:
-            raise ModelError(f"{path} cannot be read: {error}.") from None
-        if isinstance(content, dict) and "auto_map" in content:
-            raise ModelError(
-                f'{path} names code that comes with the model ("auto_map"), which is not run. Use '
-                "a model that transformers knows by itself; or, if you have read that code and "
-                "trust it, set model.trust_remote_code: true."
-            )
-    path = _find_file(config, folder, "adapter_config.json")
-    if path is not None:
-        raise ModelError(
-            f"{path} makes an adapter of the base model in model.name. Expected a base model alone."
-        )
-
-
-def _find_file(config: ModelConfig, folder: Path | None, name: str) -> Path | None:
-    """Return a file of the model's folder, or of the hub's cache, if it is there."""
-    if folder is not None:
-        return folder / name if (folder / name).is_file() else None
-    try:
-        found = cached_file(config.name, name, revision=config.revision, local_files_only=True)
-    except (OSError, ValueError):
-        return None
-    return Path(found) if found else None
-
-
-def local_folder(config: ModelConfig, root: Path) -> Path | None:
-    """Return the model's folder if ``model.name`` is one."""
-    folder = root / config.name  # an absolute name stays absolute
-    return folder if (folder / "config.json").exists() else None
-
-
-def _weights_folder(config: ModelConfig, root: Path) -> Path:
-    folder = local_folder(config, root)
-    if folder is not None:
-        return folder
-    load_model_config(config, root)  # downloads what is missing, or says so
-    found = cached_file(config.name, "config.json", revision=config.revision, local_files_only=True)
-    return Path(found).parent
-
-
-def _explain(config: ModelConfig, root: Path, folder: Path | None, error: Exception) -> str:
-    lines = (line.strip() for line in str(error).splitlines() if line.strip())
-    reason = next(lines, type(error).__name__)
-    if folder is not None:
-        return f"The base model in {folder} cannot be loaded: {reason}"
-    if not isinstance(error, OSError):
-        return f'The base model "{config.name}" cannot be loaded: {reason}'
-    offline = " (HF_HUB_OFFLINE is set)" if os.getenv("HF_HUB_OFFLINE") == "1" else ""
-    return (
-        f'The base model "{config.name}" was not found: {root / config.name} is not a folder with '
-        f"a config.json, and the model hub gave{offline}: {reason}\n"
-        f'With a network, run "hf download {config.name}" first; without one, set model.name '
-        "to a local folder that holds the model."
     )

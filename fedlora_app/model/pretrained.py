@@ -1,0 +1,107 @@
+"""The base model's files: a local folder or the hub's cache, and no code of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import cached_file
+
+from fedlora_app.config.schema import ModelConfig
+from fedlora_app.foundation.errors import UserError
+
+
+class ModelError(UserError):
+    """The base model cannot be loaded; the message says what to download or to name."""
+
+
+def from_pretrained(factory: Any, config: ModelConfig, root: Path, **kwargs: Any) -> Any:
+    """Call ``factory.from_pretrained`` on a folder or a hub id, with one clear error."""
+    folder = local_folder(config, root)
+    _refuse_unsafe_folder(config, folder)
+    try:
+        loaded = factory.from_pretrained(
+            str(folder or config.name),
+            revision=None if folder else config.revision,
+            trust_remote_code=config.trust_remote_code,  # False, unlike None, never asks
+            local_files_only=folder is not None,
+            **kwargs,
+        )
+    except Exception as error:  # a damaged folder makes transformers raise almost anything
+        _refuse_unsafe_folder(config, folder)
+        raise ModelError(_explain(config, root, folder, error)) from error
+    if folder is None:
+        _refuse_unsafe_folder(config, folder)  # its files may have come only now
+    return loaded
+
+
+def load_model_config(config: ModelConfig, root: Path) -> PretrainedConfig:
+    """Return the base model's configuration, without any weights."""
+    return from_pretrained(AutoConfig, config, root)
+
+
+def local_folder(config: ModelConfig, root: Path) -> Path | None:
+    """Return the model's folder if ``model.name`` is one."""
+    folder = root / config.name  # an absolute name stays absolute
+    return folder if (folder / "config.json").exists() else None
+
+
+def find_weights(config: ModelConfig, root: Path) -> Path:
+    """Return the folder of the model's files, its own or in the hub's cache."""
+    folder = local_folder(config, root)
+    if folder is not None:
+        return folder
+    load_model_config(config, root)  # downloads what is missing, or says so
+    found = cached_file(config.name, "config.json", revision=config.revision, local_files_only=True)
+    return Path(found).parent
+
+
+def _refuse_unsafe_folder(config: ModelConfig, folder: Path | None) -> None:
+    """Raise ``ModelError`` if the base would bring code or an adapter of its own."""
+    for name in () if config.trust_remote_code else ("config.json", "tokenizer_config.json"):
+        path = _find_file(config, folder, name)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8")) if path is not None else None
+        except (OSError, ValueError, RecursionError) as error:
+            raise ModelError(f"{path} cannot be read: {error}.") from None
+        if isinstance(content, dict) and "auto_map" in content:
+            raise ModelError(
+                f'{path} names code that comes with the model ("auto_map"), which is not run. Use '
+                "a model that transformers knows by itself; or, if you have read that code and "
+                "trust it, set model.trust_remote_code: true."
+            )
+    path = _find_file(config, folder, "adapter_config.json")
+    if path is not None:
+        raise ModelError(
+            f"{path} makes an adapter of the base model in model.name. Expected a base model alone."
+        )
+
+
+def _find_file(config: ModelConfig, folder: Path | None, name: str) -> Path | None:
+    """Return a file of the model's folder, or of the hub's cache, if it is there."""
+    if folder is not None:
+        return folder / name if (folder / name).is_file() else None
+    try:
+        found = cached_file(config.name, name, revision=config.revision, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return Path(found) if found else None
+
+
+def _explain(config: ModelConfig, root: Path, folder: Path | None, error: Exception) -> str:
+    lines = (line.strip() for line in str(error).splitlines() if line.strip())
+    reason = next(lines, type(error).__name__)
+    if folder is not None:
+        return f"The base model in {folder} cannot be loaded: {reason}"
+    if not isinstance(error, OSError):
+        return f'The base model "{config.name}" cannot be loaded: {reason}'
+    offline = " (HF_HUB_OFFLINE is set)" if os.getenv("HF_HUB_OFFLINE") == "1" else ""
+    return (
+        f'The base model "{config.name}" was not found: {root / config.name} is not a folder with '
+        f"a config.json, and the model hub gave{offline}: {reason}\n"
+        f'With a network, run "hf download {config.name}" first; without one, set model.name '
+        "to a local folder that holds the model."
+    )
