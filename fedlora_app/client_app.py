@@ -12,7 +12,7 @@ import os
 # this stands in the environment before Ray starts. Flower imports this module before that.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-# Packed batches have ever other lengths, and pieces of fixed size would not fit the next one.
+# Packed batches differ in length, so a block of fixed size would not fit the next batch.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its name before torch 2.9
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -65,7 +65,7 @@ if "flwr.simulation.app" in sys.modules and is_unpacked_bundle(PACKAGE_DIR.paren
 
 app = ClientApp()
 
-PACKAGE_SHA256 = hash_package()  # of what this process runs, whatever happens to the files
+PACKAGE_SHA256 = hash_package()  # of the code that this process runs, even if the files change
 EXPLAINED_ERRORS = (
     AdapterError,
     ConfigError,

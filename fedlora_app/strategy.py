@@ -102,7 +102,7 @@ class GlobalAdapterFedAvg(FedAvg):
         self._begin_round()
 
     def summary(self) -> None:
-        """Say nothing: the run's start block has said it."""
+        """Print nothing: the run's start block has it all."""
 
     def save_initial(self, state: AdapterState) -> ArrayRecord:
         """Keep the initial global adapter as that of round 0 and return it as arrays."""
@@ -131,7 +131,7 @@ class GlobalAdapterFedAvg(FedAvg):
         """Have every client check what it has kept, before anything is trained.
 
         Args:
-            holders: who had kept the global adapter, and gets it again, whatever has become of it.
+            holders: clients that had kept the global adapter; they are sent it again in any case.
 
         Raises:
             RoundError: with what every client found wrong, together.

@@ -2,7 +2,7 @@
 
 Flower's own ``send_and_receive`` sends every message at once and drops whoever has not
 answered when a fixed timeout ends. With one GPU the clients wait for each other, so that a
-long round would lose some of them without a word.
+long round would silently lose some of them.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Workers(Protocol):
 
 
 class PacedGrid(Grid):
-    """Wraps a grid; replies are yielded as they come, and only then are others asked.
+    """A grid that yields replies as they arrive and only then sends further messages.
 
     Args:
-        client_timeout_seconds: after which a client has failed; None waits for ever. In a
+        client_timeout_seconds: after which a client has failed; None waits forever. In a
             simulation it counts from where a worker takes the client's message.
         find_workers: returns a simulation's workers once there are any, else None.
     """
@@ -66,7 +66,7 @@ class PacedGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterator[Message]:
-        """Yield the replies one by one, an error in the place of one that does not come.
+        """Yield the replies one by one, an error in place of one that does not arrive.
 
         ``timeout``, Flower's one for all clients together, is ignored.
         """
@@ -109,7 +109,7 @@ class PacedGrid(Grid):
     def _note_starts(
         self, pending: dict[str, Message], asked_at: dict[str, float], started_at: dict[str, float]
     ) -> None:
-        """Note since when each client can be at work: in a simulation it may wait in line."""
+        """Record when each client can have started; in a simulation it may wait for a worker."""
         workers = self._find_workers()
         for message_id in pending:
             if message_id not in started_at:
@@ -118,7 +118,7 @@ class PacedGrid(Grid):
                     started_at[message_id] = start
 
     def _report_waiting(self, pending: dict[str, Message], since: dict[str, float]) -> None:
-        """Say now and then who has been asked for long, so that a silent client is seen."""
+        """Report from time to time which clients have not replied for long."""
         now = time.monotonic()
         if not pending or now - self._reported < WAITING_REPORT_SECONDS:
             return
@@ -130,7 +130,7 @@ class PacedGrid(Grid):
             self._reported = now
 
     def _limit(self, request: Message) -> float:
-        """Return how many seconds the client has."""
+        """Return how many seconds the client has to reply."""
         if request.metadata.message_type == MessageType.QUERY:
             return max(self._client_timeout_seconds, REGISTRATION_SECONDS)
         return self._client_timeout_seconds
@@ -141,7 +141,7 @@ class PacedGrid(Grid):
         return time.monotonic() - started_at > self._limit(request)
 
     def _give_up(self, message_id: str, request: Message) -> Message:
-        """Return an error in the place of the reply, and end the client's work where we can."""
+        """Return an error in place of the reply, and stop the client's work where possible."""
         workers = self._find_workers()
         if workers is None or not workers.stop(message_id):
             self.has_running_clients = True

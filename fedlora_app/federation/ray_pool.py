@@ -32,7 +32,7 @@ _pool: WatchedPool | None = None
 
 @dataclass
 class Job:
-    """A message in the hands of an actor."""
+    """A message that an actor is working on."""
 
     app_fn: Any
     message: Message
@@ -42,7 +42,7 @@ class Job:
 
 
 class WatchedPool:
-    """Mixed into Flower's pool of actors: knows who does what, and replaces the lost."""
+    """Mixed into Flower's pool of actors: tracks their messages, and replaces lost actors."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         global _pool
@@ -61,7 +61,7 @@ class WatchedPool:
         return future
 
     def fetch_result_and_return_actor_to_pool(self, future: Any) -> tuple[Message, Any]:
-        """Return a client's reply, which says so where its worker was lost."""
+        """Return a client's reply; an error says so if its worker was lost."""
         from ray.exceptions import RayError, RayTaskError  # only a simulation needs Ray
 
         job = self._jobs[future]
@@ -102,7 +102,7 @@ class WatchedPool:
         return False
 
     def _replace(self, lost: Any, job: Job) -> Any:
-        """Return a new actor once it has imported the app, which counts as no client's time."""
+        """Return a new actor once it has imported the app, which no client's timeout includes."""
         import ray
 
         try:
@@ -138,7 +138,7 @@ def current_pool() -> WatchedPool | None:
 
 
 def _print_workers_lines_as_they_are() -> None:
-    """Leave out Ray's prefix, class and process id: our lines name the client that they are of."""
+    """Leave out Ray's prefix (class and process id); our lines already name their client."""
     try:
         from ray._private import ray_logging, worker
 

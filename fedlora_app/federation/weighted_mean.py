@@ -1,4 +1,4 @@
-"""A running weighted mean of tensors that no order of arrival changes.
+"""A running weighted mean of tensors that does not depend on the order of arrival.
 
 The sum is kept in 64-bit fixed point. Integer addition is associative, so the order in
 which clients are served changes no bit of the result, and the server holds one
@@ -50,7 +50,7 @@ class WeightedMean:
 
     @property
     def resolution(self) -> float:
-        """How far rounding can have moved an entry of the mean."""
+        """The largest rounding error of an entry of the mean."""
         return 0.5 * self.num_updates / self._divisor
 
     def mean_of(self, key: str) -> torch.Tensor:

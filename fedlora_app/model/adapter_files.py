@@ -1,4 +1,4 @@
-"""Adapters on the disk: PEFT folders, written in one step and read with suspicion."""
+"""Adapters on disk: PEFT folders, written atomically and checked when they are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The most memory that a stretch of work took, so that it can be told what fits on a card."""
+"""The device's memory: how much is free, whether it ran out, and the peak of a stretch of work."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_free_memory(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether a card's memory was too small, whoever of torch and its libraries says so."""
+    """Return whether an error of torch or its libraries means that a GPU's memory was too small."""
     return isinstance(error, torch.OutOfMemoryError) or any(
         text in str(error) for text in ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
     )

@@ -1,4 +1,4 @@
-"""A 4-bit base model as it lies in memory, kept on disk so that the next start only reads it.
+"""A 4-bit base model as it is in memory, kept on disk so that the next start only reads it.
 
 A copy is whole or absent and is hashed before it is used. Nothing but this project writes to
 the folder, and whatever is there may be deleted at any time.
@@ -84,7 +84,7 @@ class QuantisedCopy:
             return None
 
     def save(self, model: PreTrainedModel) -> None:
-        """Write the copy, or say why there is none; a run never ends over it."""
+        """Write the copy, or print why there is none; a failure never ends a run."""
         try:
             reason = self._write(model)
         except Exception as error:  # a full disk, a folder that cannot be written, and the like
@@ -96,7 +96,7 @@ class QuantisedCopy:
             )
 
     def _write(self, model: PreTrainedModel) -> str | None:
-        """Write unless something stands against it, which is returned."""
+        """Write the copy; return the reason if that is impossible."""
         parent = self.folder.parent
         make_private_dir(parent)
         lock = lock_folder(parent)
