@@ -4,21 +4,16 @@ import json
 
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fedlora_app.federation.messages import (
     ABOUT_RECORD,
     MAX_ARRAY_HEADER_BYTES,
     MessageError,
-    Task,
-    build_error_reply,
     build_reply,
-    build_task_content,
     pack_state,
     unpack_state,
 )
-from fedlora_app.federation.replies import read_reply
-from fedlora_app.federation.roster import Traffic, count_bytes
 from fedlora_app.model.adapters import AdapterError
 
 STATE = {"x.lora_A.weight": torch.randn(2, 3), "x.lora_B.weight": torch.randn(3, 2)}
@@ -121,67 +116,6 @@ def test_what_was_not_declared_does_not_leave(name):
         build_reply(build_request(), "ann", 1, {}, {name: "secret"})
 
 
-def test_a_reply_reads_back():
-    metrics = {"num-examples": 3, "train_global/train_loss": 0.5, "peak_memory_bytes": 2**36}
-    metrics |= {"train_global+local/peak_memory_bytes": 2**36}
-    reply = build_reply(
-        build_request(), "ann", 2, metrics, {"device": "CPU"}, STATE, "bfloat16", SHAPES
-    )
-    read = read_reply(reply, "ann", 2)
-    assert (read.metrics, read.facts) == (metrics, {"device": "CPU"})
-    assert set(read.arrays) == set(STATE)
-
-
-@pytest.mark.parametrize(("client", "server_round"), [("bob", 2), ("ann", 1)])
-def test_a_reply_of_another_client_or_round_is_refused(client, server_round):
-    reply = build_reply(build_request(), "ann", 2, {}, {})
-    with pytest.raises(MessageError, match="answered as 'ann' for round 2"):
-        read_reply(reply, client, server_round)
-
-
-def test_an_error_or_an_undeclared_metric_in_a_reply_is_named():
-    about = ConfigRecord({"client-id": "ann", "error": "out of paper"})
-    with pytest.raises(MessageError, match="ann: out of paper"):
-        read_reply(Message(RecordDict({ABOUT_RECORD: about}), reply_to=build_request()), "ann", 1)
-    reply = build_reply(build_request(), "ann", 1, {}, {})
-    reply.content.metric_records["metrics"]["secret"] = 1
-    with pytest.raises(MessageError, match="not declared"):
-        read_reply(reply, "ann", 1)
-
-
 def test_facts_are_plain_json():
     reply = build_reply(build_request(), "ann", 1, {}, {"device": "CPU"})
     assert json.loads(reply.content.config_records[ABOUT_RECORD]["facts"]) == {"device": "CPU"}
-
-
-def test_the_bytes_of_a_message_grow_by_what_is_put_in():
-    task = Task(
-        "", 0, -1, "", "", False, "run", "", "", "", "{}"
-    )  # with empty texts, as when checking in
-    without, arrays = count_bytes(build_task_content(task))
-    assert without > 60 and arrays == 0
-    packed = pack_state(STATE)
-    both, arrays = count_bytes(build_task_content(task, packed))
-    assert arrays == sum(len(array.data) for array in packed.values())
-    assert both == without + arrays + sum(map(len, STATE))
-    longer, _ = count_bytes(
-        build_task_content(Task("", 0, -1, "", "", False, "run", "", "", "", "{}" * 10))
-    )
-    assert longer == without + 18
-
-
-def test_traffic_is_counted_by_client_and_direction():
-    traffic, request = Traffic(), build_request()
-    request.content = build_task_content(
-        Task("ann", 1, 0, "", "", False, "r", "", "", "", ""), pack_state(STATE)
-    )
-    traffic.add("ann", "down", request)
-    reply = build_reply(request, "ann", 1, {"num-examples": 3}, {}, STATE, shapes=SHAPES)
-    traffic.add("ann", "up", reply)
-    traffic.add("bob", "up", build_error_reply(request, "bob", "out of paper"))
-    traffic.add("cy", "up", Message(Error(code=0), reply_to=request))
-    ann, bob = traffic.by_client["ann"], traffic.by_client["bob"]
-    assert ann["adapter_bytes_up"] == ann["adapter_bytes_down"] == count_bytes(request.content)[1]
-    assert ann["bytes_down"] == count_bytes(request.content)[0] > ann["adapter_bytes_down"]
-    assert bob["bytes_up"] > len("out of paper") and bob["bytes_down"] == 0
-    assert set(traffic.by_client["cy"].values()) == {0}

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from flwr.app import Error, Message, MessageType, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedlora_app.federation.messages import (
+    ADAPTER_RECORD,
+    Task,
+    build_error_reply,
+    build_reply,
+    build_task_content,
+    pack_state,
+    read_task,
+)
+from fedlora_app.federation.roster import NO_LOCAL, UNKNOWN, Roster, Traffic, count_bytes
+
+STATE = {"x.lora_A.weight": torch.randn(2, 3), "x.lora_B.weight": torch.randn(3, 2)}
+SHAPES = {key: tensor.shape for key, tensor in STATE.items()}
+TASK = Task("", 1, -1, "", "ab", False, "run", "", "", "", "{}")
+
+
+@pytest.fixture(autouse=True)
+def _identity():
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+
+def build_request() -> Message:
+    return Message(RecordDict(), dst_node_id=5, message_type="train")
+
+
+def test_only_who_does_not_hold_the_global_adapter_gets_it():
+    roster, arrays = Roster({"ann": 5, "bob": 6}), pack_state(STATE)
+    roster.held = {"ann": "ab", "bob": "older"}
+    roster.locals["bob"] = (0, "cd")
+    for attempt in (1, 2):  # what a client holds is told once; asked again, it gets the adapter
+        ann, bob = roster.messages(TASK, MessageType.TRAIN, {"ann": arrays, "bob": arrays})
+        assert (ADAPTER_RECORD in ann.content) == (attempt == 2)
+        assert ADAPTER_RECORD in bob.content and bob.metadata.dst_node_id == 6
+    assert (read_task(ann).local_round, read_task(ann).local_sha256) == NO_LOCAL
+    assert (read_task(bob).client_id, read_task(bob).local_round) == ("bob", 0)
+    assert roster.traffic.by_client["bob"]["adapter_bytes_down"] > 0
+
+
+def test_a_client_can_move_to_another_node():
+    roster = Roster({"ann": 5, "bob": 6})
+    roster.move("ann", 9)
+    (message,) = roster.messages(TASK, MessageType.TRAIN, {"ann": None})
+    assert message.metadata.dst_node_id == 9
+    assert roster.sender(Message(RecordDict(), reply_to=message)) == "ann"
+    assert roster.sender(Message(RecordDict(), reply_to=build_request())) == UNKNOWN
+
+
+def test_the_bytes_of_a_message_grow_by_what_is_put_in():
+    task = Task(
+        "", 0, -1, "", "", False, "run", "", "", "", "{}"
+    )  # with empty texts, as at registration
+    without, arrays = count_bytes(build_task_content(task))
+    assert without > 60 and arrays == 0
+    packed = pack_state(STATE)
+    both, arrays = count_bytes(build_task_content(task, packed))
+    assert arrays == sum(len(array.data) for array in packed.values())
+    assert both == without + arrays + sum(map(len, STATE))
+    longer, _ = count_bytes(
+        build_task_content(Task("", 0, -1, "", "", False, "run", "", "", "", "{}" * 10))
+    )
+    assert longer == without + 18
+
+
+def test_traffic_is_counted_by_client_and_direction():
+    traffic, request = Traffic(), build_request()
+    request.content = build_task_content(
+        Task("ann", 1, 0, "", "", False, "r", "", "", "", ""), pack_state(STATE)
+    )
+    traffic.add("ann", "down", request)
+    reply = build_reply(request, "ann", 1, {"num-examples": 3}, {}, STATE, shapes=SHAPES)
+    traffic.add("ann", "up", reply)
+    traffic.add("bob", "up", build_error_reply(request, "bob", "out of paper"))
+    traffic.add("cy", "up", Message(Error(code=0), reply_to=request))
+    ann, bob = traffic.by_client["ann"], traffic.by_client["bob"]
+    assert ann["adapter_bytes_up"] == ann["adapter_bytes_down"] == count_bytes(request.content)[1]
+    assert ann["bytes_down"] == count_bytes(request.content)[0] > ann["adapter_bytes_down"]
+    assert bob["bytes_up"] > len("out of paper") and bob["bytes_down"] == 0
+    assert set(traffic.by_client["cy"].values()) == {0}
