@@ -36,8 +36,6 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from rich import box
-from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.config.schema import Config
@@ -58,7 +56,6 @@ from fedlora_app.evaluation.statistics import (
     clustered_area,
     paired_difference,
 )
-from fedlora_app.foundation.terminal import render_table
 
 MIN_K_SHARE = 0.2
 FALSE_POSITIVE_RATES = (0.01, 0.1)
@@ -69,11 +66,6 @@ ATTACKS = {
     "min_k": "min-k",
     "base_loss": "base alone",
 }
-MEANING = """\
-AUC 0.5 and half of the pairs won: whoever holds the global adapter tells a record that was
-trained on from a held-out paraphrase (local_answers: the client's own answer from a wrong one)
-no better than a coin does. The base model has seen neither side: where "base alone" is not at
-0.5 the sides differ before any training, and that set says nothing about training alone."""
 
 
 @dataclass(frozen=True)
@@ -211,30 +203,6 @@ def measure_attacks(
     ]
 
 
-def describe_membership(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table of what the attacks achieve, and what 0.5 means."""
-    table = Table(
-        "client", "set", "attack", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False
-    )
-    table.title = "Membership inference against the global adapter"
-    for heading in ("AUC", "95 %", "pairs\nwon", "95 %", "TPR at\n1 % FPR", "at\n10 %", "pairs"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
-            row["client"],
-            row["set"],
-            ATTACKS[row["attack"]],
-            _figure(row["auc"]["value"]),
-            _interval(row["auc_by_fact"]),
-            _figure(row["pairs_won"]["value"]),
-            _interval(row["pairs_won"]),
-            *(_figure(row["tpr_at_fpr"][str(rate)]) for rate in FALSE_POSITIVE_RATES),
-            str(row["n_members"]),
-            end_section=row["attack"] == list(ATTACKS)[-1],
-        )
-    return "\n".join([render_table(table), *_notes(rows), MEANING])
-
-
 def _build_sets(
     tokenizer: PreTrainedTokenizerBase, client_files: Mapping[str, ClientFiles], config: Config
 ) -> dict[tuple[str, str], Pairs]:
@@ -298,24 +266,3 @@ def _fits(tokenizer: PreTrainedTokenizerBase, candidate: Candidate, max_seq_leng
 
 def _to_candidate(record: Record, system_prompt: str) -> Candidate:
     return Candidate(system_prompt, format_question(record), record.output)
-
-
-def _notes(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    for row in rows:
-        where = f"{row['client']}, {row['set']}"
-        if row["attack"] != next(iter(ATTACKS)):
-            continue
-        if row["n_dropped"]:
-            yield f"{where}: {row['n_dropped']} records have no partner left and were not used"
-        if row["n_by_length"]:
-            yield f"{where}: {row['n_by_length']} pairs are of different facts"
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
-def _interval(estimate: Mapping[str, Any]) -> str:
-    if estimate["value"] is None:
-        return ""
-    return f"{estimate['low']:.2f}-{estimate['high']:.2f}"

@@ -1,13 +1,14 @@
-"""An evaluation as text for the terminal: the figures, the swap table, the scale, the controls."""
+"""An evaluation as text for the terminal: figures, swap table, scale, controls, membership."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
-from fedlora_app.evaluation.membership import describe_membership
+from fedlora_app.evaluation.membership import ATTACKS, FALSE_POSITIVE_RATES
 from fedlora_app.evaluation.names import (
     ACCURACY,
     ANSWERERS,
@@ -29,6 +30,12 @@ LEGEND = """\
 Ranked first: the right answer is the most likely candidate (raw; per byte; relative to its
 likelihood without the question, which says little where answers repeat the question's topic).
 Leakage: global alone minus the base model. Specificity: own minus foreign local adapter."""
+
+MEMBERSHIP_LEGEND = """\
+AUC 0.5 and half of the pairs won: whoever holds the global adapter tells a record that was
+trained on from a held-out paraphrase (local_answers: the client's own answer from a wrong one)
+no better than a coin does. The base model has seen neither side: where "base alone" is not at
+0.5 the sides differ before any training, and that set says nothing about training alone."""
 
 Row = dict[str, Any]
 
@@ -186,3 +193,48 @@ def _interval(entry: Row | None) -> str:
 
 def _percent(*estimate: float | None) -> str:
     return format_percent(*estimate).replace("100.0", "100")  # the tables are narrow
+
+
+def describe_membership(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of what the attacks achieve, and what 0.5 means."""
+    table = Table(
+        "client", "set", "attack", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False
+    )
+    table.title = "Membership inference against the global adapter"
+    for heading in ("AUC", "95 %", "pairs\nwon", "95 %", "TPR at\n1 % FPR", "at\n10 %", "pairs"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row["client"],
+            row["set"],
+            ATTACKS[row["attack"]],
+            _decimal(row["auc"]["value"]),
+            _decimals(row["auc_by_fact"]),
+            _decimal(row["pairs_won"]["value"]),
+            _decimals(row["pairs_won"]),
+            *(_decimal(row["tpr_at_fpr"][str(rate)]) for rate in FALSE_POSITIVE_RATES),
+            str(row["n_members"]),
+            end_section=row["attack"] == list(ATTACKS)[-1],
+        )
+    return "\n".join([render_table(table), *_note_pairs(rows), MEMBERSHIP_LEGEND])
+
+
+def _note_pairs(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    for row in rows:
+        where = f"{row['client']}, {row['set']}"
+        if row["attack"] != next(iter(ATTACKS)):
+            continue
+        if row["n_dropped"]:
+            yield f"{where}: {row['n_dropped']} records have no partner left and were not used"
+        if row["n_by_length"]:
+            yield f"{where}: {row['n_by_length']} pairs are of different facts"
+
+
+def _decimal(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _decimals(estimate: Mapping[str, Any]) -> str:
+    if estimate["value"] is None:
+        return ""
+    return f"{estimate['low']:.2f}-{estimate['high']:.2f}"

@@ -17,7 +17,6 @@ from fedlora_app.evaluation.membership import (
     ATTACKS,
     attack_scores,
     compute_min_k,
-    describe_membership,
     measure_membership,
     measure_pairs,
     true_positive_rate,
@@ -26,6 +25,7 @@ from fedlora_app.evaluation.membership_pairs import build_answer_pairs, build_pa
 from fedlora_app.evaluation.protocol import infer_membership
 from fedlora_app.evaluation.scoring import score_examples
 from fedlora_app.evaluation.statistics import area_under_curve, clustered_area
+from fedlora_app.evaluation.text import describe_membership
 from fedlora_app.model.adapters import activate, build_initial_state, only_adapters, set_state
 from fedlora_app.training.phase import train_phase
 
