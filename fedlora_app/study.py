@@ -26,6 +26,7 @@ from fedlora_app.config.loading import load_config
 from fedlora_app.config.schema import SAFE_NAME, Config, ConfigError, Section
 from fedlora_app.data.client_files import load_all_files
 from fedlora_app.evaluation.choices import Report, SavedRound, open_round
+from fedlora_app.evaluation.evaluated_run import chosen_rows, group_rows
 from fedlora_app.evaluation.names import (
     ANSWERERS,
     EXACT_MATCH,
@@ -37,7 +38,6 @@ from fedlora_app.evaluation.names import (
     Measure,
     figure_key,
     own_answerer,
-    relative_label,
     shown_measures,
 )
 from fedlora_app.evaluation.protocol import evaluate_round
@@ -137,16 +137,12 @@ def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) 
 
 def measure(evaluation: Mapping[str, Any]) -> Figures:
     """Return a run's figures by who answers, means over the clients."""
-    rows: dict[str, list[Mapping[str, Any]]] = {}
-    for row in evaluation["swap_table"]:
-        if row["scale"] == 1.0:
-            rows.setdefault(relative_label(row), []).append(row)
-    figures = {who: _average(found) for who, found in rows.items()}
+    figures = {who: _average(rows) for who, rows in group_rows(evaluation).items()}
     figures.setdefault(own_answerer(evaluation["answering"]), {}).update(
         _from_summary(evaluation["summary"])
     )
     if evaluation["summary_chosen_scale"] is not None:
-        figures["chosen"] = _average(_chosen_rows(evaluation))
+        figures["chosen"] = _average(chosen_rows(evaluation))
         figures["chosen"] |= _from_summary(evaluation["summary_chosen_scale"])
     return figures
 
@@ -195,15 +191,6 @@ def _average(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
             if row.get(name) is not None:
                 values.setdefault(f"{name}/{row['question_set']}", []).append(row[name])
     return {key: fmean(found) for key, found in values.items()}
-
-
-def _chosen_rows(evaluation: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the clients' rows under their own adapters at the scale that was chosen."""
-    own = own_answerer(evaluation["answering"])
-    for row in evaluation["swap_table"]:
-        scale = evaluation["scales"].get(row["client"], {}).get("chosen", 1.0)
-        if row["scale"] == scale and relative_label(row) == own:
-            yield row
 
 
 def _from_summary(summary: Mapping[str, Any]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from fedlora_app.data.questions import CONFLICT, LOCAL_SET, UNIVERSAL, UNIVERSAL_UNSEEN
-from fedlora_app.evaluation.alike import (
+from fedlora_app.evaluation.evaluated_run import (
     EvaluatedRun,
     Evaluations,
     Key,
@@ -23,6 +23,7 @@ from fedlora_app.evaluation.alike import (
     find_other_conditions,
     group_alike,
     note_other_size,
+    read_conflicts,
     read_runs,
 )
 from fedlora_app.evaluation.names import (
@@ -186,15 +187,6 @@ def pair_variants(two: Variant, one: Variant, evaluations: Evaluations) -> Paire
     sides = [[read_conflicts(evaluations[side[s]]) for s in two] for side in (two, one)]
     pairs = [(ones, others) for (ones, _), (others, _) in zip(*sides, strict=True)]
     return pair_conflicts(pairs, sides[0][0][1])
-
-
-def read_conflicts(evaluation: Mapping[str, Any]) -> tuple[dict[int, bool], dict[int, str]]:
-    """Return by conflict record whether all clients passed, word for word, and its fact."""
-    key = EXACT_MATCH.extend("passed")
-    rows = {row["record"]: row for row in evaluation.get("conflicts") or ()}
-    scored = {record: row for record, row in rows.items() if row[key] is not None}
-    facts = {record: row["fact"] or row["instruction"] for record, row in scored.items()}
-    return {record: row[key] for record, row in scored.items()}, facts
 
 
 def _dump_run(run: EvaluatedRun) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 from fedlora_app.config.rounds import BASE, BOTH, adapters_label
 from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.data.questions import CONFLICT
-from fedlora_app.evaluation.comparison import read_conflicts
+from fedlora_app.evaluation.evaluated_run import chosen_rows, group_rows, read_conflicts
 from fedlora_app.evaluation.names import (
     ACCURACY,
     ANSWERERS,
@@ -30,7 +30,6 @@ from fedlora_app.evaluation.names import (
     QUESTION_SETS,
     figure_key,
     own_answerer,
-    relative_label,
 )
 from fedlora_app.evaluation.reported import Reports, collect_reports, judge_conflicts
 from fedlora_app.evaluation.statistics import NOTHING, Estimate, proportion, share_of_questions
@@ -48,17 +47,15 @@ LABELS = {
 }
 PASS_KEYS = {name: figure_key(PASS_RATE, MEASURES[name]) for name in (EXACT, RANKED)}
 
-Answers = Iterable[tuple[str, float, int]]
-"""Clients, their share of right answers, and to how many questions."""
-
 
 @dataclass(frozen=True)
 class Figures:
     """What one choice of adapters answers rightly, over all clients.
 
-    ``shares`` and ``passes`` hold estimates by measure (exact_match, ranked): shares by question
-    set, passes for conflicts that every client answered in its own way. ``passes`` by keyword and
-    keyword_ceiling, where no conflict has a whole answer, are of all questions with keywords.
+    ``shares`` and ``passes`` hold estimates by measure (exact_match, accuracy): shares by question
+    set, passes for conflicts that every client answered in its own way. Where no conflict has a
+    whole answer, ``passes`` holds keyword_pass_rate and keyword_ceiling, of all questions with
+    keywords.
     """
 
     who: str
@@ -101,58 +98,31 @@ def measure_run(
 
 def _add_evaluation(found: dict[str, Figures], evaluation: Mapping[str, Any]) -> None:
     """Put what ``evaluation.json`` holds in the place of what the run measured itself."""
-    for who, rows in _group_rows(evaluation["swap_table"]).items():
-        found[who] = replace(found.get(who, Figures(who)), shares=_from_rows(rows))
+    for who, rows in group_rows(evaluation).items():
+        found[who] = replace(found.get(who, Figures(who)), shares=_combine(rows))
     own = own_answerer(evaluation["answering"])
     verdicts, facts = read_conflicts(evaluation)
     passes = _passes_of(evaluation["summary"]) or _keywords_of(evaluation)
-    found[own] = replace(
-        found.get(own, Figures(own)),
-        passes=passes or found.get(own, Figures(own)).passes,
-        verdicts=verdicts,
-        facts=facts,
-    )
-    scales = {client: entry["chosen"] for client, entry in evaluation["scales"].items()}
-    if any(scale != 1.0 for scale in scales.values()):
-        rows = [
-            row
-            for row in evaluation["swap_table"]
-            if relative_label(row) == own and row["scale"] == scales.get(row["client"], 1.0)
-        ]
+    figures = found.get(own, Figures(own))
+    passes = passes or figures.passes
+    found[own] = replace(figures, passes=passes, verdicts=verdicts, facts=facts)
+    if any(entry["chosen"] != 1.0 for entry in evaluation["scales"].values()):
+        shares = _combine(chosen_rows(evaluation))
         passes = _passes_of(evaluation["summary_chosen_scale"])
-        found[own + CHOSEN] = Figures(own + CHOSEN, _from_rows(rows), passes)
+        found[own + CHOSEN] = Figures(own + CHOSEN, shares, passes)
 
 
 def _from_reports(who: str, label: str, reports: Reports) -> Figures:
-    shares: dict[str, dict[str, Estimate]] = {EXACT: {}, RANKED: {}}
-    for measure, (count, _) in COUNTS.items():
-        metric = MEASURES[measure].reported
-        for question_set in QUESTION_SETS:
-            key = f"{label}/{question_set}"
-            answers = [
-                (client, report[f"{key}/{metric}"], int(report[f"{key}/{count}"]))
-                for client, report in reports.items()
-                if f"{key}/{metric}" in report and report[f"{key}/{count}"]
-            ]
-            if answers:
-                shares[measure][question_set] = _combine(question_set, answers)
+    rows = [
+        {"client": client, "question_set": name}
+        | {m: report.get(f"{label}/{name}/{MEASURES[m].reported}") for m in COUNTS}
+        | {n: int(report.get(f"{label}/{name}/{key}", 0)) for key, n in COUNTS.values()}
+        for name in QUESTION_SETS
+        for client, report in reports.items()
+    ]
     verdicts = {m: judge_conflicts(reports, label, MEASURES[m]) for m in COUNTS}
     passes = {m: proportion(list(found.values())) for m, found in verdicts.items() if found}
-    return Figures(who, shares, passes, verdicts[EXACT])
-
-
-def _from_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Estimate]]:
-    answers: dict[tuple[str, str], list[tuple[str, float, int]]] = {}
-    for row in rows:
-        for measure, (_, count) in COUNTS.items():
-            value, n = row[measure], row[count]
-            if value is not None and n:
-                key = (measure, row["question_set"])
-                answers.setdefault(key, []).append((row["client"], value, n))
-    shares: dict[str, dict[str, Estimate]] = {EXACT: {}, RANKED: {}}
-    for (measure, question_set), found in answers.items():
-        shares[measure][question_set] = _combine(question_set, found)
-    return shares
+    return Figures(who, _combine(rows), passes, verdicts[EXACT])
 
 
 def _passes_of(summary: Mapping[str, Any]) -> dict[str, Estimate]:
@@ -168,20 +138,20 @@ def _keywords_of(evaluation: Mapping[str, Any]) -> dict[str, Estimate]:
     return {key: Estimate(**evaluation["summary"][key]) for key in (KEYWORD, KEYWORD_CEILING)}
 
 
-def _group_rows(table: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    rows: dict[str, list[Mapping[str, Any]]] = {}
-    for row in table:
-        if row["scale"] == 1.0:
-            rows.setdefault(relative_label(row), []).append(row)
-    return rows
-
-
-def _combine(question_set: str, answers: Answers) -> Estimate:
-    """Return the mean over clients, with an interval that counts distinct questions."""
-    answers = list(answers)
-    value = sum(share * n for _, share, n in answers) / sum(n for *_, n in answers)
-    asked: dict[str, int] = {}
-    for client, _, n in answers:
-        asked[client] = max(n, asked.get(client, 0))
-    count = max if QUESTION_SETS[question_set].is_shared else sum
-    return share_of_questions(value, count(asked.values()))
+def _combine(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Estimate]]:
+    """Return the means over clients, with intervals that count distinct questions."""
+    answers: dict[tuple[str, str], list[tuple[str, float, int]]] = {}
+    for row in rows:
+        for measure, (_, count) in COUNTS.items():
+            if row[measure] is not None and row[count]:
+                found = answers.setdefault((measure, row["question_set"]), [])
+                found.append((row["client"], row[measure], row[count]))
+    shares: dict[str, dict[str, Estimate]] = {measure: {} for measure in COUNTS}
+    for (measure, name), found in answers.items():
+        value = sum(share * n for _, share, n in found) / sum(n for *_, n in found)
+        asked: dict[str, int] = {}
+        for client, _, n in found:
+            asked[client] = max(n, asked.get(client, 0))
+        count = max if QUESTION_SETS[name].is_shared else sum
+        shares[measure][name] = share_of_questions(value, count(asked.values()))
+    return shares

@@ -18,13 +18,13 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from fedlora_app.evaluation.evaluated_run import group_rows
 from fedlora_app.evaluation.names import (
     ANSWERERS,
     ASKED_SETS,
     EXACT_MATCH,
     MEASURES,
     QUESTION_SETS,
-    relative_label,
 )
 from fedlora_app.foundation.percent import format_percent
 
@@ -193,10 +193,10 @@ def plot_memory(history: pandas.DataFrame) -> Figure:
 def plot_swap_table(evaluation: dict[str, Any], measure: str = "exact_match") -> Figure:
     """Draw which adapters answer which questions, means over the clients."""
     values: dict[tuple[str, str], list[float]] = {}
-    for row in evaluation["swap_table"]:
-        if row["scale"] == 1.0 and row.get(measure) is not None:
-            key = (relative_label(row), row["question_set"])
-            values.setdefault(key, []).append(row[measure])
+    for who, found in group_rows(evaluation).items():
+        for row in found:
+            if row.get(measure) is not None:
+                values.setdefault((who, row["question_set"]), []).append(row[measure])
     rows = [who for who in ANSWERERS if any(who == key[0] for key in values)]
     columns = [name for name in QUESTION_SETS if any(name == key[1] for key in values)]
     means = [[_mean(values.get((who, name))) for name in columns] for who in rows]

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedlora_app.data.questions import UNIVERSAL, UNIVERSAL_UNSEEN
-from fedlora_app.evaluation.alike import Evaluations, Variant, choose_pair, find_variants
 from fedlora_app.evaluation.comparison import (
     Paired,
     compare_evaluations,
     pair_conflicts,
     pair_variants,
 )
+from fedlora_app.evaluation.evaluated_run import Evaluations, Variant, choose_pair, find_variants
 from fedlora_app.evaluation.names import OWN_PAIR, QUESTION_SETS
 from fedlora_app.evaluation.statistics import Estimate, average_shares
 from fedlora_app.foundation.percent import format_percent

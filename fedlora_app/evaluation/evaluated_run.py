@@ -1,4 +1,7 @@
-"""Evaluated runs, which of them are alike, and what two of them differ in besides the result."""
+"""Evaluated runs: what their ``evaluation.json`` holds, which are alike, and what they differ in.
+
+Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,13 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
+from fedlora_app.evaluation.names import EXACT_MATCH, own_answerer, relative_label
+
 FORMAT = 1
 NUM_NAMED = 3
 """How many differing values a sentence names before it only counts them."""
 
+Row = Mapping[str, Any]
 Key = tuple[str, int]
 """Client and record: a question within its set."""
 
@@ -82,6 +88,35 @@ CONDITIONS: dict[str, Callable[[EvaluatedRun], dict[str, str]]] = {
     "have other numbers of optimizer steps": lambda run: {"": f"{run.evaluation['num_steps']:,}"},
 }
 """What has to be equal in a fair comparison, apart from the questions."""
+
+
+def read_conflicts(evaluation: Mapping[str, Any]) -> tuple[dict[int, bool], dict[int, str]]:
+    """Return by conflict record whether all clients passed, word for word, and its fact."""
+    key = EXACT_MATCH.extend("passed")
+    rows = {row["record"]: row for row in evaluation.get("conflicts") or ()}
+    scored = {record: row for record, row in rows.items() if row[key] is not None}
+    facts = {record: row["fact"] or row["instruction"] for record, row in scored.items()}
+    return {record: row[key] for record, row in scored.items()}, facts
+
+
+def group_rows(evaluation: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """Return the swap table's rows by who answers, adapters at full scale."""
+    rows: dict[str, list[Row]] = {}
+    for row in evaluation["swap_table"]:
+        if row["scale"] == 1.0:
+            rows.setdefault(relative_label(row), []).append(row)
+    return rows
+
+
+def chosen_rows(evaluation: Mapping[str, Any]) -> list[Row]:
+    """Return the clients' rows under their own adapters at the scale that was chosen."""
+    own = own_answerer(evaluation["answering"])
+    scales = {client: entry["chosen"] for client, entry in evaluation["scales"].items()}
+    return [
+        row
+        for row in evaluation["swap_table"]
+        if relative_label(row) == own and row["scale"] == scales.get(row["client"], 1.0)
+    ]
 
 
 def read_runs(evaluations: Evaluations) -> list[EvaluatedRun]:
