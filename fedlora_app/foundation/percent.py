@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 BRACKETS = " [{low}, {high}]"
 PARENTHESES = " ({low} to {high})"
 PLUS_MINUS = " ± {half}"
@@ -12,7 +14,7 @@ def format_percent(
     low: float | None = None,
     high: float | None = None,
     *,
-    digits: int = 1,
+    digits: int | None = 1,
     sign: str = "",
     unit: str = "",
     interval: str = BRACKETS,
@@ -21,15 +23,24 @@ def format_percent(
 
     Args:
         value, low, high: shares, in [0, 1], or differences of shares.
+        digits: after the point; None: whole numbers, with 0 and 100 only where it is exactly so.
         sign: "+" shows it for gains too.
         unit: follows the value, such as " %".
         interval: how low and high, or half of what lies between them, are written.
     """
     if value is None:
         return ""
-    text = f"{100 * value:{sign}.{digits}f}{unit}"
+    text = _write(value, digits, sign) + unit
     if low is None or high is None:
         return text
-    ends = {"low": low, "high": high, "half": (high - low) / 2}
-    sign = "" if interval == PLUS_MINUS else sign
-    return text + interval.format(**{k: f"{100 * v:{sign}.{digits}f}" for k, v in ends.items()})
+    if interval == PLUS_MINUS:
+        return text + interval.format(half=_write((high - low) / 2, digits))
+    return text + interval.format(low=_write(low, digits, sign), high=_write(high, digits, sign))
+
+
+def _write(share: float, digits: int | None, sign: str = "") -> str:
+    if digits is None:
+        size, digits = abs(share), 0
+        if not (min(size, abs(1 - size)) < 1e-9 or 0.005 <= size < 0.995):
+            share, digits = math.copysign(min(max(size, 0.001), 0.999), share), 1
+    return f"{100 * share:{sign}.{digits}f}"

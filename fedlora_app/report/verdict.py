@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from fedlora_app.evaluation.comparison import (
 from fedlora_app.evaluation.evaluated_run import Evaluations, Variant, choose_pair, find_variants
 from fedlora_app.evaluation.names import OWN_PAIR, QUESTION_SETS
 from fedlora_app.evaluation.statistics import Estimate, average_shares
-from fedlora_app.foundation.percent import format_percent
+from fedlora_app.foundation.percent import PARENTHESES, format_percent
 from fedlora_app.report.numbers import (
     EXACT,
     KEYWORD,
@@ -28,6 +27,7 @@ from fedlora_app.report.numbers import (
 
 BOTH = OWN_PAIR
 PASSES = PASS_KEYS[EXACT]
+INTERVAL = ", 95 % interval {low} to {high}"
 LOSSES = {name: QUESTION_SETS[name].heading for name in (UNIVERSAL, UNIVERSAL_UNSEEN)}
 SAME_PROMPT = (
     "All clients have the same system prompt, so any one adapter for all would give all of them "
@@ -97,7 +97,8 @@ def _judge_keywords(own: Figures | None) -> Verdict:
     if not passed or not passed.n:
         return Verdict("No verdict.", NOTHING_MEASURED)
     limit = (
-        f"of the right answers in the files {_interval(ceiling)} fit it, and no more can be asked."
+        f"of the right answers in the files {_percent(ceiling, INTERVAL)} fit it, and no more can "
+        "be asked."
         if ceiling.n
         else "the files hold no whole answers that would show what can be reached."
     )
@@ -105,7 +106,7 @@ def _judge_keywords(own: Figures | None) -> Verdict:
         f"By keywords only: {_percent(passed)} of the answers fit.",
         "The conflict questions carry keywords and no whole answers, so nothing could be matched "
         "word for word or ranked. Of the answers to all questions with keywords, not to conflicts "
-        f"alone, {_interval(passed)} (n {passed.n}) fit the keyword rule; {limit}",
+        f"alone, {_percent(passed, INTERVAL)} (n {passed.n}) fit the keyword rule; {limit}",
     )
 
 
@@ -264,10 +265,11 @@ def _tell_shares(
 ) -> Iterator[str]:
     for name, label in LOSSES.items():
         if two[name].n and one[name].n:
-            lost = two[name].differs_from(one[name]) < 0
+            shares = [_percent(side[name], PARENTHESES) for side in (two, one)]
+            lost = ", a loss beyond the intervals" * (two[name].differs_from(one[name]) < 0)
             yield (
-                f"{label.capitalize()} questions: {_brief(two[name])} {with_two}, "
-                f"{_brief(one[name])} {with_one}{', a loss beyond the intervals' * lost}."
+                f"{label.capitalize()} questions: {shares[0]} {with_two}, "
+                f"{shares[1]} {with_one}{lost}."
             )
 
 
@@ -275,39 +277,19 @@ def _count(estimate: Estimate, short: bool = False) -> str:
     """Return "48 of 48 conflict questions (100 %, 95 % interval 93 to 100)"."""
     right = f"{round(estimate.value * estimate.n, 1):g} of {estimate.n}"
     if short:
-        return f"{right}, {_brief(estimate)},"
-    return f"{right} conflict questions ({_interval(estimate)})"
+        return f"{right}, {_percent(estimate, PARENTHESES)},"
+    return f"{right} conflict questions ({_percent(estimate, INTERVAL)})"
 
 
-def _brief(estimate: Estimate) -> str:
-    """Return "100 % (93 to 100)"."""
-    return f"{_percent(estimate)} ({_number(estimate.low)} to {_number(estimate.high)})"
-
-
-def _interval(estimate: Estimate) -> str:
-    low, high = _number(estimate.low), _number(estimate.high)
-    return f"{_percent(estimate)}, 95 % interval {low} to {high}"
-
-
-def _percent(estimate: Estimate) -> str:
-    return f"{_number(estimate.value)} %"
-
-
-def _number(share: float, sign: str = "") -> str:
-    """Return a percentage that is 0 or 100 only if it is so, else 0.1 or 99.9 at the most."""
-    size = abs(share)
-    if min(size, abs(1 - size)) < 1e-9 or 0.005 <= size < 0.995:
-        return format_percent(share, digits=0, sign=sign)
-    return format_percent(math.copysign(min(max(size, 0.001), 0.999), share), sign=sign)
+def _percent(estimate: Estimate, interval: str = "", *, unit: str = " %", sign: str = "") -> str:
+    ends = (estimate.value, estimate.low, estimate.high)
+    return format_percent(*ends, digits=None, interval=interval, unit=unit, sign=sign)
 
 
 def _describe_paired(paired: Paired) -> str:
-    difference = paired.difference
-    text = f"Difference over the same questions: {_number(difference.value, '+')} points"
-    if difference.low is not None:
-        low, high = _number(difference.low, "+"), _number(difference.high, "+")
-        text += f", 95 % interval {low} to {high}"
-    return f"{text} ({paired.test}: p {format_p(paired.p_value)})."
+    difference = _percent(paired.difference, INTERVAL, unit=" points", sign="+")
+    p_value = f"{paired.test}: p {format_p(paired.p_value)}"
+    return f"Difference over the same questions: {difference} ({p_value})."
 
 
 def _ranked(figures: Figures) -> str:

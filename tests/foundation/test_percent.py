@@ -16,6 +16,9 @@ from fedlora_app.foundation.percent import PARENTHESES, PLUS_MINUS, format_perce
         ((0.5, 0.4, 0.6), {"interval": PLUS_MINUS, "sign": "+"}, "+50.0 ± 10.0"),
         ((0.5, None, None), {"interval": PLUS_MINUS}, "50.0"),
         ((None, None, None), {"unit": " %"}, ""),
+        ((0.0004, 0.0, 0.0721), {"digits": None}, "0.1 [0, 7]"),
+        ((0.9996, 0.93, 1.0), {"digits": None, "unit": " %"}, "99.9 % [93, 100]"),
+        ((-0.0001,), {"digits": None, "sign": "+"}, "-0.1"),
     ],
 )
 def test_a_share_is_written_with_its_interval(values, settings, expected):
