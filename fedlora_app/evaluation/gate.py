@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from fedlora_app.data.records import Record, format_question
 from fedlora_app.data.tokens import encode_prompt
 from fedlora_app.foundation.seeds import derive_seed
-from fedlora_app.model.adapters import AdaptedModel, base_only
+from fedlora_app.model.adapters import AdaptedModel, base_only, scaled_local
 
 MAX_PROMPTS = 512  # of either kind; more change the discriminant little
 BATCH_SIZE = 32
@@ -62,6 +63,16 @@ def fit_gate(
     regularised = (1 - SHRINKAGE) * covariance + SHRINKAGE * size * eye
     direction = torch.linalg.solve(regularised, means[0] - means[1])
     return Gate(direction, direction @ (means[0] + means[1]) / 2)
+
+
+def gated(
+    model: AdaptedModel, gate: Gate | None, prompts: Sequence[list[int]]
+) -> AbstractContextManager[None]:
+    """Return a context in which each row's local adapter is weighed by its prompt."""
+    if gate is None:
+        return nullcontext()
+    weights = gate.weigh(model, prompts).to(model.device)
+    return scaled_local(model, weights[:, None, None])  # over (B, T, D)
 
 
 @torch.inference_mode()

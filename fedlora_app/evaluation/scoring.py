@@ -9,16 +9,15 @@ greedy answer, and only the other prompts are generated for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
+from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.data.tokens import Example, encode_answer, encode_prompt
-from fedlora_app.evaluation.gate import Gate
-from fedlora_app.model.adapters import AdaptedModel, scaled_local
+from fedlora_app.evaluation.gate import Gate, gated
+from fedlora_app.evaluation.generation import decode, find_stop_ids, generate
+from fedlora_app.model.adapters import AdaptedModel
 from fedlora_app.model.fused import fused_answering
 from fedlora_app.training.losses import LOGIT_ROWS, answer_log_likelihoods
 
@@ -101,7 +100,7 @@ def score_prompts(
     done = sum(not p.candidates and not p.generates for p in prompts)
     with fused_answering(model):
         for batch in _batches(rows, batch_size):
-            with _gated(model, gate, [row.prompt_ids for row in batch]):
+            with gated(model, gate, [row.prompt_ids for row in batch]):
                 scored = _score_rows(model, tokenizer, batch)
             for row, scores in zip(batch, scored, strict=True):
                 for candidate, ids, (total, is_greedy) in zip(
@@ -116,45 +115,23 @@ def score_prompts(
             if progress is not None:
                 progress(done)
         waiting = [i for i, p in enumerate(prompts) if p.generates and i not in greedy]
-        generated = {
-            i: _decode(tokenizer, ids) for i, ids in greedy.items() if prompts[i].generates
-        }
-        stop_ids = _stop_ids(tokenizer, prompts)
+        generated = {i: decode(tokenizer, ids) for i, ids in greedy.items() if prompts[i].generates}
         waiting.sort(key=lambda index: len(prompt_ids[index]))
+        stop_ids = (
+            find_stop_ids(tokenizer, prompts[0].system_prompt, prompts[0].question)
+            if waiting
+            else []
+        )
         for start in range(0, len(waiting), batch_size):
             indices = waiting[start : start + batch_size]
             batch_ids = [prompt_ids[index] for index in indices]
-            with _gated(model, gate, batch_ids):
-                texts = _generate(model, tokenizer, batch_ids, stop_ids, max_new_tokens)
+            with gated(model, gate, batch_ids):
+                texts = generate(model, tokenizer, batch_ids, stop_ids, max_new_tokens)
             generated.update(zip(indices, texts, strict=True))
             done += len(indices)
             if progress is not None:
                 progress(done)
     return [Answered(tuple(totals[i]), generated.get(i, "")) for i in range(len(prompts))]
-
-
-@torch.inference_mode()
-def generate_answer(
-    model: AdaptedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_ids: list[int],
-    *,
-    max_new_tokens: int,
-    gate: Gate | None = None,
-    gate_ids: list[int] | None = None,
-    streamer: BaseStreamer | None = None,
-) -> str:
-    """Return the greedy answer to one prompt, of a conversation for instance.
-
-    Args:
-        gate: weighs the local adapter by the prompt, or by ``gate_ids`` if they are given.
-        streamer: is given the prompt's tokens and then each new one.
-    """
-    model.eval()
-    stop_ids = _stop_ids(tokenizer, [Prompt("", "?")])
-    with fused_answering(model), _gated(model, gate, [gate_ids or prompt_ids]):
-        (text,) = _generate(model, tokenizer, [prompt_ids], stop_ids, max_new_tokens, streamer)
-    return text
 
 
 @torch.inference_mode()
@@ -192,16 +169,6 @@ def shares_prefix(model: AdaptedModel) -> bool:
         layers = ["sliding_attention" if getattr(config, "sliding_window", None) else ""]
     attends_fully = all(layer in ("", "full_attention") for layer in layers)
     return attends_fully and config._attn_implementation in ("sdpa", "eager")
-
-
-def _gated(
-    model: AdaptedModel, gate: Gate | None, prompts: Sequence[list[int]]
-) -> AbstractContextManager[None]:
-    """Return a context in which each row's local adapter is weighed by its prompt."""
-    if gate is None:
-        return nullcontext()
-    weights = gate.weigh(model, prompts).to(model.device)
-    return scaled_local(model, weights[:, None, None])  # over (B, T, D)
 
 
 def _build_rows(
@@ -296,38 +263,3 @@ def _score_tokens(
         values.append(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0])
         hits.append(logits.argmax(-1) == wanted)
     return torch.cat(values).cpu(), torch.cat(hits).cpu()
-
-
-def _generate(
-    model: AdaptedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_ids: list[list[int]],
-    stop_ids: list[int],
-    max_new_tokens: int,
-    streamer: BaseStreamer | None = None,
-) -> list[str]:
-    """Return the greedy answers, padded on the left and masked while batched."""
-    generation = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stop_ids,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    batch = tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt").to(
-        model.device
-    )
-    output = model.get_base_model().generate(
-        **batch, generation_config=generation, streamer=streamer
-    )
-    return [_decode(tokenizer, ids) for ids in output[:, batch["input_ids"].shape[1] :]]
-
-
-def _stop_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[int]:
-    if not prompts:
-        return []
-    end_of_turn = encode_answer(tokenizer, prompts[0].system_prompt, prompts[0].question, "x")[-1]
-    return sorted({end_of_turn, tokenizer.eos_token_id} - {None})
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -17,8 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from fedlora_app.data.tokens import Turn, encode_prompt
 from fedlora_app.evaluation.answering import Answering
+from fedlora_app.evaluation.generation import generate_answer
 from fedlora_app.evaluation.saved_model import SavedModel
-from fedlora_app.evaluation.scoring import generate_answer
 from fedlora_app.foundation.errors import UserError
 
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."

@@ -133,13 +133,13 @@ def test_a_candidate_that_is_the_greedy_answer_is_not_generated_again(
     assert all(ids[-1] == stop for ids in answers)
 
     calls = []
-    original = scoring._generate
+    original = scoring.generate
 
     def counted(*args):
         calls.append(len(args[2]))
         return original(*args)
 
-    monkeypatch.setattr(scoring, "_generate", counted)
+    monkeypatch.setattr(scoring, "generate", counted)
     before = score(adapted, tokenizer, prompts)
     assert sum(calls) == len(prompts)  # no candidate ends where the model would not end
     assert [a.generated for a in before] == [generate(adapted, tokenizer, p) for p in prompts]
