@@ -39,8 +39,8 @@ from fedlora_app.model.host_embedding import move_embedding_to_host
 from fedlora_app.planning.gpus import CARDS, Work, compute_flops
 from fedlora_app.planning.plan import parse_memory
 from fedlora_app.planning.sizes import measure_sizes
-from fedlora_app.training.packing import split_into_packs
-from fedlora_app.training.phase import settle_checkpointing, step_batches, tokens_per_micro_batch
+from fedlora_app.training.batches import split_into_packs, step_batches, tokens_per_micro_batch
+from fedlora_app.training.phase import settle_checkpointing
 from fedlora_app.training.step_memory import (
     BaseSizes,
     MicroBatch,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from fedlora_app.config.rounds import BOTH, Phase, plan_round, training_clients
+from fedlora_app.config.rounds import BOTH, Phase, plan_round
 from fedlora_app.config.schema import (
     GLOBAL,
     LOCAL,
@@ -28,6 +28,7 @@ from fedlora_app.config.schema import (
     TrainingConfig,
 )
 from fedlora_app.data.client_files import (
+    ClientExamples,
     ClientFiles,
     count_unscored_conflicts,
     load_client_files,
@@ -35,7 +36,6 @@ from fedlora_app.data.client_files import (
 )
 from fedlora_app.data.linter import Finding, describe_findings, lint
 from fedlora_app.data.records import DataError
-from fedlora_app.data.tokens import Example
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.client_round import Metrics, evaluate_client, phase_metrics
 from fedlora_app.foundation.files import WEIGHTS_FILE, hash_file, make_private_dir, remove_partials
@@ -70,7 +70,7 @@ from fedlora_app.training.phase import (
     train_phase,
     use_less_memory,
 )
-from fedlora_app.training.selection import count_phase_steps, select_examples
+from fedlora_app.training.selection import data_owners, select_phase
 
 
 class LostGlobalError(AdapterError):
@@ -111,7 +111,7 @@ class Client:
             Counts of examples, and facts: the device and the data files' hashes.
         """
         faults = self._impossible_settings(resumes)
-        for client_id in self._data_owners():
+        for client_id in data_owners(self.config, self.client_id):
             try:
                 load_client_files(self.config, self.config.client(client_id), self.root)
             except DataError as error:
@@ -327,17 +327,10 @@ class Client:
     def _round_dir(self, server_round: int) -> Path:
         return self._own_dir / f"round_{server_round:03d}"
 
-    def _data_owners(self) -> list[str]:
-        """Return whose data this client trains on: its own, unless it pools everybody's."""
-        pools = self.config.federated.mode == "centralized"
-        if pools and self.client_id in training_clients(self.config):
-            return self.config.client_ids
-        return [self.client_id]
-
     @cached_property
     def _files(self) -> dict[str, ClientFiles]:
         """The data that this client works with, read once: the hashes are of what was used."""
-        owners = dict.fromkeys([*self._data_owners(), self.client_id])
+        owners = dict.fromkeys([*data_owners(self.config, self.client_id), self.client_id])
         return {
             owner: load_client_files(self.config, self.config.client(owner), self.root)
             for owner in owners
@@ -404,18 +397,14 @@ class Client:
     def _run_phase(
         self, loaded: LoadedModel, model: AdaptedModel, phase: Phase, server_round: int
     ) -> PhaseResult:
-        selected: list[Example] = []
-        num_steps = 0
-        for client_id in self._data_owners():
-            client = self.config.client(client_id)
-            examples = tokenize_client_files(
-                self.config, client, self._files[client_id], loaded.tokenizer, self.root
-            )
-            selected += select_examples(self.config, client_id, examples, phase, server_round)
-            num_steps += count_phase_steps(self.config, examples, phase)
+        def load(owner: str) -> ClientExamples:
+            client, files = self.config.client(owner), self._files[owner]
+            return tokenize_client_files(self.config, client, files, loaded.tokenizer, self.root)
+
+        selected = select_phase(self.config, self.client_id, phase, server_round, load)
         kind = (self.run_dir, phase.name)
         training = loaded.smaller_batches.get(kind) or settle_checkpointing(
-            self.config, model, phase, selected
+            self.config, model, phase, selected.examples
         )
         num_rounds = self.config.federated.num_rounds
         # Where the local adapter stands alone there is no global one that it could spoil.
@@ -427,11 +416,11 @@ class Client:
         def train(settings: TrainingConfig) -> PhaseResult:
             return train_phase(
                 model,
-                selected,
+                selected.examples,
                 settings,
                 active=phase.active,
                 trainable=phase.trainable,
-                num_steps=num_steps,
+                num_steps=selected.num_steps,
                 run_span=((server_round - 1) / num_rounds, server_round / num_rounds),
                 weight_decays=weight_decays,
                 seed=derive_seed(

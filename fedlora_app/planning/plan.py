@@ -25,7 +25,7 @@ from fedlora_app.planning.workload import (
     ClientPhase,
     PhaseWork,
     assumed_work,
-    largest_micro_batch,
+    find_largest,
     load_client_phases,
     measure_work,
     missing_files,
@@ -219,7 +219,7 @@ class _Predictor:
                 config.training,
                 _numerics(config),
                 phase,
-                largest_micro_batch(self.parts, phase, config.training),
+                find_largest(self.parts, phase, config.training),
                 checkpointing,
             )
             for phase in phases_of(config)
@@ -356,7 +356,7 @@ def _judge(
         changes=changes,
         changed_peak_bytes=_peak(predict(changed, limit)) if changed else None,
         checkpointing_unneeded=any(p.checkpointing for p in phases) and without <= limit,
-        num_cut=sum(len(ex.input_ids) > length for part in parts for ex in part.examples),
+        num_cut=sum(len(ex.input_ids) > length for part in parts for ex in part.selection.examples),
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +10,20 @@ from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.config.rounds import Phase, plan_round, training_clients
 from fedlora_app.config.schema import Config, TrainingConfig
-from fedlora_app.data.client_files import (
-    CACHE_DIR,
-    ClientExamples,
-)
+from fedlora_app.data.client_files import ClientExamples, ClientFiles, tokenize_client_files
 from fedlora_app.data.records import load_records
-from fedlora_app.data.tokens import Example, tokenize_file
+from fedlora_app.data.tokens import Example
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.planning.gpus import Work
-from fedlora_app.training.packing import SHORTEST_WIDTH, split_into_packs
-from fedlora_app.training.phase import tokens_per_micro_batch
-from fedlora_app.training.selection import count_phase_steps, select_examples
+from fedlora_app.training.batches import (
+    count_steps,
+    epoch_batches,
+    largest_micro_batch,
+    split_into_packs,
+    tokens_per_micro_batch,
+)
+from fedlora_app.training.packing import group_by_width
+from fedlora_app.training.selection import Selection, select_phase
 from fedlora_app.training.step_memory import MicroBatch
 
 ASSUMED_ANSWER_SHARE = 0.5
@@ -52,13 +53,11 @@ class PhaseWork:
 
 @dataclass(frozen=True)
 class ClientPhase:
-    """A phase as one client meets it, with the examples that it trains on."""
+    """A phase as one client meets it, with what it trains on."""
 
     client: str
     phase: Phase
-    examples: list[Example]
-    steps: int
-    num_truncated: int
+    selection: Selection
 
 
 def phases_of(config: Config) -> list[Phase]:
@@ -89,70 +88,53 @@ def load_client_phases(
         DataError: a file cannot be used.
     """
     examples = {name: _tokenize(config, name, tokenizer, root) for name in config.client_ids}
-    found = []
-    for phase in phases_of(config):
-        pools = phase.data == "pooled"
-        trains_before = phase == plan_round(config, 1).train
-        clients = training_clients(config) if trains_before else config.client_ids
-        for name in clients:
-            owners = config.client_ids if pools else [name]
-            selected: list[Example] = []
-            steps = truncated = 0
-            for owner in owners:
-                own = examples[owner]
-                selected += select_examples(config, owner, own, phase, 1)
-                steps += count_phase_steps(config, own, phase)
-                truncated += own.universal.num_truncated * (phase.data != "local")
-                truncated += own.local.num_truncated * (phase.data != "universal")
-            found.append(ClientPhase(name, phase, selected, steps, truncated))
-    return found
+    first = plan_round(config, 1).train
+    return [
+        ClientPhase(name, phase, select_phase(config, name, phase, 1, examples.__getitem__))
+        for phase in phases_of(config)
+        for name in (training_clients(config) if phase == first else config.client_ids)
+    ]
 
 
 def measure_work(part: ClientPhase, training: TrainingConfig) -> PhaseWork:
     """Count one client's phase, packed as training packs it."""
-    lengths = [len(example.input_ids) for example in part.examples]
-    answers = sum(example.num_answer_tokens for example in part.examples)
-    packs = list(_packs(part.examples, training))
-    steps_per_epoch = -(-len(lengths) // _per_step(training))
-    passes = part.steps / steps_per_epoch
+    examples, steps = part.selection.examples, part.selection.num_steps
+    lengths = [len(example.input_ids) for example in examples]
+    answers = sum(example.num_answer_tokens for example in examples)
+    num_packs = sum(1 for _ in _packs(examples, training))
+    passes = steps / count_steps(len(examples), 1, training)
     room = tokens_per_micro_batch(training) or max(lengths)
     return PhaseWork(
         client=part.client,
         phase=part.phase.name,
         data=part.phase.data,
-        num_examples=len(lengths),
-        num_truncated=part.num_truncated,
+        num_examples=len(examples),
+        num_truncated=part.selection.num_truncated,
         tokens_per_epoch=sum(lengths),
         answer_tokens_per_epoch=answers,
         longest=max(lengths),
         passes=passes,
-        steps=part.steps,
-        packing_fill=sum(lengths) / (len(packs) * room),
+        steps=steps,
+        packing_fill=sum(lengths) / (num_packs * room),
         work=Work(
             tokens=round(passes * sum(lengths)),
             answer_tokens=round(passes * answers),
             attention_pairs=round(passes * sum(length * length for length in lengths)),
-            micro_batches=round(passes * len(packs)),
+            micro_batches=round(passes * num_packs),
         ),
     )
 
 
-def largest_micro_batch(
+def find_largest(
     parts: Sequence[ClientPhase], phase: Phase, training: TrainingConfig
 ) -> MicroBatch:
     """Return the most that a micro-batch of a phase can hold; without data, full examples."""
     batches = []
-    for part in parts:
-        if part.phase != phase:
-            continue
-        limit = training.max_seq_length
-        lengths = sorted((min(len(ex.input_ids), limit) for ex in part.examples), reverse=True)
-        room = tokens_per_micro_batch(training) or lengths[0]
-        tokens = min(sum(lengths[: _per_step(training)]), room)
-        answers = sum(example.num_answer_tokens for example in part.examples)
-        share = answers / sum(len(example.input_ids) for example in part.examples)
-        padding = _padding(part.examples, training)
-        batches.append(MicroBatch(tokens, round(share * tokens), padding))
+    for examples in (part.selection.examples for part in parts if part.phase == phase):
+        lengths = [len(example.input_ids) for example in examples]
+        tokens = largest_micro_batch((min(n, training.max_seq_length) for n in lengths), training)
+        share = sum(example.num_answer_tokens for example in examples) / sum(lengths)
+        batches.append(MicroBatch(tokens, round(share * tokens), _padding(examples, training)))
     if batches:
         return max(batches, key=lambda batch: batch.num_tokens)
     tokens = tokens_per_micro_batch(training) or training.max_seq_length
@@ -171,31 +153,17 @@ def _tokenize(
     config: Config, name: str, tokenizer: PreTrainedTokenizerBase, root: Path
 ) -> ClientExamples:
     client = config.client(name)
-    paths = (client.universal_train or config.data.universal_train, client.local_train)
     universal, local = (
-        tokenize_file(
-            tokenizer,
-            client.system_prompt,
-            load_records(root / path, skip_invalid=config.data.skip_invalid),
-            max_seq_length=config.training.max_seq_length,
-            skip_invalid=config.data.skip_invalid,
-            cache_dir=root / CACHE_DIR,
-        )
-        for path in paths
+        load_records(root / path, skip_invalid=config.data.skip_invalid)
+        for path in (client.universal_train or config.data.universal_train, client.local_train)
     )
-    return ClientExamples(universal, local)
-
-
-def _per_step(training: TrainingConfig) -> int:
-    return training.batch_size * training.gradient_accumulation_steps
+    # A plan needs no question sets, so that they need not be here.
+    return tokenize_client_files(config, client, ClientFiles(universal, local, {}), tokenizer, root)
 
 
 def _packs(examples: Sequence[Example], training: TrainingConfig) -> Iterator[list[Example]]:
     """Yield the micro-batches of one epoch in some order of the examples."""
-    order = list(examples)
-    random.Random(derive_seed(0, "plan")).shuffle(order)
-    for start in range(0, len(order), _per_step(training)):
-        step = order[start : start + _per_step(training)]
+    for step in epoch_batches(examples, training, derive_seed(0, "plan")):
         yield from split_into_packs(step, tokens_per_micro_batch(training))
 
 
@@ -203,10 +171,8 @@ def _padding(examples: Sequence[Example], training: TrainingConfig) -> float:
     """Return attention's padded tokens for each real one, on average."""
     padded = tokens = 0
     for pack in _packs(examples, training):
-        widths: dict[int, list[int]] = defaultdict(list)
-        for example in pack:
-            length = len(example.input_ids)
-            widths[max(SHORTEST_WIDTH, 1 << (length - 1).bit_length())].append(length)
-        padded += sum(len(lengths) * max(lengths) for lengths in widths.values())
-        tokens += sum(map(sum, widths.values()))
+        lengths = [len(example.input_ids) for example in pack]
+        for members in group_by_width(lengths):
+            padded += len(members) * max(lengths[place] for place in members)
+        tokens += sum(lengths)
     return padded / tokens

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -80,26 +81,12 @@ class PackedBatch:
     counts: list[int]
 
 
-def split_into_packs(examples: Sequence[Example], max_tokens: int | None) -> list[list[Example]]:
-    """Return groups of at most ``max_tokens`` tokens, the longest examples first (first fit).
-
-    Args:
-        max_tokens: a longer example has a group of its own; None gives each one its own.
-    """
-    if max_tokens is None:
-        return [[example] for example in examples]
-    packs: list[list[Example]] = []
-    room: list[int] = []
-    for example in sorted(examples, key=lambda ex: -len(ex.input_ids)):
-        size = len(example.input_ids)
-        place = next((i for i, left in enumerate(room) if left >= size), None)
-        if place is None:
-            packs.append([])
-            room.append(max_tokens)
-            place = len(packs) - 1
-        packs[place].append(example)
-        room[place] -= size
-    return packs
+def group_by_width(lengths: Sequence[int]) -> list[list[int]]:
+    """Return the places of the examples that attention treats side by side, group by group."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for place, length in enumerate(lengths):
+        groups[max(SHORTEST_WIDTH, 1 << (length - 1).bit_length())].append(place)
+    return list(groups.values())
 
 
 def pack(examples: Sequence[Example], device: torch.device) -> PackedBatch:
@@ -248,17 +235,13 @@ def _window_mask(width: int, window: int | None, device: torch.device) -> torch.
 
 
 def _group(lengths: Sequence[int], device: torch.device) -> Groups:
-    by_width: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    start = 0
-    for length in lengths:
-        width = max(SHORTEST_WIDTH, 1 << (length - 1).bit_length())
-        by_width[width].append((start, length))
-        start += length
+    starts = [0, *accumulate(lengths)]
     groups, order = [], []
-    for members in by_width.values():
-        width = max(length for _, length in members)  # no wider than needed
+    for members in group_by_width(lengths):
+        width = max(lengths[place] for place in members)  # no wider than needed
         sources, slots, count = [], [], 0
-        for row, (start, length) in enumerate(members):
+        for row, place in enumerate(members):
+            start, length = starts[place], lengths[place]
             sources += [*range(count, count + length), *[0] * (width - length)]
             slots += range(row * width, row * width + length)
             order += range(start, start + length)

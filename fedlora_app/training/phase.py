@@ -7,27 +7,32 @@ Output: the phase's figures; the adapters' weights change in place.
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import islice
 
 import torch
 
 from fedlora_app.config.rounds import Phase
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config, TrainingConfig
 from fedlora_app.data.tokens import Example
-from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model.adapters import AdaptedModel, activate, adapter_parameters, compute_overlap
 from fedlora_app.model.base import compute_dtype, uses_4bit
 from fedlora_app.model.device import read_free_memory, read_peak_memory, reset_peak_memory
 from fedlora_app.model.fused import can_fuse_adapters, fused_adapters
 from fedlora_app.model.kernels import apply_liger_kernels, compiled_layers
+from fedlora_app.training.batches import (
+    examples_per_step,
+    largest_micro_batch,
+    split_into_packs,
+    step_batches,
+    tokens_per_micro_batch,
+)
 from fedlora_app.training.losses import compute_losses
 from fedlora_app.training.optimizer import fresh_optimizer
-from fedlora_app.training.packing import ATTENTION, packed_attention, split_into_packs
+from fedlora_app.training.packing import ATTENTION, packed_attention
 from fedlora_app.training.step_memory import MicroBatch, Numerics, PlanError, predict_step_bytes
 
 USABLE_SHARE = 0.9  # of the free memory; the rest is lost to fragmentation
@@ -52,7 +57,7 @@ class PhaseResult:
     """What protects the global adapter's knowledge, with its weights; not part of the losses."""
     seconds: float
     peak_memory_bytes: int
-    """As ``memory`` defines it: of this phase on a GPU, of the process on a CPU."""
+    """As ``model.device`` defines it: of this phase on a GPU, of the process on a CPU."""
     num_tokens: int
     """Of whole examples, those that are not learnt included."""
     gradient_checkpointing: int
@@ -63,7 +68,7 @@ class PhaseResult:
 
 def use_less_memory(training: TrainingConfig) -> TrainingConfig:
     """Return settings with half the batch or less, as many examples a step, and checkpointing."""
-    per_step = training.batch_size * training.gradient_accumulation_steps
+    per_step = examples_per_step(training)
     most = max(1, training.batch_size // 2)
     batch_size = max(size for size in range(1, most + 1) if per_step % size == 0)
     changes = {
@@ -79,15 +84,13 @@ def settle_checkpointing(
 ) -> TrainingConfig:
     """Return the training's settings with ``gradient_checkpointing`` on or off instead of "auto".
 
-    It is on where what a step holds without it, by ``planning.memory``, would not fit into the
+    It is on where what a step holds without it, by ``step_memory``, would not fit into the
     memory that is free now, or where that cannot be told and the model is on a GPU.
     """
     training = config.training
     if training.gradient_checkpointing != "auto":
         return training
-    per_step = training.batch_size * training.gradient_accumulation_steps
-    longest = sorted((len(example.input_ids) for example in examples), reverse=True)[:per_step]
-    num_tokens = min(sum(longest), tokens_per_micro_batch(training) or longest[0])
+    num_tokens = largest_micro_batch((len(example.input_ids) for example in examples), training)
     parameters = [p for name in phase.trainable for p in adapter_parameters(model, name)]
     try:
         needed = predict_step_bytes(
@@ -103,17 +106,6 @@ def settle_checkpointing(
     except PlanError:
         fits = model.device.type != "cuda"
     return training.model_copy(update={"gradient_checkpointing": not fits})
-
-
-def tokens_per_micro_batch(training: TrainingConfig) -> int | None:
-    """Return how many tokens go through the model at once: as many as a full padded batch has."""
-    return training.batch_size * training.max_seq_length if training.packing else None
-
-
-def count_steps(num_examples: int, epochs: int, training: TrainingConfig) -> int:
-    """Return the optimizer steps of ``epochs`` passes over ``num_examples`` examples."""
-    per_step = training.batch_size * training.gradient_accumulation_steps
-    return epochs * math.ceil(num_examples / per_step)
 
 
 def train_phase(
@@ -274,22 +266,6 @@ def schedule_factor(position: float, training: TrainingConfig) -> float:
 
 def _has_penalty(training: TrainingConfig) -> bool:
     return training.local_kl_weight > 0 or training.local_orthogonality > 0
-
-
-def step_batches(
-    examples: Sequence[Example], training: TrainingConfig, seed: int
-) -> Iterator[list[Example]]:
-    """Yield one optimizer step's examples after another, epoch after epoch, for ever.
-
-    Args:
-        seed: that of the phase.
-    """
-    per_step = training.batch_size * training.gradient_accumulation_steps
-    for epoch in count():
-        order = list(range(len(examples)))
-        random.Random(derive_seed(seed, "shuffle", epoch)).shuffle(order)
-        for start in range(0, len(order), per_step):
-            yield [examples[index] for index in order[start : start + per_step]]
 
 
 def _set_checkpointing(model: AdaptedModel, wanted: bool) -> None:

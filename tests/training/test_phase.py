@@ -20,10 +20,10 @@ from fedlora_app.model.adapters import (
 )
 from fedlora_app.training import losses as losses_module
 from fedlora_app.training import optimizer
+from fedlora_app.training.batches import count_steps, step_batches
 from fedlora_app.training.losses import answer_log_likelihoods
 from fedlora_app.training.phase import (
     TrainingError,
-    count_steps,
     schedule_factor,
     train_phase,
 )
@@ -185,8 +185,6 @@ def test_steps_count_the_last_incomplete_batch():
 
 
 def test_every_epoch_sees_every_example_once(adapted):
-    from fedlora_app.training.phase import step_batches
-
     settings = TrainingConfig(batch_size=2, gradient_accumulation_steps=1)
     examples = build_examples(5)
     batches = list(itertools.islice(step_batches(examples, settings, 3), 6))

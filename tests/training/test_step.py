@@ -42,8 +42,9 @@ from fedlora_app.model.fused import can_fuse_adapters, fused_adapters
 from fedlora_app.training import losses as losses_module
 from fedlora_app.training import packing
 from fedlora_app.training import step_memory as planning_memory
+from fedlora_app.training.batches import split_into_packs
 from fedlora_app.training.losses import compute_losses, token_losses
-from fedlora_app.training.packing import PackingError, pack, packed_attention, split_into_packs
+from fedlora_app.training.packing import PackingError, pack, packed_attention
 from fedlora_app.training.phase import TrainingError, settle_checkpointing, train_phase
 
 BOTH = (GLOBAL, LOCAL)
