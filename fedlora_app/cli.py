@@ -313,7 +313,7 @@ def import_(
         str | None, typer.Option(help="Says whose a row is; empty cells are universal data.")
     ] = None,
     partition: Annotated[
-        Literal["iid", "label", "dirichlet", "sizes"] | None,
+        Literal["iid", "label", "dirichlet", "sizes", "linear", "square", "exponential"] | None,
         typer.Option(help="Make clients where no column names them."),
     ] = None,
     clients: Annotated[int | None, typer.Option(min=1, help="Number of clients to make.")] = None,

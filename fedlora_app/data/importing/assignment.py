@@ -1,12 +1,14 @@
 """Who gets which record, and in which split: pure functions of positions, labels and a seed.
 
-``flwr-datasets`` has such partitioners, but none of its releases works with datasets 5.
+Partitions are those of ``flwr-datasets``, on records in an order that the seed decides.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,8 +18,16 @@ from fedlora_app.foundation.seeds import derive_seed
 
 TRAIN = "train"
 REPAIR_ORDER = ("train", "test", "validation")  # who gets a group where there are too few
-MAX_DRAWS = 100
+MAX_SEEDS = 10  # each of which DirichletPartitioner draws 11 times from
 REPORT_INTERVAL = 500  # groups
+
+
+def partition_iid(num_records: int, num_clients: int, seed: int) -> list[int | None]:
+    """Deal the shuffled records out; sizes differ by one at most."""
+    from flwr_datasets.partitioner import IidPartitioner
+
+    _require_records(num_records, num_clients, num_clients - num_records)
+    return _divide(IidPartitioner(num_clients), num_clients, _shuffle(num_records, seed, "clients"))
 
 
 def partition_sizes(num_records: int, sizes: Sequence[float], seed: int) -> list[int | None]:
@@ -26,6 +36,8 @@ def partition_sizes(num_records: int, sizes: Sequence[float], seed: int) -> list
     Args:
         sizes: shares that sum to 1, or numbers of records.
     """
+    from flwr_datasets.partitioner import SizePartitioner
+
     shares = max(sizes) <= 1
     counts = _apportion(num_records, sizes) if shares else [int(size) for size in sizes]
     if sum(counts) > num_records:
@@ -33,19 +45,33 @@ def partition_sizes(num_records: int, sizes: Sequence[float], seed: int) -> list
             f"sizes: {sum(counts)} records are asked for, but there are {num_records}. "
             "Ask for fewer, or give shares that sum to 1."
         )
-    owners: list[int | None] = [None] * num_records
-    ends = np.cumsum(counts)
-    for place, position in enumerate(_shuffle(num_records, seed, "clients")[: sum(counts)]):
-        owners[position] = int(np.searchsorted(ends, place, side="right"))
-    return _check_partition(owners, len(sizes))
+    _require_records(num_records, len(counts), counts.count(0))
+    return _divide(SizePartitioner(counts), len(counts), _shuffle(num_records, seed, "clients"))
 
 
-def partition_iid(num_records: int, num_clients: int, seed: int) -> list[int | None]:
-    """Deal the shuffled records out; sizes differ by one at most."""
-    owners: list[int | None] = [None] * num_records
-    for place, position in enumerate(_shuffle(num_records, seed, "clients")):
-        owners[position] = place % num_clients
-    return _check_partition(owners, num_clients)
+def partition_growing(
+    num_records: int, num_clients: int, growth: str, seed: int
+) -> list[int | None]:
+    """Draw records for clients n = 1, 2, ... in the proportions n, n squared or e to the n.
+
+    Args:
+        growth: linear, square or exponential.
+    """
+    from flwr_datasets import partitioner
+
+    kinds = {
+        "linear": partitioner.LinearPartitioner,
+        "square": partitioner.SquarePartitioner,
+        "exponential": partitioner.ExponentialPartitioner,
+    }
+    order = _shuffle(num_records, seed, "clients")
+    try:
+        return _divide(kinds[growth](num_clients), num_clients, order)
+    except ValueError:
+        raise DataError(
+            f"With partition {growth}, some of {num_clients} clients would get none of the "
+            f"{num_records} records. Ask for fewer clients."
+        ) from None
 
 
 def partition_labels(
@@ -56,6 +82,7 @@ def partition_labels(
     Labels are dealt out in a drawn order, as often as there are places; a label's records are
     divided evenly between those who have it.
     """
+    # PathologicalPartitioner leaves out the records of labels that no client has drawn.
     names = sorted(set(labels))
     num_places = num_clients * labels_per_client
     if labels_per_client > len(names):
@@ -78,7 +105,8 @@ def partition_labels(
         label = labels[position]
         owners[position] = holders[label][dealt[label] % len(holders[label])]
         dealt[label] += 1
-    return _check_partition(owners, num_clients)
+    _require_records(len(labels), num_clients, num_clients - len(set(owners)))
+    return owners
 
 
 def partition_dirichlet(
@@ -86,27 +114,25 @@ def partition_dirichlet(
 ) -> list[int | None]:
     """Divide each label's records by shares drawn from Dir(alpha) (Yurochkin et al. 2019).
 
-    Drawn again, up to 100 times, until every client has ``min_records`` (arXiv:1905.12022 and
+    Drawn again, up to 110 times, until every client has ``min_records`` (arXiv:1905.12022 and
     the benchmarks after it do the same).
     """
-    positions = defaultdict(list)
-    for position in _shuffle(len(labels), seed, "clients"):
-        positions[labels[position]].append(position)
-    for draw in range(MAX_DRAWS):
-        rng = np.random.default_rng(derive_seed(seed, "import", "dirichlet", draw))
-        owners: list[int | None] = [None] * len(labels)
-        for label in sorted(positions):
-            shares = rng.dirichlet([alpha] * num_clients)
-            counts = _apportion(len(positions[label]), shares.tolist())
-            clients = np.repeat(np.arange(num_clients), counts)
-            for position, client in zip(positions[label], clients.tolist(), strict=True):
-                owners[position] = client
-        sizes = Counter(owners)
-        if min(sizes[client] for client in range(num_clients)) >= min_records:
-            return owners
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    order = _shuffle(len(labels), seed, "clients")
+    for draw in range(MAX_SEEDS):
+        partitioner = DirichletPartitioner(
+            *(num_clients, "label", alpha, min_records),
+            shuffle=False,
+            seed=derive_seed(seed, "import", "dirichlet", draw),
+        )
+        try:
+            return _divide(partitioner, num_clients, order, labels)
+        except ValueError:
+            continue
     raise DataError(
-        f"In {MAX_DRAWS} draws with dirichlet_alpha {alpha:g}, some of the {num_clients} clients "
-        f"never got {min_records} records. Raise dirichlet_alpha, or lower num_clients."
+        f"However often it was drawn with dirichlet_alpha {alpha:g}, some of the {num_clients} "
+        f"clients never got {min_records} records. Raise dirichlet_alpha, or lower num_clients."
     )
 
 
@@ -253,12 +279,33 @@ def _shuffle(length: int, seed: int, what: str) -> list[int]:
     return np.random.default_rng(derive_seed(seed, "import", what)).permutation(length).tolist()
 
 
-def _check_partition(owners: list[int | None], num_clients: int) -> list[int | None]:
-    """Refuse a partition with a client that has nothing."""
-    empty = num_clients - len(set(owners) - {None})
-    if empty:
-        raise DataError(
-            f"{empty} of {num_clients} clients would get none of the {len(owners)} records. Ask "
-            "for fewer clients, or larger shares."
-        )
+def _divide(
+    partitioner: Any, num_clients: int, order: Sequence[int], labels: Sequence[str] = ()
+) -> list[int | None]:
+    """Return whose each record is, by a partitioner that sees them in ``order``.
+
+    Raises:
+        ValueError: the partitioner cannot divide them so.
+    """
+    from datasets import Dataset
+
+    columns = {"position": order}
+    if labels:
+        columns["label"] = np.unique(labels, return_inverse=True)[1][order]
+    partitioner.dataset = Dataset.from_dict(columns)
+    owners: list[int | None] = [None] * len(order)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of another draw, or records that are left over
+        for client in range(num_clients):
+            for position in partitioner.load_partition(client)["position"][:]:
+                owners[position] = client
     return owners
+
+
+def _require_records(num_records: int, num_clients: int, num_empty: int) -> None:
+    """Refuse a partition with a client that has nothing."""
+    if num_empty > 0:
+        raise DataError(
+            f"{num_empty} of {num_clients} clients would get none of the {num_records} records. "
+            "Ask for fewer clients, or larger shares."
+        )

@@ -18,6 +18,7 @@ from fedlora_app.data.importing.assignment import (
     assign_splits,
     group_questions,
     partition_dirichlet,
+    partition_growing,
     partition_iid,
     partition_labels,
     partition_sizes,
@@ -31,6 +32,7 @@ from fedlora_app.data.importing.data_card import (
 )
 from fedlora_app.data.importing.rows import (
     CONFLICT_FILES,
+    GROWING,
     SPLITS,
     TEXT_FIELDS,
     ImportedRecord,
@@ -141,6 +143,8 @@ def _assign_clients(
         owners = partition_sizes(len(records), settings.sizes, seed)
     elif settings.partition == "label":
         owners = partition_labels(labels, number, settings.labels_per_client, seed)
+    elif settings.partition in GROWING:
+        owners = partition_growing(len(records), number, settings.partition, seed)
     else:
         owners = partition_dirichlet(
             labels, number, settings.dirichlet_alpha, seed, min_records=len(settings.shares)

@@ -21,8 +21,10 @@ from fedlora_app.data.similarity import normalise_question
 
 Report = Callable[[str, int, int], None]
 Role = Literal["local", "universal"]
-Partition = Literal["iid", "label", "dirichlet", "sizes"]
+Partition = Literal["iid", "label", "dirichlet", "sizes", "linear", "square", "exponential"]
 
+GROWING = ("linear", "square", "exponential")
+"""Partitions whose clients have ever more records."""
 SPLITS = ("train", "validation", "test")
 TEXT_FIELDS = ("instruction", "input", "output")
 JSON_FIELDS = ("distractors", "evaluation_guide")  # which a CSV cell can only hold as JSON
@@ -35,7 +37,7 @@ SHARES_TOLERANCE = 1e-6
 UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 # The settings that only some schemes look at.
 SCHEMES_OF_SETTING = {
-    "num_clients": {"iid", "label", "dirichlet", "sizes"},
+    "num_clients": set(get_args(Partition)),
     "sizes": {"sizes"},
     "label_column": {"label", "dirichlet"},
     "labels_per_client": {"label"},

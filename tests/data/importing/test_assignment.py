@@ -10,6 +10,7 @@ from fedlora_app.data.importing.assignment import (
     assign_splits,
     group_questions,
     partition_dirichlet,
+    partition_growing,
     partition_iid,
     partition_labels,
     partition_sizes,
@@ -31,6 +32,7 @@ def count(owners: list, label: str) -> list[int]:
     [
         lambda seed: partition_iid(200, 4, seed),
         lambda seed: partition_sizes(200, (0.4, 0.3, 0.2, 0.1), seed),
+        lambda seed: partition_growing(200, 4, "square", seed),
         lambda seed: partition_labels(LABELS, 4, 2, seed),
         lambda seed: partition_dirichlet(LABELS, 4, 0.5, seed),
     ],
@@ -51,6 +53,15 @@ def test_sizes_are_shares_or_numbers_of_records():
     assert Counter(partition_sizes(10, (0.55, 0.25, 0.2), 0)) == {0: 6, 1: 2, 2: 2}
     assert Counter(partition_sizes(10, (5, 2), 0)) == {0: 5, 1: 2, None: 3}
     assert Counter(partition_sizes(10, (1.0,), 0)) == {0: 10}
+
+
+@pytest.mark.parametrize(
+    ("growth", "expected"),
+    [("linear", [20, 40, 60, 80]), ("square", [6, 26, 60, 108]), ("exponential", [6, 17, 47, 130])],
+)
+def test_clients_of_growing_size(growth, expected):
+    counted = Counter(partition_growing(200, 4, growth, 0))
+    assert [counted[client] for client in range(4)] == expected
 
 
 def test_each_client_has_a_few_labels_which_their_holders_share_evenly():
@@ -80,6 +91,8 @@ def test_a_small_alpha_skews_the_labels_and_a_large_one_does_not():
         (lambda: partition_iid(2, 3, 0), "1 of 3 clients would get none of the 2 records"),
         (lambda: partition_sizes(5, (4, 2), 0), "6 records are asked for, but there are 5"),
         (lambda: partition_sizes(5, (0.99, 0.01), 0), "1 of 2 clients would get none"),
+        (lambda: partition_growing(20, 5, "exponential", 0), "some of 5 clients would get none"),
+        (lambda: partition_growing(20, 900, "exponential", 0), "some of 900 clients"),
         (lambda: partition_labels(LABELS, 2, 2, 0), "room for 4 labels, but there are 5"),
         (lambda: partition_labels(LABELS, 2, 6, 0), "is 6, but there are 5 labels"),
         (lambda: partition_labels(["a", "b"], 4, 1, 0), "2 of 4 clients would get none"),

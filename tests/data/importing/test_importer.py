@@ -171,6 +171,7 @@ def test_fields_that_all_clients_agree_on_stand_in_a_conflict(rows_path, tmp_pat
     [
         {"partition": "iid", "num_clients": 3},
         {"partition": "sizes", "sizes": (0.5, 0.3, 0.2)},
+        {"partition": "linear", "num_clients": 3},
         {"partition": "label", "num_clients": 3, "label_column": "topic"},
         {"partition": "dirichlet", "num_clients": 3, "label_column": "topic"},
     ],
