@@ -10,12 +10,8 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING
 
 from rapidfuzz import fuzz, process
-
-if TYPE_CHECKING:
-    pass
 
 NEAR_DUPLICATE_RATIO = 85  # percent of the characters of both questions
 SPELLING_RATIO = 80  # percent; above it two words may be one word's forms or a slip of the pen
