@@ -25,18 +25,23 @@ def format_duration(seconds: float) -> str:
 
 
 class Pace:
-    """Tells the time that is left, as often as a line about it is due."""
+    """The time that is left, as often as a line about it is due.
 
-    def __init__(self) -> None:
+    Args:
+        done: what was done already when the clock started.
+    """
+
+    def __init__(self, interval: float = INTERVAL_SECONDS, done: int = 0) -> None:
+        self._interval, self._done = interval, done
         self._last = self._started = time.monotonic()
 
     def time_left(self, done: int, total: int) -> str | None:
         """Return the time left, or None where no line is due."""
         now = time.monotonic()
-        if now - self._last < INTERVAL_SECONDS or not 0 < done < total:
+        if now - self._last < self._interval or not self._done < done < total:
             return None
         self._last = now
-        return format_duration((now - self._started) / done * (total - done))
+        return format_duration((now - self._started) / (done - self._done) * (total - done))
 
 
 def step_lines(what: str) -> Callable[[int, int, float], None]:

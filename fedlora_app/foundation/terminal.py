@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedlora_app.foundation.progress import format_duration
+from fedlora_app.foundation.progress import Pace
 
 WIDTH = 100
 INTERVAL_SECONDS = 5.0
@@ -35,19 +34,15 @@ def show_progress(unit: str = "prompts", *, quiet: bool = False) -> Iterator[Rep
                 task, description=what, completed=done, total=total
             )
         return
-    last = started = time.monotonic()
-    first: tuple[int, int] = (0, 0)  # what was done, of how many, when the clock was started
+    pace, current = Pace(), 0
 
     def report(what: str, done: int, total: int) -> None:
-        nonlocal last, started, first
-        now = time.monotonic()
-        if first[1] != total:
-            first, started = (done, total), now
-        if quiet or now - last < INTERVAL_SECONDS:
-            return
-        last = now
-        left = format_duration((now - started) / max(done - first[0], 1) * (total - done))
-        print(f"{what}: {done}/{total} {unit}, about {left} left", file=sys.stderr, flush=True)
+        nonlocal pace, current
+        if total != current:  # another stretch of work, at another speed
+            pace, current = Pace(INTERVAL_SECONDS, done), total
+        left = pace.time_left(done, total)
+        if left is not None and not quiet:
+            print(f"{what}: {done}/{total} {unit}, about {left} left", file=sys.stderr, flush=True)
 
     yield report
 

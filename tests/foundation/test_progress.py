@@ -3,7 +3,13 @@ from __future__ import annotations
 import pytest
 
 from fedlora_app.foundation import progress
-from fedlora_app.foundation.progress import client_lines, format_duration, prompt_lines, step_lines
+from fedlora_app.foundation.progress import (
+    client_lines,
+    format_duration,
+    prompt_lines,
+    step_lines,
+)
+from fedlora_app.foundation.terminal import show_progress
 
 
 @pytest.fixture
@@ -69,3 +75,21 @@ def test_clients_are_counted_for_the_server(clock):
         count(done)
     assert lines[0] == "round 3/8, train: 3 of 50 clients, about 3 min 08 s left"
     assert len(lines) == 16
+
+
+def test_a_command_that_is_no_terminal_gets_lines_with_each_stretch_at_its_own_speed(clock, capsys):
+    with show_progress("runs") as show:
+        for total, seconds in ((10, 1), (4, 100)):
+            for done in range(1, total + 1):
+                clock.now += seconds
+                show("reading", done, total)
+    assert capsys.readouterr().err.splitlines() == [
+        "reading: 6/10 runs, about 4 s left",
+        "reading: 2/4 runs, about 3 min 20 s left",
+        "reading: 3/4 runs, about 1 min 40 s left",
+    ]
+    with show_progress(quiet=True) as show:
+        for done in (1, 2):
+            clock.now += 60
+            show("reading", done, 3)
+    assert not capsys.readouterr().err
