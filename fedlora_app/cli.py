@@ -20,7 +20,7 @@ from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import keep_files_private
 from fedlora_app.foundation.project import find_project_root
 from fedlora_app.foundation.terminal import show_progress
-from fedlora_app.runs.directory import RunDirectoryError
+from fedlora_app.runs.paths import RunDirectoryError
 
 if TYPE_CHECKING:
     from fedlora_app.evaluation.saved_model import SavedModel
@@ -120,7 +120,8 @@ def evaluate(
     from fedlora_app.evaluation.protocol import evaluate_round
     from fedlora_app.evaluation.text import describe_evaluation
     from fedlora_app.report.page import write_report
-    from fedlora_app.runs.reading import find_run, load_run
+    from fedlora_app.runs.paths import find_run
+    from fedlora_app.runs.reading import load_run
 
     run_dir = find_run(run, find_project_root())
     root = find_project_root(str(run_dir / "config.json"))  # the checkout that it lies in
@@ -152,7 +153,8 @@ def compare(
     """
     from fedlora_app.evaluation.comparison import compare_evaluations
     from fedlora_app.evaluation.comparison_text import describe_comparison
-    from fedlora_app.runs.reading import find_run, load_run
+    from fedlora_app.runs.paths import find_run
+    from fedlora_app.runs.reading import load_run
 
     root = find_project_root()
     evaluations = {}
@@ -186,7 +188,7 @@ def report(
     Damaged and half-finished runs are shown as far as they go. Example: fedlora report latest
     """
     from fedlora_app.report.page import COMPARISON_FILE, write_comparison, write_report
-    from fedlora_app.runs.reading import find_run
+    from fedlora_app.runs.paths import find_run
 
     root = find_project_root()
     paths = list(dict.fromkeys(find_run(name, root) for name in runs))
@@ -386,7 +388,8 @@ def import_(
 def _open_model(run: str, server_round: int | None) -> SavedModel:
     """Return a run's adapters, to be asked or exported; nothing is loaded yet."""
     from fedlora_app.evaluation.saved_model import SavedModel
-    from fedlora_app.runs.reading import find_run, load_run
+    from fedlora_app.runs.paths import find_run
+    from fedlora_app.runs.reading import load_run
 
     _quiet_transformers()
     run_dir = find_run(run, find_project_root())

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -38,14 +36,11 @@ from fedlora_app.data.linter import Finding, describe_findings, lint
 from fedlora_app.data.records import DataError
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.client_round import Metrics, evaluate_client, phase_metrics
-from fedlora_app.foundation.files import WEIGHTS_FILE, hash_file, make_private_dir, remove_partials
 from fedlora_app.foundation.progress import step_lines
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model import base as model_module
-from fedlora_app.model.adapter_files import load_adapter, save_adapter
 from fedlora_app.model.adapters import (
     AdaptedModel,
-    AdapterError,
     AdapterState,
     attach_once,
     build_initial_state,
@@ -62,7 +57,8 @@ from fedlora_app.model.base import (
 )
 from fedlora_app.model.device import is_out_of_memory, read_peak_memory, reset_peak_memory
 from fedlora_app.model.kernels import find_missing_kernels
-from fedlora_app.runs.directory import require_within
+from fedlora_app.runs.client_folder import ClientFolder
+from fedlora_app.runs.paths import RunPaths
 from fedlora_app.training.phase import (
     PhaseResult,
     TrainingError,
@@ -71,10 +67,6 @@ from fedlora_app.training.phase import (
     use_less_memory,
 )
 from fedlora_app.training.selection import data_owners, select_phase
-
-
-class LostGlobalError(AdapterError):
-    """The global adapter that a client had kept is missing or damaged; the server has it."""
 
 
 @dataclass(frozen=True)
@@ -90,16 +82,6 @@ class Client:
     client_id: str
     run_dir: Path
     root: Path
-
-    def require_own_folders(self) -> None:
-        """Raise ``RunDirectoryError`` where links lead from what this client keeps out of the run.
-
-        To be called before anything there is read or written.
-        """
-        kept = self._own_dir.glob("*") if self._own_dir.is_dir() else ()
-        links = [path for path in kept if path.is_symlink()]
-        for path in (self._own_dir, self._final_dir, *links):
-            require_within(path, self.run_dir)
 
     def register(self, *, resumes: bool = False) -> tuple[Metrics, dict[str, str]]:
         """Check and tokenise this client's data before anything large is loaded.
@@ -144,10 +126,9 @@ class Client:
         Raises:
             AdapterError: the local adapter is missing, or is not what the run wrote.
         """
-        remove_partials(self._own_dir)
-        remove_partials(self._final_dir.parent, self.client_id)
+        self.folder.remove_partials()
         if local_round >= 0:
-            self._require_local(local_round, local_sha256)
+            self.folder.require_local(local_round, local_sha256)
         return {"base_model": model_module.compute_fingerprint(self.config.model, self.root)}
 
     def global_shapes(self) -> dict[str, torch.Size]:
@@ -156,7 +137,7 @@ class Client:
 
     def keep_global(self, state: AdapterState) -> str:
         """Keep the global adapter for a later message; return its file's sha256."""
-        return self._save(self._load_model()[1], GLOBAL, state, self._kept_global_dir)
+        return self.folder.save_global(self._load_model()[1], state)
 
     def kept_global(self, sha256: str) -> AdapterState:
         """Return the global adapter that this client kept when it last personalised.
@@ -164,11 +145,7 @@ class Client:
         Raises:
             LostGlobalError: it is missing, damaged or another one.
         """
-        _, model = self._load_model()
-        try:
-            return self._load(model, GLOBAL, self._kept_global_dir, sha256)
-        except AdapterError as error:
-            raise LostGlobalError(str(error)) from None
+        return self.folder.load_global(self._load_model()[1], sha256)
 
     def train(
         self,
@@ -195,7 +172,7 @@ class Client:
         result = self._run_phase(loaded, model, phase, server_round)
         facts = self._files[self.client_id].hashes
         if LOCAL in phase.trainable:
-            facts["local_adapter"] = self._save_local(model, self._round_dir(server_round))
+            facts["local_adapter"] = self.folder.save_local(model, server_round)
         trained = get_state(model, GLOBAL)
         update = {key: trained[key] - global_state[key] for key in trained}
         norm = torch.stack([delta.double().norm() for delta in update.values()]).norm().item()
@@ -225,7 +202,7 @@ class Client:
         """
         plan = plan_round(self.config, server_round)
         loaded, model = self._prepare(global_state, local_round, local_sha256)
-        shutil.rmtree(self._final_dir, ignore_errors=True)  # of a run that had fewer rounds
+        self.folder.remove_final()
         metrics: Metrics = {}
         files = self._files[self.client_id]
         facts = files.hashes | {
@@ -236,7 +213,7 @@ class Client:
             result = self._run_phase(loaded, model, plan.personalise, server_round)
             metrics |= phase_metrics(plan.personalise, result)
         if LOCAL in plan.evaluated:
-            facts["local_adapter"] = self._save_local(model, self._round_dir(server_round))
+            facts["local_adapter"] = self.folder.save_local(model, server_round)
         is_final = server_round == self.config.federated.num_rounds
         is_due = is_final or server_round % self.config.evaluation.interval == 0
         own = Answering.own(plan.evaluated, self.client_id)
@@ -259,12 +236,12 @@ class Client:
         metrics["evaluation_seconds"] = time.monotonic() - started
         metrics["peak_memory_bytes"] = read_peak_memory(model.device)
         if is_final:
-            self._forget_global()
+            self.folder.remove_global()
             if LOCAL in plan.evaluated:
-                self._save_local(model, self._final_dir)
+                self.folder.save_final(model)
         else:
-            facts["global_adapter"] = self._save(model, GLOBAL, global_state, self._kept_global_dir)
-        self._thin(oldest_local_round)
+            facts["global_adapter"] = self.folder.save_global(model, global_state)
+        self.folder.thin(oldest_local_round)
         return metrics, facts
 
     def evaluate(self, global_state: AdapterState, local_round: int) -> Metrics:
@@ -288,9 +265,9 @@ class Client:
         except ModelError:
             fault = None  # a model that is not there is reported in its turn
         faults += [fault] if fault else []
-        if self._own_dir.exists() and not resumes:
+        if self.folder.path.exists() and not resumes:
             faults.append(
-                f"{self._own_dir} exists already and is left as it is. Choose another run-name."
+                f"{self.folder.path} exists already and is left as it is. Choose another run-name."
             )
         return faults
 
@@ -309,23 +286,13 @@ class Client:
         return findings
 
     @property
+    def folder(self) -> ClientFolder:
+        """What this client keeps of the run."""
+        return ClientFolder(RunPaths(self.run_dir), self.client_id, self.config.model.name)
+
+    @property
     def _own(self) -> ClientConfig:
         return self.config.client(self.client_id)
-
-    @property
-    def _own_dir(self) -> Path:
-        return self.run_dir / "clients" / self.client_id
-
-    @property
-    def _final_dir(self) -> Path:
-        return self.run_dir / "final" / "clients" / self.client_id
-
-    @property
-    def _kept_global_dir(self) -> Path:
-        return self._own_dir / "received"
-
-    def _round_dir(self, server_round: int) -> Path:
-        return self._own_dir / f"round_{server_round:03d}"
 
     @cached_property
     def _files(self) -> dict[str, ClientFiles]:
@@ -336,33 +303,6 @@ class Client:
             for owner in owners
         }
 
-    def _require_local(self, local_round: int, local_sha256: str) -> None:
-        """Compare a kept adapter with what the server knows of it."""
-        weights = self._round_dir(local_round) / WEIGHTS_FILE
-        if not weights.is_file():
-            raise AdapterError(
-                f"{weights} does not exist, and the run is to resume with it. Restore it, or "
-                "resume from an earlier round."
-            )
-        if local_sha256 and hash_file(weights) != local_sha256:
-            raise AdapterError(
-                f"{weights} is damaged: its sha256 is not that of the file that the run wrote. "
-                "Restore it, or resume from an earlier round."
-            )
-
-    def _forget_global(self) -> None:
-        shutil.rmtree(self._kept_global_dir, ignore_errors=True)
-        for folder in (self._own_dir, self._own_dir.parent):
-            with suppress(OSError):  # it holds local adapters
-                folder.rmdir()
-
-    def _thin(self, oldest_local_round: int) -> None:
-        """Delete the local adapters that no round needs any more that the server keeps."""
-        folders = sorted(self._own_dir.glob("round_*")) if oldest_local_round > 0 else []
-        for folder in folders:
-            if int(folder.name.removeprefix("round_")) < oldest_local_round:
-                shutil.rmtree(folder, ignore_errors=True)
-
     def _prepare(
         self, global_state: AdapterState, local_round: int, local_sha256: str = ""
     ) -> tuple[LoadedModel, AdaptedModel]:
@@ -372,7 +312,7 @@ class Client:
             seed = derive_seed(self.config.experiment.seed, "initial", self.client_id)
             local_state = build_initial_state(model, LOCAL, seed)
         else:
-            local_state = self._load(model, LOCAL, self._round_dir(local_round), local_sha256)
+            local_state = self.folder.load_local(model, local_round, local_sha256)
         set_state(model, GLOBAL, global_state)
         set_state(model, LOCAL, local_state)
         return loaded, model
@@ -380,19 +320,6 @@ class Client:
     def _load_model(self) -> tuple[LoadedModel, AdaptedModel]:
         loaded = load_base_model(self.config.model, self.root)
         return loaded, attach_once(loaded, self.config.adapters)
-
-    def _load(self, model: AdaptedModel, name: str, folder: Path, sha256: str) -> AdapterState:
-        base_name = self.config.model.name
-        return load_adapter(
-            folder, model, name, base_name, within=self.run_dir, sha256=sha256 or None
-        )
-
-    def _save_local(self, model: AdaptedModel, folder: Path) -> str:
-        return self._save(model, LOCAL, get_state(model, LOCAL), folder)
-
-    def _save(self, model: AdaptedModel, name: str, state: AdapterState, folder: Path) -> str:
-        make_private_dir(folder.parent)
-        return save_adapter(folder, model, name, state, self.config.model.name)
 
     def _run_phase(
         self, loaded: LoadedModel, model: AdaptedModel, phase: Phase, server_round: int

@@ -27,7 +27,7 @@ import transformers
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedlora_app.client import Client, LostGlobalError
+from fedlora_app.client import Client
 from fedlora_app.config.schema import Config, ConfigError
 from fedlora_app.data.records import DataError
 from fedlora_app.federation.messages import (
@@ -52,7 +52,8 @@ from fedlora_app.foundation.project import (
 from fedlora_app.model.adapters import AdapterError, AdapterState
 from fedlora_app.model.base import ModelError
 from fedlora_app.model.device import is_out_of_memory
-from fedlora_app.runs.directory import RunDirectoryError, check_run_name
+from fedlora_app.runs.client_folder import LostGlobalError
+from fedlora_app.runs.paths import RunDirectoryError, check_run_name
 from fedlora_app.training.packing import PackingError
 from fedlora_app.training.phase import TrainingError
 
@@ -149,7 +150,7 @@ def _answer(message: Message, context: Context, handle: Handler) -> Message:
         root, output_dir = _folders(task, context)
         run_dir = root / output_dir / check_run_name(task.run_name)
         client = Client(config, client_id, run_dir, root)
-        client.require_own_folders()
+        client.folder.require_own()
         return handle(client, task, message)
     except LostGlobalError as error:
         print(f"{client_id}: asking for the global adapter again. {error}", flush=True)

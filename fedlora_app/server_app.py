@@ -38,13 +38,9 @@ from fedlora_app.model.adapters import (
 )
 from fedlora_app.model.base import build_empty_model
 from fedlora_app.runs.console import describe_start
-from fedlora_app.runs.directory import (
-    RunDirectory,
-    RunDirectoryError,
-    check_run_name,
-    default_run_name,
-)
+from fedlora_app.runs.directory import RunDirectory
 from fedlora_app.runs.history import read_history
+from fedlora_app.runs.paths import RunDirectoryError, check_run_name, default_run_name
 from fedlora_app.runs.resuming import (
     FRESH,
     Resumption,

@@ -46,7 +46,8 @@ from fedlora_app.federation.roster import Roster, Traffic
 from fedlora_app.foundation.progress import client_lines
 from fedlora_app.model.adapter_files import save_adapter
 from fedlora_app.model.adapters import AdaptedModel, AdapterState, state_shapes
-from fedlora_app.runs.directory import SERVER, RunDirectory, describe_missing_finals
+from fedlora_app.runs.directory import SERVER, RunDirectory
+from fedlora_app.runs.manifest import describe_missing_finals
 from fedlora_app.runs.resuming import (
     DATA_HASH,
     describe_changed_data,
@@ -107,7 +108,7 @@ class GlobalAdapterFedAvg(FedAvg):
     def save_initial(self, state: AdapterState) -> ArrayRecord:
         """Keep the initial global adapter as that of round 0 and return it as arrays."""
         self._global_state = state
-        self._global_sha256 = self._save_global(self._run.server_round(0))
+        self._global_sha256 = self._save_global(self._run.paths.global_adapter(0))
         self._adapter_hashes = {GLOBAL: self._global_sha256}
         return pack_state(state)
 
@@ -193,7 +194,7 @@ class GlobalAdapterFedAvg(FedAvg):
             self._global_state = self._aggregation.result()
             if (errors := self._aggregation.error_by_module) is not None:
                 self._run.log_event("aggregation", round=server_round, relative_error=errors)
-        self._global_sha256 = self._save_global(self._run.server_round(server_round))
+        self._global_sha256 = self._save_global(self._run.paths.global_adapter(server_round))
         self._adapter_hashes[GLOBAL] = self._global_sha256
         return pack_state(self._global_state), None
 
@@ -246,7 +247,7 @@ class GlobalAdapterFedAvg(FedAvg):
 
     def save_final(self) -> None:
         """Keep the last global adapter where users look for it, and say who has no local one."""
-        self._save_global(self._run.final_global)
+        self._save_global(self._run.paths.final_global)
         for sentence in describe_missing_finals(self._run.manifest):
             self._report(sentence)
 

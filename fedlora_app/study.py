@@ -47,7 +47,7 @@ from fedlora_app.foundation.files import write_atomically, write_json
 from fedlora_app.foundation.percent import PLUS_MINUS, format_percent
 from fedlora_app.foundation.project import find_project_root
 from fedlora_app.report.page import REPORT_FILE, write_comparison, write_report
-from fedlora_app.runs.directory import RunDirectoryError
+from fedlora_app.runs.paths import RunDirectoryError
 from fedlora_app.runs.reading import load_run
 
 FLWR = str(Path(sys.executable).with_name("flwr"))  # of this environment, whatever PATH says

@@ -58,7 +58,7 @@ from fedlora_app.model.adapters import (
     state_shapes,
 )
 from fedlora_app.model.base import ModelError
-from fedlora_app.runs.directory import RunDirectoryError, check_run_name
+from fedlora_app.runs.paths import RunDirectoryError, check_run_name
 from fedlora_app.runs.reading import load_run
 
 OUR_ERRORS = (ConfigError, DataError, AdapterError, MessageError, ModelError, RunDirectoryError)

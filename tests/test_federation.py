@@ -27,8 +27,8 @@ from fedlora_app.federation.messages import (
     read_task,
 )
 from fedlora_app.model import base as model_module
-from fedlora_app.report.pieces import read_pieces
-from fedlora_app.runs.directory import RunDirectoryError
+from fedlora_app.runs.paths import RunDirectoryError
+from fedlora_app.runs.reading import read_what_is_left
 from fedlora_app.strategy import GlobalAdapterFedAvg, RoundError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -665,7 +665,7 @@ class TestFaultyClients:
         manifest = json.loads((run / "manifest.json").read_text())
         assert not any("failures" in entry for entry in manifest["rounds"])
         assert not entries(run, "failure")
-        assert not any("went on without" in problem for problem in read_pieces(run).problems)
+        assert not any("went on without" in problem for problem in read_what_is_left(run).problems)
         events = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
         unasked = [(e["round"], e["client"]) for e in events if e["event"] == "unasked_reply"]
         assert unasked == [(1, "ann"), (2, "ann")]
@@ -872,7 +872,7 @@ def test_a_client_without_memory_begins_again_with_smaller_batches(
         )
         for key, tensor in theirs.items():
             assert torch.allclose(ours[key], tensor, atol=2e-3)
-    assert "ran out of memory" in " ".join(read_pieces(run).problems)
+    assert "ran out of memory" in " ".join(read_what_is_left(run).problems)
 
 
 def test_a_client_that_has_no_memory_at_all_says_what_to_lower(federation, monkeypatch):

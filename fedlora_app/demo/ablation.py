@@ -31,6 +31,7 @@ from fedlora_app.foundation.project import find_project_root
 from fedlora_app.model.adapter_files import load_adapter
 from fedlora_app.model.adapters import AdapterState, attach_adapters
 from fedlora_app.model.base import build_empty_model
+from fedlora_app.runs.paths import RunPaths
 from fedlora_app.study import describe_percent
 
 VARIANTS = {
@@ -121,7 +122,7 @@ def load_global_states(run_dir: Path, config: Config, root: Path) -> list[Adapte
     """Return the global adapter after every round, the initial one first."""
     model = attach_adapters(build_empty_model(config.model, root), config.adapters)
     num_rounds = config.federated.num_rounds
-    folders = [run_dir / "server" / f"round_{n:03d}" for n in range(num_rounds + 1)]
+    folders = [RunPaths(run_dir).global_adapter(n) for n in range(num_rounds + 1)]
     return [load_adapter(folder, model, GLOBAL, config.model.name) for folder in folders]
 
 

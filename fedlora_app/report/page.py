@@ -31,12 +31,12 @@ from fedlora_app.foundation.files import make_private_dir, write_atomically
 from fedlora_app.foundation.percent import PLUS_MINUS, format_percent
 from fedlora_app.report import plots
 from fedlora_app.report.numbers import EXACT, RANKED, Figures, measure_run
-from fedlora_app.report.pieces import Pieces, read_pieces
 from fedlora_app.report.sections import SHAPE_ERRORS, Plotter, Section, Table, build_sections
 from fedlora_app.report.template import MACROS, PAGE, SCRIPT, STYLE
 from fedlora_app.report.verdict import Verdict, format_p, judge_run, judge_runs
-from fedlora_app.runs.directory import RunDirectoryError
 from fedlora_app.runs.history import load_history, name_runs
+from fedlora_app.runs.paths import RunDirectoryError
+from fedlora_app.runs.reading import PartialRun, read_what_is_left
 
 REPORT_FILE = "report.html"
 COMPARISON_FILE = "comparison.html"
@@ -59,7 +59,7 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
     Raises:
         RunDirectoryError: there is nothing of a run in the folder.
     """
-    run = read_pieces(run_dir.resolve())
+    run = read_what_is_left(run_dir.resolve())
     output, plots_dir = _place(output or run.path / REPORT_FILE)
     figures = _measure(run)
     schedule = (run.config.get("training") or {}).get("schedule")
@@ -87,7 +87,7 @@ def write_comparison(run_dirs: Sequence[Path], output: Path) -> Path:
     Raises:
         RunDirectoryError: there is nothing of a run in one of the folders.
     """
-    runs = [read_pieces(path, name) for path, name in name_runs(run_dirs).items()]
+    runs = [read_what_is_left(path, name) for path, name in name_runs(run_dirs).items()]
     output, plots_dir = _place(output)
     figures = {run.name: _measure(run) for run in runs}
     own = {
@@ -158,7 +158,7 @@ def _inline(svg: str, name: str) -> Markup:
     return Markup(svg)  # matplotlib escapes the texts in it
 
 
-def _measure(run: Pieces) -> dict[str, Figures]:
+def _measure(run: PartialRun) -> dict[str, Figures]:
     try:
         return measure_run(run.history, run.evaluation)
     except SHAPE_ERRORS as error:
@@ -201,7 +201,7 @@ def _cell(exact: Estimate, ranked: Estimate) -> dict[str, str] | None:
     return {"main": main, "interval": interval, "second": second}
 
 
-def _describe(run: Pieces) -> str:
+def _describe(run: PartialRun) -> str:
     base = (run.config.get("model") or {}).get("name", "unknown base model")
     seed = (run.config.get("experiment") or {}).get("seed", "?")
     return (
@@ -210,7 +210,7 @@ def _describe(run: Pieces) -> str:
     )
 
 
-def _facts(run: Pieces) -> Any:
+def _facts(run: PartialRun) -> Any:
     done = "none" if run.last_round is None else run.last_round
     yield "complete rounds", f"{done} of {run.num_rounds}"
     seconds = sum(entry.get("seconds", 0) for entry in run.manifest.get("rounds", []))
@@ -219,11 +219,11 @@ def _facts(run: Pieces) -> Any:
     yield "commit", str(run.manifest.get("git_commit") or "unknown")[:12]
 
 
-def _mode_of(runs: Sequence[Pieces], name: str) -> str:
+def _mode_of(runs: Sequence[PartialRun], name: str) -> str:
     return next(run.mode for run in runs if run.name == name)
 
 
-def _show_runs(runs: Sequence[Pieces], output: Path) -> Section:
+def _show_runs(runs: Sequence[PartialRun], output: Path) -> Section:
     rows = []
     for run in runs:
         report = run.path / REPORT_FILE
@@ -241,7 +241,7 @@ def _show_runs(runs: Sequence[Pieces], output: Path) -> Section:
     return Section("runs", "The runs", tables=[Table(headings, rows)])
 
 
-def _name_variant(run: Pieces) -> str:
+def _name_variant(run: PartialRun) -> str:
     """Return what like runs have in common: mode, schedule and ranks."""
     adapters = run.config.get("adapters") or {}
     schedule = (run.config.get("training") or {}).get("schedule", "phased")
@@ -299,7 +299,7 @@ def _means(figures: Mapping[str, Mapping[str, float | None]]) -> list[str]:
     return [_percent(figures.get(key) or {}, interval=PLUS_MINUS) for key in MEANS]
 
 
-def _show_curves(runs: Sequence[Pieces], plotter: Plotter) -> list[Section]:
+def _show_curves(runs: Sequence[PartialRun], plotter: Plotter) -> list[Section]:
     section = Section("curves", "Side by side", ["A line is the mean over a run's clients."])
     paths = [run.path for run in runs if run.history]
     try:

@@ -21,9 +21,9 @@ from fedlora_app.evaluation.names import (
     shown_measures,
 )
 from fedlora_app.report import plots
-from fedlora_app.report.pieces import Pieces
-from fedlora_app.runs.directory import RunDirectoryError
 from fedlora_app.runs.history import load_history
+from fedlora_app.runs.paths import RunDirectoryError
+from fedlora_app.runs.reading import PartialRun
 
 MOST_BYTES = 4_000_000  # of conflict questions on a page; the others stand in evaluation.json
 MOST_CHARACTERS = 400  # of one answer
@@ -86,7 +86,7 @@ class Plotter:
         return Plot(name, plots.save_plot(figure, self.folder, name), caption=caption)
 
 
-def build_sections(run: Pieces, plotter: Plotter) -> list[Section]:
+def build_sections(run: PartialRun, plotter: Plotter) -> list[Section]:
     """Return all sections of one run's report."""
     makers = (_show_answers, _show_training, _show_conflicts, _show_costs, _show_data)
     sections = [_guard(make, run, plotter) for make in (*makers, _show_provenance)]
@@ -94,7 +94,7 @@ def build_sections(run: Pieces, plotter: Plotter) -> list[Section]:
 
 
 def _guard(
-    make: Callable[[Pieces, Plotter], Section | None], run: Pieces, plotter: Plotter
+    make: Callable[[PartialRun, Plotter], Section | None], run: PartialRun, plotter: Plotter
 ) -> Section | None:
     try:
         return make(run, plotter)
@@ -104,7 +104,7 @@ def _guard(
         return Section(name, name.capitalize(), [text])
 
 
-def _show_answers(run: Pieces, plotter: Plotter) -> Section:
+def _show_answers(run: PartialRun, plotter: Plotter) -> Section:
     section = Section("answers", "Who answers what")
     evaluation = run.evaluation
     if evaluation is None:
@@ -140,7 +140,7 @@ def _show_answers(run: Pieces, plotter: Plotter) -> Section:
     return section
 
 
-def _show_training(run: Pieces, plotter: Plotter) -> Section:
+def _show_training(run: PartialRun, plotter: Plotter) -> Section:
     section = Section("training", "Training")
     history = load_history(run.path)
     scored = [
@@ -167,7 +167,7 @@ def _show_training(run: Pieces, plotter: Plotter) -> Section:
     return section
 
 
-def _show_costs(run: Pieces, plotter: Plotter) -> Section:
+def _show_costs(run: PartialRun, plotter: Plotter) -> Section:
     section = Section("costs", "What it cost")
     history = load_history(run.path)
     captions = {
@@ -181,7 +181,7 @@ def _show_costs(run: Pieces, plotter: Plotter) -> Section:
     return section
 
 
-def _show_conflicts(run: Pieces, plotter: Plotter) -> Section | None:
+def _show_conflicts(run: PartialRun, plotter: Plotter) -> Section | None:
     section = Section("conflicts", "Conflict questions")
     if run.evaluation is None:
         section.text.append(
@@ -261,7 +261,7 @@ def _cut(text: str) -> str:
     return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} ..."
 
 
-def _show_data(run: Pieces, plotter: Plotter) -> Section:
+def _show_data(run: PartialRun, plotter: Plotter) -> Section:
     section = Section("data", "Data")
     reported = run.manifest.get("clients") or {}
     counts = ("universal_examples", "local_examples")
@@ -291,7 +291,7 @@ def _show_data(run: Pieces, plotter: Plotter) -> Section:
     return section
 
 
-def _show_provenance(run: Pieces, plotter: Plotter) -> Section:
+def _show_provenance(run: PartialRun, plotter: Plotter) -> Section:
     section = Section("provenance", "Provenance")
     commit = str(run.manifest.get("git_commit") or "unknown")
     if run.config:
@@ -305,7 +305,7 @@ def _show_provenance(run: Pieces, plotter: Plotter) -> Section:
     return section
 
 
-def describe_command(run: Pieces) -> str:
+def describe_command(run: PartialRun) -> str:
     """Return the command that repeats a run, from the configuration that it kept."""
     config = run.path / "config.json"
     if run.root is not None and config.is_relative_to(run.root):

@@ -1,4 +1,4 @@
-"""A run's history as a tidy table, for plots and notebooks. Needs no torch."""
+"""A run's history as it is read: by resuming, by reports, and as a tidy table for notebooks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlora_app.runs.directory import RunDirectoryError
+from fedlora_app.runs.paths import RunDirectoryError, RunPaths
 
 if TYPE_CHECKING:
     import pandas
@@ -61,16 +61,42 @@ def read_history(run_dir: Path) -> list[dict[str, Any]]:
     Raises:
         RunDirectoryError: neither can be read.
     """
-    history, events = run_dir / "history.json", run_dir / "metrics.jsonl"
+    paths = RunPaths(run_dir)
     try:
-        if history.exists():
-            return _check(json.loads(history.read_text(encoding="utf-8")))
-        if events.exists():
-            return list(_from_events(events.read_bytes().splitlines()))
+        if paths.history.exists():
+            return _check(json.loads(paths.history.read_text(encoding="utf-8")))
+        if paths.events.exists():
+            return list(_from_events(paths.events.read_bytes().splitlines()))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         why = f"{type(error).__name__}: {str(error)[:200]}"
         raise RunDirectoryError(f"The history in {run_dir} is damaged ({why}).") from None
-    raise RunDirectoryError(f"{run_dir} has neither history.json nor metrics.jsonl.")
+    names = f"{paths.history.name} nor {paths.events.name}"
+    raise RunDirectoryError(f"{run_dir} has neither {names}.")
+
+
+def read_rounds(run_dir: Path, rounds: Iterable[int]) -> list[dict[str, Any]]:
+    """Return the entries of ``history.json`` that are of these rounds, each of which it must hold.
+
+    Raises:
+        RunDirectoryError: it is damaged, or a round is not in it.
+    """
+    history, rounds = RunPaths(run_dir).history, set(rounds)
+    try:
+        entries = json.loads(history.read_text(encoding="utf-8")) if rounds else []
+        kept = [entry for entry in entries if entry["round"] in rounds]
+        fields = {
+            key for entry in kept for key in ("client", "phase", "metrics") if key not in entry
+        }
+        missing = rounds - {entry["round"] for entry in kept}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise RunDirectoryError(
+            f"{history} cannot be read ({type(error).__name__}), and the run is to resume with it. "
+            "Restore it, or start a new run."
+        ) from None
+    if fields or missing:
+        what = f"round {min(missing)}" if missing else min(fields)
+        raise RunDirectoryError(f"{history} lacks {what}. Restore it, or start a new run.")
+    return kept
 
 
 def _from_events(lines: Iterable[bytes]) -> Iterable[dict[str, Any]]:

@@ -1,11 +1,16 @@
-"""A run directory as those read it who come after the training."""
+"""The reader of a run directory.
+
+``load_run`` is strict: what resumes, evaluates or exports a run needs all of it as it was
+written. ``read_what_is_left`` is tolerant: a report of a damaged or half-finished run says what
+is missing and shows the rest.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,15 +19,20 @@ from safetensors import SafetensorError, safe_open
 
 from fedlora_app.config.loading import parse_config
 from fedlora_app.config.rounds import plan_round
-from fedlora_app.config.schema import GLOBAL, LOCAL, Config
+from fedlora_app.config.schema import GLOBAL, LOCAL, Config, ConfigError
 from fedlora_app.foundation.files import WEIGHTS_FILE, hash_file
-from fedlora_app.runs.directory import RunDirectoryError, find_local_round, require_within
+from fedlora_app.foundation.project import ProjectNotFoundError, find_project_root
+from fedlora_app.runs.history import read_history
+from fedlora_app.runs.manifest import (
+    Manifest,
+    check_manifest,
+    complete_rounds,
+    describe_missing_finals,
+    find_local_round,
+)
+from fedlora_app.runs.paths import RunDirectoryError, RunPaths, require_within
 
-EVALUATION_FILE = "evaluation.json"
-MAX_KEY_SHOWN = 100
-
-
-EXAMPLE_COUNTS = ("universal_examples", "local_examples")
+MOST_FAULTS = 5  # that an error names
 
 
 @dataclass(frozen=True)
@@ -31,12 +41,17 @@ class SavedRun:
 
     path: Path
     config: Config
-    manifest: dict[str, Any]
+    manifest: Manifest
 
     @property
     def name(self) -> str:
         """The run's name."""
         return self.path.name
+
+    @cached_property
+    def paths(self) -> RunPaths:
+        """Where its files lie."""
+        return RunPaths(self.path)
 
     @property
     def last_round(self) -> int:
@@ -45,10 +60,10 @@ class SavedRun:
         Raises:
             RunDirectoryError: not one is complete.
         """
-        rounds = [entry["round"] for entry in self.manifest["rounds"]]
+        rounds = complete_rounds(self.manifest)
         if not rounds:
             raise RunDirectoryError(f"{self.path} has no complete round; nothing to evaluate.")
-        return max(rounds)
+        return rounds[-1]
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -58,7 +73,7 @@ class SavedRun:
     @cached_property
     def evaluation(self) -> dict[str, Any] | None:
         """What ``fedlora evaluate`` wrote for the newest round, None before that."""
-        path = self.path / EVALUATION_FILE
+        path = self.paths.evaluation
         return _read_object(path) if path.exists() else None
 
     def find_evaluation(self, server_round: int) -> dict[str, Any] | None:
@@ -70,12 +85,12 @@ class SavedRun:
     def evaluation_path(self, server_round: int) -> Path:
         """Where the evaluation of a round is kept."""
         if server_round == self.last_round:
-            return self.path / EVALUATION_FILE
-        return self.path / f"evaluation_round_{server_round:03d}.json"
+            return self.paths.evaluation
+        return self.paths.earlier_evaluation(server_round)
 
     def count_steps(self, server_round: int) -> int:
         """Return the optimizer steps of all clients and phases up to a round."""
-        path = self.path / "history.json"
+        path = self.paths.history
         history = _read_json(path)
         try:
             values = [
@@ -111,12 +126,9 @@ class SavedRun:
 
     def adapter_folder(self, server_round: int, client_id: str | None = None) -> Path:
         """Folder of the global adapter after a round, or of the local one that a client had."""
-        if client_id is not None:
-            server_round = self.local_round(server_round, client_id)
-        name = f"round_{server_round:03d}"
         if client_id is None:
-            return self.path / "server" / name
-        return self.path / "clients" / client_id / name
+            return self.paths.global_adapter(server_round)
+        return self.paths.local_adapter(client_id, self.local_round(server_round, client_id))
 
     def adapter_sha256(self, server_round: int, client_id: str | None = None) -> str:
         """Return an adapter's hash after comparing the file with the manifest.
@@ -126,7 +138,7 @@ class SavedRun:
         """
         entry = next((e for e in self.manifest["rounds"] if e["round"] == server_round), None)
         if entry is None:
-            done = ", ".join(str(e["round"]) for e in self.manifest["rounds"]) or "none"
+            done = ", ".join(map(str, complete_rounds(self.manifest))) or "none"
             raise RunDirectoryError(
                 f"{self.path} has no complete round {server_round}. Complete: {done}."
             )
@@ -153,88 +165,160 @@ class SavedRun:
         return weights
 
 
+@dataclass(frozen=True)
+class PartialRun:
+    """A run's files as far as they can be read; ``problems`` says what is wrong with the rest."""
+
+    path: Path
+    name: str
+    config: dict[str, Any]
+    manifest: Manifest
+    history: list[dict[str, Any]]
+    evaluation: dict[str, Any] | None
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def root(self) -> Path | None:
+        """The project that the run lies in."""
+        try:
+            return find_project_root(str(RunPaths(self.path).config))
+        except ProjectNotFoundError:
+            return None
+
+    @property
+    def reference(self) -> str:
+        """What the project's commands call the run: its name below results, or its path."""
+        results = self.root / "results" if self.root else None
+        if results is not None and self.path.is_relative_to(results):
+            return self.path.relative_to(results).as_posix()
+        return str(self.path)
+
+    @property
+    def mode(self) -> str:
+        """The run's mode, "unknown" where neither file has it."""
+        federated = self.config.get("federated") or {}
+        return str(federated.get("mode") or self.manifest.get("mode") or "unknown")
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds that the run was to have."""
+        return int((self.config.get("federated") or {}).get("num_rounds") or 0)
+
+    @property
+    def last_round(self) -> int | None:
+        """The newest complete round."""
+        return max(complete_rounds(self.manifest), default=None)
+
+    @property
+    def clients(self) -> list[dict[str, Any]]:
+        """The clients as configured."""
+        return list((self.config.get("federated") or {}).get("clients") or [])
+
+
 def load_run(path: Path | str) -> SavedRun:
-    """Read a run directory.
+    """Read a whole run directory.
 
     Raises:
-        RunDirectoryError: it is none, or its files are damaged.
+        RunDirectoryError: it is not one, or its files are damaged.
+        ConfigError: its configuration has faults.
     """
-    names = ("config.json", "manifest.json")
     try:
         path = Path(path).resolve()  # "latest" is a link
-        missing = [name for name in names if not (path / name).is_file()]
+        paths = RunPaths(path)
+        needed = (paths.config, paths.manifest)
+        missing = [file.name for file in needed if not file.is_file()]
     except (OSError, ValueError, RuntimeError) as error:
         raise RunDirectoryError(f"{path} is not a run directory: {error}.") from None
     if missing:
         raise RunDirectoryError(
             f"{path} is not a run directory: {missing[0]} is missing. Expected what flwr run wrote."
         )
-    for name in names:
-        require_within(path / name, path)
-    manifest = _read_object(path / "manifest.json")
-    faults = list(_find_manifest_faults(manifest))
+    for file in needed:
+        require_within(file, path)
+    manifest, faults = check_manifest(_read_object(paths.manifest))
     if faults:
-        raise RunDirectoryError(f"{path / 'manifest.json'} is damaged: {'; '.join(faults)}.")
-    config = parse_config(_read_json(path / "config.json"), source=str(path / "config.json"))
-    return SavedRun(path, config, manifest)
+        raise RunDirectoryError(_describe_damage(paths.manifest, faults))
+    return SavedRun(path, _read_config(paths.config), manifest)
 
 
-def find_run(name: str, root: Path) -> Path:
-    """Return the run directory that ``name`` means: a path, or a name below ``results``.
+def read_what_is_left(path: Path, name: str = "") -> PartialRun:
+    """Read what there is of a run.
+
+    Args:
+        name: what to call it, by default as its folder.
 
     Raises:
-        RunDirectoryError: there is none, naming the places searched and the newest runs.
+        RunDirectoryError: there is nothing of a run at all.
     """
-    places = [Path(name), root / "results" / name]
-    for place in places:
-        if place.is_dir():
-            return place.resolve()
-    results = root / "results"
-    found = [*results.glob("*/manifest.json"), *results.glob("*/*/manifest.json")]
-    runs = [path.parent for path in found if not path.parent.is_symlink()]
-    newest = sorted(runs, key=lambda run: run.stat().st_mtime, reverse=True)[:5]
-    listing = "".join(f"\n  {run.relative_to(results)}" for run in newest)
-    known = f" Newest runs in {results}:{listing}" if newest else " Start one with flwr run first."
-    raise RunDirectoryError(f"There is no run {places[0]} and no {places[1]}.{known}")
+    paths = RunPaths(path)
+    files = (paths.config, paths.manifest, paths.history, paths.events)
+    if not any(file.exists() for file in files):
+        names = ", ".join(file.name for file in files)
+        raise RunDirectoryError(f"{path} is not a run directory: it holds none of {names}.")
+    problems: list[str] = []
+
+    def attempt(read: Callable[[], Any], otherwise: Any) -> Any:
+        try:
+            return read()
+        except ConfigError as error:
+            what = f"{paths.config} is damaged: {str(error).replace(f'{path}/', '')}"
+        except RunDirectoryError as error:
+            what = str(error)
+        problems.append(what.removeprefix(f"{path}/"))
+        return otherwise
+
+    config = attempt(lambda: _read_config(paths.config).dump(), {})
+    read = attempt(lambda: _read_object(paths.manifest), None)
+    manifest, faults = check_manifest(read or {})
+    if read is not None and faults:
+        problems.append(_describe_damage(paths.manifest, faults).removeprefix(f"{path}/"))
+    history = attempt(lambda: read_history(path), [])
+    evaluation = None
+    if paths.evaluation.exists():
+        evaluation = attempt(lambda: _read_object(paths.evaluation), None)
+    run = PartialRun(path, name or path.name, config, manifest, history, evaluation, problems)
+    if evaluation is not None and evaluation.get("round") != run.last_round:
+        problems.append(
+            f"{paths.evaluation.name} is of round {evaluation.get('round')} and not of the last "
+            f"complete one, {run.last_round}; it is left out."
+        )
+        run = replace(run, evaluation=None)
+    problems += _find_what_is_missing(run)
+    return run
 
 
-def _find_manifest_faults(manifest: dict[str, Any]) -> Iterator[str]:
-    """Yield what readers would stumble over; what a section leaves out is theirs to miss."""
-    if not isinstance(manifest.get("rounds"), list):
-        yield "it lists no rounds"
-        return
-    for number, entry in enumerate(manifest["rounds"], start=1):
-        if not _is_round(entry):
-            yield f'entry {number} of "rounds" is not a round with the hashes of its adapters'
-            return
-    if len({entry["round"] for entry in manifest["rounds"]}) < len(manifest["rounds"]):
-        yield "a round is there twice"
-    sections = {key: manifest.get(key) for key in ("base_model", "clients", "versions")}
-    for key, section in sections.items():
-        if not isinstance(section, dict):
-            yield f'"{key}" is not an object'
-            return
-    for key, value in {"name": None, **sections["base_model"]}.items():
-        if not isinstance(value, str) and (value is not None or key == "name"):
-            yield f'"base_model" has no text as {key[:MAX_KEY_SHOWN]!r}'
-    for client, facts in sections["clients"].items():
-        if not isinstance(facts, dict):
-            yield f'"clients" has no object for {client[:MAX_KEY_SHOWN]!r}'
-        elif any(not isinstance(facts.get(k, 0), int) for k in EXAMPLE_COUNTS):
-            yield f'"clients" has no number of examples for {client[:MAX_KEY_SHOWN]!r}'
+def _find_what_is_missing(run: PartialRun) -> Iterator[str]:
+    if run.manifest.get("finished") is None:
+        done = "none" if run.last_round is None else f"round {run.last_round} the last"
+        yield (
+            f"The run has not finished: of {run.num_rounds} rounds {done} complete. It is still "
+            "going on, or was stopped."
+        )
+    for entry in run.manifest["rounds"]:
+        for client, why in entry.get("failures", {}).items():
+            yield f"Round {entry['round']} went on without {client}: {why}"
+    if run.manifest.get("finished"):
+        yield from describe_missing_finals(run.manifest)
+    for entry in run.history:
+        if any(k.endswith("/memory_retries") and v for k, v in entry["metrics"].items()):
+            yield (
+                f"Round {entry['round']}: {entry['client']} ran out of memory and continued with "
+                "smaller batches and gradient checkpointing."
+            )
+    if run.evaluation is None:
+        yield (
+            "Not evaluated yet, so these are the run's own figures after its last evaluated round. "
+            f"The whole picture needs: fedlora evaluate {run.reference}"
+        )
 
 
-def _is_round(entry: Any) -> bool:
-    if not isinstance(entry, dict):
-        return False
-    number, adapters = entry.get("round"), entry.get("adapters")
-    return (
-        isinstance(number, int)
-        and not isinstance(number, bool)
-        and number >= 0
-        and isinstance(adapters, dict)
-        and all(isinstance(value, str) for value in adapters.values())
-    )
+def _describe_damage(path: Path, faults: Sequence[str]) -> str:
+    more = f"; and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
+    return f"{path} is damaged: {'; '.join(faults[:MOST_FAULTS])}{more}."
+
+
+def _read_config(path: Path) -> Config:
+    return parse_config(_read_json(path), source=str(path))
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -247,5 +331,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunDirectoryError(f"{path} is missing.") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise RunDirectoryError(f"{path} cannot be read: {error}.") from None
+        raise RunDirectoryError(f"{path} is damaged: {error}.") from None

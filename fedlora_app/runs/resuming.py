@@ -18,7 +18,9 @@ from typing import Any
 from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config, ConfigError
 from fedlora_app.foundation.project import hash_package
-from fedlora_app.runs.directory import RunDirectoryError, read_complete_history, rounds_until
+from fedlora_app.runs.history import read_rounds
+from fedlora_app.runs.manifest import complete_rounds
+from fedlora_app.runs.paths import RunDirectoryError, RunPaths, list_rounds
 from fedlora_app.runs.reading import SavedRun, load_run
 
 FRESH = -1
@@ -54,7 +56,7 @@ class Resumption:
     @property
     def evaluated_clients(self) -> set[str]:
         """Who evaluated the round after which the run resumes."""
-        entries = read_complete_history(self.saved.path, {self.after_round})
+        entries = read_rounds(self.saved.path, {self.after_round})
         return {entry["client"] for entry in entries if entry["phase"] == "evaluate"}
 
     def with_changes(self, given: Config, num_rounds: int | None) -> Resumption:
@@ -104,7 +106,7 @@ def find_resumption(given: str, places: list[Path], num_rounds: int | None) -> R
         listing = " and no ".join(map(str, dict.fromkeys(tried)))
         raise RunDirectoryError(f"resume: there is no run {listing}.")
     saved = load_run(path)
-    complete = sorted(entry["round"] for entry in saved.manifest["rounds"])
+    complete = complete_rounds(saved.manifest)
     after = complete[-1] if complete else FRESH
     if number:
         if not re.fullmatch("[0-9]{1,9}", number) or int(number) not in complete:
@@ -143,26 +145,25 @@ def _check_global(saved: SavedRun, after: int) -> None:
 
 
 def _check_history(saved: SavedRun, after: int) -> None:
-    rounds = rounds_until(saved.manifest, after)
+    rounds = complete_rounds(saved.manifest, after)
     try:
-        read_complete_history(saved.path, rounds)
+        read_rounds(saved.path, rounds)
     except RunDirectoryError as error:
-        damaged = next(n for n in sorted(rounds) if not _has_history(saved.path, n))
-        hint = suggest_earlier(saved.path, damaged) if damaged > min(rounds) else ""
+        damaged = next(n for n in rounds if not _has_history(saved.path, n))
+        hint = suggest_earlier(saved.path, damaged) if damaged > rounds[0] else ""
         raise RunDirectoryError(f"{error}{hint}") from None
 
 
 def _has_history(path: Path, server_round: int) -> bool:
     try:
-        return bool(read_complete_history(path, {server_round}))
+        return bool(read_rounds(path, {server_round}))
     except RunDirectoryError:
         return False
 
 
 def suggest_earlier(run_dir: Path, after: int) -> str:
     """Return how to resume from the newest round before a damaged one that is still kept."""
-    kept = [path.name.removeprefix("round_") for path in (run_dir / "server").glob("round_*")]
-    earlier = [int(number) for number in kept if number.isdecimal() and int(number) < after]
+    earlier = [number for number in list_rounds(RunPaths(run_dir).server) if number < after]
     if not earlier:
         return "\nNo earlier round is kept; start a new run."
     return f"\nTo resume from the newest round before it: resume='{run_dir.name}@{max(earlier)}'"

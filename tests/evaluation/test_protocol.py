@@ -24,7 +24,7 @@ from fedlora_app.evaluation.scores import Score
 from fedlora_app.evaluation.tables import build_evaluation, choose_scales
 from fedlora_app.evaluation.text import describe_evaluation
 from fedlora_app.model.base import ModelError
-from fedlora_app.runs.directory import RunDirectoryError
+from fedlora_app.runs.paths import RunDirectoryError
 from fedlora_app.runs.reading import load_run
 
 CLIENTS = ("ann", "bob", "cy")

@@ -15,8 +15,8 @@ from fedlora_app.evaluation.reported import collect_reports, judge_conflicts
 from fedlora_app.report.numbers import measure_run
 from fedlora_app.report.page import write_comparison, write_report
 from fedlora_app.report.verdict import BOTH
-from fedlora_app.runs.directory import RunDirectoryError
 from fedlora_app.runs.history import read_history
+from fedlora_app.runs.paths import RunDirectoryError
 
 
 class Page(HTMLParser):

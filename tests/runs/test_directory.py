@@ -12,12 +12,8 @@ from fedlora_app.foundation.files import (
     write_atomically,
     write_json,
 )
-from fedlora_app.runs.directory import (
-    RunDirectory,
-    RunDirectoryError,
-    check_run_name,
-    default_run_name,
-)
+from fedlora_app.runs.directory import RunDirectory
+from fedlora_app.runs.paths import RunDirectoryError, check_run_name, default_run_name
 from fedlora_app.runs.resuming import suggest_earlier
 
 

@@ -21,10 +21,10 @@ from fedlora_app.evaluation.choices import open_round
 from fedlora_app.foundation import files as storage
 from fedlora_app.foundation.files import WEIGHTS_FILE, hash_file
 from fedlora_app.foundation.project import hash_package
-from fedlora_app.report.pieces import read_pieces
 from fedlora_app.runs import directory as run_directory
-from fedlora_app.runs.directory import RunDirectory, RunDirectoryError
-from fedlora_app.runs.reading import load_run
+from fedlora_app.runs.directory import RunDirectory
+from fedlora_app.runs.paths import RunDirectoryError
+from fedlora_app.runs.reading import load_run, read_what_is_left
 from fedlora_app.runs.resuming import describe_other_software
 from fedlora_app.strategy import RoundError
 
@@ -212,7 +212,7 @@ def test_a_client_that_missed_the_last_round_answers_with_what_it_had(
     assert (saved.local_round(2, "ann"), saved.local_round(2, "bob")) == (2, 1)
     opened = open_round(saved, tiny_project)
     assert opened.hashes["local:bob"] == saved.adapter_sha256(1, "bob")
-    problems = "\n".join(read_pieces(run).problems)
+    problems = "\n".join(read_what_is_left(run).problems)
     for text in (capsys.readouterr().out, problems):
         assert "bob did not report in the last round" in text
         assert "its local adapter of round 1, clients/bob/round_001." in text

@@ -25,7 +25,7 @@ from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.model import base as model_module
 from fedlora_app.model.adapters import AdapterError, PlainAdapter, merge_into_base
 from fedlora_app.model.base import ModelError
-from fedlora_app.runs.directory import RunDirectoryError
+from fedlora_app.runs.paths import RunDirectoryError
 from fedlora_app.runs.reading import load_run
 from fedlora_app.serving.export import (
     ExportError,

@@ -1,0 +1,104 @@
+"""``manifest.json``: which rounds are complete, and with which adapters.
+
+A round counts once it stands there; whatever a stopped run leaves beyond that is ignored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fedlora_app.config.schema import LOCAL
+from fedlora_app.runs.paths import RunPaths
+
+EXAMPLE_COUNTS = ("universal_examples", "local_examples")
+MAX_KEY_SHOWN = 100
+
+Manifest = dict[str, Any]
+
+
+def check_manifest(manifest: Manifest) -> tuple[Manifest, list[str]]:
+    """Return a manifest without the rounds and clients that are malformed, and all its faults.
+
+    Without faults it is what was given, and all that readers rely on is there.
+    """
+    faults: list[str] = []
+    rounds: dict[int, dict[str, Any]] = {}
+    listed = manifest.get("rounds")
+    if not isinstance(listed, list):
+        faults.append("it lists no rounds")
+        listed = []
+    for position, entry in enumerate(listed, start=1):
+        if not _is_round(entry):
+            faults.append(
+                f'entry {position} of "rounds" is not a round with the hashes of its adapters'
+            )
+        elif entry["round"] in rounds:
+            faults.append(f"round {entry['round']} is there twice")
+        else:
+            rounds[entry["round"]] = entry
+    sections: dict[str, dict[str, Any]] = {}
+    for name in ("base_model", "clients", "versions"):
+        sections[name] = manifest.get(name)
+        if not isinstance(sections[name], dict):
+            faults.append(f'"{name}" is not an object')
+            sections[name] = {}
+    if isinstance(manifest.get("base_model"), dict):
+        for key, value in {"name": None, **sections["base_model"]}.items():
+            if not isinstance(value, str) and (value is not None or key == "name"):
+                faults.append(f'"base_model" has no text as {key[:MAX_KEY_SHOWN]!r}')
+    clients = {}
+    for client, facts in sections["clients"].items():
+        if not isinstance(facts, dict):
+            faults.append(f'"clients" has no object for {client[:MAX_KEY_SHOWN]!r}')
+        elif any(not isinstance(facts.get(key, 0), int) for key in EXAMPLE_COUNTS):
+            faults.append(f'"clients" has no number of examples for {client[:MAX_KEY_SHOWN]!r}')
+        else:
+            clients[client] = facts
+    return {**manifest, **sections, "clients": clients, "rounds": list(rounds.values())}, faults
+
+
+def complete_rounds(manifest: Manifest, up_to: float = math.inf) -> list[int]:
+    """Return the complete rounds up to one, oldest first."""
+    return sorted(entry["round"] for entry in manifest["rounds"] if entry["round"] <= up_to)
+
+
+def find_local_round(manifest: Manifest, client: str, server_round: int) -> int:
+    """Return the round of the local adapter that a client had after a round.
+
+    It is an earlier one where the client had no part in the round.
+    """
+    name = f"{LOCAL}:{client}"
+    rounds = [e["round"] for e in manifest["rounds"] if name in e["adapters"]]
+    return max((number for number in rounds if number <= server_round), default=server_round)
+
+
+def describe_missing_finals(manifest: Manifest) -> Iterator[str]:
+    """Yield a sentence for each client without a local adapter of the last round."""
+    paths = RunPaths(Path())
+    last = max(complete_rounds(manifest), default=0)
+    for client in manifest["clients"]:
+        newest = find_local_round(manifest, client, last)  # the last one where it has none at all
+        if newest < last:
+            yield (
+                f"{client} did not report in the last round; what may be in "
+                f"{paths.final_local(client)} is not to be used. fedlora ask, evaluate and export "
+                f"take its local adapter of round {newest}, {paths.local_adapter(client, newest)}."
+            )
+
+
+def _is_round(entry: Any) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    number, adapters = entry.get("round"), entry.get("adapters")
+    return (
+        isinstance(number, int)
+        and not isinstance(number, bool)
+        and number >= 0
+        and isinstance(adapters, dict)
+        and all(isinstance(value, str) for value in adapters.values())
+        and isinstance(entry.get("seconds", 0), int | float)
+        and isinstance(entry.get("failures", {}), dict)
+    )

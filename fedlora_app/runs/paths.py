@@ -1,0 +1,133 @@
+"""Where everything of a run lies, and what a run directory may be called.
+
+No other module knows the name of a file or folder in a run directory.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedlora_app.config.schema import SAFE_NAME, Config
+from fedlora_app.foundation.errors import UserError
+from fedlora_app.foundation.files import LOCK_FILE
+
+LATEST = "latest"
+"""The link to the newest run, beside it."""
+ROUND = "round_"
+MAX_NAME_LENGTH = 64
+
+
+class RunDirectoryError(UserError):
+    """A run directory exists already, is damaged or cannot be written."""
+
+
+class RunPaths:
+    """The files and folders of one run directory, whether they exist or not."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = folder / "config.json"
+        self.manifest = folder / "manifest.json"
+        self.history = folder / "history.json"
+        self.history_table = folder / "history.csv"
+        self.events = folder / "metrics.jsonl"
+        self.evaluation = folder / "evaluation.json"  # of the newest complete round
+        self.lock = folder / LOCK_FILE
+        self.server = folder / "server"
+        self.clients = folder / "clients"
+        self.final = folder / "final"
+        self.final_global = self.final / "global"
+        self.final_locals = self.final / "clients"
+
+    def earlier_evaluation(self, server_round: int) -> Path:
+        """Return where the evaluation of a round that is not the newest one is kept."""
+        return self.folder / f"evaluation_{_name_round(server_round)}.json"
+
+    def global_adapter(self, server_round: int) -> Path:
+        """Return the folder of the global adapter after a round."""
+        return self.server / _name_round(server_round)
+
+    def client(self, client: str) -> Path:
+        """Return the folder of what a client keeps during the run."""
+        return self.clients / client
+
+    def local_adapter(self, client: str, server_round: int) -> Path:
+        """Return the folder of a client's local adapter after a round."""
+        return self.client(client) / _name_round(server_round)
+
+    def received_global(self, client: str) -> Path:
+        """Return the folder of the global adapter that a client keeps for its next message."""
+        return self.client(client) / "received"
+
+    def final_local(self, client: str) -> Path:
+        """Return the folder of the local adapter to use."""
+        return self.final_locals / client
+
+    @property
+    def written_by_server(self) -> list[Path]:
+        """What the server writes, without the folders of single rounds."""
+        files = [self.config, self.manifest, self.events, self.history, self.history_table]
+        return [*files, self.server, self.final, self.final_global, self.lock]
+
+
+def list_rounds(folder: Path) -> dict[int, Path]:
+    """Return the folders of rounds in ``server`` or in a client's folder, oldest first."""
+    numbers = {path: path.name.removeprefix(ROUND) for path in folder.glob(f"{ROUND}*")}
+    return dict(sorted((int(n), path) for path, n in numbers.items() if n.isdecimal()))
+
+
+def require_within(path: Path, run_dir: Path) -> None:
+    """Raise ``RunDirectoryError`` where links lead from a path in a run directory out of it."""
+    try:
+        is_within = path.resolve().is_relative_to(run_dir.resolve())
+    except RuntimeError:  # links that lead to themselves
+        is_within = False
+    if not is_within:
+        raise RunDirectoryError(
+            f"{path} is a link that leads out of the run directory. Put a copy there."
+        )
+
+
+def find_run(name: str, root: Path) -> Path:
+    """Return the run directory that ``name`` means: a path, or a name below ``results``.
+
+    Raises:
+        RunDirectoryError: there is none, naming the places searched and the newest runs.
+    """
+    results = root / "results"
+    places = [Path(name), results / name]
+    for place in places:
+        if place.is_dir():
+            return place.resolve()
+    manifest = RunPaths(Path("*")).manifest.as_posix()
+    found = [*results.glob(manifest), *results.glob(f"*/{manifest}")]
+    runs = [path.parent for path in found if not path.parent.is_symlink()]
+    newest = sorted(runs, key=lambda run: run.stat().st_mtime, reverse=True)[:5]
+    listing = "".join(f"\n  {run.relative_to(results)}" for run in newest)
+    known = f" Newest runs in {results}:{listing}" if newest else " Start one with flwr run first."
+    raise RunDirectoryError(f"There is no run {places[0]} and no {places[1]}.{known}")
+
+
+def check_run_name(name: str) -> str:
+    """Return a name that is a plain folder name and not the link's, or raise."""
+    if name == LATEST:
+        raise RunDirectoryError(f'run-name "{LATEST}" is the name of the link to the newest run.')
+    if not re.fullmatch(SAFE_NAME, name):
+        raise RunDirectoryError(
+            f"run-name {name!r:.100} is not a folder name. Expected letters, digits, '.', '_' and "
+            f"'-', beginning with a letter or digit, at most {MAX_NAME_LENGTH}."
+        )
+    return name
+
+
+def default_run_name(config: Config) -> str:
+    """Return a name made from the experiment, its mode, its seed and the time."""
+    time = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    tail = f"-{config.federated.mode}-seed{config.experiment.seed}-{time}"
+    return config.experiment.name[: MAX_NAME_LENGTH - len(tail)] + tail
+
+
+def _name_round(server_round: int) -> str:
+    return f"{ROUND}{server_round:03d}"
