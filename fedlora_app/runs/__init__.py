@@ -5,8 +5,8 @@ from fedlora_app.foundation.face import offer
 __getattr__, __all__ = offer(
     __name__,
     {
-        "directory": ["RunDirectoryError"],
         "history": ["load_history"],
-        "reading": ["SavedRun", "find_run", "load_run"],
+        "paths": ["RunDirectoryError", "RunPaths", "find_run"],
+        "reading": ["PartialRun", "SavedRun", "load_run", "read_what_is_left"],
     },
 )
