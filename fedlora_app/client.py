@@ -334,7 +334,7 @@ class Client:
             self.config, model, phase, selected.examples
         )
         num_rounds = self.config.federated.num_rounds
-        # Where the local adapter stands alone there is no global one that it could spoil.
+        # A local adapter on its own has no global one to spoil, and gets the global one's decay.
         is_beside = GLOBAL in phase.active
         local_decay = training.local_weight_decay if is_beside else training.global_weight_decay
         weight_decays = {GLOBAL: training.global_weight_decay, LOCAL: local_decay}

@@ -146,7 +146,7 @@ def run_rounds(
     run: RunDirectory,
     resumption: Resumption | None,
 ) -> None:
-    """Run all rounds, or those that a stopped run still lacks, and keep the last adapter."""
+    """Run all rounds, or those that a stopped run has left, and save the final adapter."""
     config, after = strategy.config, FRESH
     if resumption is not None:
         after = resumption.after_round
@@ -176,7 +176,7 @@ def run_rounds(
 def _restore(
     strategy: GlobalAdapterFedAvg, grid: PacedGrid, model: AdaptedModel, resumption: Resumption
 ) -> ArrayRecord:
-    """Give the strategy what the run has kept, after all clients have checked what they have."""
+    """Restore the strategy's state after all clients have verified their own; return the arrays."""
     saved, after = resumption.saved, resumption.after_round
     before, now = saved.config.federated.num_rounds, strategy.config.federated.num_rounds
     if now != before:

@@ -116,7 +116,7 @@ def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) 
             _run(study, root, run_dir, config, _overrides(study, variant, seed))
             if not _is_finished(run_dir, config, data_root):
                 raise RunDirectoryError(
-                    f"{run_dir} did not reach its end; its log stands above. The same command "
+                    f"{run_dir} did not reach its end; its log is above. The same command "
                     "resumes it."
                 )
         evaluations[variant].append(_evaluate(run_dir, data_root, report))

@@ -665,7 +665,9 @@ class TestFaultyClients:
         manifest = json.loads((run / "manifest.json").read_text())
         assert not any("failures" in entry for entry in manifest["rounds"])
         assert not entries(run, "failure")
-        assert not any("went on without" in problem for problem in read_what_is_left(run).problems)
+        assert not any(
+            "continued without" in problem for problem in read_what_is_left(run).problems
+        )
         events = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
         unasked = [(e["round"], e["client"]) for e in events if e["event"] == "unasked_reply"]
         assert unasked == [(1, "ann"), (2, "ann")]

@@ -35,7 +35,6 @@ from fedlora_app.foundation.files import write_json
 from fedlora_app.model.adapters import AdaptedModel, only_adapters
 
 NO_IDENTITY = "You are a helpful assistant."
-PARTIAL_FILE = ".evaluation.partial.jsonl"
 
 
 def evaluate_round(
@@ -47,7 +46,7 @@ def evaluate_round(
         report: called with the progress.
         membership: also try to tell the members of the training data by the global adapter.
     """
-    store = open_store(saved, saved.run.path / PARTIAL_FILE)
+    store = open_store(saved, saved.run.paths.partial_evaluation)
     evaluator = Evaluator(saved, store, report)
     scores: Scores = evaluator.evaluate([*swap_cells(saved), *control_cells(saved)])
     chosen, curves = {}, {}

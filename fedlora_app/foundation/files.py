@@ -71,7 +71,7 @@ def extend_json_list(path: Path, items: list[Any]) -> None:
 
 
 def make_private_dir(folder: Path) -> None:
-    """Make a folder and its missing parents, each readable by its owner only."""
+    """Create a folder and its missing parents, each readable by its owner only."""
     for attempts_left in reversed(range(MAKE_ATTEMPTS)):
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         try:
@@ -85,7 +85,7 @@ def make_private_dir(folder: Path) -> None:
 
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes ``folder``'s place when the block ends well."""
+    """Yield an empty folder that replaces ``folder`` when the block succeeds."""
     with _partial_folder(folder) as partial:
         yield partial
         old = partial.with_suffix(".old")
@@ -100,7 +100,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes ``folder`` when the block ends well.
+    """Yield an empty folder that becomes ``folder`` when the block succeeds.
 
     Raises:
         FileExistsError: it exists by then, and is left alone.
@@ -131,7 +131,7 @@ def _partial_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Have errors of the disk name what was to be written, and not what stands in for it."""
+    """Make disk errors name the file that was to be written, not its temporary stand-in."""
     try:
         yield
     except OSError as error:
@@ -143,7 +143,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def remove_partials(folder: Path, name: str = "*") -> None:
-    """Remove what writers that were killed have left half done in a folder.
+    """Remove what killed writers have left half written in a folder.
 
     Args:
         name: of the file or folder that they were writing.
@@ -156,7 +156,10 @@ def remove_partials(folder: Path, name: str = "*") -> None:
 
 
 def lock_folder(folder: Path) -> IO[str] | None:
-    """Return a lock on a folder that ends with this process, or None if another holds it."""
+    """Return a lock on a folder, or None if another process holds it.
+
+    Closing it releases it, and so does the end of the process, however it comes.
+    """
     file = (folder / LOCK_FILE).open("a", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -181,7 +184,7 @@ def _open_private(path: str, flags: int) -> int:
 
 
 def _partial(path: Path) -> Path:
-    """Return where to write first; another process, a killed one's heir too, has another place."""
+    """Return where to write first; no two processes write to the same place."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
@@ -196,7 +199,7 @@ def _sync_files(folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder outlast a power failure."""
+    """Make renames in a folder survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

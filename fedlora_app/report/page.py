@@ -82,7 +82,7 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
 
 
 def write_comparison(run_dirs: Sequence[Path], output: Path) -> Path:
-    """Write a page on several runs, whose own reports stand in their folders.
+    """Write a page on several runs, whose own reports are in their folders.
 
     Raises:
         RunDirectoryError: there is nothing of a run in one of the folders.
@@ -251,7 +251,7 @@ def _name_variant(run: PartialRun) -> str:
 
 
 def _show_differences(evaluations: Mapping[str, dict[str, Any]]) -> list[Section]:
-    """Return what ``fedlora compare`` tells, where two or more runs are evaluated."""
+    """Return what ``fedlora compare`` shows, where two or more runs are evaluated."""
     if len(evaluations) < 2:
         return []
     section = Section("differences", "Differences")

@@ -59,9 +59,10 @@ def _notes(report: dict[str, Any], max_seq_length: int) -> Iterable[str]:
             yield f"{report[f'{name}_dropped']} {name} examples were dropped as too long"
     if report["findings"]:
         yield (
-            f"{len(report['findings'])} findings about its question sets; fedlora check tells them"
+            f"{len(report['findings'])} findings about its question sets; fedlora check lists them"
         )
     if report["unscored_conflicts"]:
-        yield f"{report['unscored_conflicts']} conflict records have no answer of it to score"
+        count = report["unscored_conflicts"]
+        yield f"{count} conflict records have no answer of this client to score"
     if report["skipped_records"]:
         yield f"{report['skipped_records']} invalid records were skipped"

@@ -1,7 +1,7 @@
 """The run directory: what training writes and everything else reads.
 
-A round is complete once it stands in ``manifest.json``, which is written last; whatever a
-stopped run leaves beyond that is to be ignored.
+A round is complete once ``manifest.json`` lists it, which is written last; whatever else a
+stopped run leaves is ignored.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class RunDirectory:
         clients: dict[str, Any],
         base_commit: str | None = None,
     ) -> RunDirectory:
-        """Make the folder with ``config.json`` and ``manifest.json``, and point latest to it.
+        """Create the folder with ``config.json`` and ``manifest.json``, and point latest to it.
 
         Args:
             clients: what each client reported when it registered.
@@ -135,7 +135,7 @@ class RunDirectory:
         return run
 
     def rewind(self, config: Config, after_round: int) -> None:
-        """Forget what came after a complete round; its files are rewritten.
+        """Discard what came after a complete round; the other files are rewritten.
 
         The manifest comes first: where this stops, the rest holds more rounds than count, and
         never fewer.
@@ -166,7 +166,7 @@ class RunDirectory:
     def oldest_local_round(self, client: str, keep_rounds: int) -> int:
         """Return the oldest round whose local adapter a client needs for the rounds to keep.
 
-        In the oldest of these it may have had no part, and have gone on with an earlier one.
+        If it took no part in the oldest of these, that is the round whose adapter it still had.
         """
         kept = complete_rounds(self.manifest)[-keep_rounds:]
         return find_local_round(self.manifest, client, kept[0]) if kept else 0
@@ -196,7 +196,7 @@ class RunDirectory:
         )
 
     def add_failure(self, server_round: int, client: str, why: str) -> None:
-        """Keep that a client had no part in a round, and log why."""
+        """Record that a client took no part in a round, and log why."""
         self.log_event("failure", round=server_round, client=client, why=why)
         self._new_history.append(
             {
@@ -222,7 +222,7 @@ class RunDirectory:
         self._write_manifest()
 
     def close(self) -> None:
-        """Let go of the trackers and the lock, also when the run ends with an error."""
+        """Release the trackers and the lock; also called when the run ends with an error."""
         self.trackers.close()
         if self._lock is not None:
             self._lock.close()

@@ -43,7 +43,7 @@ def load_history(*runs: Path | Any) -> pandas.DataFrame:
 
 
 def name_runs(paths: Iterable[Path]) -> dict[Path, str]:
-    """Return each run's name, with as much of its path as tells it from the others."""
+    """Return each run's name, with as much of its path as distinguishes it from the others."""
     found = list(dict.fromkeys(path.resolve() for path in paths))  # "latest" is a link
     names = {path: path.name for path in found}
     depth = 2

@@ -1,6 +1,6 @@
 """``manifest.json``: which rounds are complete, and with which adapters.
 
-A round counts once it stands there; whatever a stopped run leaves beyond that is ignored.
+A round counts once it is listed there; whatever else a stopped run leaves is ignored.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def complete_rounds(manifest: Manifest, up_to: float = math.inf) -> list[int]:
 def find_local_round(manifest: Manifest, client: str, server_round: int) -> int:
     """Return the round of the local adapter that a client had after a round.
 
-    It is an earlier one where the client had no part in the round.
+    It is an earlier one where the client took no part in the round.
     """
     name = f"{LOCAL}:{client}"
     rounds = [e["round"] for e in manifest["rounds"] if name in e["adapters"]]

@@ -34,6 +34,7 @@ class RunPaths:
         self.history_table = folder / "history.csv"
         self.events = folder / "metrics.jsonl"
         self.evaluation = folder / "evaluation.json"  # of the newest complete round
+        self.partial_evaluation = folder / ".evaluation.partial.jsonl"
         self.lock = folder / LOCK_FILE
         self.server = folder / "server"
         self.clients = folder / "clients"

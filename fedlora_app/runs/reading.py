@@ -167,7 +167,7 @@ class SavedRun:
 
 @dataclass(frozen=True)
 class PartialRun:
-    """A run's files as far as they can be read; ``problems`` says what is wrong with the rest."""
+    """What can be read of a run; ``problems`` says what is wrong with the rest."""
 
     path: Path
     name: str
@@ -292,11 +292,11 @@ def _find_what_is_missing(run: PartialRun) -> Iterator[str]:
         done = "none" if run.last_round is None else f"round {run.last_round} the last"
         yield (
             f"The run has not finished: of {run.num_rounds} rounds {done} complete. It is still "
-            "going on, or was stopped."
+            "running, or was stopped."
         )
     for entry in run.manifest["rounds"]:
         for client, why in entry.get("failures", {}).items():
-            yield f"Round {entry['round']} went on without {client}: {why}"
+            yield f"Round {entry['round']} continued without {client}: {why}"
     if run.manifest.get("finished"):
         yield from describe_missing_finals(run.manifest)
     for entry in run.history:

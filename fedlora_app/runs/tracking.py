@@ -33,7 +33,7 @@ class Tracker(Protocol):
     name: str
 
     def log(self, event: dict[str, Any]) -> None:
-        """Take one event as it stands in ``metrics.jsonl``."""
+        """Take one event as written to ``metrics.jsonl``."""
 
     def close(self) -> None:
         """Write what is left."""
@@ -46,15 +46,15 @@ class Trackers:
         self._trackers = list(trackers)
 
     def log(self, event: dict[str, Any]) -> None:
-        """Give an event to every tracker that has not failed yet."""
+        """Pass an event to every tracker that has not failed yet."""
         for tracker in list(self._trackers):
             try:
                 tracker.log(event)
             except Exception as error:
                 self._trackers.remove(tracker)
                 print(
-                    f"Note: {tracker.name} failed and gets no more of this run; metrics.jsonl has "
-                    f"all of it. {type(error).__name__}: {error}",
+                    f"Note: {tracker.name} failed and is left out for the rest of this run; "
+                    f"metrics.jsonl has all of it. {type(error).__name__}: {error}",
                     flush=True,
                 )
 

@@ -195,14 +195,14 @@ def tabulate_sides(sides: dict[str, Side]) -> Table:
     for heading in columns:
         table.add_column(heading, overflow="fold", no_wrap=False)
     for row in zip(*columns.values(), strict=True):
-        table.add_row(*map(Text, row))  # an answer's brackets are no markup
+        table.add_row(*map(Text, row))  # an answer's brackets are not markup
     if len(prompts) == 1:
         table.caption = Text(f"System prompt: {prompts.pop() or 'none'}")
     return table
 
 
 class _Pieces(BaseStreamer):
-    """Hands on an answer's text as far as later tokens cannot change it.
+    """Streams an answer's text as far as later tokens cannot change it.
 
     All tokens are decoded together each time: tokenizers of the SentencePiece kind drop a
     leading space from whatever they are given.

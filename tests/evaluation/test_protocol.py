@@ -19,12 +19,12 @@ from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.choices import Cell, Evaluator, open_round, open_store
 from fedlora_app.evaluation.client_round import evaluate_questions
 from fedlora_app.evaluation.names import ACCURACY, EXACT_MATCH
-from fedlora_app.evaluation.protocol import PARTIAL_FILE, evaluate_round, find_cut_answers
+from fedlora_app.evaluation.protocol import evaluate_round, find_cut_answers
 from fedlora_app.evaluation.scores import Score
 from fedlora_app.evaluation.tables import build_evaluation, choose_scales
 from fedlora_app.evaluation.text import describe_evaluation
 from fedlora_app.model.base import ModelError
-from fedlora_app.runs.paths import RunDirectoryError
+from fedlora_app.runs.paths import RunDirectoryError, RunPaths
 from fedlora_app.runs.reading import load_run
 
 CLIENTS = ("ann", "bob", "cy")
@@ -228,7 +228,7 @@ def test_gold_answers_give_every_metric_its_known_value(runs, tiny_project):
 def test_a_stopped_evaluation_goes_on_where_it_was(runs, tiny_project, evaluated, monkeypatch):
     evaluation, num_all = evaluated
     saved = open_round(load_run(runs()), tiny_project)
-    partial = runs() / PARTIAL_FILE
+    partial = RunPaths(runs()).partial_evaluation
     original = answering.score_prompts
     scored = []
 

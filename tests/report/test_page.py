@@ -126,7 +126,7 @@ def test_a_run_that_stopped_says_so(tmp_path, unrendered):
     (run / "manifest.json").write_text(json.dumps(manifest))
     text = read(write_report(run)).text
     assert "The run has not finished: of 4 rounds round 1 the last complete." in text
-    assert "Round 1 went on without client-01: out of memory" in text
+    assert "Round 1 continued without client-01: out of memory" in text
     assert "Not evaluated yet" in text and f"fedlora evaluate {run}" in text
 
 
