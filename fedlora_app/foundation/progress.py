@@ -28,11 +28,13 @@ class Pace:
     """The time that is left, as often as a line about it is due.
 
     Args:
+        interval: seconds between two lines, ``INTERVAL_SECONDS`` by default.
         done: what was done already when the clock started.
     """
 
-    def __init__(self, interval: float = INTERVAL_SECONDS, done: int = 0) -> None:
-        self._interval, self._done = interval, done
+    def __init__(self, interval: float | None = None, done: int = 0) -> None:
+        self._interval = INTERVAL_SECONDS if interval is None else interval
+        self._done = done
         self._last = self._started = time.monotonic()
 
     def time_left(self, done: int, total: int) -> str | None:
