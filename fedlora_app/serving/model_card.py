@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCardData
 
 from fedlora_app.config.schema import LOCAL, AdapterConfig
 from fedlora_app.evaluation.answering import Answering
@@ -123,7 +123,6 @@ def _notes(export: Export) -> Iterator[str]:
             "The adapters were trained and evaluated on the base model in 4-bit (NF4, double "
             "quantisation). On the unquantised one answers can differ slightly."
         )
-
     if export.is_merged and export.dtype != "float32":
         yield (
             f"Every weight was rounded to {export.dtype} after the adapters were added in fp32, "
@@ -140,16 +139,15 @@ def _was_4bit(run: SavedRun) -> bool:
 
 
 def _front_matter(export: Export) -> str:
-    matter: dict[str, Any] = {
-        "base_model": portable_name(export.run.manifest["base_model"]["name"]),
-        "base_model_relation": "finetune" if export.is_merged else "adapter",
-        "base_model_revision": base_revision(export.run),
-        "library_name": "transformers" if export.is_merged else "peft",
-        "pipeline_tag": "text-generation",
-        "tags": ["lora", "federated-learning"],
-    }
-    given = {key: value for key, value in matter.items() if value is not None}
-    return f"---\n{yaml.safe_dump(given, sort_keys=False, allow_unicode=True)}---"
+    data = ModelCardData(
+        base_model=portable_name(export.run.manifest["base_model"]["name"]),
+        base_model_relation="finetune" if export.is_merged else "adapter",
+        base_model_revision=base_revision(export.run),
+        library_name="transformers" if export.is_merged else "peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "federated-learning"],
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _summary(export: Export) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import DatasetCardData
 
 from fedlora_app.data.importing.rows import SPLITS, ImportSettings
 from fedlora_app.data.importing.source import Source
@@ -99,14 +100,14 @@ def build_card(result: ImportResult, source: Source, settings: ImportSettings) -
     the user can say.
     """
     total = sum(result.splits.values())
-    metadata = {
-        "license": "unknown",
-        "size_categories": [next((name for n, name in SIZES if total < n), LARGEST_SIZE)],
-        "task_categories": ["text-generation"],
-        "tags": ["federated-learning", "instruction-tuning", "lora"],
-    }
+    metadata = DatasetCardData(
+        license="unknown",
+        size_categories=[next((name for n, name in SIZES if total < n), LARGEST_SIZE)],
+        task_categories=["text-generation"],
+        tags=["federated-learning", "instruction-tuning", "lora"],
+    )
     sections = [
-        f"---\n{_dump(metadata)}---\n\n# Data of {len(result.clients)} clients",
+        f"---\n{metadata.to_yaml()}\n---\n\n# Data of {len(result.clients)} clients",
         f"{total} records in Alpaca form, made by `fedlora import`. Who may use them, and in which "
         "languages they are, it does not know: please add it above.",
         f"## Source\n\n{_describe_source(result, source)}",
@@ -141,7 +142,7 @@ def build_experiment(clients: Sequence[str], files: Iterable[str], folder: str) 
     sections["data"]["universal_train"] = name("universal_train.json") or universal
     for key in ("universal_test", "conflict_test", "universal_validation", "conflict_validation"):
         sections["data"][key] = name(f"{key}.json")
-    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
+    return _dump(sections)
 
 
 def escape(text: str) -> str:
