@@ -355,7 +355,7 @@ def import_(
 
     from fedlora_app.data.importing.data_card import describe_import
     from fedlora_app.data.importing.importer import import_data
-    from fedlora_app.data.importing.rows import ImportSettings
+    from fedlora_app.data.importing.settings import ImportSettings
 
     datasets.disable_progress_bars()
     settings = ImportSettings(

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from huggingface_hub import DatasetCardData
 
-from fedlora_app.data.importing.rows import SPLITS, ImportSettings
+from fedlora_app.data.importing.settings import SPLITS, ImportSettings
 from fedlora_app.data.importing.source import Source
 from fedlora_app.data.similarity import NEAR_DUPLICATE_RATIO
 

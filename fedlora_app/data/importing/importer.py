@@ -14,15 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedlora_app.data.importing.assignment import (
-    assign_splits,
-    group_questions,
-    partition_dirichlet,
-    partition_growing,
-    partition_iid,
-    partition_labels,
-    partition_sizes,
-)
 from fedlora_app.data.importing.data_card import (
     FILL_IN,
     Holding,
@@ -30,21 +21,25 @@ from fedlora_app.data.importing.data_card import (
     build_card,
     build_experiment,
 )
+from fedlora_app.data.importing.partitions import (
+    partition_dirichlet,
+    partition_growing,
+    partition_iid,
+    partition_labels,
+    partition_sizes,
+)
 from fedlora_app.data.importing.rows import (
     CONFLICT_FILES,
-    GROWING,
-    SPLITS,
-    TEXT_FIELDS,
     ImportedRecord,
-    ImportSettings,
     Report,
     read_records,
 )
+from fedlora_app.data.importing.settings import GROWING, SPLITS, TEXT_FIELDS, ImportSettings
 from fedlora_app.data.importing.source import FILE, HUB, Source, load_source
+from fedlora_app.data.importing.splits import TRAIN, assign_splits, group_questions
 from fedlora_app.data.records import DataError
 from fedlora_app.foundation.files import make_private_dir, replace_folder
 
-TRAIN = "train"
 MAX_NAMES_SHOWN = 10
 MAX_SHARE_GAP = 0.05  # between a split's realised and its asked-for share
 

@@ -13,7 +13,7 @@ from fedlora_app.data.importing.data_card import (
     describe_import,
     escape,
 )
-from fedlora_app.data.importing.rows import ImportSettings
+from fedlora_app.data.importing.settings import ImportSettings
 from fedlora_app.data.importing.source import Source, Table
 
 HOSTILE = "a|b\n# <script>alert(1)</script> [x](http://y) `z` \x1b[31m\u202e*"

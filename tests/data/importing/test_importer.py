@@ -16,7 +16,7 @@ from rapidfuzz import fuzz
 from fedlora_app.config.loading import parse_config
 from fedlora_app.data.client_files import load_all_files
 from fedlora_app.data.importing.importer import import_data
-from fedlora_app.data.importing.rows import ImportSettings
+from fedlora_app.data.importing.settings import ImportSettings
 from fedlora_app.data.linter import lint
 from fedlora_app.data.records import DataError
 

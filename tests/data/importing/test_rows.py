@@ -5,7 +5,8 @@ import re
 import pytest
 
 from fedlora_app.config.schema import SAFE_NAME, ConfigError
-from fedlora_app.data.importing.rows import ImportSettings, build_client_ids, read_records
+from fedlora_app.data.importing.rows import build_client_ids, read_records
+from fedlora_app.data.importing.settings import ImportSettings
 from fedlora_app.data.importing.source import Source, Table
 from fedlora_app.data.records import DataError
 
