@@ -526,7 +526,7 @@ class TestEmbeddingInHostMemory:
 
         model = build_tiny_model(100, tie_word_embeddings=False)
         model.set_input_embeddings(Scaled(100, 32))
-        monkeypatch.setattr(model_module, "_from_pretrained", lambda *args, **kwargs: model)
+        monkeypatch.setattr(model_module, "from_pretrained", lambda *args, **kwargs: model)
         with pytest.raises(ModelError, match="its Scaled does more than look rows up"):
             model_module._load(config.model_copy(update={"embedding_device": "cpu"}), untied)
 
