@@ -36,18 +36,12 @@ from fedlora_app.foundation.errors import UserError
 from fedlora_app.model.adapters import AdaptedModel, adapter_parameters, attach_adapters
 from fedlora_app.model.device import read_peak_memory, reset_peak_memory
 from fedlora_app.model.host_embedding import move_embedding_to_host
-from fedlora_app.planning.gpus import CARDS, Work, compute_flops
-from fedlora_app.planning.plan import parse_memory
+from fedlora_app.planning.gpus import CARDS, Work, compute_flops, parse_memory
 from fedlora_app.planning.sizes import measure_sizes
+from fedlora_app.training.activations import MicroBatch, Numerics, read_shape
 from fedlora_app.training.batches import split_into_packs, step_batches, tokens_per_micro_batch
 from fedlora_app.training.phase import settle_checkpointing
-from fedlora_app.training.step_memory import (
-    BaseSizes,
-    MicroBatch,
-    Numerics,
-    predict_phase,
-    read_shape,
-)
+from fedlora_app.training.phase_memory import BaseSizes, predict_phase
 
 TINY = {
     "vocab_size": 512,

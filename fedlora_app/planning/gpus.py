@@ -13,12 +13,22 @@ tokenising, messages, and evaluation, which generates text one token at a time.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-from fedlora_app.training.step_memory import NF4_BYTES, BaseSizes, Numerics, Shape
+import torch
+
+from fedlora_app.training.activations import Numerics, PlanError, Shape
+from fedlora_app.training.phase_memory import NF4_BYTES, BaseSizes
 
 EFFICIENCY = 0.35
 """Assumed, not measured: the share of a card's peak that training reaches."""
+
+DEFAULT_MEMORY = "24GB"
+UNITS = {
+    **{"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12},
+    **{"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40},
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,32 @@ CARDS = (
     Card("H100", 81559 * _MIB, 989.0, 3350),
     Card("H200", 143771 * _MIB, 989.0, 4800),
 )
+
+
+def parse_memory(text: str) -> int:
+    """Return the bytes of "24GB", "24 GB", "7.0GiB" or "8g"; GB is 1e9 and GiB 2**30.
+
+    Raises:
+        PlanError: it is not a size.
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)b?\s*", text, re.IGNORECASE)
+    size = round(float(found[1]) * UNITS[found[2].lower()]) if found else 0
+    if size <= 0:
+        raise PlanError(
+            f'--gpu-memory "{text[:40]}" is not a size. Expected a number above 0 and its unit, '
+            "such as 24GB (24e9 bytes) or 7.5GiB (7.5 * 2**30)."
+        )
+    return size
+
+
+def read_limit(gpu_memory: str) -> tuple[int, str]:
+    """Return the bytes to plan for, and where they come from: an option, this GPU, or assumed."""
+    if gpu_memory:
+        return parse_memory(gpu_memory), "--gpu-memory"
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return properties.total_memory, f"this machine's {properties.name}"
+    return parse_memory(DEFAULT_MEMORY), "assumed, because this machine has no GPU"
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fedlora_app.config.rounds import plan_round, training_clients
 from fedlora_app.config.schema import GLOBAL, Config
@@ -19,36 +16,27 @@ from fedlora_app.model.base import (
     load_tokenizer,
 )
 from fedlora_app.planning.advice import Change, find_changes
-from fedlora_app.planning.gpus import CARDS, Card, Work, compute_flops, compute_seconds
+from fedlora_app.planning.gpus import (
+    CARDS,
+    Card,
+    Work,
+    compute_flops,
+    compute_seconds,
+    read_limit,
+)
+from fedlora_app.planning.prediction import Predictor, read_numerics
 from fedlora_app.planning.sizes import measure_sizes
 from fedlora_app.planning.workload import (
     ClientPhase,
     PhaseWork,
     assumed_work,
-    find_largest,
     load_client_phases,
     measure_work,
     missing_files,
-    phases_of,
 )
-from fedlora_app.training.phase import USABLE_SHARE
-from fedlora_app.training.step_memory import (
-    FP32_BYTES,
-    BaseSizes,
-    Numerics,
-    PhaseMemory,
-    PlanError,
-    Shape,
-    adapter_sizes,
-    predict_phase,
-    read_shape,
-)
+from fedlora_app.training.activations import FP32_BYTES, Numerics, read_shape
+from fedlora_app.training.phase_memory import BaseSizes, PhaseMemory, adapter_sizes
 
-DEFAULT_MEMORY = "24GB"
-UNITS = {
-    **{"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12},
-    **{"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40},
-}
 UPLOAD_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -128,22 +116,6 @@ class Plan:
         return data | {"base": data["base"] | {"total": self.base.total}}
 
 
-def parse_memory(text: str) -> int:
-    """Return the bytes of "24GB", "24 GB", "7.0GiB" or "8g"; GB is 1e9 and GiB 2**30.
-
-    Raises:
-        PlanError: it is not a size.
-    """
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)b?\s*", text, re.IGNORECASE)
-    size = round(float(found[1]) * UNITS[found[2].lower()]) if found else 0
-    if size <= 0:
-        raise PlanError(
-            f'--gpu-memory "{text[:40]}" is not a size. Expected a number above 0 and its unit, '
-            "such as 24GB (24e9 bytes) or 7.5GiB (7.5 * 2**30)."
-        )
-    return size
-
-
 def build_plan(config: Config, root: Path, gpu_memory: str = "") -> Plan:
     """Plan a run on one GPU. No weights are read, and nothing is downloaded twice.
 
@@ -155,7 +127,7 @@ def build_plan(config: Config, root: Path, gpu_memory: str = "") -> Plan:
         ModelError: the base model's configuration is not there.
         DataError: a training file that is there cannot be used.
     """
-    limit, source = _read_limit(gpu_memory)
+    limit, source = read_limit(gpu_memory)
     empty = _build_empty(config, root)
     fault = find_embedding_fault(config.model, root)
     if fault is not None:
@@ -164,7 +136,7 @@ def build_plan(config: Config, root: Path, gpu_memory: str = "") -> Plan:
     sizes = measure_sizes(empty, config.adapters)
     notes: list[str] = []
     parts = _load_parts(config, root, notes)
-    predict = _Predictor(shape, sizes, parts)
+    predict = Predictor(shape, sizes, parts)
     phases = predict(config, limit)
     work = [measure_work(part, config.training) for part in parts]
     if config.training.liger_kernels or config.training.compile:
@@ -178,7 +150,7 @@ def build_plan(config: Config, root: Path, gpu_memory: str = "") -> Plan:
         mode=config.federated.mode,
         model=config.model.name,
         base=sizes,
-        numerics=_numerics(config),
+        numerics=read_numerics(config),
         adapter_parameters=adapter_sizes(sizes, config.adapters),
         optimizer=config.training.optimizer,
         phases=phases,
@@ -189,57 +161,6 @@ def build_plan(config: Config, root: Path, gpu_memory: str = "") -> Plan:
         verdict=_judge(config, predict, phases, limit, source, parts),
         notes=notes,
     )
-
-
-@dataclass(frozen=True)
-class _Predictor:
-    """Predicts the memory of variants of one configuration; the model is read once."""
-
-    shape: Shape
-    sizes: BaseSizes
-    parts: Sequence[ClientPhase]
-
-    def __call__(
-        self, config: Config, limit: int, checkpointing: bool | None = None
-    ) -> list[PhaseMemory]:
-        wanted = config.training.gradient_checkpointing if checkpointing is None else checkpointing
-        if wanted != "auto":
-            return self._predict(config, wanted)
-        without, with_ = self._predict(config, False), self._predict(config, True)
-        return [
-            off if _leaves_room(off, limit) else on for off, on in zip(without, with_, strict=True)
-        ]
-
-    def _predict(self, config: Config, checkpointing: bool) -> list[PhaseMemory]:
-        return [
-            predict_phase(
-                self.shape,
-                self.sizes,
-                config.adapters,
-                config.training,
-                _numerics(config),
-                phase,
-                find_largest(self.parts, phase, config.training),
-                checkpointing,
-            )
-            for phase in phases_of(config)
-        ]
-
-
-def _leaves_room(phase: PhaseMemory, limit: int) -> bool:
-    """Return whether "auto" does without checkpointing, as ``training`` decides it."""
-    context = phase.outside[0].num_bytes
-    free = limit - context - phase.resident_bytes
-    return phase.torch_bytes - phase.resident_bytes <= USABLE_SHARE * free
-
-
-def _read_limit(gpu_memory: str) -> tuple[int, str]:
-    if gpu_memory:
-        return parse_memory(gpu_memory), "--gpu-memory"
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        return properties.total_memory, f"this machine's {properties.name}"
-    return parse_memory(DEFAULT_MEMORY), "assumed, because this machine has no GPU"
 
 
 def _build_empty(config: Config, root: Path) -> Any:
@@ -274,15 +195,6 @@ def _load_parts(config: Config, root: Path, notes: list[str]) -> list[ClientPhas
     return load_client_phases(config, tokenizer, root)
 
 
-def _numerics(config: Config) -> Numerics:
-    """Return how the base lies on a GPU."""
-    return Numerics(
-        is_4bit=config.model.quantization != "none",
-        dtype_bytes=4 if config.model.dtype == "float32" else 2,
-        embedding_on_cpu=config.model.embedding_device == "cpu",
-    )
-
-
 def _plan_traffic(config: Config, num_parameters: int) -> Traffic:
     if plan_round(config, 1).train is None:
         return Traffic(0, 0, 0, len(config.client_ids), 0, 0)
@@ -298,7 +210,7 @@ def _plan_traffic(config: Config, num_parameters: int) -> Traffic:
 
 
 def _plan_card(
-    config: Config, card: Card, predict: _Predictor, work: Sequence[PhaseWork]
+    config: Config, card: Card, predict: Predictor, work: Sequence[PhaseWork]
 ) -> CardPlan:
     memory = {phase.phase: phase for phase in predict(config, card.memory_bytes)}
     first_round = plan_round(config, 1)
@@ -313,7 +225,7 @@ def _plan_card(
         learning = sum(counts[adapter] for adapter in phases[name].trainable)
         flops = compute_flops(predict.shape, predict.sizes, amount, active, learning, checkpointing)
         return compute_seconds(
-            *(card, flops, predict.sizes, _numerics(config)),
+            *(card, flops, predict.sizes, read_numerics(config)),
             *(amount.micro_batches, checkpointing),
         )
 
@@ -332,7 +244,7 @@ def _plan_card(
 
 def _judge(
     config: Config,
-    predict: _Predictor,
+    predict: Predictor,
     phases: Sequence[PhaseMemory],
     limit: int,
     source: str,

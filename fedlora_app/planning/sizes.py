@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdaptersConfig
 from fedlora_app.model.adapters import attach_adapters, state_shapes
-from fedlora_app.training.step_memory import BaseSizes
+from fedlora_app.training.phase_memory import BaseSizes
 
 
 def measure_sizes(empty: PreTrainedModel, adapters: AdaptersConfig) -> BaseSizes:

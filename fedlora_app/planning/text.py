@@ -13,7 +13,7 @@ from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.foundation.progress import format_duration
 from fedlora_app.planning.gpus import EFFICIENCY
 from fedlora_app.planning.plan import Plan, Traffic, Verdict
-from fedlora_app.training.step_memory import Item
+from fedlora_app.training.phase_memory import Item
 
 WIDTH = 100
 MAX_ROWS = 12  # more clients are left out here; --json has them all

@@ -15,6 +15,7 @@ from fedlora_app.data.records import load_records
 from fedlora_app.data.tokens import Example
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.planning.gpus import Work
+from fedlora_app.training.activations import MicroBatch
 from fedlora_app.training.batches import (
     count_steps,
     epoch_batches,
@@ -24,7 +25,6 @@ from fedlora_app.training.batches import (
 )
 from fedlora_app.training.packing import group_by_width
 from fedlora_app.training.selection import Selection, select_phase
-from fedlora_app.training.step_memory import MicroBatch
 
 ASSUMED_ANSWER_SHARE = 0.5
 """Of the tokens of an example, where there is no data to count."""

@@ -23,6 +23,7 @@ from fedlora_app.model.base import compute_dtype, uses_4bit
 from fedlora_app.model.device import read_free_memory, read_peak_memory, reset_peak_memory
 from fedlora_app.model.fused import can_fuse_adapters, fused_adapters
 from fedlora_app.model.kernels import apply_liger_kernels, compiled_layers
+from fedlora_app.training.activations import MicroBatch, Numerics, PlanError
 from fedlora_app.training.batches import (
     examples_per_step,
     largest_micro_batch,
@@ -33,7 +34,7 @@ from fedlora_app.training.batches import (
 from fedlora_app.training.losses import compute_losses
 from fedlora_app.training.optimizer import fresh_optimizer
 from fedlora_app.training.packing import ATTENTION, packed_attention
-from fedlora_app.training.step_memory import MicroBatch, Numerics, PlanError, predict_step_bytes
+from fedlora_app.training.phase_memory import predict_step_bytes
 
 USABLE_SHARE = 0.9  # of the free memory; the rest is lost to fragmentation
 
@@ -84,7 +85,7 @@ def settle_checkpointing(
 ) -> TrainingConfig:
     """Return the training's settings with ``gradient_checkpointing`` on or off instead of "auto".
 
-    It is on where what a step holds without it, by ``step_memory``, would not fit into the
+    It is on where what a step holds without it, by ``phase_memory``, would not fit into the
     memory that is free now, or where that cannot be told and the model is on a GPU.
     """
     training = config.training

@@ -29,22 +29,22 @@ from fedlora_app.model.adapters import AdapterError, activate, adapter_parameter
 from fedlora_app.model.base import ModelError, build_empty_model
 from fedlora_app.model.fused import fused_adapters
 from fedlora_app.planning.advice import apply_change
-from fedlora_app.planning.gpus import CARDS, EFFICIENCY, Work, compute_flops, compute_seconds
-from fedlora_app.planning.plan import build_plan, parse_memory
+from fedlora_app.planning.gpus import (
+    CARDS,
+    EFFICIENCY,
+    Work,
+    compute_flops,
+    compute_seconds,
+    parse_memory,
+)
+from fedlora_app.planning.plan import build_plan
 from fedlora_app.planning.sizes import measure_sizes
 from fedlora_app.planning.text import describe_plan, format_size
 from fedlora_app.training import packing
+from fedlora_app.training.activations import MicroBatch, Numerics, PlanError, read_shape
 from fedlora_app.training.losses import token_losses
 from fedlora_app.training.phase import train_phase
-from fedlora_app.training.step_memory import (
-    MicroBatch,
-    Numerics,
-    PlanError,
-    adapter_sizes,
-    predict_phase,
-    predict_step_bytes,
-    read_shape,
-)
+from fedlora_app.training.phase_memory import adapter_sizes, predict_phase, predict_step_bytes
 
 GLOBAL_PHASE = Phase((GLOBAL,), (GLOBAL,), "universal")
 LOCAL_PHASE = Phase(BOTH, (LOCAL,), "local")

@@ -41,7 +41,7 @@ from fedlora_app.model.adapters import (
 from fedlora_app.model.fused import can_fuse_adapters, fused_adapters
 from fedlora_app.training import losses as losses_module
 from fedlora_app.training import packing
-from fedlora_app.training import step_memory as planning_memory
+from fedlora_app.training.activations import CHUNK_ROWS
 from fedlora_app.training.batches import split_into_packs
 from fedlora_app.training.losses import compute_losses, token_losses
 from fedlora_app.training.packing import PackingError, pack, packed_attention
@@ -435,7 +435,7 @@ def test_attention_that_packing_cannot_give_is_refused():
 
 
 def test_the_plan_counts_chunks_of_logits_as_the_loss_makes_them():
-    assert planning_memory.CHUNK_ROWS == losses_module.LOGIT_ROWS
+    assert CHUNK_ROWS == losses_module.LOGIT_ROWS
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""How much memory a training step takes, predicted from shapes alone.
+"""What one training step keeps and computes, in bytes, counted from shapes alone.
 
 A step runs the examples of a micro-batch as one row of ``num_tokens`` tokens. What autograd
 keeps per token and layer is counted tensor by tensor, for decoders of the Llama and Qwen kind:
@@ -8,7 +8,7 @@ two RMS norms that compute in fp32, rotary attention by SDPA, a gated feed-forwa
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from fedlora_app.config.rounds import BOTH, Phase
@@ -16,10 +16,6 @@ from fedlora_app.config.schema import GLOBAL, LOCAL, AdapterConfig, AdaptersConf
 from fedlora_app.foundation.errors import UserError
 
 FP32_BYTES = 4
-ADAM_BYTES = {"adamw": 8, "paged_adamw_8bit": 2}
-"""Of the optimizer's two moments, per parameter that learns."""
-NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
-"""Per weight: four bits, a quantised scale per 64 weights, an fp32 one per 256 of those."""
 CHUNK_ROWS = 256
 """Answer positions whose logits are held at a time."""
 LOGIT_BYTES = 6
@@ -35,82 +31,10 @@ INPUT_GROUPS = (
 """Modules with one input, of which an adapter's A keeps one copy for all."""
 USUAL_PADDING = 1.25
 """Attention's padded tokens for each real one, between 1 and 2 and mostly near 1."""
-ADAPTERS = "adapters"
-CUBLAS_BYTES = 2 * 8 * 4096 * 1024
-"""What CUBLAS_WORKSPACE_CONFIG asks for, for the forward pass and for autograd's thread."""
-CONTEXT_BYTES = 500_000_000
-"""What CUDA takes for itself; outside of what torch counts."""
-RESERVE = 0.05
-"""Share of torch's peak that its allocator holds in pieces too small to use."""
 
 
 class PlanError(UserError):
     """What was asked cannot be planned; the message says why."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One part of the memory that a phase takes."""
-
-    name: str
-    num_bytes: int
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class PhaseMemory:
-    """A phase's peak by item."""
-
-    phase: str
-    micro_batch_tokens: int
-    checkpointing: bool
-    items: tuple[Item, ...]
-    """What torch counts."""
-    outside: tuple[Item, ...]
-    """What comes on top on a GPU."""
-    host: tuple[Item, ...]
-    """What lies in the machine's memory instead."""
-
-    @property
-    def resident_bytes(self) -> int:
-        """What is there before a phase begins: the base model and the adapters."""
-        last = [item.name for item in self.items].index(ADAPTERS)
-        return sum(item.num_bytes for item in self.items[: last + 1])
-
-    @property
-    def torch_bytes(self) -> int:
-        """What ``torch.cuda.max_memory_allocated`` will say."""
-        return sum(item.num_bytes for item in self.items)
-
-    @property
-    def total_bytes(self) -> int:
-        """What the card must have free."""
-        return self.torch_bytes + sum(item.num_bytes for item in self.outside)
-
-
-@dataclass(frozen=True)
-class BaseSizes:
-    """Numbers of parameters of the base model and, per unit of rank, of its adapters."""
-
-    linear: int
-    """Of the linear layers without the head: what 4-bit quantisation covers."""
-    embedding: int
-    head: int
-    """0 where the head's weights are the embedding's."""
-    other: int
-    """Norms and biases."""
-    largest_linear: int
-    adapter_units: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def is_tied(self) -> bool:
-        """Return whether the head's weights are the embedding's."""
-        return self.head == 0
-
-    @property
-    def total(self) -> int:
-        """Return the base model's parameters."""
-        return self.linear + self.embedding + self.head + self.other
 
 
 @dataclass(frozen=True)
@@ -195,92 +119,7 @@ def read_shape(model_config: Any) -> Shape:
     )
 
 
-def predict_phase(
-    shape: Shape,
-    sizes: BaseSizes,
-    adapters: AdaptersConfig,
-    training: TrainingConfig,
-    numerics: Numerics,
-    phase: Phase,
-    batch: MicroBatch,
-    checkpointing: bool,
-) -> PhaseMemory:
-    """Return a phase's peak by item.
-
-    Two moments of a step compete for the peak, and what the larger one adds is an item: the
-    backward pass of a layer, and the loss.
-    """
-    num_parameters = adapter_sizes(sizes, adapters)
-    learning = sum(num_parameters[name] for name in phase.trainable)
-    width = numerics.dtype_bytes
-    kept, layer, loss = _step_bytes(
-        shape, adapters, training, numerics, phase, batch, checkpointing, sizes.largest_linear
-    )
-    moment = "backward pass of a layer" if layer >= loss else "loss"
-    embedding = Item("input embedding", sizes.embedding * width)
-    body = Item("base, linear layers", sizes.linear * width)
-    if numerics.is_4bit:
-        body = Item("base, linear layers", round(sizes.linear * NF4_BYTES), "NF4")
-    both = Item(ADAPTERS, FP32_BYTES * sum(num_parameters.values()), "both, fp32")
-    items = [
-        body,
-        *([] if numerics.embedding_on_cpu else [embedding]),
-        *([] if sizes.is_tied else [Item("output head", sizes.head * width)]),
-        Item("norms and biases", sizes.other * width),
-        both,
-        Item("gradients", FP32_BYTES * learning, "+".join(phase.trainable)),
-        Item("optimizer state", ADAM_BYTES[training.optimizer] * learning, training.optimizer),
-        Item("activations", kept, "layers' inputs" if checkpointing else "all layers"),
-        Item("largest moment", max(layer, loss), moment),
-    ]
-    peak = sum(item.num_bytes for item in items)
-    host = [Item("copy of the adapters", both.num_bytes)]
-    return PhaseMemory(
-        phase=phase.name,
-        micro_batch_tokens=batch.num_tokens,
-        checkpointing=checkpointing,
-        items=tuple(items),
-        outside=(
-            Item("CUDA context", CONTEXT_BYTES, "assumed"),
-            Item("cuBLAS workspaces", CUBLAS_BYTES, "assumed"),
-            Item("allocator's reserve", round(RESERVE * peak), f"assumed, {RESERVE:.0%}"),
-        ),
-        host=(*host, *([embedding] if numerics.embedding_on_cpu else [])),
-    )
-
-
-def adapter_sizes(sizes: BaseSizes, adapters: AdaptersConfig) -> dict[str, int]:
-    """Return each adapter's number of parameters."""
-    return {name: _adapter(adapters, name).rank * n for name, n in sizes.adapter_units.items()}
-
-
-def predict_step_bytes(
-    model_config: Any,
-    adapters: AdaptersConfig,
-    training: TrainingConfig,
-    numerics: Numerics,
-    phase: Phase,
-    batch: MicroBatch,
-    num_learning: int,
-) -> int:
-    """Return what a step without checkpointing needs beside the base and its adapters.
-
-    Args:
-        num_learning: parameters that learn in the phase.
-
-    Raises:
-        PlanError: the configuration is not a decoder's.
-    """
-    shape = read_shape(model_config)
-    largest = max(inputs * outputs for inputs, outputs in shape.modules.values())
-    kept, layer, loss = _step_bytes(
-        shape, adapters, training, numerics, phase, batch, False, largest
-    )
-    learnt = (FP32_BYTES + ADAM_BYTES[training.optimizer]) * num_learning
-    return learnt + kept + max(layer, loss)
-
-
-def _step_bytes(
+def count_step_bytes(
     shape: Shape,
     adapters: AdaptersConfig,
     training: TrainingConfig,
@@ -294,7 +133,7 @@ def _step_bytes(
     width = numerics.dtype_bytes
     step = _Step(
         shape,
-        [_adapter(adapters, name) for name in phase.active],
+        [adapter_config(adapters, name) for name in phase.active],
         batch.num_tokens,
         width,
         checkpointing,
@@ -309,7 +148,8 @@ def _step_bytes(
     return step.kept_bytes, layer, loss
 
 
-def _adapter(adapters: AdaptersConfig, name: str) -> AdapterConfig:
+def adapter_config(adapters: AdaptersConfig, name: str) -> AdapterConfig:
+    """Return the settings of the global or the local adapter."""
     return adapters.global_ if name == GLOBAL else adapters.local
 
 
