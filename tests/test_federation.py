@@ -27,6 +27,7 @@ from fedlora_app.federation.messages import (
     read_task,
 )
 from fedlora_app.model import base as model_module
+from fedlora_app.runs import client_folder
 from fedlora_app.runs.paths import RunDirectoryError
 from fedlora_app.runs.reading import read_what_is_left
 from fedlora_app.strategy import GlobalAdapterFedAvg, RoundError
@@ -214,7 +215,7 @@ def test_no_local_adapter_is_in_any_message(tiny_project, tmp_path, monkeypatch)
     planted = 1.2345678
     pattern = torch.full((2,), planted).numpy().tobytes()
     federation = Federation(tiny_project, tmp_path, build_tiny_config())
-    original = client_module.save_adapter
+    original = client_folder.save_adapter
 
     def plant(folder, model, name, state, base_name):
         if name == "global":
@@ -225,7 +226,7 @@ def test_no_local_adapter_is_in_any_message(tiny_project, tmp_path, monkeypatch)
         assert pattern in (folder / WEIGHTS).read_bytes()
         return sha256
 
-    monkeypatch.setattr(client_module, "save_adapter", plant)
+    monkeypatch.setattr(client_folder, "save_adapter", plant)
     run = federation.run()
     sent = federation.grids[0].bytes_received()
     assert len(sent) > 10_000
