@@ -212,7 +212,7 @@ def _parse_conflict(raw: dict[str, Any], client_ids: list[str]) -> ConflictRecor
         unknown = [name[:MAX_KEY_SHOWN] for name in sorted(set(named) - set(client_ids))[:5]]
         if unknown:
             raise ValueError(
-                f'"{name}" names {", ".join(map(repr, unknown))}, which is no client. '
+                f'"{name}" names {", ".join(map(repr, unknown))}, which is not a client. '
                 f"Clients: {', '.join(client_ids)}."
             )
     return ConflictRecord(

@@ -1,4 +1,4 @@
-"""Keeps libraries from reporting home, and from printing what is no news to a user.
+"""Keeps libraries from reporting home, and from printing what is not news to a user.
 
 Usage statistics are sent by a library on its own, to its maker; this project sends none. To be
 called before the libraries are imported: some read their switch once.

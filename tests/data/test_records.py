@@ -95,7 +95,7 @@ def test_conflict_records_of_both_forms(tmp_path):
 
 def test_conflicts_of_unknown_clients_are_refused(tmp_path):
     path = write(tmp_path / "c.json", [{"instruction": "q", "answers": {"z": "1"}}])
-    with pytest.raises(DataError, match="names 'z', which is no client. Clients: a, b"):
+    with pytest.raises(DataError, match="names 'z', which is not a client. Clients: a, b"):
         load_conflicts(path, ["a", "b"])
     path = write(tmp_path / "d.json", [{"instruction": "q"}])
     with pytest.raises(DataError, match='neither "answers" nor'):
