@@ -746,7 +746,9 @@ class TestRegistration:
 
     def test_a_conflict_record_of_an_unknown_client(self, tiny_project, tmp_path):
         config = build_tiny_config(("ann", "bob"), data={"conflict_test": "conflict.json"})
-        with pytest.raises(ValueError, match="names 'cy', which is not a client. Clients: ann, bob"):
+        with pytest.raises(
+            ValueError, match="names 'cy', which is not a client. Clients: ann, bob"
+        ):
             Federation(tiny_project, tmp_path, config).run()
 
     def test_an_error_in_the_question_sets_stops_the_run(self, tiny_project, tmp_path, capsys):

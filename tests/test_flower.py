@@ -10,6 +10,8 @@ import pytest
 from conftest import ROOT
 from flower_process import BIN
 
+pytestmark = pytest.mark.slow
+
 
 def events(run: Path, name: str) -> list[dict]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
@@ -36,7 +38,6 @@ def test_a_run_started_from_a_foreign_folder(flower, tiny_experiment, tiny_proje
     assert output.count("CUDA_VISIBLE_DEVICES is '7'") == 2, output
 
 
-@pytest.mark.slow
 def test_run_config_keys_do_what_they_say(flower, tiny_experiment, tmp_path):
     output = flower.run(
         ".",
@@ -54,7 +55,6 @@ def test_run_config_keys_do_what_they_say(flower, tiny_experiment, tmp_path):
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 3
 
 
-@pytest.mark.slow
 def test_another_number_of_nodes_stops_with_the_line_that_fixes_it(flower, tiny_experiment):
     output = flower.run(
         ".", "--federation-config", "num-supernodes=3", run_config=f"config='{tiny_experiment}'"
@@ -64,7 +64,6 @@ def test_another_number_of_nodes_stops_with_the_line_that_fixes_it(flower, tiny_
     assert f"{line}\"config='{tiny_experiment}'\"" in output
 
 
-@pytest.mark.slow
 def test_a_bad_configuration_is_one_clear_error(flower, tiny_experiment):
     output = flower.run(
         ".",
@@ -74,7 +73,6 @@ def test_a_bad_configuration_is_one_clear_error(flower, tiny_experiment):
     assert "federated.mode" in output and "training.epoch: unknown key" in output
 
 
-@pytest.mark.slow
 def test_a_study_runs_what_is_missing_and_evaluates_it(flower, tiny_experiment, tmp_path):
     path = tmp_path / "study.yaml"
     study = {

@@ -36,6 +36,7 @@ def test_the_notebook_draws_an_evaluated_run(tmp_path):
     assert not (run / "plots").exists()
 
 
+@pytest.mark.slow
 def test_the_notebook_compares_runs_that_are_not_evaluated(tmp_path):
     runs = [write_run(tmp_path / mode, mode=mode, evaluated=False) for mode in ("dual", "fedavg")]
     assert execute(runs, tmp_path).count("image/png") >= 4

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import (
@@ -41,6 +42,8 @@ AdapterState = dict[str, torch.Tensor]
 AdaptedModel = PeftModel
 AdaptedLayer = LoraLayer
 """The base model with its adapters attached and one module of it, for annotations elsewhere."""
+
+_shapes: WeakKeyDictionary[AdaptedModel, dict[str, dict[str, torch.Size]]] = WeakKeyDictionary()
 
 
 class AdapterError(UserError):
@@ -120,7 +123,11 @@ def build_initial_state(model: AdaptedModel, name: str, seed: int) -> AdapterSta
 
 def state_shapes(model: AdaptedModel, name: str) -> dict[str, torch.Size]:
     """Return the shape of every tensor of an adapter, sorted by key."""
-    return {key: tensor.shape for key, tensor in sorted(_parameters(model, name).items())}
+    known = _shapes.setdefault(model, {})
+    if name not in known:  # PEFT walks through all modules of the base for it
+        parameters = sorted(_parameters(model, name).items())
+        known[name] = {key: tensor.shape for key, tensor in parameters}
+    return dict(known[name])
 
 
 def get_state(model: AdaptedModel, name: str) -> AdapterState:

@@ -237,9 +237,9 @@ def adapter_modules(adapted) -> set[torch.nn.Module]:
     return {module for name, module in adapted.named_modules() if ".lora_" in name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("lengths", "checkpointing"),
-    [pytest.param([1024] * 4, True, marks=pytest.mark.slow), ([700, 500, 300, 100], False)],
+    ("lengths", "checkpointing"), [([1024] * 4, True), ([700, 500, 300, 100], False)]
 )
 def test_the_peak_of_a_step_of_7b(fake_7b, seven_b_sizes, lengths, checkpointing):
     base, adapted, mode = fake_7b
@@ -350,7 +350,10 @@ LARGE = "training.batch_size=4 training.gradient_accumulation_steps=6"
 @pytest.mark.parametrize(
     ("memory", "overrides", "settings"),
     [
-        ("10GB", "training.gradient_checkpointing=false", ["training.gradient_checkpointing"]),
+        pytest.param(
+            *("10GB", "training.gradient_checkpointing=false", ["training.gradient_checkpointing"]),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             *("9GB", LARGE, ["training.batch_size", "training.gradient_accumulation_steps"]),
             marks=pytest.mark.slow,

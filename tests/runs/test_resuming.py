@@ -130,9 +130,12 @@ def stopped_run(project, folder, number, config=None):
 @pytest.mark.parametrize(
     ("kind", "number"),
     [
-        *(("phased", number) for number in range(3, 13)),
-        *(("joint", number) for number in (6, 9, 11)),
-        *((mode, 7) for mode in ("fedavg", "local-only", "centralized")),
+        *(("phased", number) for number in (3, 5, 8, 10, 12)),
+        *(pytest.param("phased", number, marks=pytest.mark.slow) for number in (4, 6, 7, 9, 11)),
+        *(("joint", number) for number in (9, 11)),
+        pytest.param("joint", 6, marks=pytest.mark.slow),
+        ("fedavg", 7),
+        *(pytest.param(mode, 7, marks=pytest.mark.slow) for mode in ("local-only", "centralized")),
     ],
 )
 def test_a_run_killed_at_any_message_ends_in_the_same_bytes(
@@ -271,7 +274,7 @@ def test_a_run_stopped_twice_while_it_writes_ends_in_the_same_bytes(
 
 
 @pytest.mark.parametrize(
-    "number", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 5)), 4]
+    "number", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3, 5))]
 )
 def test_a_rewind_that_stops_at_any_write_can_be_resumed(
     stopped_at, tmp_path, undisturbed, monkeypatch, number
@@ -367,7 +370,10 @@ def change_data_after(kind: str, path: Path):
 @pytest.mark.parametrize(
     ("kind", "name", "roles"),
     [
-        (MessageType.TRAIN, "ann_universal.json", "universal_train (ann_universal.json)"),
+        pytest.param(
+            *(MessageType.TRAIN, "ann_universal.json", "universal_train (ann_universal.json)"),
+            marks=pytest.mark.slow,
+        ),
         (
             MessageType.EVALUATE,
             "ann_local.json",
@@ -497,8 +503,7 @@ def test_nothing_is_noted_where_nothing_changed_or_an_older_run_does_not_say(
     assert "Note: the run began" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("part", ["server", "clients/ann"])
-@pytest.mark.parametrize("damage", ["cut", "gone"])
+@pytest.mark.parametrize(("part", "damage"), [("server", "cut"), ("clients/ann", "gone")])
 def test_a_damaged_round_is_reported_and_the_one_before_it_used_on_demand(
     stopped_at, tmp_path, undisturbed, part, damage
 ):
@@ -552,11 +557,11 @@ def test_two_runs_cannot_write_one_run_directory(stopped_at, tmp_path):
     ("kind", "server_round", "limit"),
     [
         (MessageType.QUERY, 0, 200),
-        (MessageType.QUERY, 0, 3000),
-        (MessageType.TRAIN, 2, 900),
         (MessageType.TRAIN, 2, 6000),
         (MessageType.EVALUATE, 1, 500),
-        (MessageType.EVALUATE, 1, 6000),
+        pytest.param(MessageType.QUERY, 0, 3000, marks=pytest.mark.slow),
+        pytest.param(MessageType.TRAIN, 2, 900, marks=pytest.mark.slow),
+        pytest.param(MessageType.EVALUATE, 1, 6000, marks=pytest.mark.slow),
     ],
 )
 def test_a_full_disk_stops_the_run_names_the_file_and_the_last_round_stays_whole(
@@ -636,6 +641,7 @@ def test_kept_rounds_keep_the_local_adapters_that_they_need(tiny_project, tmp_pa
     assert load_run(run).adapter_sha256(3, "bob")
 
 
+@pytest.mark.slow
 def test_a_round_without_a_client_is_continued_from_what_that_client_has(tiny_project, tmp_path):
     """A client that failed goes on from its own newest round, resumed or not."""
 

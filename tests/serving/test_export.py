@@ -131,7 +131,7 @@ def test_peft_loads_an_adapter_with_the_pair_s_logits(
     assert {tensor.shape[0] for key, tensor in stored.items() if "lora_A" in key} == {result.rank}
 
 
-@pytest.mark.parametrize(("kind", "client", "scale"), CASES[:2] + CASES[4:7])
+@pytest.mark.parametrize(("kind", "client", "scale"), CASES[4:7])
 def test_the_merged_model_has_the_pair_s_logits(
     runs, tiny_project, tokenizer, tmp_path, kind, client, scale
 ):
