@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     # A core for each worker: torch's threads would otherwise wait for each other most of the time.
@@ -15,16 +16,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-import torch
-from flower_process import Flower
-from loopback import Federation
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import AdaptersConfig, Config
-from fedlora_app.model.adapters import attach_adapters
-from fedlora_app.model.quantised_cache import CACHE_VARIABLE
-from fedlora_app.report import plots
+
+if TYPE_CHECKING:  # what takes seconds to import is imported by the workers alone, where it is used
+    from loopback import Federation
+    from transformers import Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_MODEL = ROOT / "data" / "demo" / "base_model"
@@ -33,12 +31,16 @@ DEMO_MODEL = ROOT / "data" / "demo" / "base_model"
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Tiny tensors gain nothing from more, and lose tenfold when another process runs."""
+    import torch
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory) -> Iterator[None]:
     """No test, nor a process that one starts, writes to the user's cache."""
+    from fedlora_app.model.quantised_cache import CACHE_VARIABLE
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
         yield
@@ -51,11 +53,16 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(DEMO_MODEL)
 
 
 def build_tiny_model(vocab_size: int, seed: int = 0, **changes) -> Qwen2ForCausalLM:
     """Return a random two-layer Qwen2 of about 50,000 parameters."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     torch.manual_seed(seed)
     settings = {
         "vocab_size": vocab_size,
@@ -84,6 +91,10 @@ def adapters_config() -> AdaptersConfig:
 @pytest.fixture
 def adapted(tiny_model, adapters_config):
     """The tiny model with both adapters, B of both filled so that they have an effect."""
+    import torch
+
+    from fedlora_app.model.adapters import attach_adapters
+
     model = attach_adapters(tiny_model, adapters_config)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -183,12 +194,16 @@ def tiny_config() -> Config:
 @pytest.fixture
 def federation(tiny_project, tmp_path) -> Federation:
     """Two clients over an in-process grid; the run directory is a new one."""
+    from loopback import Federation
+
     return Federation(tiny_project, tmp_path / "results", build_tiny_config())
 
 
 @pytest.fixture(scope="session")
 def finished(tiny_project, tmp_path_factory) -> Federation:
     """The same federation after its run has ended, for all tests to read and none to change."""
+    from loopback import Federation
+
     federation = Federation(tiny_project, tmp_path_factory.mktemp("finished"), build_tiny_config())
     federation.run()
     return federation
@@ -197,11 +212,15 @@ def finished(tiny_project, tmp_path_factory) -> Federation:
 @pytest.fixture
 def unrendered(monkeypatch) -> None:
     """Figures are made and not rendered, which takes most of a report's time."""
+    from fedlora_app.report import plots
+
     monkeypatch.setattr(plots, "save_plot", lambda figure, folder, name: "<svg></svg>")
 
 
 @pytest.fixture(scope="module")
 def flower(tmp_path_factory):
+    from flower_process import Flower
+
     flower = Flower(tmp_path_factory.mktemp("flwr"))
     yield flower
     flower.stop()

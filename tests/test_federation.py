@@ -272,8 +272,9 @@ def test_another_seed_gives_other_bytes(finished, federation):
 def test_the_base_is_loaded_once(federation):
     model_module._resident.clear()
     loads = model_module.num_loads
-    federation.run("one")
-    federation.run("two")
+    config = build_tiny_config(federated={"num_rounds": 1})
+    federation.run("one", config)
+    federation.run("two", config)
     assert model_module.num_loads == loads + 1
 
 
@@ -393,7 +394,7 @@ def test_traffic_is_what_the_grid_saw(finished):
     assert traffic[1, "ann"]["adapter_bytes_up"] == once
 
 
-@pytest.mark.parametrize("clients_at_once", [1, 2])
+@pytest.mark.parametrize("clients_at_once", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_average_is_sent_once_and_again_to_who_has_lost_it(
     tiny_project, tmp_path, clients_at_once
 ):

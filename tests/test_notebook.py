@@ -29,6 +29,7 @@ def execute(runs, tmp_path) -> list[str]:
     return [kind for output in outputs for kind in output.get("data", {})]
 
 
+@pytest.mark.slow
 def test_the_notebook_draws_an_evaluated_run(tmp_path):
     run = write_run(tmp_path / "pair")
     shown = execute([run], tmp_path)

@@ -66,6 +66,7 @@ def test_the_prompts_of_the_demo_give_nothing_away():
     assert len({client.system_prompt for client in clients}) == 1
 
 
+@pytest.mark.slow
 def test_the_base_model_is_small_and_knows_the_language_but_no_facts():
     assert sum(path.stat().st_size for path in DEMO_MODEL.iterdir()) < 10e6
     config = load_config(ROOT / "conf" / "demo.yaml")

@@ -168,7 +168,7 @@ def test_a_conflict_passes_only_if_every_client_is_right(evaluation):
     assert rate["value"] == sum(v["passed"] for v in evaluation["conflicts"]) / rate["n"]
 
 
-@pytest.mark.parametrize("mode", ["fedavg", "local-only"])
+@pytest.mark.parametrize("mode", ["fedavg", pytest.param("local-only", marks=pytest.mark.slow)])
 def test_baselines_have_the_choices_that_there_are(runs, tiny_project, mode):
     found = evaluate(runs(mode), tiny_project)
     labels = {row["adapters"].split(":")[0] for row in found["swap_table"]}
@@ -308,6 +308,7 @@ def test_another_base_model_is_refused(runs, tiny_project, tmp_path):
         evaluate(copy, tiny_project)
 
 
+@pytest.mark.slow
 def test_a_client_without_validation_questions_stays_at_scale_1(tiny_project, tmp_path):
     clients = tiny_config().dump()["federated"]["clients"]
     clients[0]["local_validation"] = "ann_local.json"

@@ -41,9 +41,10 @@ def change_json(path: Path, **changes) -> None:
         (SAY + "{{ 'x' * 10**10 }}", "takes too much memory"),
         (SAY + "{{ 'x' * 10**6 }}", "makes 1000"),
         ("{" * 2 + "(" * 5000 + "1" + ")" * 5000 + "}}", "fails with RecursionError"),
-        (
+        pytest.param(
             SAY + "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
             "wrote no prompt within",
+            marks=pytest.mark.slow,
         ),
         (SAY + "{#" + "x" * MAX_TEMPLATE_CHARS + "#}", f"at most {MAX_TEMPLATE_CHARS}"),
         ({"a": SAY}, "is a dict and no text"),

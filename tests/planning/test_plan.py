@@ -334,6 +334,7 @@ def test_a_7b_model_on_cards_of_24_and_8_gb(seven_b):
     assert small.verdict.fits
 
 
+@pytest.mark.slow
 def test_checkpointing_that_is_not_needed_is_named(seven_b):
     plan = plan_for(seven_b, "qwen2.5-7b-4090.yaml", "80GB", "training.gradient_checkpointing=true")
     assert plan.verdict.checkpointing_unneeded
@@ -359,7 +360,14 @@ LARGE = "training.batch_size=4 training.gradient_accumulation_steps=6"
             marks=pytest.mark.slow,
         ),
         ("12GB", "model.quantization=none", ["model.quantization"]),
-        ("7.4GB", LARGE, ["training.batch_size", "training.optimizer", "model.embedding_device"]),
+        pytest.param(
+            *(
+                "7.4GB",
+                LARGE,
+                ["training.batch_size", "training.optimizer", "model.embedding_device"],
+            ),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_changes_that_are_named_make_it_fit(seven_b, memory, overrides, settings):

@@ -429,7 +429,10 @@ def change_template(model: Path) -> None:
     (model / "chat_template.jinja").write_text("{# another #}" + template)
 
 
-@pytest.mark.parametrize("change", [change_weights, change_configuration, change_template])
+@pytest.mark.parametrize(
+    "change",
+    [change_weights, change_template, pytest.param(change_configuration, marks=pytest.mark.slow)],
+)
 def test_another_base_model_is_refused(stopped_at, tiny_project, tmp_path, change):
     project = tmp_path / "project"
     shutil.copytree(tiny_project, project)
@@ -601,6 +604,7 @@ def test_there_is_nothing_to_resume(tiny_project, tmp_path):
         federation.run("run", resume="empty")
 
 
+@pytest.mark.slow
 def test_old_rounds_are_thinned_and_the_newest_never(tiny_project, tmp_path):
     settings = {"num_rounds": 4, "keep_rounds": 1}
     config = build_tiny_config(federated=settings)

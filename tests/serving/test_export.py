@@ -108,7 +108,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "client", "scale"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "client", "scale"),
+    [*CASES[1:5], CASES[-1], *(pytest.param(*c, marks=pytest.mark.slow) for c in CASES[5:7])],
+)
 def test_peft_loads_an_adapter_with_the_pair_s_logits(
     runs, tiny_project, tokenizer, tmp_path, kind, client, scale
 ):
