@@ -108,7 +108,7 @@ def tiny_project(tmp_path_factory, tokenizer) -> Path:
     """A project folder with a tiny model and data for the clients ann, bob and cy."""
     project = tmp_path_factory.mktemp("project")
     (project / "pyproject.toml").write_text('[project]\nname = "fedlora-app"\n')
-    build_tiny_model(len(tokenizer)).save_pretrained(project / "model")
+    build_tiny_model(len(tokenizer), num_hidden_layers=1).save_pretrained(project / "model")
     tokenizer.save_pretrained(project / "model")
 
     def write(name: str, records: list[dict]) -> None:

@@ -177,7 +177,7 @@ def test_merged_in_bfloat16(runs, tiny_project, tokenizer, tmp_path):
     state = load_file(tmp_path / "half" / "model.safetensors")
     adapter = export_adapter(saved, "ann", tmp_path / "adapter")
     pair = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    name = "model.layers.1.mlp.up_proj"
+    name = "model.layers.0.mlp.up_proj"
     a, b = (pair[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
     weight = rounded.get_submodule(name).weight
     assert torch.equal(state[f"{name}.weight"], (weight.float() + b @ a).to(torch.bfloat16))
