@@ -195,8 +195,9 @@ def test_final_adapters_are_never_those_of_a_run_with_fewer_rounds(tiny_project,
     federation = Federation(tiny_project, tmp_path, build_tiny_config())
     federation.run("run")
     with pytest.raises(Stopped):
-        federation.run("run", tamper=stop_at(5), resume="run", **{"num-rounds": 3})
-    assert not (tmp_path / "run" / "final" / "global").exists()
+        federation.run("run", tamper=stop_at(7), resume="run", **{"num-rounds": 3})
+    final = tmp_path / "run" / "final"  # the seventh message had ann personalise
+    assert not (final / "global").exists() and not (final / "clients" / "ann").exists()
 
 
 def test_a_client_that_missed_the_last_round_answers_with_what_it_had(
