@@ -195,7 +195,7 @@ def test_final_adapters_are_never_those_of_a_run_with_fewer_rounds(tiny_project,
     federation = Federation(tiny_project, tmp_path, build_tiny_config())
     federation.run("run")
     with pytest.raises(Stopped):
-        federation.run("run", tamper=stop_at(7), resume="run", **{"num-rounds": 3})
+        federation.run("run", tamper=stop_at(7), resume="run", **{"num-rounds": 4})
     final = tmp_path / "run" / "final"  # the seventh message had ann personalise
     assert not (final / "global").exists() and not (final / "clients" / "ann").exists()
 
