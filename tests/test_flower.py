@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -80,12 +81,11 @@ def test_a_study_runs_what_is_missing_and_evaluates_it(flower, tiny_experiment, 
         "config": str(tiny_experiment),
         "seeds": [1],
         "overrides": "federated.num_rounds=1",
-        "variants": {"pair": "", "one": "federated.mode=fedavg"},
     }
-    path.write_text(json.dumps(study))
     folder = tmp_path / "results" / "tiny-study"
 
-    def run() -> str:
+    def run(**variants: str) -> str:
+        path.write_text(json.dumps(study | {"variants": variants}))
         result = subprocess.run(
             [BIN / "fedlora", "study", path, "--output-dir", tmp_path / "results"],
             env=flower.env | {"FEDLORA_PROJECT_DIR": str(ROOT)},
@@ -97,13 +97,15 @@ def test_a_study_runs_what_is_missing_and_evaluates_it(flower, tiny_experiment, 
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout
 
-    output = run()
-    assert "| pair | global + own local |" in output and "| one | global alone |" in output
-    assert json.loads((folder / "summary.json").read_text())["figures"].keys() == {"pair", "one"}
+    assert "| pair | global + own local |" in run(pair="")
     kept = (folder / "pair-seed1" / "manifest.json").stat().st_mtime_ns
     evaluated = (folder / "pair-seed1" / "evaluation.json").stat().st_mtime_ns
+    shutil.copytree(folder / "pair-seed1", folder / "one-seed1")
     manifest = json.loads((folder / "one-seed1" / "manifest.json").read_text())
     (folder / "one-seed1" / "manifest.json").write_text(json.dumps(manifest | {"finished": None}))
-    assert "one-seed1 is unfinished, or" in run()  # as after a stop in the middle of that run
+    output = run(pair="", one="federated.mode=fedavg")
+    assert "one-seed1 is unfinished, or" in output  # as after a stop in the middle of that run
+    assert "| pair | global + own local |" in output and "| one | global alone |" in output
+    assert json.loads((folder / "summary.json").read_text())["figures"].keys() == {"pair", "one"}
     assert (folder / "pair-seed1" / "manifest.json").stat().st_mtime_ns == kept
     assert (folder / "pair-seed1" / "evaluation.json").stat().st_mtime_ns == evaluated
