@@ -210,6 +210,14 @@ def finished(tiny_project, tmp_path_factory) -> Federation:
 
 
 @pytest.fixture
+def flower_identity() -> None:
+    """Who Flower takes the sender of messages for that a test makes itself."""
+    from flwr.supercore.task_identity import TaskIdentity
+
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+
+@pytest.fixture
 def unrendered(monkeypatch) -> None:
     """Figures are made and not rendered, which takes most of a report's time."""
     from fedlora_app.report import plots

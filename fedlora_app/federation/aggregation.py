@@ -20,7 +20,7 @@ class Aggregation:
     """Makes the new global adapter of the clients' updates, in one round after the other.
 
     After ``result``, ``metrics`` are the round's, and ``error_by_module`` is the relative error of
-    averaging A and B separately, None for another rule.
+    averaging A and B separately, None for a rule that is not a kind of ``FedAvg``.
 
     Args:
         shapes: of the global adapter's tensors.

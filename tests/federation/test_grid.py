@@ -6,7 +6,6 @@ import time
 import pytest
 from conftest import build_tiny_config
 from flwr.app import Error, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 from loopback import LoopbackGrid
 
 from fedlora_app import server_app
@@ -15,6 +14,8 @@ from fedlora_app.federation import ray_pool as workers
 from fedlora_app.federation import registration
 from fedlora_app.federation.grid import PacedGrid, build_message
 from fedlora_app.strategy import RoundError
+
+pytestmark = pytest.mark.usefixtures("flower_identity")
 
 
 class SlowGrid(LoopbackGrid):
@@ -41,11 +42,6 @@ class SlowGrid(LoopbackGrid):
             self.polls[number] += 1
             if self.polls[number] >= self.polls_needed:
                 yield self._replies.pop(number)
-
-
-@pytest.fixture(autouse=True)
-def _identity():
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 
 
 @pytest.mark.parametrize("at_once", [1, 3])

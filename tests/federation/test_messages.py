@@ -16,16 +16,11 @@ from fedlora_app.federation.messages import (
 )
 from fedlora_app.model.adapters import AdapterError
 
+pytestmark = pytest.mark.usefixtures("flower_identity")
+
 STATE = {"x.lora_A.weight": torch.randn(2, 3), "x.lora_B.weight": torch.randn(3, 2)}
 FINDING = {"severity": "error", "rule": "train-test", "file": "data/a.json", "record": 3}
 SHAPES = {key: tensor.shape for key, tensor in STATE.items()}
-
-
-@pytest.fixture(autouse=True)
-def _identity():
-    from flwr.supercore.task_identity import TaskIdentity
-
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora_app.federation.messages import (
     ABOUT_RECORD,
@@ -22,14 +21,11 @@ from fedlora_app.federation.replies import (
 )
 from fedlora_app.federation.roster import Roster
 
+pytestmark = pytest.mark.usefixtures("flower_identity")
+
 STATE = {"x.lora_A.weight": torch.randn(2, 3), "x.lora_B.weight": torch.randn(3, 2)}
 SHAPES = {key: tensor.shape for key, tensor in STATE.items()}
 NODES = {"ann": 5, "bob": 6, "cy": 7}
-
-
-@pytest.fixture(autouse=True)
-def _identity():
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 
 
 def build_request(client: str = "ann") -> Message:

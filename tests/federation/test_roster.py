@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 from flwr.app import Error, Message, MessageType, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora_app.federation.messages import (
     ADAPTER_RECORD,
@@ -16,14 +15,11 @@ from fedlora_app.federation.messages import (
 )
 from fedlora_app.federation.roster import NO_LOCAL, UNKNOWN, Roster, Traffic, count_bytes
 
+pytestmark = pytest.mark.usefixtures("flower_identity")
+
 STATE = {"x.lora_A.weight": torch.randn(2, 3), "x.lora_B.weight": torch.randn(3, 2)}
 SHAPES = {key: tensor.shape for key, tensor in STATE.items()}
 TASK = Task("", 1, -1, "", "ab", False, "run", "", "", "", "{}")
-
-
-@pytest.fixture(autouse=True)
-def _identity():
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 
 
 def build_request() -> Message:

@@ -135,7 +135,7 @@ def collect_clients(
             config.client(client_id),
             wrap_all({UNIVERSAL: own.universal, LOCAL_SET: own.local}),
             wrap_all(own.tests),
-            wrap_all(getattr(own, "validations", {})),
+            wrap_all(own.validations),
         )
         for client_id, own in files.items()
     ]
