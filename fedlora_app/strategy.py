@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -24,7 +23,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedlora_app.config.rounds import plan_round, training_clients
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config
-from fedlora_app.evaluation.reported import describe_round
+from fedlora_app.evaluation.reported import describe_round, split_evaluation
 from fedlora_app.federation.aggregation import Aggregation
 from fedlora_app.federation.messages import (
     REGISTRATION_ROUND,
@@ -46,7 +45,7 @@ from fedlora_app.federation.roster import Roster, Traffic
 from fedlora_app.foundation.progress import client_lines
 from fedlora_app.model.adapter_files import save_adapter
 from fedlora_app.model.adapters import AdaptedModel, AdapterState, state_shapes
-from fedlora_app.runs.directory import SERVER, RunDirectory
+from fedlora_app.runs.directory import RunDirectory
 from fedlora_app.runs.manifest import describe_missing_finals
 from fedlora_app.runs.resuming import (
     DATA_HASH,
@@ -54,11 +53,7 @@ from fedlora_app.runs.resuming import (
     find_changed_data,
     suggest_earlier,
 )
-
-EVALUATION_PREFIXES = (
-    *("base/", "global/", "local/", "global+local/"),
-    *("evaluation_seconds", "peak_memory_bytes"),
-)
+from fedlora_app.runs.round_record import RoundRecord
 
 
 class GlobalAdapterFedAvg(FedAvg):
@@ -96,20 +91,20 @@ class GlobalAdapterFedAvg(FedAvg):
         self._report = report
         self._global_state: AdapterState = {}
         self._global_sha256 = ""
-        self._adapter_hashes: dict[str, str] = {}
         self._base_models: dict[str, str] = {}
         self._rounds_before = 0  # that an earlier process has completed
         self._round_seconds: list[float] = []
-        self._begin_round()
+        self._begin_round(0)
 
     def summary(self) -> None:
         """Print nothing: the run's start block has it all."""
 
     def save_initial(self, state: AdapterState) -> ArrayRecord:
         """Keep the initial global adapter as that of round 0 and return it as arrays."""
+        self._begin_round(0)
         self._global_state = state
         self._global_sha256 = self._save_global(self._run.paths.global_adapter(0))
-        self._adapter_hashes = {GLOBAL: self._global_sha256}
+        self._round.adapters[GLOBAL] = self._global_sha256
         return pack_state(state)
 
     def restore(
@@ -151,12 +146,11 @@ class GlobalAdapterFedAvg(FedAvg):
     ) -> Iterable[Message]:
         """Yield one message per training client, made when its turn comes."""
         server_round += self._rounds_before
-        absent = set(self._failures)
-        self._begin_round()
+        absent = set(self._round.failures)
+        self._begin_round(server_round)
         if absent:
             self._find_returned(grid, absent)
         self._global_state = unpack_state(arrays, self._shapes, "The server")
-        self._adapter_hashes = {}
         if plan_round(self.config, server_round).train is None:
             return iter(())
         clients = training_clients(self.config)
@@ -188,14 +182,14 @@ class GlobalAdapterFedAvg(FedAvg):
 
             self._aggregation.begin(self._global_state)
             for reply in self._valid_replies(server_round, "train", len(clients), replies, fold):
-                self._run.add_metrics(server_round, reply.client_id, plan.train.name, reply.metrics)
+                self._round.add_metrics(reply.client_id, plan.train.name, reply.metrics)
                 if expected:
                     self._note_local(reply, server_round, is_last=plan.personalise is None)
             self._global_state = self._aggregation.result()
             if (errors := self._aggregation.error_by_module) is not None:
-                self._run.log_event("aggregation", round=server_round, relative_error=errors)
+                self._round.log("aggregation", relative_error=errors)
         self._global_sha256 = self._save_global(self._run.paths.global_adapter(server_round))
-        self._adapter_hashes[GLOBAL] = self._global_sha256
+        self._round.adapters[GLOBAL] = self._global_sha256
         return pack_state(self._global_state), None
 
     def configure_evaluate(
@@ -225,23 +219,22 @@ class GlobalAdapterFedAvg(FedAvg):
         for reply in self._valid_replies(server_round, "evaluate", num_asked, replies, check):
             client = reply.client_id
             reports[client] = reply.metrics
-            evaluation, training = _split_evaluation(reply.metrics)
+            evaluation, training = split_evaluation(reply.metrics)
             if training and plan.personalise is not None:
-                self._run.add_metrics(server_round, client, plan.personalise.name, training)
-            self._run.add_metrics(server_round, client, "evaluate", evaluation)
+                self._round.add_metrics(client, plan.personalise.name, training)
+            self._round.add_metrics(client, "evaluate", evaluation)
             if "local_adapter" in expected:
                 self._note_local(reply, server_round, is_last=True)
             self.roster.held[client] = reply.facts.get("global_adapter", "")
             self._base_models[client] = reply.facts["base_model"]
             facts = {k: v for k, v in reply.facts.items() if not k.startswith(DATA_HASH)}
-            self._run.log_event("facts", round=server_round, client=client, **facts)
+            self._round.log("facts", client=client, **facts)
         require_same_base(self._run.manifest["base_model"], self._base_models)
         self._complete_round(server_round, reports)
         return None
 
     def evaluate_base(self, grid: Grid, arrays: ArrayRecord) -> None:
         """Evaluate the base model at every client and complete round 0."""
-        self._begin_round()
         messages = self.configure_evaluate(0, arrays, ConfigRecord(), grid)
         self.aggregate_evaluate(0, grid.send_and_receive(messages))
 
@@ -251,9 +244,8 @@ class GlobalAdapterFedAvg(FedAvg):
         for sentence in describe_missing_finals(self._run.manifest):
             self._report(sentence)
 
-    def _begin_round(self) -> None:
-        self._round_started = time.monotonic()
-        self._failures: dict[str, str] = {}
+    def _begin_round(self, server_round: int) -> None:
+        self._round = RoundRecord(self._run, server_round, self._report)
         self._ask_again: Callable[[list[str]], Iterable[Message]] = lambda clients: ()
         self.roster.traffic = Traffic()
 
@@ -292,29 +284,16 @@ class GlobalAdapterFedAvg(FedAvg):
             self._require_same_data(reply)
             use(reply)
 
-        def tell(event: str, client: str, why: str) -> None:
-            if event == "failure":
-                self._failures[client] = why
-                self._run.add_failure(server_round, client, why)
-                self._report(f"round {server_round}: {why}")
-            else:
-                self._run.log_event(event, round=server_round, client=client)
-
         label = f"round {server_round}/{self.config.federated.num_rounds}, {step}"
         count = client_lines(label, num_asked, self._report)
         args = replies, server_round, self.roster, check
+        tell, ask_again = self._round.tell, self._ask_again
         num_valid = 0
-        for reply in choose_valid(*args, ask_again=self._ask_again, count=count, tell=tell):
+        for reply in choose_valid(*args, ask_again=ask_again, count=count, tell=tell):
             num_valid += 1
             yield reply
         required = min(self.config.federated.required_clients, num_asked)
-        if num_valid < required:
-            reasons = "\n".join(f"  {reason}" for reason in self._failures.values())
-            raise RoundError(
-                f"Round {server_round}: {num_valid} of {num_asked} clients returned valid results "
-                f"and {required} are required (federated.min_clients).\n{reasons}\n"
-                f"The last complete round in {self._run.path} is untouched."
-            )
+        self._round.require_valid(num_valid, required, num_asked)
 
     def _note_local(self, reply: Reply, server_round: int, is_last: bool) -> None:
         """Remember the local adapter that a client says it has written.
@@ -325,7 +304,7 @@ class GlobalAdapterFedAvg(FedAvg):
         sha256 = reply.facts["local_adapter"]
         self.roster.locals[reply.client_id] = (server_round, sha256)
         if is_last:
-            self._adapter_hashes[f"{LOCAL}:{reply.client_id}"] = sha256
+            self._round.adapters[f"{LOCAL}:{reply.client_id}"] = sha256
 
     def _require_same_data(self, reply: Reply) -> None:
         recorded = self._run.manifest["clients"].get(reply.client_id, {})
@@ -342,16 +321,9 @@ class GlobalAdapterFedAvg(FedAvg):
             self._report(f"A new node cannot take part: {fault}")
 
     def _complete_round(self, server_round: int, reports: dict[str, dict[str, Any]]) -> None:
-        """Add what the server itself has measured, enter the round and report it."""
-        for client, counts in sorted(self.roster.traffic.by_client.items()):
-            self._run.add_metrics(server_round, client, "traffic", counts)
-        seconds = time.monotonic() - self._round_started
-        metrics = self._aggregation.metrics | {"round_seconds": seconds}
-        self._run.add_metrics(server_round, SERVER, "aggregate", metrics)
-        facts: dict[str, Any] = {"seconds": round(seconds, 3)}
-        if self._failures:
-            facts["failures"] = dict(self._failures)
-        self._run.complete_round(server_round, dict(self._adapter_hashes), **facts)
+        """Enter the round with what the server itself has measured, and report it."""
+        traffic, metrics = self.roster.traffic.by_client, self._aggregation.metrics
+        seconds = self._round.complete(traffic, metrics)
         if self.config.federated.keep_rounds is not None:
             self._run.thin(self.config.federated.keep_rounds)
         num_rounds, left = self.config.federated.num_rounds, None
@@ -363,8 +335,3 @@ class GlobalAdapterFedAvg(FedAvg):
 
     def _save_global(self, folder: Path) -> str:
         return save_adapter(folder, self._model, GLOBAL, self._global_state, self.config.model.name)
-
-
-def _split_evaluation(metrics: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    evaluation = {k: v for k, v in metrics.items() if k.startswith(EVALUATION_PREFIXES)}
-    return evaluation, {k: v for k, v in metrics.items() if k not in evaluation}

@@ -19,6 +19,10 @@ from fedlora_app.foundation.percent import format_percent
 from fedlora_app.foundation.progress import format_duration
 from fedlora_app.foundation.terminal import render_table
 
+EVALUATION_PREFIXES = (
+    *(f"{answerer}/" for answerer in ("base", "global", "local", "global+local")),
+    *("evaluation_seconds", "peak_memory_bytes"),
+)
 Reports = dict[str, dict[str, Any]]
 """Each client's metrics."""
 
@@ -79,6 +83,12 @@ def describe_run(history: list[dict[str, Any]]) -> str:
                 "questions answered in its own way by every client"
             )
     return "\n".join(lines)
+
+
+def split_evaluation(metrics: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a reply tells of its evaluation, and of the training before it."""
+    evaluation = {k: v for k, v in metrics.items() if k.startswith(EVALUATION_PREFIXES)}
+    return evaluation, {k: v for k, v in metrics.items() if k not in evaluation}
 
 
 def collect_reports(history: list[dict[str, Any]]) -> Reports:
