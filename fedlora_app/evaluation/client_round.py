@@ -74,10 +74,13 @@ def evaluate_client(
         )
         num_done += len(questions)
         prefix = f"{adapters}/{name}"
-        metrics |= _prefixed(prefix, summarise(scores))
+        metrics |= _prefixed(prefix, _summarise(questions, scores))
         if name == UNIVERSAL:
-            unseen = [s for s, q in zip(scores, questions, strict=True) if q.is_unseen]
-            metrics |= _prefixed(f"{adapters}/{UNIVERSAL_UNSEEN}", summarise(unseen))
+            pairs = zip(questions, scores, strict=True)
+            unseen = [pair for pair in pairs if pair[0].is_unseen]
+            if unseen:
+                prefix = f"{adapters}/{UNIVERSAL_UNSEEN}"
+                metrics |= _prefixed(prefix, _summarise(*zip(*unseen, strict=True)))
         if name == CONFLICT:
             num_records = len(files.tests[name].records)
             metrics |= _prefixed(prefix, _verdicts(questions, scores, num_records))
@@ -115,6 +118,13 @@ def evaluate_questions(
 def phase_metrics(phase: Phase, result: PhaseResult) -> Metrics:
     """Return a training phase's figures under ``train_<adapters>/<metric>``."""
     return _prefixed(f"train_{phase.name}", vars(result))
+
+
+def _summarise(questions: Sequence[Question], scores: Sequence[Score]) -> Metrics:
+    """Return a set's means, and how many facts its questions are about."""
+    if not questions:
+        return {}
+    return summarise(scores) | {"n_facts": len({question.cluster for question in questions})}
 
 
 def _verdicts(questions: Sequence[Question], scores: Sequence[Score], num_records: int) -> Metrics:

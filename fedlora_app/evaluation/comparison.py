@@ -20,9 +20,11 @@ from fedlora_app.evaluation.evaluated_run import (
     Key,
     Variant,
     contrast,
+    fact_of,
     find_other_conditions,
     group_alike,
     note_other_size,
+    question_id,
     read_conflicts,
     read_runs,
 )
@@ -35,7 +37,14 @@ from fedlora_app.evaluation.names import (
     figure_key,
     shown_measures,
 )
-from fedlora_app.evaluation.statistics import Estimate, mcnemar, over_seeds, paired_difference
+from fedlora_app.evaluation.shares import read_summary
+from fedlora_app.evaluation.statistics import (
+    ROUNDING,
+    Estimate,
+    flip_signs,
+    over_seeds,
+    paired_difference,
+)
 
 SIGNIFICANT = 0.05
 
@@ -138,11 +147,10 @@ def adjust_holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Paired:
-    """A difference over the same questions, and an exact test of it."""
+    """A difference over the same questions, and a test of it that flips whole facts."""
 
     difference: Estimate
     p_value: float
-    test: str = "McNemar's test"
 
     @property
     def sign(self) -> int:
@@ -158,26 +166,23 @@ def pair_conflicts(
 ) -> Paired | None:
     """Return the difference over the same conflict records, run by run.
 
-    Facts are the unit, because paraphrases of one are not independent: they are resampled whole,
-    and the test is the sign test over them. Over several runs the interval is the wider of that
-    and Student's t. None unless the facts are known and all were asked the same records.
+    Facts are the unit, because paraphrases of one are not independent. Over several runs the
+    interval is the wider of that and Student's t. None unless the facts are known and all were
+    asked the same records.
 
     Args:
         facts: by record, what its paraphrases share.
     """
     if not facts or any(side.keys() != facts.keys() for pair in pairs for side in pair):
         return None
-    clusters = [facts[record] for _ in pairs for record in facts]
+    records = [record for _ in pairs for record in facts]
+    about = [facts[record] for record in records]
     ones, others = ([pair[i][record] for pair in pairs for record in facts] for i in (0, 1))
-    difference = paired_difference(ones, others, clusters)
+    difference = paired_difference(ones, others, about, records)
     if len(pairs) > 1:
         by_seed = over_seeds([fmean(two.values()) - fmean(one.values()) for two, one in pairs])
         difference = difference.widen(by_seed, lowest=-1.0)
-    won = dict.fromkeys(clusters, 0)
-    for fact, one, other in zip(clusters, ones, others, strict=True):
-        won[fact] += one - other
-    test = mcnemar([n > 0 for n in won.values()], [n < 0 for n in won.values()])
-    return Paired(difference, test["p_value"], "sign test over facts")
+    return Paired(difference, flip_signs(ones, others, about))
 
 
 def pair_variants(two: Variant, one: Variant, evaluations: Evaluations) -> Paired | None:
@@ -195,7 +200,7 @@ def _dump_run(run: EvaluatedRun) -> dict[str, Any]:
         "name": run.name,
         **{key: run.evaluation[key] for key in keys},
         "num_parameters": run.num_parameters,
-        "figures": dict(run.evaluation["summary"]),
+        "figures": read_summary(run.evaluation),
     }
 
 
@@ -218,10 +223,11 @@ def _compute_differences(
         outcomes = _pair_outcomes(reference, run, topic, measure)
         if not outcomes:
             continue
-        clusters, ones, others = zip(*outcomes, strict=True)
-        better = [one > other for one, other in zip(ones, others, strict=True)]
-        worse = [one < other for one, other in zip(ones, others, strict=True)]
-        test = mcnemar(better, worse)  # of passes McNemar's, of other values the sign test
+        facts, questions, ones, others = zip(*outcomes, strict=True)
+        difference = paired_difference(ones, others, facts, questions)
+        gains: dict[Any, float] = dict.fromkeys(questions, 0.0)
+        for question, one, other in zip(questions, ones, others, strict=True):
+            gains[question] += float(one) - float(other)
         differences.append(
             {
                 "run": run.name,
@@ -229,11 +235,12 @@ def _compute_differences(
                 "topic": FIGURES[topic.figure],
                 "scored_by": measure.label,
                 "measure": figure_key(topic.figure, measure),
-                "difference": paired_difference(ones, others, clusters).dump(),
-                "p_value": test["p_value"],
-                "only_run": test["only_first"],
-                "only_reference": test["only_second"],
-                "n": test["n"],
+                "difference": difference.dump(),
+                "p_value": flip_signs(ones, others, facts),
+                "only_run": sum(gain > ROUNDING for gain in gains.values()),
+                "only_reference": sum(gain < -ROUNDING for gain in gains.values()),
+                "n": difference.n,
+                "facts": difference.facts,
             }
         )
     return differences
@@ -241,8 +248,8 @@ def _compute_differences(
 
 def _pair_outcomes(
     reference: EvaluatedRun, run: EvaluatedRun, topic: Topic, measure: Measure
-) -> list[tuple[str, float, float]]:
-    """Return (cluster, outcome of the run, of the reference) for all that was scored."""
+) -> list[tuple[str, tuple[Any, ...], float, float]]:
+    """Return (fact, question, outcome of the run, of the reference) for all that was scored."""
     if topic.every_client and measure.passes_above is None:
         return []
     field = measure.row_key
@@ -257,7 +264,8 @@ def _pair_outcomes(
         units = [keys for keys in records.values() if len(keys) > 1]
     return [
         (
-            ones[keys[0]]["fact"] or ones[keys[0]]["instruction"],
+            fact_of(ones[keys[0]]),
+            question_id(topic.question_set, *keys[0]),
             min(ones[key][field] for key in keys),
             min(others[key][field] for key in keys),
         )

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fedlora_app.evaluation.comparison import TOPICS
 from fedlora_app.evaluation.names import FIGURES, LEAKAGE, figure_key, shown_measures
-from fedlora_app.foundation.percent import format_percent
+from fedlora_app.foundation.percent import format_n, format_percent
 from fedlora_app.foundation.terminal import WIDTH, render_table
 
 
@@ -25,7 +25,7 @@ def describe_comparison(comparison: Mapping[str, Any]) -> str:
     if groups:
         title = "Means over seeds, percent right [95 % interval, Student's t]; n counts seeds"
         names = [run["name"] for run in runs]
-        blocks.append(_render_figures(title, [_name_group(group, names) for group in groups]))
+        blocks.append(_render_figures(title, [_name_group(group, names) for group in groups], "n"))
     for name in dict.fromkeys(entry["run"] for entry in differences):
         blocks.append(_render_differences([entry for entry in differences if entry["run"] == name]))
     if differences:
@@ -53,12 +53,12 @@ def _render_runs(runs: list[dict[str, Any]]) -> str:
     return render_table(table)
 
 
-def _render_figures(title: str, entries: list[dict[str, Any]]) -> str:
+def _render_figures(title: str, entries: list[dict[str, Any]], counts: str = "n/facts") -> str:
     table = Table("", title=title)
     measures = shown_measures()
     for measure in measures:
         table.add_column(measure.label, justify="right", no_wrap=True)
-        table.add_column("n", justify="right", no_wrap=True)
+        table.add_column(counts, justify="right", no_wrap=True)
     for figure in (*(topic.figure for topic in TOPICS), LEAKAGE):
         keys = [figure_key(figure, measure) for measure in measures]
         rows = [[entry["figures"].get(key) for key in keys] for entry in entries]
@@ -77,7 +77,7 @@ def _render_keyword_rule(runs: list[dict[str, Any]]) -> str:
     if not any(figure and figure["n"] for row in rows.values() for figure in row):
         return ""
     table = Table("", title="Keyword rule beside its ceiling, the pass rate of right answers, %")
-    for heading in ("passed", "n", "ceiling", "n"):
+    for heading in ("passed", "n/facts", "ceiling", "n/facts"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, row in rows.items():
         table.add_row(name, *_format_figures(row))
@@ -88,14 +88,15 @@ def _render_differences(entries: list[dict[str, Any]]) -> str:
     """Return the table of one run's differences from the reference."""
     run, reference = entries[0]["run"], entries[0]["reference"]
     table = Table("", title=f"{run} minus {reference}, percentage points")
-    for heading in ("difference [95 %]", "only run", "only ref.", "n", "p", "p (Holm)"):
+    for heading in ("difference [95 %]", "only run", "only ref.", "n/facts", "p", "p (Holm)"):
         table.add_column(heading, justify="right", no_wrap=True)
     for topic in dict.fromkeys(entry["topic"] for entry in entries):
         table.add_section()
         table.add_row(topic)
         for entry in (entry for entry in entries if entry["topic"] == topic):
             difference = _format_estimate(entry["difference"], "+")
-            counts = (str(entry[key]) for key in ("only_run", "only_reference", "n"))
+            counts = [str(entry[key]) for key in ("only_run", "only_reference")]
+            counts.append(_format_n(entry))
             p_values = (_format_p(entry[key]) for key in ("p_value", "p_value_holm"))
             table.add_row(f"  {entry['scored_by']}", difference, *counts, *p_values)
     return render_table(table)
@@ -103,17 +104,21 @@ def _render_differences(entries: list[dict[str, Any]]) -> str:
 
 def _explain(num_tests: int) -> str:
     return (
-        "Differences are over the same questions; their intervals resample whole facts. Only run "
-        "and only ref. count what one of the two alone got right. p is McNemar's exact test, "
-        f"which takes questions as independent; p (Holm) is adjusted for the {num_tests} tests "
-        "shown. They tell these trained models apart, not their methods: for that, train each "
-        "method with several seeds."
+        "Differences are over the same questions. Only run and only ref. count the questions that "
+        "one of the two got right more often, at one client or over all. Intervals and p, a test "
+        "that flips the signs of whole facts, do not take paraphrases of a fact as independent; "
+        f"p (Holm) is adjusted for the {num_tests} tests shown. They tell these trained models "
+        "apart, not their methods: for that, train each method with several seeds."
     )
 
 
 def _format_figures(figures: Iterable[dict[str, Any] | None]) -> Iterable[str]:
     for figure in figures:
-        yield from (_format_estimate(figure), str(figure["n"])) if figure else ("-", "")
+        yield from (_format_estimate(figure), _format_n(figure)) if figure else ("-", "")
+
+
+def _format_n(figure: Mapping[str, Any]) -> str:
+    return format_n(figure["n"], figure.get("facts"))
 
 
 def _format_estimate(estimate: Mapping[str, Any], sign: str = "") -> str:

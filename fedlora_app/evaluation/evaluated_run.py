@@ -6,13 +6,18 @@ Needs no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from typing import Any
 
-from fedlora_app.evaluation.names import EXACT_MATCH, own_answerer, relative_label
+from fedlora_app.evaluation.names import (
+    EXACT_MATCH,
+    QUESTION_SETS,
+    own_answerer,
+    relative_label,
+)
 
 FORMAT = 1
 NUM_NAMED = 3
@@ -27,6 +32,16 @@ Evaluations = Mapping[str, Mapping[str, Any]]
 
 Variant = dict[int, str]
 """Like runs by seed."""
+
+
+def question_id(question_set: str, client: str, record: int) -> tuple[Hashable, ...]:
+    """Return what tells questions apart: what all clients are asked is one question."""
+    return (question_set, record, *(() if QUESTION_SETS[question_set].is_shared else (client,)))
+
+
+def fact_of(row: Row) -> str:
+    """Return what a question or a conflict is about: its fact, or else the question itself."""
+    return row["fact"] or row["instruction"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +110,7 @@ def read_conflicts(evaluation: Mapping[str, Any]) -> tuple[dict[int, bool], dict
     key = EXACT_MATCH.extend("passed")
     rows = {row["record"]: row for row in evaluation.get("conflicts") or ()}
     scored = {record: row for record, row in rows.items() if row[key] is not None}
-    facts = {record: row["fact"] or row["instruction"] for record, row in scored.items()}
+    facts = {record: fact_of(row) for record, row in scored.items()}
     return {record: row[key] for record, row in scored.items()}, facts
 
 

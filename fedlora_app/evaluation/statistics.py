@@ -1,4 +1,11 @@
-"""Intervals and tests for proportions, all at 95 % and always with their n."""
+"""Intervals and tests for proportions, all at 95 % and always with their n.
+
+Paraphrases of one fact go the same way more often than not, so the unit is the fact: a share has
+Wilson's interval for as many questions as its answers are worth, a difference is made of two
+such intervals, and a test flips the signs of whole facts. Where every question is a fact of its
+own these are Wilson's interval, Newcombe's and McNemar's test. `docs/evaluation.md` has what a
+simulation says of their coverage, and `tests/evaluation/test_coverage.py` holds it.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +19,24 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
-NUM_RESAMPLES = 10_000
-RESAMPLES_AT_ONCE = 1_000
+NORMAL_QUANTILE = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
+NUM_RESAMPLES = 9_999
 ROUNDING = 1e-12  # differences below it are those of floating-point sums
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its interval and the number of observations behind it."""
+    """A figure with its interval and the numbers of questions and facts behind it.
+
+    A question that several clients answer counts once, as does a fact that several questions
+    are about. ``facts`` is None where it is not known, or where ``n`` counts something else.
+    """
 
     value: float | None
     low: float | None
     high: float | None
     n: int
+    facts: int | None = None
 
     def dump(self) -> dict[str, Any]:
         """Return plain data."""
@@ -43,83 +55,189 @@ class Estimate:
 NOTHING = Estimate(None, None, None, 0)
 
 
-def proportion(outcomes: Sequence[bool]) -> Estimate:
-    """Return the share of true outcomes with its Wilson score interval.
+def proportion(
+    outcomes: Sequence[float],
+    facts: Sequence[Hashable] | None = None,
+    questions: Sequence[Hashable] | None = None,
+) -> Estimate:
+    """Return the mean of outcomes in [0, 1] with an interval that counts facts.
 
-    Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953.
+    Args:
+        facts: what each outcome is about; left out, each is about a fact of its own.
+        questions: what was asked; left out, each outcome is of another question.
+
+    Raises:
+        ValueError: an outcome outside [0, 1], or lists of several lengths.
     """
-    n = len(outcomes)
-    if n == 0:
+    if len(outcomes) == 0:
         return NOTHING
-    successes = sum(map(bool, outcomes))
-    interval = stats.binomtest(successes, n).proportion_ci(CONFIDENCE, method="wilson")
-    return Estimate(successes / n, float(interval.low), float(interval.high), n)
+    sums, sizes = _group(outcomes, facts)
+    n = len(outcomes if questions is None else set(questions))
+    return _share(sums, sizes, n)
 
 
-def share_of_questions(value: float, n: int) -> Estimate:
-    """Return a mean over several answers to each of ``n`` questions, with Wilson's interval.
+def share_of_facts(value: float, n: int, facts: int | None = None) -> Estimate:
+    """Return a mean of which no more is known than how many questions and facts it is over.
+
+    As wide as if the answers about a fact agreed entirely; with ``facts`` unknown as if every
+    question were a fact of its own.
 
     Raises:
         ValueError: the mean is not in [0, 1].
     """
     if not 0 <= value <= 1:
         raise ValueError(f"A share of {n} questions is {value}, expected 0 to 1.")
-    right = round(value * n)
-    return replace(proportion([True] * right + [False] * (n - right)), value=value)
+    return Estimate(value, *_wilson(value, facts or n), n, facts)
 
 
 def paired_difference(
-    ones: Sequence[float], others: Sequence[float], clusters: Sequence[Hashable], seed: int = 0
+    ones: Sequence[float],
+    others: Sequence[float],
+    facts: Sequence[Hashable],
+    questions: Sequence[Hashable] | None = None,
 ) -> Estimate:
-    """Return the mean of ``ones - others`` with a paired bootstrap interval.
+    """Return the mean of ``ones - others``, paired outcomes in [0, 1], with its interval.
 
-    Whole clusters (the paraphrases of one fact) are resampled, because they are not
-    independent of each other. Where all differences agree the bootstrap's interval would have
-    no width; it is then as wide as Wilson's for none of that many clusters if all values lie
-    in [0, 1], and missing otherwise.
+    The interval is made of those of the two shares, by how the facts go together in both
+    (method 10 without its continuity correction of Newcombe 1998, Statistics in Medicine
+    17:2635-2650; the same as MOVER, Zou 2008, https://doi.org/10.1093/aje/kwm283). Where all
+    differences agree it is as wide as Wilson's for none of that many facts. Outcomes outside
+    [0, 1], nats for instance, have Student's interval over facts, and none where all agree.
     """
     if len(ones) == 0:
         return NOTHING
-    positions = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
-    sums, sizes = np.zeros(len(positions)), np.zeros(len(positions))
-    for one, other, cluster in zip(ones, others, clusters, strict=True):
-        sums[positions[cluster]] += float(one) - float(other)
-        sizes[positions[cluster]] += 1
-    mean = float(sums.sum() / sizes.sum())
-    if np.ptp(sums / sizes) < ROUNDING:
-        if not all(0 <= value <= 1 for value in (*ones, *others)):
-            return Estimate(mean, None, None, len(ones))
-        width = _width_without_variation(len(positions))
-        return Estimate(mean, max(-1.0, mean - width), min(1.0, mean + width), len(ones))
-    means = _resample(sums, sizes, np.random.default_rng(seed))
-    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Estimate(mean, float(low), float(high), len(ones))
+    (sums, sizes), (other_sums, _) = _group(ones, facts), _group(others, facts)
+    count, num_facts = len(ones if questions is None else set(questions)), len(sums)
+    mean = float((sums - other_sums).sum() / sizes.sum())
+    are_shares = min(*ones, *others) >= 0 and max(*ones, *others) <= 1
+    if np.ptp((sums - other_sums) / sizes) < ROUNDING:
+        width = _wilson(0.0, num_facts)[1] if are_shares else None
+        low, high = (None, None) if width is None else (mean - width, mean + width)
+    elif are_shares:
+        shares = [_share(part, sizes, count) for part in (sums, other_sums)]
+        low, high = _combine(*shares, _correlate(sums, other_sums, sizes))
+    else:
+        error = math.sqrt(_variance(sums - other_sums, sizes))
+        width = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, num_facts - 1))
+        return Estimate(mean, mean - width, mean + width, count, num_facts)
+    if low is not None:
+        low, high = max(-1.0, low), min(1.0, high)
+    return Estimate(mean, low, high, count, num_facts)
 
 
-def _resample(sums: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return the means of resampled clusters, a part at a time to bound the memory."""
-    parts = []
-    for _ in range(NUM_RESAMPLES // RESAMPLES_AT_ONCE):
-        drawn = rng.integers(len(sums), size=(RESAMPLES_AT_ONCE, len(sums)))
-        parts.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
-    return np.concatenate(parts)
+def flip_signs(
+    ones: Sequence[float], others: Sequence[float], facts: Sequence[Hashable], seed: int = 0
+) -> float:
+    """Return the two-sided p-value of a paired difference, by flipping the signs of facts.
 
-
-def _width_without_variation(n: int) -> float:
-    """Return how far from 0 a share may lie of which n observations hold none."""
-    return proportion([False] * n).high
-
-
-def mcnemar(ones: Sequence[bool], others: Sequence[bool]) -> dict[str, Any]:
-    """Return McNemar's exact two-sided test on paired outcomes.
-
-    McNemar 1947, https://doi.org/10.1007/BF02295996; the binomial form, valid for small n.
+    Fisher's randomization test: if two models do not differ, swapping their answers about any
+    fact is as likely as not. Exact where the outcomes are whole numbers, right and wrong for
+    instance, and then McNemar's exact test if every fact has one question; else exact for up
+    to 13 facts that differ and drawn for more.
     """
-    only_one = sum(bool(a) and not b for a, b in zip(ones, others, strict=True))
-    only_other = sum(bool(b) and not a for a, b in zip(ones, others, strict=True))
-    discordant = only_one + only_other
-    p_value = float(stats.binomtest(only_one, discordant).pvalue) if discordant else 1.0
-    return {"only_first": only_one, "only_second": only_other, "p_value": p_value, "n": len(ones)}
+    if len(ones) == 0:
+        return 1.0
+    differences = _group(ones, facts)[0] - _group(others, facts)[0]
+    differences = differences[np.abs(differences) > ROUNDING]
+    if len(differences) == 0:
+        return 1.0
+    if not np.all(differences == np.round(differences)):
+        return _draw_signs(differences, seed)
+    chances = np.ones(1)  # of each sum from -total to total, in steps of 1
+    for size in np.abs(differences).astype(int):
+        chances = np.convolve(chances, [0.5, *[0.0] * (2 * size - 1), 0.5])
+    reached = np.abs(np.arange(len(chances)) - len(chances) // 2)
+    p_value = chances[reached >= abs(differences.sum())].sum()
+    return min(1.0, float(p_value))
+
+
+def _draw_signs(differences: np.ndarray, seed: int) -> float:
+    result = stats.permutation_test(
+        (differences,),
+        np.sum,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=NUM_RESAMPLES,
+        batch=1_000,
+        rng=seed,
+    )
+    return float(result.pvalue)
+
+
+def _group(
+    values: Sequence[float], facts: Sequence[Hashable] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return by fact the sum and the number of its values."""
+    if facts is None:
+        return np.array(values, dtype=float), np.ones(len(values))
+    if len(values) != len(facts):
+        raise ValueError(f"{len(values)} outcomes of {len(facts)} questions, expected as many.")
+    positions = {fact: i for i, fact in enumerate(dict.fromkeys(facts))}
+    indices = [positions[fact] for fact in facts]
+    weights = np.array(values, dtype=float)
+    return np.bincount(indices, weights), np.bincount(indices).astype(float)
+
+
+def _share(sums: np.ndarray, sizes: np.ndarray, n: int) -> Estimate:
+    """Return a mean with Wilson's interval for as many questions as its answers are worth."""
+    value = float(sums.sum() / sizes.sum())
+    if not -ROUNDING <= value <= 1 + ROUNDING:
+        raise ValueError(f"A share is {value}, expected 0 to 1.")
+    value = min(1.0, max(0.0, value))
+    return Estimate(value, *_wilson(value, _effective_n(value, sums, sizes, n)), n, len(sums))
+
+
+def _effective_n(value: float, sums: np.ndarray, sizes: np.ndarray, n: int) -> float:
+    """Return how many independent questions a mean over facts is worth.
+
+    What it takes for the variance that the facts show (Kish 1965, Survey Sampling; Korn and
+    Graubard 1998), yet no fewer than if the answers about each fact agreed entirely, and no
+    more than were asked. Where all answers are the same none can show that, so the fewest.
+    """
+    fewest = float(sizes.sum() ** 2 / (sizes**2).sum())
+    spread = value * (1 - value)
+    if len(sums) < 2 or spread < ROUNDING:
+        return fewest
+    return min(max(spread / max(_variance(sums, sizes), ROUNDING), fewest), max(n, fewest))
+
+
+def _variance(sums: np.ndarray, sizes: np.ndarray) -> float:
+    """Return the variance of a mean over facts, by Taylor linearization of the ratio."""
+    rest = sums - sizes * sums.sum() / sizes.sum()
+    return float(len(sums) / (len(sums) - 1) * (rest @ rest) / sizes.sum() ** 2)
+
+
+def _correlate(ones: np.ndarray, others: np.ndarray, sizes: np.ndarray) -> float:
+    """Return how the facts' sums go together, beyond what their numbers of questions make."""
+    rests = [part - sizes * part.sum() / sizes.sum() for part in (ones, others)]
+    spread = math.sqrt(float(rests[0] @ rests[0]) * float(rests[1] @ rests[1]))
+    return float(rests[0] @ rests[1]) / spread if spread > ROUNDING else 0.0
+
+
+def _combine(one: Estimate, other: Estimate, correlation: float) -> tuple[float, float]:
+    """Return the interval of a difference from those of its sides."""
+
+    def distance(a: float, b: float) -> float:
+        return math.sqrt(max(0.0, a * a - 2 * correlation * a * b + b * b))
+
+    mean = one.value - other.value
+    below = distance(one.value - one.low, other.high - other.value)
+    above = distance(one.high - one.value, other.value - other.low)
+    return mean - below, mean + above
+
+
+def _wilson(value: float, n: float) -> tuple[float, float]:
+    """Return Wilson's score interval; n need not be whole.
+
+    Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953.
+    """
+    square = NORMAL_QUANTILE**2
+    centre = (value + square / (2 * n)) / (1 + square / n)
+    spread = math.sqrt(value * (1 - value) / n + square / (4 * n * n))
+    width = NORMAL_QUANTILE * spread / (1 + square / n)
+    # At 0 and 1 an end is the value itself, but for rounding.
+    low, high = min(value, centre - width), max(value, centre + width)
+    return (0.0 if value == 0 else max(0.0, low)), (1.0 if value == 1 else min(1.0, high))
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:
@@ -138,13 +256,20 @@ def over_seeds(values: Sequence[float]) -> Estimate:
 
 
 def average_shares(shares: Sequence[Estimate]) -> Estimate:
-    """Return the mean over runs, as wide as the seeds or the distinct questions make it."""
+    """Return the mean over runs, as wide as the seeds or the questions make it.
+
+    The questions are the same ones in all runs, so that these leave each run's interval as it is.
+    """
     if len(shares) == 1:
         return shares[0]
     if not all(share.n for share in shares):
         return NOTHING
     by_seed = over_seeds([share.value for share in shares])
-    return share_of_questions(by_seed.value, min(share.n for share in shares)).widen(by_seed, 0.0)
+    low, high = (statistics.fmean(getattr(s, end) for s in shares) for end in ("low", "high"))
+    facts = [share.facts for share in shares]
+    fewest = None if None in facts else min(facts)
+    mean = Estimate(by_seed.value, low, high, min(share.n for share in shares), fewest)
+    return mean.widen(by_seed, 0.0)
 
 
 def area_under_curve(positives: Sequence[float], negatives: Sequence[float]) -> Estimate:
@@ -161,9 +286,9 @@ def area_under_curve(positives: Sequence[float], negatives: Sequence[float]) -> 
     wins = (ones > others) + 0.5 * (ones == others)  # (m, k)
     value = float(wins.mean())
     variance = wins.mean(1).var(ddof=1) / m + wins.mean(0).var(ddof=1) / k
-    width = float(stats.norm.ppf((1 + CONFIDENCE) / 2) * math.sqrt(variance))
+    width = NORMAL_QUANTILE * math.sqrt(variance)
     if width < ROUNDING:
-        width = _width_without_variation(min(m, k))
+        width = _wilson(0.0, min(m, k))[1]
     return Estimate(value, max(0.0, value - width), min(1.0, value + width), m + k)
 
 
@@ -196,5 +321,5 @@ def clustered_area(
         + num_columns / (num_columns - 1) * float(lost @ lost)
         + 2 * len(names) / (len(names) - 1) * float(won @ lost)
     )
-    width = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(max(0.0, variance))
+    width = NORMAL_QUANTILE * math.sqrt(max(0.0, variance))
     return Estimate(value, max(0.0, value - width), min(1.0, value + width), len(names))

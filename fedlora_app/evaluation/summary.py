@@ -17,8 +17,10 @@ from fedlora_app.data.questions import (
     UNIVERSAL_UNSEEN,
     Question,
 )
+from fedlora_app.data.records import format_question
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.choices import Cell, SavedRound
+from fedlora_app.evaluation.evaluated_run import question_id
 from fedlora_app.evaluation.names import (
     ASKED_SETS,
     KEYWORD,
@@ -31,7 +33,7 @@ from fedlora_app.evaluation.names import (
     figure_key,
     shown_measures,
 )
-from fedlora_app.evaluation.scores import Score, collect_outcomes
+from fedlora_app.evaluation.scores import Score
 from fedlora_app.evaluation.statistics import NOTHING, Estimate, paired_difference, proportion
 
 Scores = dict[Cell, list[Score]]
@@ -83,16 +85,7 @@ class Results:
 
     def estimate(self, name: str, measure: Measure) -> Estimate:
         """Return a measure's mean over all clients' questions of a set."""
-        scored = [
-            (outcome, (client, question.cluster))
-            for client in self.clients
-            for question, score in self.own(client, name)
-            if (outcome := score.outcome(measure)) is not None
-        ]
-        outcomes = [outcome for outcome, _ in scored]
-        if measure.passes_above is not None:
-            return proportion(outcomes)
-        return paired_difference(outcomes, [0.0] * len(outcomes), [c for _, c in scored])
+        return average(((name, client, self.own(client, name)) for client in self.clients), measure)
 
     def leakage(self, name: str, measure: Measure) -> Estimate:
         """Return how much more global alone is right than the base, on what is a client's own."""
@@ -104,6 +97,7 @@ class Results:
                 (c, self.find(c, name, shared), [self.find(c, name, Answering())])
                 for c in self.clients
             ),
+            name,
             measure,
         )
 
@@ -115,6 +109,7 @@ class Results:
                 for client in self.clients
                 if (foreign := self.foreign(client))
             ),
+            name,
             measure,
         )
 
@@ -124,11 +119,7 @@ def summarise_scores(results: Results) -> dict[str, dict[str, Any]]:
     summary: dict[str, Estimate] = {}
     for measure in shown_measures(with_variants=True):
         if measure.passes_above is not None:
-            passes = [
-                every_client_passes(conflict, measure) for conflict in results.conflicts.values()
-            ]
-            valid = [value for value in passes if value is not None]
-            summary[measure.extend(PASS_RATE)] = proportion(valid)
+            summary[measure.extend(PASS_RATE)] = _pass_rate(results, measure)
         for name in sorted(QUESTION_SETS):
             summary[figure_key(name, measure)] = results.estimate(name, measure)
     for measure in shown_measures():
@@ -146,11 +137,36 @@ def every_client_passes(conflict: Conflict, measure: Measure) -> bool | None:
     return None if None in values else all(values)
 
 
+def average(scored: Iterable[tuple[str, str, Pairs]], measure: Measure) -> Estimate:
+    """Return a measure's mean over all questions that it could be taken of.
+
+    Args:
+        scored: question set, client, and how its questions went.
+    """
+    rows = [
+        (outcome, question.cluster, question_id(name, client, question.record))
+        for name, client, pairs in scored
+        for question, score in pairs
+        if (outcome := score.outcome(measure)) is not None
+    ]
+    if not rows:
+        return NOTHING
+    outcomes, facts, questions = zip(*rows, strict=True)
+    if measure.passes_above is None and not all(0 <= outcome <= 1 for outcome in outcomes):
+        return paired_difference(outcomes, [0.0] * len(outcomes), facts, questions)
+    return proportion(outcomes, facts, questions)
+
+
 def compute_difference(
-    compared: Iterable[tuple[str, Pairs, list[Pairs]]], measure: Measure
+    compared: Iterable[tuple[str, Pairs, list[Pairs]]], name: str, measure: Measure
 ) -> Estimate:
-    """Return the paired difference of a set of questions against the mean of several others."""
-    ones, others, clusters = [], [], []
+    """Return the paired difference of a set of questions against the mean of several others.
+
+    Args:
+        compared: client, how its questions went, and how they went with each rival.
+        name: the question set.
+    """
+    ones, others, facts, questions = [], [], [], []
     for client, own, rivals in compared:
         for index, (question, score) in enumerate(own):
             value = score.outcome(measure)
@@ -159,28 +175,42 @@ def compute_difference(
                 continue
             ones.append(value)
             others.append(fmean(rival_values))
-            clusters.append((client, question.cluster))
-    return paired_difference(ones, others, clusters)
+            facts.append(question.cluster)
+            questions.append(question_id(name, client, question.record))
+    return paired_difference(ones, others, facts, questions)
+
+
+def _pass_rate(results: Results, measure: Measure) -> Estimate:
+    """Return the share of conflict records that every client answers in its own way."""
+    judged = [
+        (passed, next(iter(conflict.values()))[0].cluster)
+        for conflict in results.conflicts.values()
+        if (passed := every_client_passes(conflict, measure)) is not None
+    ]
+    return proportion([passed for passed, _ in judged], [fact for _, fact in judged])
 
 
 def _keyword_figures(results: Results) -> dict[str, Estimate]:
     """Return the keyword rule's pass rate beside its ceiling on the gold answers."""
-    passed = [
-        outcome
+    asked = (
+        (name, client, results.own(client, name))
         for client in results.clients
         for name in ASKED_SETS
-        for outcome in collect_outcomes((s for _, s in results.own(client, name)), KEYWORD)
-    ]
-    figures = {"keyword_pass_rate": proportion(passed)}
+    )
+    figures = {"keyword_pass_rate": average(asked, KEYWORD)}
     for name, plain in (("keyword_ceiling", False), ("keyword_ceiling_plain", True)):
-        right = total = 0
+        passed, facts, questions = [], [], []
         seen = set()
         for client, files in results.saved.files.items():
             for kind, file in files.tests.items():
                 owner = None if kind == CONFLICT else client
-                if (file.path, owner) not in seen:
-                    seen.add((file.path, owner))
-                    counted = keyword_ceiling(file.records, owner, plain=plain)
-                    right, total = right + counted[0], total + counted[1]
-        figures[name] = proportion([True] * right + [False] * (total - right))
+                if (file.path, owner) in seen:
+                    continue
+                seen.add((file.path, owner))
+                for position, record in enumerate(file.records):
+                    right, total = keyword_ceiling([record], owner, plain=plain)
+                    passed += [True] * right + [False] * (total - right)
+                    facts += [record.fact or format_question(record)] * total
+                    questions += [(file.path, position)] * total
+        figures[name] = proportion(passed, facts, questions)
     return figures

@@ -27,14 +27,16 @@ from fedlora_app.evaluation.names import (
     OWN_SETS,
     PER_BYTE,
     PMI,
+    relative_label,
     shown_measures,
 )
 from fedlora_app.evaluation.scores import Score, collect_outcomes, compute_interaction, mean
-from fedlora_app.evaluation.statistics import proportion
 from fedlora_app.evaluation.summary import (
     Conflict,
+    Pairs,
     Results,
     Scores,
+    average,
     compute_difference,
     every_client_passes,
     summarise_scores,
@@ -83,6 +85,7 @@ def build_evaluation(
         if chosen
         else None,
         "scales": {c: {"chosen": chosen[c], "curve": curves[c]} for c in chosen},
+        "shares": list(_share_rows(scores)),
         "swap_table": list(_swap_rows(scores)),
         "controls": list(_control_rows(scores)),
         "specificity": list(_specificity_rows(results)),
@@ -130,9 +133,29 @@ def _swap_rows(scores: Scores) -> Iterator[Row]:
         yield _row(cell, cell.question_set, results)
         if cell.question_set == UNIVERSAL:
             pairs = zip(cell.questions, results, strict=True)
-            unseen = [score for question, score in pairs if question.is_unseen]
+            unseen = [pair for pair in pairs if pair[0].is_unseen]
             if unseen:
-                yield _row(cell, UNIVERSAL_UNSEEN, unseen)
+                questions, scored = zip(*unseen, strict=True)
+                yield _row(replace(cell, questions=questions), UNIVERSAL_UNSEEN, scored)
+
+
+def _share_rows(scores: Scores) -> Iterator[Row]:
+    """Yield what each choice of adapters gets right over all clients, at full scale."""
+    pooled: dict[tuple[str, str], list[tuple[str, str, Pairs]]] = {}
+    for cell, results in scores.items():
+        if cell.prompt_kind != "own" or cell.answering.scale != 1.0:
+            continue
+        who = relative_label({"adapters": cell.answering.label, "client": cell.client})
+        pairs = list(zip(cell.questions, results, strict=True))
+        name = cell.question_set
+        pooled.setdefault((who, name), []).append((name, cell.client, pairs))
+        unseen = [pair for pair in pairs if pair[0].is_unseen]
+        if unseen:
+            entry = (UNIVERSAL_UNSEEN, cell.client, unseen)
+            pooled.setdefault((who, UNIVERSAL_UNSEEN), []).append(entry)
+    for (who, name), scored in pooled.items():
+        row = {"answered_by": who, "question_set": name}
+        yield row | {m.name: average(scored, m).dump() for m in shown_measures()}
 
 
 def _control_rows(scores: Scores) -> Iterator[Row]:
@@ -144,7 +167,8 @@ def _control_rows(scores: Scores) -> Iterator[Row]:
 
 def _row(cell: Cell, question_set: str, results: Sequence[Score]) -> Row:
     """Return one row of the swap table or of the controls."""
-    accuracy, exact = (proportion(collect_outcomes(results, m)) for m in (ACCURACY, EXACT_MATCH))
+    scored = [(question_set, cell.client, list(zip(cell.questions, results, strict=True)))]
+    accuracy, exact = (average(scored, m) for m in (ACCURACY, EXACT_MATCH))
     means = {name: mean(collect_outcomes(results, m)) for name, m in MEASURES.items()}
     row = {
         "question_set": question_set,
@@ -155,6 +179,7 @@ def _row(cell: Cell, question_set: str, results: Sequence[Score]) -> Row:
         "low": accuracy.low,
         "high": accuracy.high,
         "n": accuracy.n,
+        "facts": len({question.cluster for question in cell.questions}),
         "accuracy_per_byte": means["accuracy_per_byte"],
         "accuracy_pmi": means["accuracy_pmi"],
         "margin": mean(score.value(ACCURACY) for score in results),
@@ -180,7 +205,7 @@ def _specificity_rows(results: Results) -> Iterator[Row]:
                     row = {"client": client, "foreign": foreign.local, "question_set": name}
                     compared = [(client, own, [results.find(client, name, foreign)])]
                     for measure in shown_measures():
-                        row[measure.name] = compute_difference(compared, measure).dump()
+                        row[measure.name] = compute_difference(compared, name, measure).dump()
                     yield row
 
 

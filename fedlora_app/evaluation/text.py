@@ -22,7 +22,7 @@ from fedlora_app.evaluation.names import (
     shown_measures,
 )
 from fedlora_app.evaluation.scores import mean
-from fedlora_app.foundation.percent import format_percent
+from fedlora_app.foundation.percent import format_n, format_percent
 from fedlora_app.foundation.terminal import render_table
 
 MAX_CLIENTS = 4  # more are shown as their mean; evaluation.json has them all
@@ -70,10 +70,10 @@ def describe_evaluation(evaluation: Row) -> str:
 
 
 def _figure_table(summary: dict[str, Row], title: str) -> Table:
-    table = Table("", title=f"{title}: %, 95 % interval, n")
+    table = Table("", title=f"{title}: %, 95 % interval over facts")
     shown = shown_measures(with_variants=True)
     measures = sorted(shown, key=lambda measure: measure.is_variant)
-    for heading in (*(measure.label for measure in measures), "n"):
+    for heading in (*(measure.label for measure in measures), "n/facts"):
         table.add_column(heading, justify="right")
     for key, heading in FIGURES.items():
         entries = [summary.get(figure_key(key, measure)) for measure in measures]
@@ -84,10 +84,10 @@ def _figure_table(summary: dict[str, Row], title: str) -> Table:
             _percent(entry and entry["value"]) if measure.is_variant else _interval(entry)
             for measure, entry in zip(measures, found, strict=True)
         ]
-        table.add_row(heading, *cells, str(next(entry["n"] for entry in found if entry)))
+        table.add_row(heading, *cells, _count(next(entry for entry in found if entry)))
     rule, left = summary["keyword_pass_rate"], [""] * (len(measures) - 1)
     if rule["n"]:
-        table.add_row(KEYWORD.label, _interval(rule), *left, str(rule["n"]))
+        table.add_row(KEYWORD.label, _interval(rule), *left, _count(rule))
     if summary["keyword_ceiling"]["n"]:
         plain = summary["keyword_ceiling_plain"]
         table.add_row("  its ceiling on gold answers", _interval(summary["keyword_ceiling"]))
@@ -185,6 +185,10 @@ def _pair(rows: list[Row] | None) -> str:
         return ""
     means = (mean(row.get(measure.name) for row in rows) for measure in shown_measures())
     return " / ".join(map(_percent, means))
+
+
+def _count(entry: Row) -> str:
+    return format_n(entry["n"], entry.get("facts"))
 
 
 def _interval(entry: Row | None) -> str:

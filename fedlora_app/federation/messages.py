@@ -44,7 +44,7 @@ DECLARED_METRICS = re.compile(
         (num_steps|num_examples|num_tokens|num_answer_tokens|train_loss|final_train_loss|penalty
         |seconds|peak_memory_bytes|memory_retries|gradient_checkpointing)
     | (base|global|local|global\+local)/(universal|universal_unseen|local|conflict)/
-        (n|n_ranked|exact_match|rank_accuracy|rank_accuracy_per_byte|margin_per_byte)
+        (n|n_ranked|n_facts|exact_match|rank_accuracy|rank_accuracy_per_byte|margin_per_byte)
     | (base|global|local|global\+local)/conflict/(exact_match|ranked_first)_each
     """,
     re.VERBOSE,

@@ -1,4 +1,4 @@
-"""Shares in percent, as text."""
+"""Shares in percent, and what they are shares of, as text."""
 
 from __future__ import annotations
 
@@ -36,6 +36,11 @@ def format_percent(
     if interval == PLUS_MINUS:
         return text + interval.format(half=_write((high - low) / 2, digits))
     return text + interval.format(low=_write(low, digits, sign), high=_write(high, digits, sign))
+
+
+def format_n(n: int, facts: int | None) -> str:
+    """Return "48/16": questions, and the facts that they are about where these are known."""
+    return str(n) if facts is None else f"{n}/{facts}"
 
 
 def _write(share: float, digits: int | None, sign: str = "") -> str:

@@ -3,24 +3,22 @@
 They come from ``evaluation.json`` where there is one, and else from what the run measured
 itself after its last round.
 
-What an interval counts is distinct questions. Universal and conflict questions are the same ones
-at every client, so their share is the mean over the clients and their n the number of records,
-not records times clients: the base model and the global adapter answer them alike everywhere, by
-construction under one prompt, and for a client's own adapters it is the cautious choice. Local
-questions differ between clients, and theirs are pooled. A question that a client answers with
-several foreign adapters counts once.
+What an interval counts is facts, and a question that several clients or several foreign
+adapters answer counts once; see ``evaluation.shares``. A history knows no single answers, so that
+those about one fact are taken to agree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 from fedlora_app.config.rounds import BASE, BOTH, adapters_label
 from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.data.questions import CONFLICT
-from fedlora_app.evaluation.evaluated_run import chosen_rows, group_rows, read_conflicts
+from fedlora_app.evaluation.evaluated_run import read_conflicts
 from fedlora_app.evaluation.names import (
     ACCURACY,
     ANSWERERS,
@@ -32,12 +30,19 @@ from fedlora_app.evaluation.names import (
     own_answerer,
 )
 from fedlora_app.evaluation.reported import Reports, collect_reports, judge_conflicts
-from fedlora_app.evaluation.statistics import NOTHING, Estimate, proportion, share_of_questions
+from fedlora_app.evaluation.shares import (
+    Shares,
+    pool_shares,
+    read_chosen_shares,
+    read_shares,
+    read_summary,
+)
+from fedlora_app.evaluation.statistics import NOTHING, Estimate, share_of_facts
 
 EXACT, RANKED = EXACT_MATCH.name, ACCURACY.name
 KEYWORD, KEYWORD_CEILING = "keyword_pass_rate", "keyword_ceiling"
-COUNTS = {EXACT: ("n", "n_generated"), RANKED: ("n_ranked", "n")}
-"""What a history and a row of ``evaluation.json`` call the number of answers by a measure."""
+COUNTS = {EXACT: "n", RANKED: "n_ranked"}
+"""What a history calls the number of answers by a measure."""
 CHOSEN = ":chosen"
 LABELS = {
     key: text
@@ -98,31 +103,46 @@ def measure_run(
 
 def _add_evaluation(found: dict[str, Figures], evaluation: Mapping[str, Any]) -> None:
     """Put what ``evaluation.json`` holds in the place of what the run measured itself."""
-    for who, rows in group_rows(evaluation).items():
-        found[who] = replace(found.get(who, Figures(who)), shares=_combine(rows))
+    for who, shares in read_shares(evaluation).items():
+        found[who] = replace(found.get(who, Figures(who)), shares=shares)
     own = own_answerer(evaluation["answering"])
     verdicts, facts = read_conflicts(evaluation)
-    passes = _passes_of(evaluation["summary"]) or _keywords_of(evaluation)
+    passes = _passes_of(read_summary(evaluation)) or _keywords_of(evaluation)
     figures = found.get(own, Figures(own))
     passes = passes or figures.passes
     found[own] = replace(figures, passes=passes, verdicts=verdicts, facts=facts)
     if any(entry["chosen"] != 1.0 for entry in evaluation["scales"].values()):
-        shares = _combine(chosen_rows(evaluation))
-        passes = _passes_of(evaluation["summary_chosen_scale"])
+        shares = read_chosen_shares(evaluation)
+        passes = _passes_of(read_summary(evaluation, "summary_chosen_scale"))
         found[own + CHOSEN] = Figures(own + CHOSEN, shares, passes)
 
 
 def _from_reports(who: str, label: str, reports: Reports) -> Figures:
-    rows = [
-        {"client": client, "question_set": name}
-        | {m: report.get(f"{label}/{name}/{MEASURES[m].reported}") for m in COUNTS}
-        | {n: int(report.get(f"{label}/{name}/{key}", 0)) for key, n in COUNTS.values()}
-        for name in QUESTION_SETS
-        for client, report in reports.items()
-    ]
+    shares: Shares = {measure: {} for measure in COUNTS}
+    for name in QUESTION_SETS:
+        for measure, count in COUNTS.items():
+            found = [
+                (client, report[key], int(report[f"{prefix}/{count}"]))
+                for client, report in reports.items()
+                for prefix in [f"{label}/{name}"]
+                if (key := f"{prefix}/{MEASURES[measure].reported}") in report
+            ]
+            if found:
+                shares[measure][name] = pool_shares(name, found, _count_facts(reports, label, name))
     verdicts = {m: judge_conflicts(reports, label, MEASURES[m]) for m in COUNTS}
-    passes = {m: proportion(list(found.values())) for m, found in verdicts.items() if found}
-    return Figures(who, _combine(rows), passes, verdicts[EXACT])
+    num_facts = _count_facts(reports, label, CONFLICT)
+    passes = {
+        measure: share_of_facts(fmean(found.values()), len(found), num_facts)
+        for measure, found in verdicts.items()
+        if found
+    }
+    return Figures(who, shares, passes, verdicts[EXACT])
+
+
+def _count_facts(reports: Reports, label: str, question_set: str) -> int | None:
+    """Return how many facts a set is about at the client with the most; None if not reported."""
+    counts = [r[k] for r in reports.values() if (k := f"{label}/{question_set}/n_facts") in r]
+    return int(max(counts)) if counts else None
 
 
 def _passes_of(summary: Mapping[str, Any]) -> dict[str, Estimate]:
@@ -136,22 +156,3 @@ def _keywords_of(evaluation: Mapping[str, Any]) -> dict[str, Estimate]:
     if not any(row.get("n_keyword") for row in rows):
         return {}
     return {key: Estimate(**evaluation["summary"][key]) for key in (KEYWORD, KEYWORD_CEILING)}
-
-
-def _combine(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Estimate]]:
-    """Return the means over clients, with intervals that count distinct questions."""
-    answers: dict[tuple[str, str], list[tuple[str, float, int]]] = {}
-    for row in rows:
-        for measure, (_, count) in COUNTS.items():
-            if row[measure] is not None and row[count]:
-                found = answers.setdefault((measure, row["question_set"]), [])
-                found.append((row["client"], row[measure], row[count]))
-    shares: dict[str, dict[str, Estimate]] = {measure: {} for measure in COUNTS}
-    for (measure, name), found in answers.items():
-        value = sum(share * n for _, share, n in found) / sum(n for *_, n in found)
-        asked: dict[str, int] = {}
-        for client, _, n in found:
-            asked[client] = max(n, asked.get(client, 0))
-        count = max if QUESTION_SETS[name].is_shared else sum
-        shares[measure][name] = share_of_questions(value, count(asked.values()))
-    return shares

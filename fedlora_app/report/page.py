@@ -28,7 +28,7 @@ from fedlora_app.evaluation.names import (
 )
 from fedlora_app.evaluation.statistics import Estimate
 from fedlora_app.foundation.files import make_private_dir, write_atomically
-from fedlora_app.foundation.percent import PLUS_MINUS, format_percent
+from fedlora_app.foundation.percent import PLUS_MINUS, format_n, format_percent
 from fedlora_app.report import plots
 from fedlora_app.report.numbers import EXACT, RANKED, Figures, measure_run
 from fedlora_app.report.sections import SHAPE_ERRORS, Plotter, Section, Table, build_sections
@@ -41,9 +41,9 @@ from fedlora_app.runs.reading import PartialRun, read_what_is_left
 REPORT_FILE = "report.html"
 COMPARISON_FILE = "comparison.html"
 FOOTER = (
-    "Proportions carry Wilson's 95 % interval over distinct questions; a question that several "
-    "clients answer counts once. Questions are taken as independent; paraphrases of one fact are "
-    "not, which makes these intervals too narrow. Written by fedlora report."
+    "Intervals are at 95 %: Wilson's, for as many questions as the answers are worth where "
+    "paraphrases of one fact go the same way. A question that several clients answer counts once. "
+    "Written by fedlora report."
 )
 PLOTS_FOLDER = "plots"
 ANSWERS_WITH = {"dual": "global+local:own", "local-only": "local:own"}  # the others: global
@@ -182,8 +182,8 @@ def _figure_table(
         rows.append({"label": label, "cells": cells, "best": entry.who == best})
     headings = ["", *[FIGURES[PASS_RATE]] * has_passes, *(QUESTION_SETS[n].label for n in columns)]
     caption = (
-        "Test questions answered word for word [95 % interval], and with the right answer ranked "
-        "first among its candidates"
+        "Test questions answered word for word [95 % interval over facts] n questions/facts, and "
+        "with the right answer ranked first among its candidates"
     )
     return {"headings": headings, "rows": rows, "caption": caption}
 
@@ -195,7 +195,7 @@ def _cell(exact: Estimate, ranked: Estimate) -> dict[str, str] | None:
     if exact.n:
         main = format_percent(exact.value, unit=" %")
         low, high = (format_percent(end, digits=0) for end in (exact.low, exact.high))
-        interval = f"[{low}, {high}] n {exact.n}"
+        interval = f"[{low}, {high}] n {format_n(exact.n, exact.facts)}"
     if ranked.n:
         second = f"ranked {format_percent(ranked.value, unit=' %')}"
     return {"main": main, "interval": interval, "second": second}
@@ -262,7 +262,7 @@ def _show_differences(evaluations: Mapping[str, dict[str, Any]]) -> list[Section
             (
                 *(entry[key] for key in ("run", "topic", "scored_by")),
                 _percent(entry["difference"], sign="+"),
-                entry["n"],
+                format_n(entry["n"], entry["facts"]),
                 format_p(entry["p_value_holm"]),
             )
             for entry in compared["differences"]
@@ -284,7 +284,7 @@ def _show_differences(evaluations: Mapping[str, dict[str, Any]]) -> list[Section
         caption = "Means over seeds of like runs, percent word for word, with Student's t interval"
         section.tables.append(Table(headings, groups, caption))
     if rows:
-        headings = ("run", "questions", "scored by", "difference", "n", "p (Holm)")
+        headings = ("run", "questions", "scored by", "difference", "n/facts", "p (Holm)")
         caption = f"Run minus {reference}, percentage points with 95 % interval"
         section.tables.append(Table(headings, rows, caption))
     return [section]

@@ -278,7 +278,8 @@ def _count(estimate: Estimate, short: bool = False) -> str:
     right = f"{round(estimate.value * estimate.n, 1):g} of {estimate.n}"
     if short:
         return f"{right}, {_percent(estimate, PARENTHESES)},"
-    return f"{right} conflict questions ({_percent(estimate, INTERVAL)})"
+    about = f" about {estimate.facts} facts" * (estimate.facts is not None)
+    return f"{right} conflict questions{about} ({_percent(estimate, INTERVAL)})"
 
 
 def _percent(estimate: Estimate, interval: str = "", *, unit: str = " %", sign: str = "") -> str:
@@ -288,7 +289,7 @@ def _percent(estimate: Estimate, interval: str = "", *, unit: str = " %", sign: 
 
 def _describe_paired(paired: Paired) -> str:
     difference = _percent(paired.difference, INTERVAL, unit=" points", sign="+")
-    p_value = f"{paired.test}: p {format_p(paired.p_value)}"
+    p_value = f"sign-flip test over facts: p {format_p(paired.p_value)}"
     return f"Difference over the same questions: {difference} ({p_value})."
 
 

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCardData
 from fedlora_app.config.schema import LOCAL, AdapterConfig
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.names import ACCURACY, ASKED_SETS, EXACT_MATCH, Measure
-from fedlora_app.foundation.percent import PARENTHESES, format_percent
+from fedlora_app.foundation.percent import PARENTHESES, format_n, format_percent
 from fedlora_app.runs.reading import SavedRun
 
 CARD_FILE = "README.md"
@@ -248,15 +248,20 @@ def _figures(export: Export) -> Iterator[str]:
         return
     yield "## Figures"
     yield (
-        "On test questions under the system prompt above, with 95 % intervals (Wilson): how often "
+        "On test questions under the system prompt above, with 95 % intervals: how often "
         "the right answer was ranked first, and how often the greedy answer was exactly it. They "
         "were measured with the run's own adapters and base model, not with this folder."
     )
     measures = (ACCURACY, EXACT_MATCH)
     cells = [
-        (row["question_set"], *(_interval(row, m) for m in measures), str(row["n"])) for row in rows
+        (
+            row["question_set"],
+            *(_interval(row, measure) for measure in measures),
+            format_n(row["n"], row.get("facts")),
+        )
+        for row in rows
     ]
-    yield "\n".join(_table(("questions", *(m.label for m in measures), "n"), cells))
+    yield "\n".join(_table(("questions", *(m.label for m in measures), "n/facts"), cells))
 
 
 def _interval(row: dict[str, Any], measure: Measure) -> str:

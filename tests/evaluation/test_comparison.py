@@ -97,12 +97,12 @@ def test_a_difference_is_that_of_the_same_questions():
     assert (entry["reference"], entry["n"]) == ("one", 12)
     assert (entry["only_run"], entry["only_reference"]) == (1, 6)
     assert entry["difference"]["value"] == pytest.approx(-5 / 12)
-    # Two-sided binomial: at most one of seven, 2 * (1 + 7) / 2**7.
-    assert entry["p_value"] == pytest.approx(16 / 128)
+    # Two of the three facts differ, both the same way: two of the four choices of their signs.
+    assert (entry["facts"], entry["p_value"]) == (3, 2 / 4)
     assert find(comparison, "local_exact_match")["p_value"] == entry["p_value"]
 
 
-def test_the_interval_resamples_facts_over_clients():
+def test_the_interval_is_over_facts_which_clients_share():
     comparison = compare(
         build_evaluation(local=LOSES_SIX_OF_SEVEN["one"]),
         build_evaluation(local=LOSES_SIX_OF_SEVEN["other"]),
@@ -111,8 +111,8 @@ def test_the_interval_resamples_facts_over_clients():
     ones, others = ([x for c in LOSES_SIX_OF_SEVEN[name] for x in c] for name in ("other", "one"))
     expected = paired_difference(ones, others, facts).dump()
     assert find(comparison, "local_accuracy")["difference"] == expected
-    # The facts differ by -1/2, -3/4 and 0; each 27th resample is thrice the same fact.
-    assert (expected["low"], expected["high"]) == (-0.75, 0.0)
+    alone = paired_difference(ones, others, range(12))
+    assert expected["low"] < alone.low
 
 
 def test_questions_are_paired_by_key_and_not_by_position():
@@ -155,8 +155,8 @@ def test_unseen_facts_are_compared_apart():
     assert (unseen["n"], unseen["only_reference"]) == (8, 1)
     assert unseen["difference"]["value"] == -1 / 8
     everything = find(comparison, "universal_accuracy")
-    assert (everything["n"], everything["only_reference"]) == (16, 2)
-    assert everything["p_value"] == 0.5
+    assert (everything["n"], everything["only_reference"]) == (8, 2)
+    assert everything["p_value"] == 2 / 2**2
 
 
 def test_a_conflict_is_passed_only_by_all_clients_together():
@@ -164,7 +164,18 @@ def test_a_conflict_is_passed_only_by_all_clients_together():
     comparison = compare(build_evaluation(), build_evaluation(conflict=conflict))
     passed, answered = (find(comparison, f"conflict_{k}") for k in ("pass_rate", "accuracy"))
     assert (passed["n"], passed["only_reference"], passed["difference"]["value"]) == (4, 2, -0.5)
-    assert (answered["n"], answered["difference"]["value"]) == (8, -0.25)
+    assert (answered["n"], answered["difference"]["value"]) == (4, -0.25)
+
+
+def test_a_question_that_two_clients_answer_is_one_question():
+    # Both clients lose every universal question: eight questions about four facts.
+    lost = find(
+        compare(build_evaluation(), build_evaluation(universal=([FALSE] * 8, [FALSE] * 8))),
+        "universal_accuracy",
+    )
+    assert (lost["n"], lost["facts"], lost["only_reference"]) == (8, 4, 8)
+    assert lost["p_value"] == 2 / 2**4  # not 2 / 2**16, as of sixteen questions
+    assert (lost["difference"]["n"], lost["difference"]["facts"]) == (8, 4)
 
 
 def test_a_record_of_one_client_is_no_conflict():
@@ -224,7 +235,7 @@ def test_p_values_are_adjusted_over_all_differences():
     assert len(comparison["differences"]) == 10
     p_values = [e["p_value"] for e in comparison["differences"]]
     assert [e["p_value_holm"] for e in comparison["differences"]] == adjust_holm(p_values)
-    assert find(comparison, "local_accuracy")["p_value_holm"] == 10 * 2 / 2**12
+    assert find(comparison, "local_accuracy")["p_value_holm"] == 1.0  # 10 * 2 / 2**3
 
 
 def test_equal_conditions_leave_nothing_to_say():
@@ -329,7 +340,7 @@ def test_other_unseen_facts_are_not_paired():
         "8 and 7 questions, 7 in common."
     ]
     assert find(comparison, "universal_unseen_accuracy") is None
-    assert find(comparison, "universal_accuracy")["n"] == 16
+    assert find(comparison, "universal_accuracy")["n"] == 8
 
 
 def test_other_clients_are_named():
@@ -431,7 +442,7 @@ def test_the_text_says_first_what_speaks_against_the_comparison():
     assert lines[0] == "NOT LIKE FOR LIKE:" and "120 and 240" in lines[1]
     assert max(map(len, lines)) <= 100 and "\x1b" not in text
     row = next(line for line in lines if "-41.7" in line)
-    assert "-41.7 [-75.0, +0.0]" in row and "0.125" in row and "1.000" in row
+    assert "-41.7 [-73.8, -9.4]" in row and "12/3" in row and "0.500" in row and "1.000" in row
     assert "50.0 [40.0, 60.0]" in text
     assert "other minus one" in text and "adjusted for the 10 tests" in text
     figures, differences = text.split("other minus one")

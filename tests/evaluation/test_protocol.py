@@ -21,6 +21,7 @@ from fedlora_app.evaluation.client_round import evaluate_questions
 from fedlora_app.evaluation.names import ACCURACY, EXACT_MATCH
 from fedlora_app.evaluation.protocol import evaluate_round, find_cut_answers
 from fedlora_app.evaluation.scores import Score
+from fedlora_app.evaluation.shares import read_shares
 from fedlora_app.evaluation.tables import build_evaluation, choose_scales
 from fedlora_app.evaluation.text import describe_evaluation
 from fedlora_app.model.base import ModelError
@@ -80,7 +81,7 @@ def test_the_contract_is_kept(evaluation, runs, tiny_project):
     json.dumps(evaluation, allow_nan=False)
     keys = {"conflict_pass_rate", "local_accuracy", "universal_accuracy", "leakage"}
     for key in keys | {"keyword_pass_rate", "keyword_ceiling"}:
-        assert set(evaluation["summary"][key]) == {"value", "low", "high", "n"}
+        assert set(evaluation["summary"][key]) == {"value", "low", "high", "n", "facts"}
     row = evaluation["swap_table"][0]
     assert {"question_set", "client", "adapters", "accuracy", "n"} <= set(row)
     question = evaluation["questions"][0]
@@ -91,6 +92,21 @@ def test_the_contract_is_kept(evaluation, runs, tiny_project):
     history = json.loads((runs() / "history.json").read_text())
     steps = [v for e in history for k, v in e["metrics"].items() if k.endswith("/num_steps")]
     assert evaluation["num_steps"] == sum(steps) > 0
+
+
+def test_one_figure_has_one_interval(evaluation):
+    shares = read_shares(evaluation)
+    own = shares["global+local:own"]
+    for name in ("universal", "universal_unseen", "local", "conflict"):
+        for measure in ("accuracy", "exact_match"):
+            assert own[measure][name].dump() == evaluation["summary"][f"{name}_{measure}"]
+    rows = [row for row in evaluation["questions"] if row["question_set"] == "conflict"]
+    conflict = shares["base"]["exact_match"]["conflict"]
+    assert conflict.n == len({row["record"] for row in rows}) < len(rows)
+    assert conflict.facts == len({row["fact"] or row["instruction"] for row in rows})
+    assert shares["global+local:foreign"].keys() == own.keys()
+    row = next(row for row in evaluation["swap_table"] if row["question_set"] == "local")
+    assert 0 < row["facts"] <= row["n"]
 
 
 def test_the_swap_table_holds_every_choice_of_adapters(evaluation):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedlora_app.evaluation.comparison import Paired
-from fedlora_app.evaluation.statistics import Estimate, proportion, share_of_questions
+from fedlora_app.evaluation.statistics import Estimate, proportion, share_of_facts
 from fedlora_app.report.numbers import EXACT, RANKED, Figures, measure_run
 from fedlora_app.report.verdict import BOTH, judge_run, judge_runs
 
@@ -14,8 +14,8 @@ NUM_FACTS = 16  # of three paraphrases each
 
 
 def figures(who: str, right: int, n: int = 48, **shares: float) -> Figures:
-    passed = share_of_questions(right / n, n)
-    exact = {name: share_of_questions(value, 100) for name, value in shares.items()}
+    passed = share_of_facts(right / n, n)
+    exact = {name: share_of_facts(value, 100) for name, value in shares.items()}
     return Figures(who, {EXACT: exact}, {EXACT: passed, RANKED: passed})
 
 
@@ -28,7 +28,7 @@ def swap_row(question_set: str, client: str, adapters: str, value: float | None,
 def evaluate(mode: str, right: int | list[bool], *, seed: int = 7, n: int = 48, **other) -> dict:
     """Return an ``evaluation.json`` whose first conflict questions all clients passed."""
     verdicts = [i < right for i in range(n)] if isinstance(right, int) else right
-    passes = proportion(verdicts).dump()
+    passes = proportion(verdicts, [i % NUM_FACTS for i in range(len(verdicts))]).dump()
     records = [
         {"record": i, "fact": f"fact {i % NUM_FACTS}", "instruction": f"Question {i}?"}
         for i in range(len(verdicts))
@@ -154,7 +154,7 @@ def test_the_one_run_of_a_side_is_its_own(num_two, num_one):
     verdict = judge(runs)
     assert verdict.headline == "Two adapters beat one averaged adapter on conflict questions."
     names = ", ".join(f"fedavg-{seed}" for seed in range(num_one))
-    assert f"to 0 of 48, 0 % (0 to 7), with one averaged adapter ({names})" in verdict.sentence
+    assert f"to 0 of 48, 0 % (0 to 19), with one averaged adapter ({names})" in verdict.sentence
 
 
 def test_seeds_that_agree_are_no_certainty():
@@ -210,10 +210,10 @@ def test_a_difference_is_told_only_if_interval_and_test_agree():
     assert Paired(Estimate(0.1, 0.0, 0.2, 48), 0.01).sign == 0
     assert Paired(Estimate(0.1, None, None, 48), 0.01).sign == 0
     assert Paired(Estimate(-0.1, -0.2, -0.02, 48), 0.01).sign == -1
-    # Five of 48 more: the bootstrap leaves 0 out, McNemar's exact p is 0.0625.
+    # Five of 48 more, all of other facts: the exact p is 0.0625.
     runs = {"a": evaluate("dual", 25), "b": evaluate("fedavg", 20)}
     assert judge(runs).headline.startswith("No difference")
-    assert "+4 to +19 (McNemar's test: p 0.062)" in judge(runs).sentence
+    assert "-3 to +23 (sign-flip test over facts: p 0.062)" in judge(runs).sentence
 
 
 @pytest.mark.parametrize("key", ["format", "questions", "files", "seed", "num_parameters"])
@@ -232,7 +232,7 @@ def test_an_evaluation_of_another_shape_raises_what_the_page_catches(key, value)
     ("value", "text"), [(0.0, "0 %"), (0.0004, "0.1 %"), (0.9996, "99.9 %"), (1.0, "100 %")]
 )
 def test_a_percentage_is_0_or_100_only_if_it_is(value, text):
-    found = {BOTH: Figures(BOTH, {}, {EXACT: share_of_questions(value, 48)})}
+    found = {BOTH: Figures(BOTH, {}, {EXACT: share_of_facts(value, 48)})}
     assert judge_run(found, []).headline == f"Two adapters: {text} of the conflicts."
 
 
@@ -253,7 +253,7 @@ def test_a_question_counts_once_however_many_clients_answer_it():
 def test_a_share_outside_0_to_1_is_an_error():
     for value in (float("nan"), float("inf"), 1.5):
         with pytest.raises(ValueError, match="expected 0 to 1"):
-            share_of_questions(value, 4)
+            share_of_facts(value, 4)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.5])
