@@ -2,8 +2,8 @@
 
 Each run is an ordinary ``flwr run`` below ``results/<name>/``. A run that is finished and of
 the same configuration is not repeated, nor is its evaluation, so that a study can be stopped
-and started again. Figures are means over the clients of a run, then over the seeds, with
-Student's t interval.
+and started again. Figures are those of ``evaluation.json`` over all clients of a run, then means
+over the seeds, with the wider of two intervals: Student's t over the seeds, and the runs' own.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Any
 
 import yaml
@@ -26,7 +25,6 @@ from fedlora_app.config.loading import load_config
 from fedlora_app.config.schema import SAFE_NAME, Config, ConfigError, Section
 from fedlora_app.data.client_files import load_all_files
 from fedlora_app.evaluation.choices import Report, SavedRound, open_round
-from fedlora_app.evaluation.evaluated_run import chosen_rows, group_rows
 from fedlora_app.evaluation.names import (
     ANSWERERS,
     EXACT_MATCH,
@@ -41,7 +39,8 @@ from fedlora_app.evaluation.names import (
     shown_measures,
 )
 from fedlora_app.evaluation.protocol import evaluate_round
-from fedlora_app.evaluation.statistics import over_seeds
+from fedlora_app.evaluation.shares import Shares, read_chosen_shares, read_shares, read_summary
+from fedlora_app.evaluation.statistics import Estimate, average_estimates, over_seeds
 from fedlora_app.evaluation.tables import FORMAT
 from fedlora_app.foundation.files import write_atomically, write_json
 from fedlora_app.foundation.percent import PLUS_MINUS, format_percent
@@ -57,8 +56,8 @@ ROWS = {who: label for who, label in ANSWERERS.items() if who != OWN_PAIR}
 ROWS |= {OWN_PAIR: ANSWERERS[OWN_PAIR], "chosen": "  ... at the chosen scale"}
 """Who answers in a run, in the order of the table: what the method is for comes last."""
 
-Figures = dict[str, dict[str, float]]
-"""Who answers, to ``<measure>/<heading>``, to a share in [0, 1]."""
+Figures = dict[str, dict[str, Estimate]]
+"""Who answers, to ``<measure>/<heading>``, to a share in [0, 1] or a difference of such."""
 
 
 class StudyConfig(Section):
@@ -125,7 +124,12 @@ def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) 
     text = "\n".join(_describe(study, figures, steps))
     write_json(
         folder / "summary.json",
-        {"study": study.model_dump(), "figures": figures, "num_steps": steps},
+        {
+            "study": study.model_dump(),
+            "figures": {name: list(map(_dump_values, runs)) for name, runs in figures.items()},
+            "estimates": {name: list(map(_dump_estimates, runs)) for name, runs in figures.items()},
+            "num_steps": steps,
+        },
     )
     write_atomically(folder / "summary.md", text + "\n")
     runs = [folder / f"{variant}-seed{seed}" for variant, seed in configs]
@@ -136,14 +140,14 @@ def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) 
 
 
 def measure(evaluation: Mapping[str, Any]) -> Figures:
-    """Return a run's figures by who answers, means over the clients."""
-    figures = {who: _average(rows) for who, rows in group_rows(evaluation).items()}
+    """Return a run's figures by who answers, over all clients."""
+    figures = {who: _flatten(shares) for who, shares in read_shares(evaluation).items()}
     figures.setdefault(own_answerer(evaluation["answering"]), {}).update(
-        _from_summary(evaluation["summary"])
+        _from_summary(read_summary(evaluation))
     )
     if evaluation["summary_chosen_scale"] is not None:
-        figures["chosen"] = _average(chosen_rows(evaluation))
-        figures["chosen"] |= _from_summary(evaluation["summary_chosen_scale"])
+        figures["chosen"] = _flatten(read_chosen_shares(evaluation))
+        figures["chosen"] |= _from_summary(read_summary(evaluation, "summary_chosen_scale"))
     return figures
 
 
@@ -159,7 +163,9 @@ def tabulate(
             is_repeated = who == "base" and position > 0  # the same in every variant
             if is_repeated or any(who not in run for run in runs):
                 continue
-            cells = (describe_percent([run[who].get(c) for run in runs]) for c in columns)
+            cells = (
+                _describe_mean([run[who].get(column) for run in runs], column) for column in columns
+            )
             shown = sorted(set(steps[variant]))
             yield f"| {variant} | {label} | {' | '.join(cells)} | {', '.join(map(str, shown))} |"
 
@@ -172,36 +178,49 @@ def describe_percent(values: list[float | None]) -> str:
     return format_percent(estimate.value, estimate.low, estimate.high, interval=PLUS_MINUS)
 
 
+def _describe_mean(estimates: Sequence[Estimate | None], column: str) -> str:
+    """Return "97.2 [91.0, 99.3]", the mean over seeds; "" where a run has none."""
+    if None in estimates:
+        return ""
+    mean = average_estimates(estimates, -1.0 if column.endswith(LEAKAGE) else 0.0)
+    return format_percent(mean.value, mean.low, mean.high)
+
+
 def _describe(
     study: StudyConfig, figures: Mapping[str, list[Figures]], steps: Mapping[str, list[int]]
 ) -> Iterator[str]:
     seeds = ", ".join(map(str, study.seeds))
     for measure in _measures():
         heading = f"{measure.label.capitalize()}, %"
-        yield f"{heading}; means over clients, then over seeds {seeds}, ± 95 % (Student's t)\n"
+        yield (
+            f"{heading}; over all clients, then means over seeds {seeds} [95 %: the wider of "
+            "Student's t over the seeds and the interval over facts]\n"
+        )
         yield from tabulate(figures, steps, measure.name)
         yield ""
 
 
-def _average(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the means of several clients' rows by measure and question set."""
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        for name in (measure.name for measure in _measures()):
-            if row.get(name) is not None:
-                values.setdefault(f"{name}/{row['question_set']}", []).append(row[name])
-    return {key: fmean(found) for key, found in values.items()}
+def _flatten(shares: Shares) -> dict[str, Estimate]:
+    return {f"{name}/{s}": found[s] for name, found in shares.items() for s in found}
 
 
-def _from_summary(summary: Mapping[str, Any]) -> dict[str, float]:
+def _from_summary(summary: Mapping[str, Any]) -> dict[str, Estimate]:
     """Return the figures that a run has for its clients' own adapters only."""
     figures = {}
     for measure in _measures():
         for key, figure in (("pass_rate", PASS_RATE), ("leakage", LEAKAGE)):
             entry = summary.get(figure_key(figure, measure)) or {}
             if entry.get("value") is not None:
-                figures[f"{measure.name}/{key}"] = entry["value"]
+                figures[f"{measure.name}/{key}"] = Estimate(**entry)
     return figures
+
+
+def _dump_values(figures: Figures) -> dict[str, dict[str, float]]:
+    return {who: {key: e.value for key, e in found.items()} for who, found in figures.items()}
+
+
+def _dump_estimates(figures: Figures) -> dict[str, dict[str, Any]]:
+    return {who: {key: e.dump() for key, e in found.items()} for who, found in figures.items()}
 
 
 def _measures() -> list[Measure]:

@@ -7,7 +7,6 @@ a like-for-like comparison.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -32,7 +31,9 @@ from fedlora_app.evaluation.names import (
     ACCURACY,
     EXACT_MATCH,
     FIGURES,
+    LEAKAGE,
     PASS_RATE,
+    SPECIFICITY,
     Measure,
     figure_key,
     shown_measures,
@@ -41,6 +42,7 @@ from fedlora_app.evaluation.shares import read_summary
 from fedlora_app.evaluation.statistics import (
     ROUNDING,
     Estimate,
+    average_estimates,
     flip_signs,
     over_seeds,
     paired_difference,
@@ -113,10 +115,7 @@ def compare_evaluations(evaluations: Mapping[str, dict[str, Any]]) -> dict[str, 
 def group_by_mode(
     evaluations: Mapping[str, dict[str, Any]],
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return means over the seeds of like runs, and notes on runs that were not averaged.
-
-    The n of a mean counts seeds.
-    """
+    """Return means over the seeds of like runs, and notes on runs that were not averaged."""
     groups, notes = [], []
     for members in group_alike(read_runs(evaluations)):
         names = [run.name for run in members]
@@ -128,7 +127,7 @@ def group_by_mode(
                 "mean over seeds is given for them."
             )
         elif len(members) > 1:
-            figures = _average([run.evaluation["summary"] for run in members])
+            figures = _average([read_summary(run.evaluation) for run in members])
             groups.append({"label": label, "runs": names, "seeds": seeds, "figures": figures})
     return groups, notes
 
@@ -206,12 +205,13 @@ def _dump_run(run: EvaluatedRun) -> dict[str, Any]:
 
 def _average(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     """Average what all summaries have; a figure that one run has no value of has no mean."""
-    columns = {key: [s[key]["value"] for s in summaries if key in s] for key in summaries[0]}
-    return {
-        key: over_seeds([math.nan if value is None else value for value in values]).dump()
-        for key, values in columns.items()
-        if len(values) == len(summaries)
-    }
+    means = {}
+    for key in summaries[0]:
+        found = [Estimate(**summary[key]) for summary in summaries if key in summary]
+        lowest = -1.0 if key.startswith((LEAKAGE, SPECIFICITY)) else 0.0
+        if len(found) == len(summaries):
+            means[key] = average_estimates(found, lowest).dump()
+    return means
 
 
 def _compute_differences(

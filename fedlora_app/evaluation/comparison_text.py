@@ -23,9 +23,9 @@ def describe_comparison(comparison: Mapping[str, Any]) -> str:
     blocks.append(_render_figures("Percent right [95 % interval]", runs))
     blocks.append(_render_keyword_rule(runs))
     if groups:
-        title = "Means over seeds, percent right [95 % interval, Student's t]; n counts seeds"
+        title = "Means over seeds, percent right [95 %: the wider of seeds' and facts' interval]"
         names = [run["name"] for run in runs]
-        blocks.append(_render_figures(title, [_name_group(group, names) for group in groups], "n"))
+        blocks.append(_render_figures(title, [_name_group(group, names) for group in groups]))
     for name in dict.fromkeys(entry["run"] for entry in differences):
         blocks.append(_render_differences([entry for entry in differences if entry["run"] == name]))
     if differences:
@@ -53,12 +53,12 @@ def _render_runs(runs: list[dict[str, Any]]) -> str:
     return render_table(table)
 
 
-def _render_figures(title: str, entries: list[dict[str, Any]], counts: str = "n/facts") -> str:
+def _render_figures(title: str, entries: list[dict[str, Any]]) -> str:
     table = Table("", title=title)
     measures = shown_measures()
     for measure in measures:
         table.add_column(measure.label, justify="right", no_wrap=True)
-        table.add_column(counts, justify="right", no_wrap=True)
+        table.add_column("n/\nfacts", justify="right", no_wrap=True)
     for figure in (*(topic.figure for topic in TOPICS), LEAKAGE):
         keys = [figure_key(figure, measure) for measure in measures]
         rows = [[entry["figures"].get(key) for key in keys] for entry in entries]
@@ -77,7 +77,7 @@ def _render_keyword_rule(runs: list[dict[str, Any]]) -> str:
     if not any(figure and figure["n"] for row in rows.values() for figure in row):
         return ""
     table = Table("", title="Keyword rule beside its ceiling, the pass rate of right answers, %")
-    for heading in ("passed", "n/facts", "ceiling", "n/facts"):
+    for heading in ("passed", "n/\nfacts", "ceiling", "n/\nfacts"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, row in rows.items():
         table.add_row(name, *_format_figures(row))

@@ -255,21 +255,28 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - width, mean + width, len(values))
 
 
-def average_shares(shares: Sequence[Estimate]) -> Estimate:
+def average_estimates(estimates: Sequence[Estimate], lowest: float = 0.0) -> Estimate:
     """Return the mean over runs, as wide as the seeds or the questions make it.
 
     The questions are the same ones in all runs, so that these leave each run's interval as it is.
+
+    Args:
+        lowest: where an interval of shares, or of their differences, has to end.
     """
-    if len(shares) == 1:
-        return shares[0]
-    if not all(share.n for share in shares):
+    if len(estimates) == 1:
+        return estimates[0]
+    if not all(entry.n for entry in estimates):
         return NOTHING
-    by_seed = over_seeds([share.value for share in shares])
-    low, high = (statistics.fmean(getattr(s, end) for s in shares) for end in ("low", "high"))
-    facts = [share.facts for share in shares]
+    by_seed = over_seeds([math.nan if e.value is None else e.value for e in estimates])
+    facts = [entry.facts for entry in estimates]
     fewest = None if None in facts else min(facts)
-    mean = Estimate(by_seed.value, low, high, min(share.n for share in shares), fewest)
-    return mean.widen(by_seed, 0.0)
+    mean = replace(by_seed, n=min(entry.n for entry in estimates), facts=fewest)
+    if by_seed.value is None or any(entry.low is None for entry in estimates):
+        return mean
+    low, high = (statistics.fmean(getattr(e, end) for e in estimates) for end in ("low", "high"))
+    if low < lowest or high > 1:  # no shares, but nats for instance
+        return replace(mean, low=min(low, by_seed.low), high=max(high, by_seed.high))
+    return replace(mean, low=low, high=high).widen(by_seed, lowest)
 
 
 def area_under_curve(positives: Sequence[float], negatives: Sequence[float]) -> Estimate:

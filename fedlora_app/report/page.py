@@ -28,7 +28,7 @@ from fedlora_app.evaluation.names import (
 )
 from fedlora_app.evaluation.statistics import Estimate
 from fedlora_app.foundation.files import make_private_dir, write_atomically
-from fedlora_app.foundation.percent import PLUS_MINUS, format_n, format_percent
+from fedlora_app.foundation.percent import format_n, format_percent
 from fedlora_app.report import plots
 from fedlora_app.report.numbers import EXACT, RANKED, Figures, measure_run
 from fedlora_app.report.sections import SHAPE_ERRORS, Plotter, Section, Table, build_sections
@@ -281,7 +281,10 @@ def _show_differences(evaluations: Mapping[str, dict[str, Any]]) -> list[Section
         return [section]
     if groups:
         headings = ("alike", "seeds", *MEANS.values())
-        caption = "Means over seeds of like runs, percent word for word, with Student's t interval"
+        caption = (
+            "Means over seeds of like runs, percent word for word, with the wider of Student's t "
+            "interval over the seeds and that over facts"
+        )
         section.tables.append(Table(headings, groups, caption))
     if rows:
         headings = ("run", "questions", "scored by", "difference", "n/facts", "p (Holm)")
@@ -296,7 +299,7 @@ def _percent(estimate: Mapping[str, float | None], **settings: str) -> str:
 
 
 def _means(figures: Mapping[str, Mapping[str, float | None]]) -> list[str]:
-    return [_percent(figures.get(key) or {}, interval=PLUS_MINUS) for key in MEANS]
+    return [_percent(figures.get(key) or {}) for key in MEANS]
 
 
 def _show_curves(runs: Sequence[PartialRun], plotter: Plotter) -> list[Section]:

@@ -14,7 +14,7 @@ from fedlora_app.evaluation.comparison import (
 )
 from fedlora_app.evaluation.evaluated_run import Evaluations, Variant, choose_pair, find_variants
 from fedlora_app.evaluation.names import OWN_PAIR, QUESTION_SETS
-from fedlora_app.evaluation.statistics import Estimate, average_shares
+from fedlora_app.evaluation.statistics import Estimate, average_estimates
 from fedlora_app.foundation.percent import PARENTHESES, format_percent
 from fedlora_app.report.numbers import (
     EXACT,
@@ -43,7 +43,7 @@ OTHER_MODES = (
 )
 SEEDS = (
     "Over several runs an interval is the wider of two: Student's t over the seeds, and the one "
-    "over the questions, as if the seeds had added none."
+    "over facts, as if the seeds had added no questions."
 )
 NOTHING_MEASURED = (
     "Nothing was measured on conflict questions that two or more clients answer: the run has none, "
@@ -195,9 +195,10 @@ def _word_variants(
 ) -> tuple[str, str]:
     """Return headline and sentence."""
     sides = [[figures[name] for name in side.values()] for side in (two, one)]
-    passed = [average_shares([f.passed() for f in side]) for side in sides]
+    passed = [average_estimates([f.passed() for f in side]) for side in sides]
     shares = [
-        {name: average_shares([f.share(name) for f in side]) for name in LOSSES} for side in sides
+        {name: average_estimates([f.share(name) for f in side]) for name in LOSSES}
+        for side in sides
     ]
     names = [_list_names([*side.values()]) for side in (two, one)]
     sentences = [

@@ -10,7 +10,7 @@ from fedlora_app.evaluation.statistics import (
     NOTHING,
     Estimate,
     area_under_curve,
-    average_shares,
+    average_estimates,
     flip_signs,
     over_seeds,
     paired_difference,
@@ -220,9 +220,9 @@ def test_a_share_of_which_only_the_mean_is_known_is_as_wide_as_its_facts_can_mak
 
 def test_runs_over_the_same_questions_add_up_to_no_more_of_them():
     share = proportion([1, 0, 1, 1] * 4, list("abcdefgh") * 2)
-    assert ends(average_shares([share] * 5)) == pytest.approx(ends(share))
+    assert ends(average_estimates([share] * 5)) == pytest.approx(ends(share))
     other = proportion([0] * 15 + [1], list("abcdefgh") * 2)
-    mean = average_shares([share, other])
+    mean = average_estimates([share, other])
     assert mean.value == pytest.approx((share.value + other.value) / 2)
     assert (mean.low, mean.high, mean.n, mean.facts) == (0.0, 1.0, 16, 8)
 
