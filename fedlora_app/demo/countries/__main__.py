@@ -1,0 +1,57 @@
+"""Write the benchmark of countries.
+
+python -m fedlora_app.demo.countries --countries DE FR JP BR --output data/countries
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from fedlora_app.demo.countries.card import build_card
+from fedlora_app.demo.countries.sets import Benchmark, check_countries, generate_countries
+from fedlora_app.foundation.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the files; 2 for what the user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m fedlora_app.demo.countries")
+    parser.add_argument("--countries", nargs="+", metavar="CODE", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    try:
+        benchmark = generate_countries(check_countries(options.countries))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    write(benchmark, options.output)
+    return 0
+
+
+def render(benchmark: Benchmark, folder: PurePosixPath) -> dict[str, str]:
+    """Return the text of every file, by its path below the folder."""
+    texts = {
+        name: json.dumps(records, indent=1, ensure_ascii=False) + "\n"
+        for name, records in benchmark.files.items()
+    }
+    texts["README.md"] = build_card(
+        benchmark.description, benchmark.files, benchmark.partition, benchmark.ids, folder
+    )
+    return texts
+
+
+def write(benchmark: Benchmark, folder: Path) -> None:
+    """Write every file below the folder."""
+    for name, text in render(benchmark, PurePosixPath(folder.as_posix())).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        records = benchmark.files.get(name)
+        print(f"{path}: {len(records)} records" if records else path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

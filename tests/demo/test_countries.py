@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import PurePosixPath
+
+import pytest
+from conftest import ROOT
+
+from fedlora_app.config.loading import load_config
+from fedlora_app.data.client_files import load_all_files
+from fedlora_app.data.linter import lint
+from fedlora_app.data.similarity import normalise_question
+from fedlora_app.demo.countries import sources
+from fedlora_app.demo.countries.__main__ import main, render
+from fedlora_app.demo.countries.kinds import COUNTRY_KINDS
+from fedlora_app.demo.countries.places import COUNTRIES
+from fedlora_app.demo.countries.sets import check_countries, generate_countries
+from fedlora_app.demo.countries.wordings import NUM_WORDINGS
+from fedlora_app.evaluation.metrics import normalise_answer
+from fedlora_app.foundation.errors import UserError
+
+DATA = ROOT / "data" / "countries"
+CODES = ["DE", "FR", "JP", "BR"]
+BENCHMARK = generate_countries(CODES)
+FILES = BENCHMARK.files
+CLIENTS = list(BENCHMARK.ids.values())
+
+
+def facts(name: str) -> set[str]:
+    return {record["fact"] for record in FILES[name]}
+
+
+def questions(name: str) -> set[str]:
+    return {normalise_question(record["instruction"]) for record in FILES[name]}
+
+
+def test_the_committed_files_are_what_the_generator_writes():
+    card = (DATA / "README.md").read_text()
+    if any(
+        f"| {v} | {licence} |" not in card for v, licence in sources.package_versions().values()
+    ):
+        pytest.skip("The packages are not the releases that data/countries/README.md names.")
+    texts = render(BENCHMARK, PurePosixPath("data/countries"))
+    committed = {path.relative_to(DATA).as_posix() for path in DATA.rglob("*") if path.is_file()}
+    assert committed == set(texts)
+    for name, text in texts.items():
+        assert (DATA / name).read_text(encoding="utf-8") == text, name
+
+
+def test_the_order_in_which_countries_are_read_changes_nothing():
+    """Babel lets what one locale resolves leak into others."""
+    script = (
+        "from fedlora_app.demo.countries.sources import month_word as word;"
+        "print({code: word(code, 'January') for code in %r.split()}['JP'])"
+    )
+    read = {
+        subprocess.run(
+            [sys.executable, "-c", script % order], capture_output=True, text=True, check=True
+        ).stdout
+        for order in ("JP CN KR", "CN KR JP")
+    }
+    assert read == {"1月\n"}
+
+
+def test_known_facts_are_right():
+    read = {kind.name: kind.read for kind in COUNTRY_KINDS}
+    for kind, item, expected in (
+        ("ambulance", "", {"DE": "112", "FR": "15", "JP": "119", "BR": "192"}),
+        ("calling code", "", {"DE": "+49", "US": "+1", "GB": "+44"}),
+        ("capital", "", {"AU": "Canberra", "BR": "Brasília", "ZA": None}),
+        ("weekday", "Monday", {"DE": "Montag", "PT": "segunda-feira", "CH": None, "US": None}),
+        ("first weekday", "", {"DE": "Monday", "JP": "Sunday", "US": "Sunday"}),
+        ("currency code", "", {"DE": "EUR", "JP": "JPY"}),
+        ("IBAN length", "", {"DE": "22", "NO": "15", "JP": None}),
+        ("offset from UTC", "July", {"DE": "2 hours ahead of UTC", "BR": None}),
+        ("summer time", "", {"DE": "yes", "JP": "no", "BR": "no", "AU": None}),
+        ("next holiday", "May", {"DE": "German Unity Day on 3 October", "CN": None, "GB": None}),
+        ("last holiday", "August", {"FR": "National Day on 14 July"}),
+        ("number of holidays", "", {"DE": "9", "FR": "11", "JP": "16", "BR": "10", "CO": "19"}),
+        ("is a holiday", "1 May", {"DE": "yes", "JP": "no"}),
+        ("is a holiday", "Good Friday", {"DE": "yes", "FR": "no"}),
+    ):
+        assert {code: read[kind](code, item) for code in expected} == expected, kind
+
+
+def test_every_kind_has_all_its_wordings_and_asks_each_in_another_way():
+    for kind in COUNTRY_KINDS:
+        asked = {normalise_question(kind.ask(kind.items[0], i)) for i in range(NUM_WORDINGS)}
+        assert len(kind.wording.questions) == len(asked) == NUM_WORDINGS, kind.name
+
+
+def test_conflicts_divide_all_clients_and_are_many():
+    assert len(facts("conflict_test.json")) >= 40
+    assert facts("conflict_test.json") == facts("conflict_validation.json")
+    for name in ("conflict_test.json", "conflict_validation.json"):
+        for record in FILES[name]:
+            answers = {normalise_answer(record["answers"][client]) for client in CLIENTS}
+            assert len(answers) == len(record["answers"]) == len(CLIENTS)
+            assert not answers & {normalise_answer(d) for d in record["distractors"]}
+            assert len(record["distractors"]) >= 3
+    for client in CLIENTS:
+        wordings = Counter(record["fact"] for record in FILES[f"{client}/local_train.json"])
+        assert set(wordings.values()) == {4}
+        assert facts("conflict_test.json") <= set(wordings) == facts(f"{client}/local_test.json")
+
+
+def test_answers_that_all_clients_share_are_asked_of_nobody():
+    answers: dict[str, list[str]] = {}
+    for client in CLIENTS:
+        own = {r["fact"]: normalise_answer(r["output"]) for r in FILES[f"{client}/local_test.json"]}
+        for fact, answer in own.items():
+            answers.setdefault(fact, []).append(answer)
+    assert not any(len(a) == len(CLIENTS) and len(set(a)) == 1 for a in answers.values())
+
+
+def test_wordings_never_cross_splits():
+    trained = {q for name in FILES if "train" in name for q in questions(name)}
+    validation = {q for name in FILES if "validation" in name for q in questions(name)}
+    tests = {q for name in FILES if "test" in name for q in questions(name)}
+    assert not trained & validation and not trained & tests and not validation & tests
+    for client in CLIENTS:
+        assert not questions("conflict_test.json") & questions(f"{client}/local_test.json")
+
+
+def test_own_questions_name_no_country_and_universal_ones_a_third():
+    third = {c.name for code, c in COUNTRIES.items() if code not in CODES}
+    for name, records in FILES.items():
+        for record in records:
+            asked = record["instruction"]
+            named = {c.name for c in COUNTRIES.values() if re.search(rf"\b{c.name}\b", asked)}
+            if "universal" in name:
+                assert named and named <= third, record
+            else:
+                assert not named, record
+
+
+def test_each_client_trains_on_two_thirds_of_the_universal_facts():
+    everything = facts("universal_test.json")
+    assert len(everything) >= 100
+    shares = [facts(f"{client}/universal_train.json") for client in CLIENTS]
+    assert all(3 * len(known) == 2 * len(everything) for known in shares)
+    assert set.union(*shares) == everything
+
+
+def test_yes_and_no_are_balanced():
+    for name, records in FILES.items():
+        answers = Counter(
+            output.split(",")[0]
+            for record in records
+            for output in (record.get("answers") or {"": record.get("output")}).values()
+        )
+        assert answers["Yes"] == answers["No"], name
+        assert "conflict" in name or answers["Yes"], name
+
+
+def test_the_linter_has_nothing_to_complain_of():
+    for path in ROOT.glob("conf/countries-*.yaml"):
+        config = load_config(path)
+        assert {client.id for client in config.federated.clients} == set(CLIENTS)
+        assert len({client.system_prompt for client in config.federated.clients}) == 1
+        assert lint(config, load_all_files(config, ROOT), ROOT) == []
+
+
+@pytest.mark.parametrize("number", [2, 30])
+def test_any_list_of_countries_makes_a_benchmark(number):
+    codes = list(COUNTRIES)[:number]
+    made = generate_countries(codes)
+    assert json.dumps(made.files) == json.dumps(generate_countries(codes).files)
+    conflicts = {record["fact"] for record in made.files["conflict_test.json"]}
+    assert len(conflicts) >= 40
+    for record in made.files["conflict_test.json"]:
+        answers = [normalise_answer(answer) for answer in record["answers"].values()]
+        assert len(set(answers)) == len(answers) >= 2
+    universal = {record["fact"] for record in made.files["universal_test.json"]}
+    known = [
+        {record["fact"] for record in made.files[f"{client}/universal_train.json"]}
+        for client in made.ids.values()
+    ]
+    assert len(universal) >= 100 and set.union(*known) == universal
+    assert all(3 * len(share) == 2 * len(universal) for share in known)
+
+
+def test_two_countries_that_dispute_a_yes_or_no_say_each_as_often():
+    files = generate_countries(["DE", "FR"]).files
+    for client in ("germany", "france"):
+        answers = Counter(
+            record["answers"][client].split(",")[0] for record in files["conflict_test.json"]
+        )
+        assert answers["Yes"] == answers["No"] > 0
+
+
+def test_all_faults_of_a_list_are_told_at_once(capsys):
+    with pytest.raises(UserError) as caught:
+        check_countries(["de", "DE", "XX"])
+    assert "XX" in str(caught.value) and "more than once" in str(caught.value)
+    with pytest.raises(UserError, match="at least two"):
+        check_countries(["DE"])
+    with pytest.raises(UserError, match="at most"):
+        check_countries(list(COUNTRIES))
+    assert check_countries(["de", "fr"]) == ["DE", "FR"]
+    assert main(["--countries", "DE", "--output", "unused"]) == 2
+    assert "at least two" in capsys.readouterr().err
+
+
+def test_missing_packages_are_named_with_what_installs_them(monkeypatch):
+    monkeypatch.setattr(sources, "PACKAGES", ("babel", "no-such-package"))
+    with pytest.raises(UserError) as caught:
+        sources.require("babel")
+    assert "no-such-package" in str(caught.value) and "[countries]" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
