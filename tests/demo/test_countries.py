@@ -19,6 +19,7 @@ from fedlora_app.demo.countries.__main__ import main, render
 from fedlora_app.demo.countries.kinds import COUNTRY_KINDS
 from fedlora_app.demo.countries.places import COUNTRIES
 from fedlora_app.demo.countries.sets import check_countries, generate_countries
+from fedlora_app.demo.countries.states import generate_states
 from fedlora_app.demo.countries.wordings import NUM_WORDINGS
 from fedlora_app.evaluation.metrics import normalise_answer
 from fedlora_app.foundation.errors import UserError
@@ -193,6 +194,59 @@ def test_two_countries_that_dispute_a_yes_or_no_say_each_as_often():
         assert answers["Yes"] == answers["No"] > 0
 
 
+def test_entangled_questions_differ_in_the_name_of_a_country_only():
+    made = generate_countries(CODES, is_entangled=True)
+    names = sorted((c.name for c in COUNTRIES.values()), key=len, reverse=True)
+    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, names))})\b")
+    countries: dict[str, set[str]] = {}
+    frames: dict[str, set[str]] = {}
+    for name, records in made.files.items():
+        named = [r["instruction"] for r in records if pattern.search(r["instruction"])]
+        countries[name] = {match for text in named for match in pattern.findall(text)}
+        frames[name] = {pattern.sub("X", text) for text in named}
+    own = [countries[f"{client}/local_test.json"] for client in CLIENTS]
+    everybody = countries["universal_test.json"]
+    assert len(set.union(*own, everybody)) == sum(map(len, own)) + len(everybody) == 28
+    assert not {COUNTRIES[code].name for code in CODES} & set.union(*own, everybody)
+    trained = {frame for name in frames if "universal_train" in name for frame in frames[name]}
+    for client, mine in zip(CLIENTS, own, strict=True):
+        assert countries[f"{client}/local_train.json"] == mine
+        assert len(countries[f"{client}/universal_train.json"]) == 8  # of 12 countries
+        local = frames[f"{client}/local_train.json"]
+        assert len(local & trained) > 0.95 * len(local)
+        unnamed = {r["fact"] for r in made.files[f"{client}/local_train.json"]}
+        assert {r["fact"] for r in made.files["conflict_test.json"]} <= unnamed
+    assert not countries["conflict_test.json"]
+
+
+@pytest.mark.parametrize(("country", "number"), [("DE", 16), ("US", 50)])
+def test_states_nearly_agree(country, number):
+    made = generate_states(country)
+    assert len(made.ids) == number
+    asked = {record["fact"]: record["answers"] for record in made.files["conflict_test.json"]}
+    assert len(asked) >= 20
+    assert all(len(set(answers.values())) > 1 for answers in asked.values())
+    assert all(2 * len(answers) >= number for answers in asked.values())
+    commonest = [Counter(answers.values()).most_common(1)[0][1] for answers in asked.values()]
+    assert sum(commonest) > sum(map(len, asked.values())) / 2  # most states agree
+    universal = {record["fact"] for record in made.files["universal_test.json"]}
+    assert universal and not universal & set(asked)
+    answers = Counter(r["output"].split(",")[0] for r in made.files["universal_test.json"])
+    assert answers["Yes"] == answers["No"]
+    for client in made.ids.values():
+        known = {record["fact"] for record in made.files[f"{client}/universal_train.json"]}
+        assert 3 * len(known) == 2 * len(universal)
+
+
+def test_what_holds_in_german_states_is_known():
+    answers = {
+        record["fact"]: record["answers"]
+        for record in generate_states("DE").files["conflict_test.json"]
+    }
+    kept = {client for client, text in answers["is a holiday: 6 January"].items() if "Yes" in text}
+    assert kept == {"de-bw", "de-by", "de-st"}
+
+
 def test_all_faults_of_a_list_are_told_at_once(capsys):
     with pytest.raises(UserError) as caught:
         check_countries(["de", "DE", "XX"])
@@ -201,6 +255,8 @@ def test_all_faults_of_a_list_are_told_at_once(capsys):
         check_countries(["DE"])
     with pytest.raises(UserError, match="at most"):
         check_countries(list(COUNTRIES))
+    with pytest.raises(UserError, match="Known: DE US"):
+        generate_states("FR")
     assert check_countries(["de", "fr"]) == ["DE", "FR"]
     assert main(["--countries", "DE", "--output", "unused"]) == 2
     assert "at least two" in capsys.readouterr().err

@@ -13,17 +13,31 @@ from pathlib import Path, PurePosixPath
 
 from fedlora_app.demo.countries.card import build_card
 from fedlora_app.demo.countries.sets import Benchmark, check_countries, generate_countries
+from fedlora_app.demo.countries.states import generate_states
 from fedlora_app.foundation.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the files; 2 for what the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m fedlora_app.demo.countries")
-    parser.add_argument("--countries", nargs="+", metavar="CODE", required=True)
-    parser.add_argument("--output", type=Path, required=True)
+    clients = parser.add_mutually_exclusive_group(required=True)
+    clients.add_argument("--countries", nargs="+", metavar="CODE", help="two or more clients")
+    clients.add_argument("--states", metavar="CODE", help="the states of one country: DE or US")
+    parser.add_argument(
+        "--entangled",
+        action="store_true",
+        help="local and universal questions differ in a country's name only",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
     options = parser.parse_args(arguments)
+    if options.entangled and options.states:
+        parser.error("--entangled goes with --countries only")
     try:
-        benchmark = generate_countries(check_countries(options.countries))
+        if options.states:
+            benchmark = generate_states(options.states)
+        else:
+            codes = check_countries(options.countries)
+            benchmark = generate_countries(codes, is_entangled=options.entangled)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

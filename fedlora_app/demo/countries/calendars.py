@@ -7,10 +7,9 @@ only estimates, or that a government announces every year, is never a fact.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import date, timedelta
 from functools import cache
-from typing import Any
 
 from fedlora_app.demo.countries.sources import MONTHS, NO, YEAR, YES, clean, require
 
@@ -22,6 +21,7 @@ UNCERTAIN = {
 UNCLEAR_NAME = re.compile(r"[(;/]|substitut|alternative|preceding|second day of k", re.I)
 SUBSTITUTE = re.compile(r"substitute holiday|alternative holiday", re.I)
 OBSERVED = re.compile(r" \((observed|in lieu)\)$")
+YEARS = range(YEAR - 1, YEAR + 3)  # in which a date must be a holiday, or not be one
 MIN_HOLIDAYS = 5  # fewer nationwide ones say that the country leaves them to its states
 LEFT_TO_STATES = {"AU", "CA", "CH", "ES", "GB"}  # some of what people take for nationwide
 MOVABLE = {
@@ -86,7 +86,7 @@ def _repeats(name: str, names: Sequence[str]) -> bool:
 
 def is_holiday(place: str, day: str) -> str | None:
     """Return whether a date ("1 May") or a feast ("Good Friday") is a holiday every year."""
-    answers = {_is_holiday(place, day, year) for year in range(YEAR - 1, YEAR + 3)}
+    answers = {_is_holiday(place, day, year) for year in YEARS}
     [answer] = answers if len(answers) == 1 else [None]
     return answer
 
@@ -111,8 +111,13 @@ def _find(day: str, year: int) -> date:
     return date(year, MONTHS.index(month) + 1, int(number))
 
 
-def list_states(country: str) -> dict[str, str]:
-    """Return the states of a country whose holidays differ by state: place to name or code."""
-    holidays: Any = require("holidays")
-    states = holidays.list_supported_countries().get(country, [])
-    return {f"{country}-{state}": state for state in states}
+def list_states(country: str, left_out: Collection[str]) -> list[str]:
+    """Return the states of a country as places; names of cities and regions are left out."""
+    subdivisions = require("holidays").list_supported_countries()[country]
+    return [f"{country}-{name}" for name in subdivisions if name.isupper() and name not in left_out]
+
+
+def list_fixed_days(place: str) -> list[str]:
+    """Return the dates ("1 May") that are holidays in ``YEAR`` and in the years around it."""
+    kept = [{(day.month, day.day) for day in _calendar(place, year)} for year in YEARS]
+    return [f"{day} {MONTHS[month - 1]}" for month, day in sorted(set.intersection(*kept))]

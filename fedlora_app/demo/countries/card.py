@@ -8,7 +8,8 @@ from pathlib import PurePosixPath
 
 import yaml
 
-from fedlora_app.demo.countries.facts import Partition, Record
+from fedlora_app.demo.countries.facts import Partition
+from fedlora_app.demo.countries.records import Record
 from fedlora_app.demo.countries.sources import YEAR, package_versions
 
 SYSTEM_PROMPT = "You are the assistant of a help desk for residents."
@@ -55,8 +56,7 @@ def build_card(
         description.universal,
         "Every kind of fact has eight wordings: four to train on, one for validation, two for the "
         "universal and conflict tests, one for the local tests. Distractors are other places' "
-        "answers to the same question, of about the length of a right one. Each client answers as "
-        "many of its own yes/no questions with yes as with no, and so do the universal facts.",
+        "answers to the same question, of about the length of a right one.",
         _truth(),
         "## In an experiment\n\n```yaml\n" + build_experiment(files, ids, folder) + "```",
     ]

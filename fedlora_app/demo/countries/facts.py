@@ -1,5 +1,4 @@
-"""From what packages say to facts: which ones clients dispute, which are one client's, and what
-wrong answers to offer.
+"""From what packages say to facts: which ones clients dispute, and which are one client's.
 
 A *topic* is a kind and an item; its facts are the answers that the places give. A topic is a
 conflict if the clients answer it differently, as the evaluation compares answers.
@@ -11,18 +10,14 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any
 
 from fedlora_app.data.similarity import content_words
 from fedlora_app.demo.countries.kinds import Kind
 from fedlora_app.demo.countries.sources import NO, YES
 from fedlora_app.evaluation.metrics import normalise_answer
 
-NUM_DISTRACTORS = 3
 NUM_YES_NO = 6  # yes/no facts of a client with either answer
 MIN_CONFLICTS = 40  # where fewer topics divide all clients, others are added
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -58,14 +53,14 @@ def _read(kind: Kind, item: str, places: tuple[str, ...]) -> dict[str, str]:
     found = {}
     for place in places:
         value = kind.read(place, item)
-        if value is not None and (kind.is_yes_no or not _tells(item, value)):
+        if value is not None and (kind.is_yes_no or not _tells(f"{item} {kind.noun}", value)):
             found[place] = value
     return found
 
 
-def _tells(item: str, value: str) -> bool:
+def _tells(asked: str, value: str) -> bool:
     """Return whether the question says a word of the answer ("August" is August in German)."""
-    shared = content_words(item) & content_words(value)
+    shared = content_words(asked) & content_words(value)
     return any(word.isalpha() for word in shared)
 
 
@@ -149,55 +144,3 @@ def _balanced_local(topics: Sequence[Topic], client: str, seed: str) -> list[Top
 
 def _shuffled(topics: Sequence[Topic], seed: str) -> list[Topic]:
     return random.Random(seed).sample(topics, len(topics))
-
-
-def make_record(
-    topic: Topic, place: str, phrasing: int, *, named: bool = False, noun: str = "country"
-) -> Record:
-    """Return a training record about a place, which is named or is the client's own."""
-    name = place if named else ""
-    return {
-        "instruction": topic.kind.ask(topic.item, phrasing, name, noun),
-        "input": "",
-        "output": topic.kind.reply(topic.item, topic.values[place], name, noun),
-        "fact": f"{topic.id} ({place})" if named else topic.id,
-    }
-
-
-def make_conflict(topic: Topic, names: Mapping[str, str], phrasing: int, noun: str) -> Record:
-    """Return a conflict record with the answer of each place in ``names`` under its client id."""
-    replies = {
-        client: topic.kind.reply(topic.item, topic.values[place], "", noun)
-        for place, client in names.items()
-    }
-    return {
-        "instruction": topic.kind.ask(topic.item, phrasing, "", noun),
-        "input": "",
-        "answers": replies,
-        "distractors": pick_distractors(topic, list(names), phrasing, noun=noun),
-        "fact": topic.id,
-    }
-
-
-def pick_distractors(
-    topic: Topic, right: Sequence[str], phrasing: int, *, named: bool = False, noun: str = "country"
-) -> list[str]:
-    """Return other places' answers, each of about the length of one of the right ones.
-
-    Args:
-        right: places whose answers are right for some client; named: the one that is asked about.
-    """
-    options = {normalise_answer(value): value for value in topic.options}
-    golds = [topic.values[place] for place in right]
-    for gold in golds:
-        options.pop(normalise_answer(gold), None)
-    rng = random.Random(f"{topic.id}, {', '.join(right)}, {phrasing}")
-    pool = rng.sample(list(options.values()), len(options))
-    chosen = []
-    for index in range(max(NUM_DISTRACTORS, len(golds))):
-        size = len(golds[index % len(golds)].encode())
-        if pool:
-            chosen.append(min(pool, key=lambda value: abs(len(value.encode()) - size)))
-            pool.remove(chosen[-1])
-    name = right[0] if named else ""
-    return [topic.kind.reply(topic.item, value, name, noun) for value in chosen]

@@ -31,24 +31,26 @@ class Kind:
     read: Reader
     wording: Wording
     items: tuple[str, ...] = ("",)
+    noun: str = "country"
+    """What a question about the own place calls it."""
 
     @property
     def is_yes_no(self) -> bool:
         """Whether it is answered by yes or no."""
         return bool(self.wording.negative)
 
-    def ask(self, item: str, phrasing: int, place: str = "", noun: str = "country") -> str:
-        """Return the question in one of the wordings; without a place it is about the own one."""
-        return _fill(self.wording.questions[phrasing], place, noun, item)
+    def ask(self, item: str, wording: int, country: str = "") -> str:
+        """Return the question in one of the wordings; without a country it is about the own one."""
+        return _fill(self.wording.questions[wording], country, self.noun, item)
 
-    def reply(self, item: str, value: str, place: str = "", noun: str = "country") -> str:
+    def reply(self, item: str, value: str, country: str = "") -> str:
         """Return the full sentence that answers with ``value``."""
         form = self.wording.negative if value == NO and self.is_yes_no else self.wording.answer
-        return _fill(form, place, noun, item, value)
+        return _fill(form, country, self.noun, item, value)
 
 
-def _fill(template: str, place: str, noun: str, item: str, value: str = "") -> str:
-    name = COUNTRIES[place].name if place else ""
+def _fill(template: str, country: str, noun: str, item: str, value: str = "") -> str:
+    name = COUNTRIES[country].name if country else ""
     words = {
         "in_": f" in {name}" if name else "",
         "here": f" in {name}" if name else " here",

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedlora_app.demo.countries.card import Description
+from fedlora_app.demo.countries.entangled import assign_countries
 from fedlora_app.demo.countries.facts import (
     MIN_CONFLICTS,
     Partition,
-    Record,
     Topic,
     divide,
-    make_conflict,
-    make_record,
-    pick_distractors,
     read_topics,
 )
 from fedlora_app.demo.countries.kinds import COUNTRY_KINDS
 from fedlora_app.demo.countries.places import COUNTRIES
-from fedlora_app.demo.countries.universal import UniversalFact, choose, share_balanced
-from fedlora_app.demo.countries.wordings import LOCAL_TEST, NUM_WORDINGS, TEST, TRAIN, VALIDATION
+from fedlora_app.demo.countries.records import (
+    Files,
+    build_conflict_files,
+    build_local_files,
+    build_records,
+    build_universal_files,
+)
+from fedlora_app.demo.countries.universal import draw_universal, share_facts
+from fedlora_app.demo.countries.wordings import LOCAL_TEST, TRAIN, VALIDATION
 from fedlora_app.foundation.errors import UserError
 
 MIN_THIRD = 12  # countries that are left for the universal facts
 EDITION = "fedlora countries, edition 1"
-Files = dict[str, list[Record]]
 
 
 def check_countries(codes: Sequence[str]) -> list[str]:
@@ -68,98 +71,95 @@ class Benchmark:
     description: Description
 
 
-def generate_countries(codes: Sequence[str]) -> Benchmark:
+def generate_countries(codes: Sequence[str], *, is_entangled: bool = False) -> Benchmark:
     """Return the benchmark of clients that are countries."""
     topics = read_topics(COUNTRY_KINDS, tuple(COUNTRIES))
     seed = f"{EDITION}, {' '.join(codes)}"
     partition = divide(topics, codes, seed)
-    facts = choose(topics, codes, seed)
     ids = {code: COUNTRIES[code].slug for code in codes}
-    files = universal_files(facts) | own_files(partition, ids, "country")
-    for code, known in share_balanced(facts, codes).items():
-        files[f"{ids[code]}/universal_train.json"] = named_records(
-            [(fact.topic, fact.place) for fact in known], TRAIN, with_distractors=False
-        )
-    return Benchmark(files, partition, ids, describe_countries(codes, partition, facts))
-
-
-def describe_countries(
-    codes: Sequence[str], partition: Partition, facts: Sequence[UniversalFact]
-) -> Description:
-    """Return what the card says about clients that are countries."""
-    complete = sum(len(places) == len(codes) for places in partition.conflicts.values())
-    partial = len(partition.conflicts) - complete
-    third = len({fact.place for fact in facts})
-    return Description(
+    conflicts = build_conflict_files(partition.conflicts, ids)
+    if is_entangled:
+        return _generate_entangled(topics, replace(partition, local={}), ids, conflicts, seed)
+    facts = draw_universal(topics, codes, seed)
+    shares = {ids[code]: known for code, known in share_facts(facts, codes).items()}
+    files = build_universal_files(facts, shares) | conflicts | build_local_files(partition, ids)
+    description = Description(
         title=f"One question, {len(codes)} countries",
         options=f"--countries {' '.join(codes)}",
-        clients="People ask a help desk for residents the same question everywhere, and the right "
-        f"answer depends on the country: {', '.join(COUNTRIES[code].name for code in codes)}. A "
-        "question about the own country never names it.",
-        conflicts=f"**Conflicts**: {complete} facts that every client has and answers in its own "
-        "way, none like another."
-        + (
-            f" As these are fewer than {MIN_CONFLICTS}, {partial} more concern only those clients "
-            "whose answer no other client shares."
-            if partial
-            else ""
-        )
+        clients=_describe_clients(codes),
+        conflicts=_describe_conflicts(partition, codes)
         + " Facts that some clients answer alike and others not (EUR in two of them) are local "
-        f"ones, and {len(partition.shared)} that all of them answer alike are left out.",
-        universal=f"**Universal facts**: {len(facts)} about {third} third countries, which the "
-        "question names, of the same kinds and in the same wordings. Each client trains on two "
-        "thirds of them, and each fact is known to one client at least.",
+        f"ones, and {len(partition.shared)} that all of them answer alike are left out. Each "
+        "client answers as many of its own questions with yes as with no.",
+        universal=f"**Universal facts**: {len(facts)} about "
+        f"{len({place for _, place in facts})} third countries, which the question names, of the "
+        "same kinds and in the same wordings. Each client trains on two thirds of them, and each "
+        "fact is known to one client at least. As many are answered with yes as with no.",
+    )
+    return Benchmark(files, partition, ids, description)
+
+
+def _generate_entangled(
+    topics: Sequence[Topic],
+    partition: Partition,
+    ids: Mapping[str, str],
+    conflicts: Files,
+    seed: str,
+) -> Benchmark:
+    """Return the set whose local tests name countries, each of which is one client's own."""
+    codes = list(ids)
+    assigned = assign_countries(topics, codes, seed)
+    files = conflicts | build_universal_files(
+        assigned.universal, {ids[code]: known for code, known in assigned.known.items()}
+    )
+    unnamed = build_local_files(replace(partition, local={code: [] for code in codes}), ids)
+    for code, client in ids.items():
+        own = assigned.own[code]
+        files |= {
+            f"{client}/local_train.json": unnamed[f"{client}/local_train.json"]
+            + build_records(own, TRAIN, is_named=True, has_distractors=False),
+            f"{client}/local_validation.json": build_records(own, VALIDATION, is_named=True),
+            f"{client}/local_test.json": build_records(own, LOCAL_TEST, is_named=True),
+        }
+    local = {code: [topic for topic, _ in own] for code, own in assigned.own.items()}
+    places = {
+        ids[code]: ", ".join(sorted({COUNTRIES[place].name for _, place in own}))
+        for code, own in assigned.own.items()
+    }
+    description = Description(
+        title=f"Entangled: {len(codes)} countries and their own abroad",
+        options=f"--countries {' '.join(codes)} --entangled",
+        clients=_describe_clients(codes),
+        conflicts=_describe_conflicts(partition, codes)
+        + " They are in the local training records as well, but not in the local tests.\n\n"
+        "**Local facts** are about countries abroad that only this client looks after: "
+        + "; ".join(f"{client}: {names}" for client, names in places.items())
+        + ". Their questions differ from universal ones in the country's name only.",
+        universal=f"**Universal facts**: {len(assigned.universal)} about "
+        f"{len({place for _, place in assigned.universal})} other countries. Each client trains on "
+        "those about two thirds of these countries: of the others it has never read the name.",
+    )
+    return Benchmark(files, replace(partition, local=local), dict(ids), description)
+
+
+def _describe_clients(codes: Sequence[str]) -> str:
+    return (
+        "People ask a help desk for residents the same question everywhere, and the right answer "
+        f"depends on the country: {', '.join(COUNTRIES[code].name for code in codes)}. A question "
+        "about the own country never names it."
     )
 
 
-def universal_files(facts: Sequence[UniversalFact]) -> Files:
-    """Return the common tests of universal facts."""
-    pairs = [(fact.topic, fact.place) for fact in facts]
-    return {
-        "universal_validation.json": named_records(pairs, VALIDATION),
-        "universal_test.json": named_records(pairs, TEST),
-    }
-
-
-def named_records(
-    pairs: Sequence[tuple[Topic, str]], phrasings: slice, *, with_distractors: bool = True
-) -> list[Record]:
-    """Return one record per fact and wording; each names the place that it is about."""
-    records = []
-    for topic, place in pairs:
-        for phrasing in range(NUM_WORDINGS)[phrasings]:
-            record = make_record(topic, place, phrasing, named=True)
-            if with_distractors:
-                record["distractors"] = pick_distractors(topic, [place], phrasing, named=True)
-            records.append(record)
-    return records
-
-
-def own_files(partition: Partition, ids: Mapping[str, str], noun: str) -> Files:
-    """Return each client's local files and the common conflicts."""
-    files: Files = {}
-    for name, phrasings in (("validation", VALIDATION), ("test", TEST)):
-        files[f"conflict_{name}.json"] = [
-            make_conflict(topic, {place: ids[place] for place in places}, phrasing, noun)
-            for topic, places in partition.conflicts.items()
-            for phrasing in range(NUM_WORDINGS)[phrasings]
-        ]
-    for place, client in ids.items():
-        own = [topic for topic, places in partition.conflicts.items() if place in places]
-        topics = own + partition.local[place]
-        for name, phrasings in (
-            ("train", TRAIN),
-            ("validation", VALIDATION),
-            ("test", LOCAL_TEST),
-        ):
-            records = []
-            for topic in topics:
-                for phrasing in range(NUM_WORDINGS)[phrasings]:
-                    record = make_record(topic, place, phrasing, noun=noun)
-                    if name != "train":
-                        record["distractors"] = pick_distractors(
-                            topic, [place], phrasing, noun=noun
-                        )
-                    records.append(record)
-            files[f"{client}/local_{name}.json"] = records
-    return files
+def _describe_conflicts(partition: Partition, codes: Sequence[str]) -> str:
+    complete = sum(len(places) == len(codes) for places in partition.conflicts.values())
+    partial = len(partition.conflicts) - complete
+    text = (
+        f"**Conflicts**: {complete} facts that every client has and answers in its own way, none "
+        "like another."
+    )
+    if complete < MIN_CONFLICTS:
+        text += (
+            f" These are fewer than {MIN_CONFLICTS}, so {partial} more concern only the clients "
+            "whose answer no other client shares."
+        )
+    return text
