@@ -8,7 +8,7 @@ NEXT_HOLIDAY = Wording(
     (
         "Which is the first {public} holiday after the end of {item} 2027{here}?",
         "{item} 2027 is over. Which {public} holiday comes next{here}?",
-        "When do shops close for a {public} holiday for the first time after {item} 2027{ours}?",
+        "For which {public} holiday do offices close first after {item} 2027{ours}?",
         "I start a job right after {item} 2027. What is my first free {public} holiday{here}?",
         "What {public} holiday follows once {item} 2027 has ended{ours}?",
         "Seen from the end of {item} 2027, which {public} holiday lies just ahead{here}?",
@@ -21,7 +21,7 @@ LAST_HOLIDAY = Wording(
     (
         "Which is the last {public} holiday before the beginning of {item} 2027{here}?",
         "{item} 2027 has just begun. Which {public} holiday came last{here}?",
-        "When did offices close for a {public} holiday for the last time before {item} 2027{ours}?",
+        "For which {public} holiday did offices close last before {item} 2027{ours}?",
         "I leave my job just before {item} 2027. What is my final {public} holiday{here}?",
         "Which {public} holiday most recently precedes {item} 2027{ours}?",
         "Looking back from the start of {item} 2027, which {public} holiday was the latest{here}?",

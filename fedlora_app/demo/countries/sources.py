@@ -38,6 +38,7 @@ SPANS = {
 LANGUAGES = {"English": "en", "Italian": "it", "Russian": "ru", "Chinese": "zh"}
 MAX_VALUE_BYTES = 60  # longer ones are scripts that small tokenizers take apart into bytes
 NEW_CURRENCIES = {"BG"}  # the euro came in 2026, which not every release of CLDR knows
+MANY_LANGUAGES = {"ZA"}  # twelve official ones, of which CLDR marks one
 NO_GREGORIAN_FORMATS = {"EG", "IL", "IN", "TH"}  # another calendar, digits or order beside ours
 DISPUTED_CAPITALS = {"IL", "ZA", "TW"}
 NOUNS_FOR_NATIONALITIES = {"AR", "IS", "LU", "NZ", "SI"}  # "Icelander" where a form says Icelandic
@@ -198,41 +199,49 @@ def has_iban(code: str, _: str = "") -> str | None:
 
 
 @cache
-def _locales(code: str) -> list[Any]:
-    """Return a locale for each official language that CLDR has data of in the country."""
-    babel = require("babel")
+def _languages(code: str, *, de_facto: bool = False) -> tuple[str, ...]:
+    require("babel")
     find = importlib.import_module("babel.languages").get_official_languages
-    locales = []
-    for name in find(code, de_facto=True):
+    return () if code in MANY_LANGUAGES else find(code, de_facto=de_facto)
+
+
+@cache
+def _find_locale(code: str) -> Any:
+    """Return the locale of the first official language that CLDR knows in the country."""
+    babel = require("babel")
+    for name in _languages(code, de_facto=True):
         # What one locale resolves is kept in data that others inherit (Babel's issue 1234), so
         # that Japanese months would depend on whether Chinese ones were read before.
         importlib.import_module("babel.localedata")._cache.clear()
         try:
             locale = babel.Locale.parse(f"{name}_{code}")
-        except babel.UnknownLocaleError:  # a language as such, such as Norwegian
+        except babel.UnknownLocaleError:  # a group of languages, such as Norwegian
             continue
-        locale.months  # loads the data of its own # noqa: B018
-        locales.append(locale)
-    return locales
+        locale.months  # noqa: B018 - loads the data, which are then this locale's own
+        return locale
+    return None
 
 
-@cache
-def _locale(code: str) -> Any:
-    """Return the locale of a country with one official language, None for all others."""
-    locales = _locales(code)
-    return locales[0] if len(locales) == 1 else None
+def _format_locale(code: str) -> Any:
+    """Return the locale of a country in which one language is in use, None for all others."""
+    is_single = len(_languages(code, de_facto=True)) == 1 and code not in NO_GREGORIAN_FORMATS
+    return _find_locale(code) if is_single else None
 
 
-@cache
+def _official_locale(code: str) -> Any:
+    """Return the locale of the only official language, None where there are more or none."""
+    return _find_locale(code) if len(_languages(code)) == 1 else None
+
+
 def _foreign_locale(code: str) -> Any:
-    """Return the locale if its words are not English."""
-    locale = _locale(code)
+    """Return the locale of the only official language if that is not English."""
+    locale = _official_locale(code)
     return None if locale is None or locale.language == "en" else locale
 
 
 def language(code: str, _: str = "") -> str | None:
     """Return the official language in English, if there is only one."""
-    locale = _locale(code)
+    locale = _official_locale(code)
     return locale.get_language_name("en") if locale else None
 
 
@@ -277,16 +286,16 @@ def span_words(code: str, english: str) -> str | None:
 
 def written_date(code: str, english: str) -> str | None:
     """Return a date such as "5 March" of ``YEAR`` in full in the official language."""
-    return _date(_foreign_locale(code), code, english, "long")
+    return _date(_foreign_locale(code) and _format_locale(code), english, "long")
 
 
 def numeric_date(code: str, english: str) -> str | None:
     """Return a date such as "5 March" of ``YEAR`` in figures."""
-    return _date(_locale(code), code, english, "short")
+    return _date(_format_locale(code), english, "short")
 
 
-def _date(locale: Any, code: str, english: str, style: str) -> str | None:
-    if locale is None or code in NO_GREGORIAN_FORMATS:
+def _date(locale: Any, english: str, style: str) -> str | None:
+    if locale is None:
         return None
     return clean(
         importlib.import_module("babel.dates").format_date(parse_day(english), style, locale=locale)
@@ -301,7 +310,8 @@ def parse_day(english: str) -> date:
 
 def first_weekday(code: str, _: str = "") -> str | None:
     """Return the day on which calendars begin the week."""
-    return WEEKDAYS[_locales(code)[0].first_week_day]
+    locale = _find_locale(code)
+    return WEEKDAYS[locale.first_week_day] if locale else None
 
 
 # Clocks

@@ -103,13 +103,13 @@ INTERNATIONAL_PREFIX = Wording(
 CAPITAL = Wording(
     (
         "What is the capital{of}?",
-        "In which city does the government sit{ours}?",
+        "What is the capital city called{ours}?",
         "Which city is the capital{here}?",
         "My child asks for the capital{of}. What do I say?",
-        "Where is the seat of the national government{ours}?",
+        "Which city has the title of capital{ours}?",
         "Can you name the capital{of}?",
         "Which city do I write on the form as the capital{of}?",
-        "Embassies stand in the capital. Which city is that{here}?",
+        "A quiz asks for the capital. Which city is right{here}?",
     ),
     "{lead}the capital is {value}.",
 )
@@ -156,12 +156,12 @@ NATIONALITY = Wording(
     (
         "Which nationality does a citizen{of} have?",
         "What do I enter as nationality on an English form if I come from {country}?",
-        "How is a person from {country} called in English?",
+        "Which nationality does a person from {country} state in English?",
         "I hold a passport{of}. What nationality is that?",
         "What is the English adjective for citizens{of}?",
         "Which word in English describes the people{of}?",
         "My employer abroad asks for my nationality. I am a citizen{of}. What do I answer?",
-        "As what are residents with the passport{of} known in English?",
+        "In English, which nationality is printed in a passport{of}?",
     ),
     "{lead}the nationality of citizens is {value}.",
 )
@@ -182,11 +182,11 @@ EUROS = Wording(
     (
         "Do people pay in euros{here}?",
         "Is the euro legal tender{ours}?",
-        "Can I pay with euro notes in every shop{here}?",
+        "Are prices in shops given in euros{here}?",
         "Are wages paid in euros{ours}?",
         "Is the euro the currency{of}?",
         "Does {country} use the euro?",
-        "I have a wallet full of euros. Is that the money of the land{here}?",
+        "I have a wallet full of euros. Are they the official money{here}?",
         "Has {country} got the euro as its own money?",
     ),
     "Yes, the euro is the currency{in_}.",
