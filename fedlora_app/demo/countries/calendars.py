@@ -13,10 +13,10 @@ from functools import cache
 
 from fedlora_app.demo.countries.sources import MONTHS, NO, YEAR, YES, clean, require
 
-# Of these a year's dates follow the moon, an announcement or (UA) martial law.
+# Of these a year's dates follow the moon, an announcement, custom (FI) or martial law (UA).
 UNCERTAIN = {
-    "CN", "EG", "ID", "IL", "IN", "KE", "MA", "MY", "PH", "RU", "SG", "TH", "TN", "TR", "TW", "UA",
-    "VN",
+    "CN", "EG", "FI", "ID", "IL", "IN", "KE", "MA", "MY", "PH", "RU", "SG", "TH", "TN", "TR", "TW",
+    "UA", "VN",
 }  # fmt: skip
 UNCLEAR_NAME = re.compile(r"[(;/]|substitut|alternative|preceding|second day of k", re.I)
 SUBSTITUTE = re.compile(r"substitute holiday|alternative holiday", re.I)
@@ -27,6 +27,7 @@ LEFT_TO_STATES = {"AU", "CA", "CH", "ES", "GB"}  # some of what people take for 
 MOVABLE = {
     "Maundy Thursday": -3,
     "Good Friday": -2,
+    "Easter Sunday": 0,
     "Easter Monday": 1,
     "Ascension Thursday": 39,
     "Whit Monday": 50,
@@ -72,8 +73,14 @@ def _name(place: str, day: date | None) -> str | None:
 
 
 def count_holidays(place: str, _: str = "") -> str | None:
-    """Return how many holidays ``YEAR`` has, without those that replace one on a weekend."""
-    names = list(_calendar(place, YEAR).values())
+    """Return how many holidays ``YEAR`` has, without those that replace one on a weekend.
+
+    Countries that list Easter Sunday have none: whether Sundays count differs between sources.
+    """
+    calendar = _calendar(place, YEAR)
+    if "-" not in place and _find("Easter Sunday", YEAR) in calendar:
+        return None
+    names = list(calendar.values())
     proper = [name for name in names if not SUBSTITUTE.search(name) and not _repeats(name, names)]
     return str(len(proper)) if proper else None
 

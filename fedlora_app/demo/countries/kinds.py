@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fedlora_app.demo.countries import calendars, holiday_wordings, language_wordings, sources
+from fedlora_app.demo.countries import (
+    calendars,
+    holiday_wordings,
+    language_wordings,
+    locales,
+    sources,
+)
 from fedlora_app.demo.countries import wordings as w
+from fedlora_app.demo.countries.locales import LANGUAGES, SPANS
 from fedlora_app.demo.countries.places import COUNTRIES
-from fedlora_app.demo.countries.sources import LANGUAGES, MONTHS, NO, SPANS, WEEKDAYS
+from fedlora_app.demo.countries.sources import MONTHS, NO, WEEKDAYS
 from fedlora_app.demo.countries.wordings import Wording
 
 Reader = Callable[[str, str], str | None]
@@ -96,30 +103,30 @@ COUNTRY_KINDS = (
     Kind("euro", sources.pays_in_euros, w.EUROS),
     Kind("IBAN length", sources.iban_length, w.IBAN_LENGTH),
     Kind("has IBAN", sources.has_iban, w.HAS_IBAN),
-    Kind("language", sources.language, language_wordings.LANGUAGE),
-    Kind("own name of the language", sources.language_itself, language_wordings.LANGUAGE_ITSELF),
-    Kind("month", sources.month_word, language_wordings.MONTH, MONTHS),
-    Kind("weekday", sources.weekday_word, language_wordings.WEEKDAY, WEEKDAYS),
+    Kind("language", locales.language, language_wordings.LANGUAGE),
+    Kind("own name of the language", locales.language_itself, language_wordings.LANGUAGE_ITSELF),
+    Kind("month", locales.month_word, language_wordings.MONTH, MONTHS),
+    Kind("weekday", locales.weekday_word, language_wordings.WEEKDAY, WEEKDAYS),
     Kind(
         "foreign language",
-        sources.language_word,
+        locales.language_word,
         language_wordings.FOREIGN_LANGUAGE,
         tuple(LANGUAGES),
     ),
-    Kind("span of time", sources.span_words, language_wordings.SPAN, tuple(SPANS)),
+    Kind("span of time", locales.span_words, language_wordings.SPAN, tuple(SPANS)),
     Kind(
         "date in full",
-        sources.written_date,
+        locales.written_date,
         language_wordings.WRITTEN_DATE,
         ("5 March", "21 May", "9 October"),
     ),
     Kind(
         "date in figures",
-        sources.numeric_date,
+        locales.numeric_date,
         language_wordings.NUMERIC_DATE,
         ("25 November", "14 October"),
     ),
-    Kind("first weekday", sources.first_weekday, language_wordings.FIRST_WEEKDAY),
+    Kind("first weekday", locales.first_weekday, language_wordings.FIRST_WEEKDAY),
     Kind("offset from UTC", sources.utc_offset, language_wordings.UTC_OFFSET, ("January", "July")),
     Kind("summer time", sources.changes_clocks, language_wordings.CLOCKS),
     *HOLIDAY_KINDS,
