@@ -255,6 +255,8 @@ def test_all_faults_of_a_list_are_told_at_once(capsys):
         check_countries(["DE"])
     with pytest.raises(UserError, match="at most"):
         check_countries(list(COUNTRIES))
+    with pytest.raises(UserError, match="Name fewer"):
+        generate_countries(list(COUNTRIES)[:30], is_entangled=True)
     with pytest.raises(UserError, match="Known: DE US"):
         generate_states("FR")
     assert check_countries(["de", "fr"]) == ["DE", "FR"]

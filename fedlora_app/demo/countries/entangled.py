@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from fedlora_app.demo.countries.facts import Topic
 from fedlora_app.demo.countries.records import Fact
 from fedlora_app.demo.countries.universal import share_thirds
+from fedlora_app.foundation.errors import UserError
 
 NUM_UNIVERSAL = 12  # countries
 MAX_OWN = 4  # countries of a client
@@ -35,7 +36,11 @@ class Assignment:
 
 
 def assign_countries(topics: Sequence[Topic], clients: Sequence[str], seed: str) -> Assignment:
-    """Draw countries for the clients and for all; one topic of each kind is asked about them."""
+    """Draw countries for the clients and for all; one topic of each kind is asked about them.
+
+    Raises:
+        UserError: if there are too many clients for one country each.
+    """
     rng = random.Random(f"{seed}, entangled")
     asked = _one_per_kind([topic for topic in topics if not topic.kind.is_yes_no], rng)
     places = sorted({place for topic in asked for place in topic.values} - set(clients))
@@ -43,6 +48,11 @@ def assign_countries(topics: Sequence[Topic], clients: Sequence[str], seed: str)
     order = rng.sample(rich, len(rich))
     universal, rest = order[:NUM_UNIVERSAL], order[NUM_UNIVERSAL:]
     size = min(MAX_OWN, len(rest) // len(clients))
+    if not size:
+        raise UserError(
+            f"{len(clients)} clients cannot have a country abroad each: {len(rest)} are left beside "
+            f"{NUM_UNIVERSAL} universal ones. Name fewer countries."
+        )
     own = {c: rest[i * size : (i + 1) * size] for i, c in enumerate(clients)}
     facts = {place: _rotate(asked, place, index) for index, place in enumerate(order)}
     return Assignment(

@@ -45,8 +45,7 @@ def require(package: str) -> ModuleType:
         raise UserError(
             f"The countries are read from {', '.join(missing)}, which "
             f"{'is' if len(missing) == 1 else 'are'} not installed. "
-            'Run: pip install "fedlora-app[countries]" (in a checkout: pip install -e '
-            '".[countries]").'
+            'Run: pip install -e ".[countries]"'
         )
     return importlib.import_module(package)
 
