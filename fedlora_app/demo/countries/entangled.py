@@ -50,8 +50,8 @@ def assign_countries(topics: Sequence[Topic], clients: Sequence[str], seed: str)
     size = min(MAX_OWN, len(rest) // len(clients))
     if not size:
         raise UserError(
-            f"{len(clients)} clients cannot have a country abroad each: {len(rest)} are left beside "
-            f"{NUM_UNIVERSAL} universal ones. Name fewer countries."
+            f"{len(clients)} clients cannot have a country abroad each: {len(rest)} are left "
+            f"beside {NUM_UNIVERSAL} universal ones. Name fewer countries."
         )
     own = {c: rest[i * size : (i + 1) * size] for i, c in enumerate(clients)}
     facts = {place: _rotate(asked, place, index) for index, place in enumerate(order)}
