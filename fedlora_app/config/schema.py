@@ -78,6 +78,9 @@ class AdapterConfig(Section):
     alpha: float = Field(32, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    first_layer: int = Field(0, ge=0)
+    """Decoder layers from this one up have the adapter; 0: all of them. What the layers below make
+    of an example is computed once per phase."""
 
 
 class AdaptersConfig(Section):

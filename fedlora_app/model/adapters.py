@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdapterConfig, AdaptersConfig
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.seeds import derive_seed
-from fedlora_app.model.base import LoadedModel
+from fedlora_app.model.base import LoadedModel, decoder_layers
 
 MAX_SHOWN_CHARS = 200
 PLAIN = "default"
@@ -78,12 +78,15 @@ def attach_adapters(base: PreTrainedModel, config: AdaptersConfig) -> AdaptedMod
     The modules exist once per process; their weights are set for every message.
 
     Raises:
-        AdapterError: a target module is not there or is not linear.
+        AdapterError: a target module is not there or is not linear, or there are fewer layers
+            than are to be left out.
     """
     detach_adapters(base)
     _check_targets(base, config)
-    model = get_peft_model(base, _lora_config(config.global_), adapter_name=GLOBAL)
-    model.add_adapter(LOCAL, _lora_config(config.local))
+    # Both before the first adapter renames the linear layers.
+    for_global, for_local = (_lora_config(base, c) for c in (config.global_, config.local))
+    model = get_peft_model(base, for_global, adapter_name=GLOBAL)
+    model.add_adapter(LOCAL, for_local)
     model.requires_grad_(False)
     return model
 
@@ -250,6 +253,21 @@ def lora_layers(model: AdaptedModel, *names: str) -> list[LoraLayer]:
     return [layer for layer in layers if set(names) <= set(layer.scaling)]
 
 
+def find_first_layer(model: AdaptedModel, names: Iterable[str]) -> int:
+    """Return the lowest decoder layer that has one of these adapters; 0 where one lies outside.
+
+    The output head is above all layers and does not count.
+    """
+    base, names = model.get_base_model(), set(names)
+    layers = decoder_layers(base)
+    inside: dict[LoraLayer, int] = {}
+    for index, layer in enumerate(layers):
+        inside |= {m: index for m in layer.modules() if isinstance(m, LoraLayer)}
+    head = base.get_output_embeddings()
+    those = [m for m in lora_layers(model) if names & set(m.scaling) and m is not head]
+    return min((inside.get(module, 0) for module in those), default=len(layers))
+
+
 def merge_into_base(base: PreTrainedModel, adapter: PlainAdapter) -> None:
     """Add what an adapter adds to the base model's weights, and leave nothing else on it.
 
@@ -277,30 +295,52 @@ def merge_into_base(base: PreTrainedModel, adapter: PlainAdapter) -> None:
 
 
 def _check_targets(base: PreTrainedModel, config: AdaptersConfig) -> None:
-    linear = {
-        name.rsplit(".", 1)[-1]
-        for name, module in base.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
+    linear = _linear_names(base)
+    num_layers = len(decoder_layers(base))
+    faults = []
     for section, adapter in ((GLOBAL, config.global_), (LOCAL, config.local)):
-        if adapter.target_modules == "all-linear":
-            continue
-        unknown = sorted(set(adapter.target_modules) - linear)
-        if unknown or not adapter.target_modules:
-            raise AdapterError(
+        targets = adapter.target_modules
+        unknown = [] if targets == "all-linear" else sorted(set(targets) - linear)
+        if unknown or not targets:
+            faults.append(
                 f"adapters.{section}.target_modules: {unknown or 'an empty list'} names no linear "
                 f"module of the base model. It has: {', '.join(sorted(linear))}."
             )
+        if 0 < adapter.first_layer >= num_layers:
+            faults.append(
+                f"adapters.{section}.first_layer: {adapter.first_layer} leaves no layer for the "
+                f"adapter. The base model has {num_layers} decoder layers, counted from 0, so that "
+                f"{max(0, num_layers - 1)} is the most."
+            )
+    if faults:
+        raise AdapterError("\n".join(faults))
 
 
-def _lora_config(config: AdapterConfig) -> LoraConfig:
+def _linear_names(module: torch.nn.Module) -> set[str]:
+    """Return the last part of the names of a module's linear layers."""
+    return {
+        name.rsplit(".", 1)[-1]
+        for name, part in module.named_modules()
+        if isinstance(part, torch.nn.Linear)
+    }
+
+
+def _lora_config(base: PreTrainedModel, config: AdapterConfig) -> LoraConfig:
+    targets, layers = config.target_modules, decoder_layers(base)
+    chosen: dict[str, object] = {}
+    if config.first_layer > 0:
+        indices = list(range(config.first_layer, len(layers)))
+        chosen = {"layers_to_transform": indices, "layers_pattern": "layers"}
+        if targets == "all-linear":  # of which PEFT chooses no layers
+            targets = sorted(set().union(*map(_linear_names, layers[config.first_layer :])))
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=config.target_modules,
+        target_modules=targets,
         bias="none",
+        **chosen,
     )
 
 

@@ -130,6 +130,11 @@ def build_empty_model(config: ModelConfig, root: Path) -> PreTrainedModel:
         )
 
 
+def decoder_layers(base: PreTrainedModel) -> list[torch.nn.Module]:
+    """Return a model's decoder layers from the lowest up; none where it has no such list."""
+    return list(getattr(base.base_model, "layers", ()))
+
+
 def choose_device() -> torch.device:
     """Return the GPU if this process sees one, else the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

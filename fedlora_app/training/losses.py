@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from fedlora_app.config.schema import TrainingConfig
 from fedlora_app.data.tokens import Example
 from fedlora_app.model.adapters import AdaptedModel, scaled_local
+from fedlora_app.training.kept_states import KeptStates
 from fedlora_app.training.packing import compute_hidden_states, pack, packed_attention
 
 LOGIT_ROWS = 256  # 156 MB in fp32 with a vocabulary of 152,064
@@ -31,22 +32,29 @@ def answer_log_likelihoods(model: AdaptedModel, examples: Sequence[Example]) -> 
 
 
 def compute_losses(
-    model: AdaptedModel, examples: Sequence[Example], penalised: TrainingConfig | None
+    model: AdaptedModel,
+    examples: Sequence[Example],
+    penalised: TrainingConfig | None,
+    kept: KeptStates | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the loss of every answer token, and how far replayed ones are from global alone.
 
     That is KL(global || global + local) at every answer token of the replayed examples, or None
     where it has no weight; the reference is the same model with the local adapter at scale 0. Call
     it within ``packed_attention``.
+
+    Args:
+        kept: fills itself with the examples' states and gives those that it has.
     """
     head = model.get_base_model().get_output_embeddings()
-    hidden, targets, counts = _answer_states(model, examples)
+    hidden, targets, counts = _answer_states(model, examples, kept)
     losses = token_losses(head, hidden, targets)
     replayed = [example for example in examples if example.is_replayed]
     if penalised is None or penalised.local_kl_weight == 0 or not replayed:
         return losses, None
     with torch.no_grad(), scaled_local(model, 0.0):
-        reference, _, _ = _answer_states(model, replayed)
+        # The local adapter's layers are those that learn, so that kept states are global alone's.
+        reference, _, _ = _answer_states(model, replayed, kept)
     kept = [
         part
         for part, example in zip(hidden.split(counts), examples, strict=True)
@@ -125,9 +133,12 @@ def _token_divergences(
 
 
 def _answer_states(
-    model: AdaptedModel, examples: Sequence[Example]
+    model: AdaptedModel, examples: Sequence[Example], kept: KeptStates | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Return the hidden states that predict answer tokens (N, D), those (N,), and their counts."""
     batch = pack(examples, model.device)
-    hidden = compute_hidden_states(model.get_base_model(), batch)
+    if kept is None:
+        hidden = compute_hidden_states(model.get_base_model(), batch)
+    else:
+        hidden = kept.compute_hidden_states(batch, examples)
     return hidden.index_select(0, batch.predicting), batch.targets, batch.counts

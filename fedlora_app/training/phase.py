@@ -31,6 +31,7 @@ from fedlora_app.training.batches import (
     step_batches,
     tokens_per_micro_batch,
 )
+from fedlora_app.training.kept_states import KeptStates, keeping_states
 from fedlora_app.training.losses import compute_losses
 from fedlora_app.training.optimizer import fresh_optimizer
 from fedlora_app.training.packing import ATTENTION, packed_attention
@@ -121,6 +122,7 @@ def train_phase(
     weight_decays: dict[str, float],
     seed: int,
     progress: Progress | None = None,
+    keeps_states: bool = True,
 ) -> PhaseResult:
     """Train the adapters ``trainable`` for ``num_steps`` optimizer steps.
 
@@ -128,6 +130,7 @@ def train_phase(
         run_span: where the phase begins and ends in the adapter's whole run, each in
             [0, 1]; the learning-rate schedule is read off there.
         seed: decides the order of examples and the dropout.
+        keeps_states: of the layers below those that learn, wherever that pays and is exact.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -144,14 +147,20 @@ def train_phase(
     with (
         _training_forward(model, training, active),
         fresh_optimizer(model, training, decays) as optimizer,
+        ExitStack() as stack,
     ):
+        kept = None
+        if keeps_states:
+            kept = stack.enter_context(
+                keeping_states(model, examples, training, trainable, num_steps)
+            )
         torch.manual_seed(seed)
         batches = islice(step_batches(examples, training, seed), num_steps)
         for step, batch in enumerate(batches):
             position = run_span[0] + (run_span[1] - run_span[0]) * step / num_steps
             for group in optimizer.param_groups:
                 group["lr"] = training.learning_rate * schedule_factor(position, training)
-            loss, penalty = _accumulate_gradients(model, batch, training, penalised)
+            loss, penalty = _accumulate_gradients(model, batch, training, penalised, kept)
             if not math.isfinite(loss + penalty):
                 raise TrainingError(
                     f"The loss became {loss + penalty} at step {step + 1} of {num_steps}. Lower "
@@ -196,6 +205,7 @@ def _accumulate_gradients(
     batch: Sequence[Example],
     training: TrainingConfig,
     penalised: TrainingConfig | None,
+    kept: KeptStates | None,
 ) -> tuple[float, float]:
     """Add up the gradients of one step, micro-batch by micro-batch, every answer token alike.
 
@@ -206,7 +216,7 @@ def _accumulate_gradients(
     num_replayed = sum(example.num_answer_tokens for example in batch if example.is_replayed)
     loss = penalty = torch.zeros((), device=model.device)
     for micro_batch in split_into_packs(batch, tokens_per_micro_batch(training)):
-        losses, divergences = compute_losses(model, micro_batch, penalised)
+        losses, divergences = compute_losses(model, micro_batch, penalised, kept)
         micro_loss = losses.sum() / num_answer_tokens
         loss = loss + micro_loss.detach()
         if penalised is not None:

@@ -1,0 +1,159 @@
+"""What enters the lowest layer that learns, kept for every example from its first pass on.
+
+Below that layer nothing changes in a phase: there are the frozen base and, at most, an adapter that
+does not learn. Examples are packed so that none sees another, hence an example's states there are
+the same whatever it is packed with. A step on examples that have been seen before runs the layers
+above and the loss only.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from fedlora_app.config.schema import TrainingConfig
+from fedlora_app.data.tokens import Example
+from fedlora_app.model.adapters import AdaptedModel, find_first_layer
+from fedlora_app.model.base import decoder_layers
+from fedlora_app.model.device import read_free_memory
+from fedlora_app.training.batches import count_steps
+from fedlora_app.training.packing import PackedBatch, compute_hidden_states, pack
+
+USABLE_SHARE = 0.25
+"""Of the free host memory; what a step itself takes is in the rest."""
+TOLERANCE = 1e-3  # of hidden states, relative; the same kernels on the same shapes differ by less
+
+_verdicts: weakref.WeakKeyDictionary[PreTrainedModel, dict[int, bool]] = weakref.WeakKeyDictionary()
+
+
+class KeptStates:
+    """The states that enter decoder layer ``first_layer``, by example, in host memory."""
+
+    def __init__(self, base: PreTrainedModel, first_layer: int) -> None:
+        self._base = base
+        self._below = decoder_layers(base)[:first_layer]
+        self._states: dict[int, torch.Tensor] = {}  # (T, D) by the example's id()
+
+    def compute_hidden_states(
+        self, batch: PackedBatch, examples: Sequence[Example]
+    ) -> torch.Tensor:
+        """Return the last hidden states (T, D) of packed examples, which must outlive this."""
+        if all(id(example) in self._states for example in examples):
+            states = torch.cat([self._states[id(example)] for example in examples])
+            if self._base.device.type == "cuda":
+                states = states.pin_memory()
+            states = states.to(self._base.device, non_blocking=True)[None]
+            forwards = [_pass_on] * (len(self._below) - 1) + [lambda *_, **__: states]
+        else:
+            forwards = [layer.forward for layer in self._below]
+            forwards[-1] = partial(self._run_and_keep, forwards[-1], examples)
+        with _replaced(self._below, forwards):
+            return compute_hidden_states(self._base, batch)
+
+    def clear(self) -> None:
+        """Let everything go."""
+        self._states.clear()
+
+    def _run_and_keep(
+        self, forward: Callable[..., Any], examples: Sequence[Example], *args: Any, **settings: Any
+    ) -> Any:
+        states = forward(*args, **settings)
+        if isinstance(states, torch.Tensor):  # else it is of a kind that is not kept
+            parts = states.detach()[0].split([len(example.input_ids) for example in examples])
+            for example, part in zip(examples, parts, strict=True):
+                self._states[id(example)] = part.to("cpu", copy=True)
+        return states
+
+
+@contextmanager
+def keeping_states(
+    model: AdaptedModel,
+    examples: Sequence[Example],
+    training: TrainingConfig,
+    trainable: Sequence[str],
+    num_steps: int,
+) -> Iterator[KeptStates | None]:
+    """Yield what keeps states while the block runs, within ``packed_attention``.
+
+    None where it would not pay (every layer learns, or no example comes twice), would not be exact
+    (dropout in the layers below, or a model whose layers hand on more than states), or would take
+    too much of the machine's memory.
+    """
+    base = model.get_base_model()
+    first_layer = find_first_layer(model, trainable)
+    pays = first_layer > 0 and num_steps > count_steps(len(examples), 1, training)
+    if not (pays and _fits(base, examples) and _is_exact(base, first_layer)):
+        yield None
+        return
+    kept = KeptStates(base, first_layer)
+    try:
+        yield kept
+    finally:
+        kept.clear()  # whoever still holds it: no state of a client outlives its phase
+
+
+def count_state_bytes(num_tokens: int, hidden_size: int, dtype_bytes: int) -> int:
+    """Return what the states of so many tokens take."""
+    return num_tokens * hidden_size * dtype_bytes
+
+
+def _fits(base: PreTrainedModel, examples: Sequence[Example]) -> bool:
+    weight = base.get_input_embeddings().weight  # (V, D)
+    num_tokens = sum(len(example.input_ids) for example in examples)
+    needed = count_state_bytes(num_tokens, weight.shape[1], weight.element_size())
+    return needed <= USABLE_SHARE * read_free_memory(torch.device("cpu"))
+
+
+def _is_exact(base: PreTrainedModel, first_layer: int) -> bool:
+    """Return whether a model computes the same from kept states, tried out once per model."""
+    modules = [module for layer in decoder_layers(base)[:first_layer] for module in layer.modules()]
+    dropouts = [m.p if isinstance(m, torch.nn.Dropout) else _dropout(m) for m in modules]
+    if any(dropout > 0 for dropout in dropouts):
+        return False
+    verdicts = _verdicts.setdefault(base, {})
+    if first_layer not in verdicts:
+        verdicts[first_layer] = _try_out(base, first_layer)
+    return verdicts[first_layer]
+
+
+def _dropout(module: torch.nn.Module) -> float:
+    return getattr(module, "attention_dropout", None) or 0.0  # which attention draws by itself
+
+
+def _try_out(base: PreTrainedModel, first_layer: int) -> bool:
+    kept = KeptStates(base, first_layer)
+    examples = [Example([1, 2, 0, 2], 1), Example([0, 1, 2], 1)]
+    was_training = base.training
+    base.eval()
+    try:
+        with torch.no_grad():
+            batch = pack(examples, base.device)
+            plain = kept.compute_hidden_states(batch, examples).float()
+            again = kept.compute_hidden_states(batch, examples).float()
+    finally:
+        base.train(was_training)
+    return bool((again - plain).norm() <= TOLERANCE * plain.norm())
+
+
+def _pass_on(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return hidden_states
+
+
+@contextmanager
+def _replaced(layers: Sequence[torch.nn.Module], forwards: Sequence[Any]) -> Iterator[None]:
+    """Have layers run other forwards in the block; one that torch.compile made is put back."""
+    with ExitStack() as stack:
+        for layer, forward in zip(layers, forwards, strict=True):
+            before = layer.__dict__.get("forward")
+            if before is None:
+                stack.callback(layer.__dict__.pop, "forward")
+            else:
+                stack.callback(layer.__dict__.__setitem__, "forward", before)
+            layer.__dict__["forward"] = forward
+        yield
