@@ -5,10 +5,11 @@
 FLOP per token, with N weights in the linear layers and P in the active adapters: 2 (N + P) for the
 forward pass, 2 (N + P) for the backward pass to the activations, 2 for each adapter weight that
 learns, 2 (N + P) more where activations are computed again. Attention adds 2 * width * length per
-layer and forward pass (causal, half of all pairs) and twice that backward. The head takes 4 V D,
-at answer positions only. Weights are read once per micro-batch and pass; with 4 bits they are
-also written and read again in the dtype of the computation. Not counted: loading, the optimizer,
-tokenising, messages, and evaluation, which generates text one token at a time.
+layer and forward pass (causal, half of all pairs) and twice that backward. Layers below the first
+one that learns have a forward pass only, and none where their states are kept from an earlier one.
+The head takes 4 V D, at answer positions only. Weights are read once per micro-batch and pass; with
+4 bits they are also written and read again in the dtype of the computation. Not counted: loading,
+the optimizer, tokenising, messages, and evaluation, which generates text one token at a time.
 """
 
 from __future__ import annotations
@@ -96,18 +97,41 @@ class Work:
     micro_batches: int
 
 
+@dataclass(frozen=True)
+class Passes:
+    """How often the decoder layers are run for a micro-batch, forwards and backwards."""
+
+    checkpointing: bool
+    frozen: float = 0.0
+    """Share of the layers that lie below the first one that learns."""
+    frozen_forward: float = 1.0
+    """Of these, the share of micro-batches that run them at all."""
+
+    @property
+    def of_weights(self) -> float:
+        """Passes over all weights, on average over the layers."""
+        return self._average(3 if self.checkpointing else 2)
+
+    @property
+    def of_attention(self) -> float:
+        """Forward passes that attention takes as long as; its backward pass counts twice."""
+        return self._average(4 if self.checkpointing else 3)
+
+    def _average(self, learning: int) -> float:
+        return (1 - self.frozen) * learning + self.frozen * self.frozen_forward
+
+
 def compute_flops(
     shape: Shape,
     sizes: BaseSizes,
     work: Work,
     active_parameters: int,
     learning_parameters: int,
-    checkpointing: bool,
+    passes: Passes,
 ) -> float:
     """Return the floating-point operations of training on ``work``."""
-    passes = 3 if checkpointing else 2
-    weights = 2 * passes * (sizes.linear + active_parameters) + 2 * learning_parameters
-    attention = 2 * shape.num_layers * shape.query * (passes + 1)
+    weights = 2 * passes.of_weights * (sizes.linear + active_parameters) + 2 * learning_parameters
+    attention = 2 * shape.num_layers * shape.query * passes.of_attention
     head = 4 * shape.vocabulary * shape.hidden
     return weights * work.tokens + attention * work.attention_pairs + head * work.answer_tokens
 
@@ -118,11 +142,11 @@ def compute_seconds(
     sizes: BaseSizes,
     numerics: Numerics,
     micro_batches: int,
-    checkpointing: bool,
+    passes: Passes,
 ) -> float:
     """Return the time that a card needs, at the assumed efficiency."""
     width = numerics.dtype_bytes
     per_weight = NF4_BYTES + 2 * width if numerics.is_4bit else width
-    read = micro_batches * (3 if checkpointing else 2) * sizes.linear * per_weight
+    read = micro_batches * passes.of_weights * sizes.linear * per_weight
     compute = flops / (card.peak_tflops * 1e12 * EFFICIENCY)
     return compute + read / (card.bandwidth_gb_per_second * 1e9)

@@ -19,6 +19,7 @@ from fedlora_app.planning.advice import Change, find_changes
 from fedlora_app.planning.gpus import (
     CARDS,
     Card,
+    Passes,
     Work,
     compute_flops,
     compute_seconds,
@@ -34,7 +35,13 @@ from fedlora_app.planning.workload import (
     measure_work,
     missing_files,
 )
-from fedlora_app.training.activations import FP32_BYTES, Numerics, read_shape
+from fedlora_app.training.activations import (
+    FP32_BYTES,
+    Numerics,
+    first_trained_layer,
+    keeps_states,
+    read_shape,
+)
 from fedlora_app.training.phase_memory import BaseSizes, PhaseMemory, adapter_sizes
 
 UPLOAD_BYTES = {"float32": 4, "bfloat16": 2}
@@ -215,21 +222,26 @@ def _plan_card(
     memory = {phase.phase: phase for phase in predict(config, card.memory_bytes)}
     first_round = plan_round(config, 1)
     phases = {p.name: p for p in (first_round.train, first_round.personalise) if p is not None}
-    parts = [(part.phase, part.work) for part in work if part.phase in phases]
-    parts = parts or [(name, assumed_work(config.training)) for name in phases]
+    parts = [(part.phase, part.work, part.passes) for part in work if part.phase in phases]
+    parts = parts or [(name, assumed_work(config.training), 1.0) for name in phases]
     counts = adapter_sizes(predict.sizes, config.adapters)
 
-    def seconds(name: str, amount: Work) -> float:
-        checkpointing = memory[name].checkpointing
-        active = sum(counts[adapter] for adapter in phases[name].active)
-        learning = sum(counts[adapter] for adapter in phases[name].trainable)
-        flops = compute_flops(predict.shape, predict.sizes, amount, active, learning, checkpointing)
+    def seconds(name: str, amount: Work, num_passes: float) -> float:
+        phase = phases[name]
+        is_kept = keeps_states(config.adapters, phase)
+        passes = Passes(
+            memory[name].checkpointing,
+            first_trained_layer(config.adapters, phase) / predict.shape.num_layers,
+            1 / max(1.0, num_passes) if is_kept else 1.0,
+        )
+        active = sum(counts[adapter] for adapter in phase.active)
+        learning = sum(counts[adapter] for adapter in phase.trainable)
+        flops = compute_flops(predict.shape, predict.sizes, amount, active, learning, passes)
         return compute_seconds(
-            *(card, flops, predict.sizes, read_numerics(config)),
-            *(amount.micro_batches, checkpointing),
+            card, flops, predict.sizes, read_numerics(config), amount.micro_batches, passes
         )
 
-    total = sum(seconds(name, amount) for name, amount in parts)
+    total = sum(seconds(*part) for part in parts)
     peak = max(phase.total_bytes for phase in memory.values())
     return CardPlan(
         card=card.name,
@@ -237,7 +249,7 @@ def _plan_card(
         peak_bytes=peak,
         fits=peak <= card.memory_bytes,
         checkpointing=any(phase.checkpointing for phase in memory.values()),
-        tokens_per_second=sum(amount.tokens for _, amount in parts) / total,
+        tokens_per_second=sum(amount.tokens for _, amount, _ in parts) / total,
         round_seconds=total if work else None,
     )
 

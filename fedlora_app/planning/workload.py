@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -102,7 +102,7 @@ def measure_work(part: ClientPhase, training: TrainingConfig) -> PhaseWork:
     lengths = [len(example.input_ids) for example in examples]
     answers = sum(example.num_answer_tokens for example in examples)
     num_packs = sum(1 for _ in _packs(examples, training))
-    passes = steps / count_steps(len(examples), 1, training)
+    passes = _passes(part.selection, training)
     room = tokens_per_micro_batch(training) or max(lengths)
     return PhaseWork(
         client=part.client,
@@ -130,13 +130,16 @@ def find_largest(
 ) -> MicroBatch:
     """Return the most that a micro-batch of a phase can hold; without data, full examples."""
     batches = []
-    for examples in (part.selection.examples for part in parts if part.phase == phase):
+    for selection in (part.selection for part in parts if part.phase == phase):
+        examples, comes_again = selection.examples, _passes(selection, training) > 1
         lengths = [len(example.input_ids) for example in examples]
         tokens = largest_micro_batch((min(n, training.max_seq_length) for n in lengths), training)
         share = sum(example.num_answer_tokens for example in examples) / sum(lengths)
-        batches.append(MicroBatch(tokens, round(share * tokens), _padding(examples, training)))
+        padding, in_all = _padding(examples, training), sum(lengths) * comes_again
+        batches.append(MicroBatch(tokens, round(share * tokens), padding, in_all))
     if batches:
-        return max(batches, key=lambda batch: batch.num_tokens)
+        most = max(batch.phase_tokens for batch in batches)
+        return replace(max(batches, key=lambda b: b.num_tokens), phase_tokens=most)
     tokens = tokens_per_micro_batch(training) or training.max_seq_length
     return MicroBatch(tokens, round(ASSUMED_ANSWER_SHARE * tokens))
 
@@ -159,6 +162,10 @@ def _tokenize(
     )
     # A plan needs no question sets, so that they need not be here.
     return tokenize_client_files(config, client, ClientFiles(universal, local, {}), tokenizer, root)
+
+
+def _passes(selection: Selection, training: TrainingConfig) -> float:
+    return selection.num_steps / count_steps(len(selection.examples), 1, training)
 
 
 def _packs(examples: Sequence[Example], training: TrainingConfig) -> Iterator[list[Example]]:

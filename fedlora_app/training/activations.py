@@ -54,6 +54,8 @@ class MicroBatch:
     num_answer_tokens: int
     padding: float = 1.0
     """Tokens in attention, which pads, for each real one."""
+    phase_tokens: int = 0
+    """Of all examples that the phase meets more than once."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ def count_step_bytes(
         batch.num_tokens,
         width,
         checkpointing,
+        first_trained_layer(adapters, phase),
         padding=batch.padding,
         fuses=training.fused_adapters is not False,
     )
@@ -153,6 +156,21 @@ def adapter_config(adapters: AdaptersConfig, name: str) -> AdapterConfig:
     return adapters.global_ if name == GLOBAL else adapters.local
 
 
+def first_trained_layer(adapters: AdaptersConfig, phase: Phase) -> int:
+    """Return the lowest decoder layer that has an adapter which learns in the phase."""
+    return min(adapter_config(adapters, name).first_layer for name in phase.trainable)
+
+
+def keeps_states(adapters: AdaptersConfig, phase: Phase) -> bool:
+    """Return whether a phase that passes over its examples more than once keeps their states.
+
+    These are what enters the first layer that learns; dropout below would draw them anew each time.
+    """
+    first = first_trained_layer(adapters, phase)
+    below = [a for n in phase.active if (a := adapter_config(adapters, n)).first_layer < first]
+    return first > 0 and not any(adapter.dropout for adapter in below)
+
+
 @dataclass(frozen=True)
 class _Step:
     """One forward and backward pass of a micro-batch through the layers."""
@@ -162,6 +180,8 @@ class _Step:
     num_tokens: int
     dtype_bytes: int
     checkpointing: bool
+    first_layer: int = 0
+    """Autograd does not reach below it."""
     padding: float = USUAL_PADDING
     fuses: bool = True
 
@@ -169,10 +189,11 @@ class _Step:
     def kept_bytes(self) -> int:
         """What the layers keep for the backward pass."""
         shape = self.shape
+        layers = range(self.first_layer, shape.num_layers)
         if self.checkpointing:
-            return shape.num_layers * shape.hidden * self.dtype_bytes * self.num_tokens
+            return len(layers) * shape.hidden * self.dtype_bytes * self.num_tokens
         first_norm = FP32_BYTES * shape.hidden * self.num_tokens  # nothing below it learns
-        return shape.num_layers * self._saved_bytes - first_norm
+        return sum(self._saved_bytes(self._adapters_of(layer)) for layer in layers) - first_norm
 
     @property
     def layer_bytes(self) -> int:
@@ -182,14 +203,16 @@ class _Step:
         gradients = width * self.dtype_bytes * self.num_tokens
         if not self.checkpointing:
             return gradients
-        saved = self._saved_bytes
+        saved = self._saved_bytes(self.in_use)
         if self.dtype_bytes == FP32_BYTES:  # the first norm's input is the layer's, kept anyway
             saved -= FP32_BYTES * shape.hidden * self.num_tokens
         return saved + gradients
 
-    @property
-    def _saved_bytes(self) -> int:
-        """What autograd keeps of one layer."""
+    def _adapters_of(self, layer: int) -> list[AdapterConfig]:
+        return [adapter for adapter in self.in_use if adapter.first_layer <= layer]
+
+    def _saved_bytes(self, adapters: Sequence[AdapterConfig]) -> int:
+        """What autograd keeps of one layer that has these adapters."""
         shape, modules = self.shape, self.shape.modules
         attention = 2 * shape.query + 2 * shape.key  # queries, keys, values, and what comes out
         feed_forward = 3 * shape.intermediate  # gate, its activation, up
@@ -198,41 +221,38 @@ class _Step:
         kept += shape.num_heads * FP32_BYTES  # attention's logarithms of sums
         has_dropout = any(adapter.dropout > 0 for adapter in self.in_use)
         if self.fuses and not has_dropout:
-            return (kept + self._fused_bytes) * self.num_tokens + self._copied_bytes
+            kept += self._fused_bytes(adapters)
+            return kept * self.num_tokens + self._copied_bytes(adapters)
         # PEFT's own adapters: each takes its input in fp32, and keeps what dropout leaves of it.
-        for adapter in self.in_use:
+        for adapter in adapters:
             for module, (inputs, _) in modules.items():
                 if _is_adapted(adapter, module, modules):
                     kept += FP32_BYTES * (inputs + adapter.rank) + inputs * (adapter.dropout > 0)
         return kept * self.num_tokens
 
-    @property
-    def _fused_bytes(self) -> int:
+    def _fused_bytes(self, adapters: Sequence[AdapterConfig]) -> int:
         """What the adapters keep of one token: their inputs, and what is between A and B."""
-        modules, adapted = self.shape.modules, self._adapted
+        modules, adapted = self.shape.modules, self._adapted(adapters)
         kept = 0
         for names in INPUT_GROUPS:
             kept += modules[names[0]][0] * any(adapted[name] for name in names)
         ranks = sum(adapter.rank for those in adapted.values() for adapter in those)
         return (kept + ranks) * self.dtype_bytes
 
-    @property
-    def _copied_bytes(self) -> int:
+    def _copied_bytes(self, adapters: Sequence[AdapterConfig]) -> int:
         """The adapters themselves, in the dtype of the computation."""
         modules = self.shape.modules
         return self.dtype_bytes * sum(
             adapter.rank * sum(modules[module])
-            for module, those in self._adapted.items()
+            for module, those in self._adapted(adapters).items()
             for adapter in those
         )
 
-    @property
-    def _adapted(self) -> dict[str, list[AdapterConfig]]:
+    def _adapted(self, adapters: Sequence[AdapterConfig]) -> dict[str, list[AdapterConfig]]:
         """The adapters of each module."""
         modules = self.shape.modules
         return {
-            module: [a for a in self.in_use if _is_adapted(a, module, modules)]
-            for module in modules
+            module: [a for a in adapters if _is_adapted(a, module, modules)] for module in modules
         }
 
 

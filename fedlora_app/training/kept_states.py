@@ -98,15 +98,10 @@ def keeping_states(
         kept.clear()  # whoever still holds it: no state of a client outlives its phase
 
 
-def count_state_bytes(num_tokens: int, hidden_size: int, dtype_bytes: int) -> int:
-    """Return what the states of so many tokens take."""
-    return num_tokens * hidden_size * dtype_bytes
-
-
 def _fits(base: PreTrainedModel, examples: Sequence[Example]) -> bool:
     weight = base.get_input_embeddings().weight  # (V, D)
     num_tokens = sum(len(example.input_ids) for example in examples)
-    needed = count_state_bytes(num_tokens, weight.shape[1], weight.element_size())
+    needed = num_tokens * weight.shape[1] * weight.element_size()
     return needed <= USABLE_SHARE * read_free_memory(torch.device("cpu"))
 
 

@@ -14,6 +14,7 @@ from fedlora_app.training.activations import (
     Shape,
     adapter_config,
     count_step_bytes,
+    keeps_states,
     read_shape,
 )
 
@@ -135,6 +136,9 @@ def predict_phase(
     ]
     peak = sum(item.num_bytes for item in items)
     host = [Item("copy of the adapters", both.num_bytes)]
+    if keeps_states(adapters, phase) and batch.phase_tokens:
+        states = batch.phase_tokens * shape.hidden * width
+        host.append(Item("states of the lower layers", states, "of all examples"))
     return PhaseMemory(
         phase=phase.name,
         micro_batch_tokens=batch.num_tokens,

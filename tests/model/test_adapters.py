@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import build_tiny_model
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdaptersConfig
@@ -18,6 +18,7 @@ from fedlora_app.model.adapters import (
     base_only,
     build_initial_state,
     compute_overlap,
+    find_first_layer,
     get_state,
     scaled_local,
     set_state,
@@ -142,6 +143,48 @@ def test_targets_that_are_no_linear_modules_are_refused(tokenizer, adapters_conf
     config = adapters_config.model_copy(update={"local": local})
     with pytest.raises(AdapterError, match=r"adapters\.local\.target_modules.*It has: down_proj"):
         attach_adapters(build_tiny_model(len(tokenizer)), config)
+
+
+def test_layers_that_are_not_there_are_refused_with_all_other_faults(tokenizer):
+    config = AdaptersConfig.model_validate(
+        {"global": {"first_layer": 2}, "local": {"target_modules": ["nope"], "first_layer": 1}}
+    )
+    with pytest.raises(AdapterError) as refused:
+        attach_adapters(build_tiny_model(len(tokenizer)), config)
+    message = str(refused.value)
+    assert "adapters.global.first_layer: 2 leaves no layer" in message
+    assert "has 2 decoder layers, counted from 0, so that 1 is the most" in message
+    assert "adapters.local.target_modules: ['nope']" in message and "local.first" not in message
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"]])
+def test_an_adapter_of_upper_layers_is_there_and_nowhere_else(tokenizer, tmp_path, targets):
+    config = AdaptersConfig.model_validate(
+        {
+            "global": {"first_layer": 1, "target_modules": targets},
+            "local": {"first_layer": 3, "target_modules": targets},
+        }
+    )
+    base = build_tiny_model(len(tokenizer), num_hidden_layers=4)
+    model = attach_adapters(base, config)
+    whole = attach_adapters(
+        build_tiny_model(len(tokenizer), num_hidden_layers=4),
+        AdaptersConfig.model_validate({"global": {"target_modules": targets}}),
+    )
+    everywhere = state_shapes(whole, GLOBAL)
+    for name, first in ((GLOBAL, 1), (LOCAL, 3)):
+        assert find_first_layer(model, [name]) == first
+        upper = {k: s for k, s in everywhere.items() if int(k.split(".layers.")[1][0]) >= first}
+        assert state_shapes(model, name) == upper and upper
+        save_adapter(tmp_path / name, model, name, get_state(model, name), "tiny")
+        assert load_adapter(tmp_path / name, model, name, "tiny").keys() == upper.keys()
+        with pytest.raises(AdapterError, match="tensors are missing"):
+            load_adapter(tmp_path / name, whole, name, "tiny")
+        loaded = PeftModel.from_pretrained(
+            build_tiny_model(len(tokenizer), num_hidden_layers=4), tmp_path / name
+        )
+        assert set(get_peft_model_state_dict(loaded)) == set(upper)
+    assert find_first_layer(model, (GLOBAL, LOCAL)) == 1
 
 
 class TestRefusals:

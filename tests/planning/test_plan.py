@@ -9,6 +9,7 @@ weights add while they are multiplied, CUDA's context and the allocator's reserv
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ from fedlora_app.planning.advice import apply_change
 from fedlora_app.planning.gpus import (
     CARDS,
     EFFICIENCY,
+    Passes,
     Work,
     compute_flops,
     compute_seconds,
@@ -165,19 +167,24 @@ DEEP = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 6}
 
 
 @pytest.mark.parametrize(
-    ("shape", "lengths", "checkpointing", "phase", "dtype"),
+    ("shape", "lengths", "checkpointing", "phase", "dtype", "first_layers"),
     [
-        (SMALL, [128] * 8, False, GLOBAL_PHASE, torch.bfloat16),
-        (SMALL, [128] * 8, True, LOCAL_PHASE, torch.float32),
-        (WIDE, [256, 120] * 4, False, LOCAL_PHASE, torch.float32),
-        (WIDE, [256, 120] * 4, True, GLOBAL_PHASE, torch.bfloat16),
-        (DEEP, [200, 60, 33] * 3, False, JOINT_PHASE, torch.bfloat16),
-        (DEEP, [200, 60, 33] * 3, True, GLOBAL_PHASE, torch.float32),
+        (SMALL, [128] * 8, False, GLOBAL_PHASE, torch.bfloat16, (0, 0)),
+        (SMALL, [128] * 8, True, LOCAL_PHASE, torch.float32, (0, 0)),
+        (WIDE, [256, 120] * 4, False, LOCAL_PHASE, torch.float32, (0, 0)),
+        (WIDE, [256, 120] * 4, True, GLOBAL_PHASE, torch.bfloat16, (0, 0)),
+        (DEEP, [200, 60, 33] * 3, False, JOINT_PHASE, torch.bfloat16, (0, 0)),
+        (DEEP, [200, 60, 33] * 3, True, GLOBAL_PHASE, torch.float32, (0, 0)),
+        (DEEP, [200, 60, 33] * 3, False, LOCAL_PHASE, torch.float32, (0, 3)),
+        (DEEP, [200, 60, 33] * 3, False, JOINT_PHASE, torch.bfloat16, (4, 1)),
+        (DEEP, [200, 60, 33] * 3, True, LOCAL_PHASE, torch.float32, (5, 3)),
     ],
 )
-def test_the_peak_of_a_real_step(shape, lengths, checkpointing, phase, dtype):
+def test_the_peak_of_a_real_step(shape, lengths, checkpointing, phase, dtype, first_layers):
     model = build_tiny_model(64, **shape, max_position_embeddings=1024).to(dtype)
-    adapters = AdaptersConfig.model_validate({"global": {"rank": 8}, "local": {"rank": 8}})
+    adapters = AdaptersConfig.model_validate(
+        {n: {"rank": 8, "first_layer": k} for n, k in zip(BOTH, first_layers, strict=True)}
+    )
     sizes = measure_sizes(model, adapters)
     adapted = attach_adapters(model, adapters)
     for name in BOTH:
@@ -272,11 +279,54 @@ def test_the_time_is_the_roofline_at_the_assumed_efficiency(seven_b_sizes):
     work = Work(tokens=10**6, answer_tokens=10**6, attention_pairs=0, micro_batches=0)
     card = next(card for card in CARDS if card.name == "RTX 4090")
     for checkpointing, expected in ((False, 5600), (True, 3850)):
-        flops = compute_flops(shape, seven_b_sizes, work, 0, 40370176, checkpointing)
-        seconds = compute_seconds(card, flops, seven_b_sizes, numerics, 0, checkpointing)
+        passes = Passes(checkpointing)
+        flops = compute_flops(shape, seven_b_sizes, work, 0, 40370176, passes)
+        seconds = compute_seconds(card, flops, seven_b_sizes, numerics, 0, passes)
         assert 10**6 / seconds == pytest.approx(EFFICIENCY * expected, rel=0.08)
-    longer = compute_seconds(card, flops, seven_b_sizes, numerics, 100, True)
+    longer = compute_seconds(card, flops, seven_b_sizes, numerics, 100, passes)
     assert longer > seconds  # weights are read for every micro-batch
+
+
+@pytest.fixture(scope="module")
+def deep(tiny_project, tmp_path_factory) -> Path:
+    """A folder with the configuration of the tiny model, of 40 layers, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("deep")
+    shutil.copytree(tiny_project / "model", folder, dirs_exist_ok=True)
+    read = json.loads((folder / "config.json").read_text())
+    read |= {"num_hidden_layers": 40, "layer_types": ["full_attention"] * 40}
+    (folder / "config.json").write_text(json.dumps(read))
+    return folder
+
+
+def test_the_time_of_upper_layers_only_is_theirs(tiny_project, deep):
+    def seconds(**changes) -> float:
+        first = changes.pop("first_layer", 0)
+        adapters = {name: {"rank": 1, "first_layer": first} for name in ("global", "local")}
+        config = build_tiny_config(
+            model={"name": str(deep)}, adapters=adapters, training=changes | {"replay": 0.0}
+        )
+        return build_plan(config, tiny_project).cards[0].round_seconds
+
+    assert seconds(first_layer=20) / seconds() == pytest.approx(0.75, abs=0.05)  # one pass
+    again = {"global_epochs": 50, "local_epochs": 50}
+    assert seconds(first_layer=20, **again) / seconds(**again) == pytest.approx(0.5, abs=0.05)
+
+
+def test_states_of_lower_layers_are_planned_in_host_memory(tiny_project, deep):
+    adapters = {"local": {"rank": 2, "first_layer": 1}}
+    for epochs, is_kept in ((1, False), (2, True)):
+        config = build_tiny_config(
+            model={"name": str(deep)},
+            adapters=adapters,
+            training={"local_epochs": epochs, "global_epochs": 2},
+        )
+        plan = build_plan(config, tiny_project)
+        states = {
+            phase.phase: [i.num_bytes for i in phase.host if "lower layers" in i.name]
+            for phase in plan.phases
+        }
+        tokens = max(work.tokens_per_epoch for work in plan.work if work.phase == "local")
+        assert states == {"global": [], "local": [tokens * 32 * 4] if is_kept else []}
 
 
 # Plans

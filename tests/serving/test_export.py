@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 import yaml
-from conftest import build_tiny_config
+from conftest import build_tiny_config, build_tiny_model
 from loopback import Federation
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -47,13 +47,20 @@ KINDS = {
             "local": {"rank": 5, "alpha": 10, "target_modules": ["v_proj", "up_proj"]},
         }
     },
+    "upper": {  # layers with one of the adapters, with both and with none
+        "num_layers": 4,
+        "adapters": {
+            "global": {"rank": 3, "alpha": 4, "first_layer": 1},
+            "local": {"rank": 5, "alpha": 10, "first_layer": 2},
+        },
+    },
     "fedavg": {"federated": {"mode": "fedavg"}},
     "local-only": {"federated": {"mode": "local-only"}},
 }
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_project, tmp_path_factory):
+def runs(tiny_project, tokenizer, tmp_path_factory):
     """One finished round of each kind, opened once."""
     made = {}
 
@@ -66,9 +73,14 @@ def runs(tiny_project, tmp_path_factory):
                 "training": {"learning_rate": 5e-2, "local_weight_decay": 0.0},
                 "evaluation": {"max_new_tokens": 4, "local_scales": [1.0]},
             }
-            folder = tmp_path_factory.mktemp(kind)
-            path = Federation(tiny_project, folder, build_tiny_config(**sections)).run("run")
-            made[kind] = SavedModel(load_run(path), 1, tiny_project)
+            folder, project = tmp_path_factory.mktemp(kind), tiny_project
+            if "num_layers" in changes:
+                project = folder / "project"
+                shutil.copytree(tiny_project, project)
+                model = build_tiny_model(len(tokenizer), num_hidden_layers=changes["num_layers"])
+                model.save_pretrained(project / "model")
+            path = Federation(project, folder, build_tiny_config(**sections)).run("run")
+            made[kind] = SavedModel(load_run(path), 1, project)
         return made[kind]
 
     return get
@@ -102,6 +114,7 @@ CASES = [
     ("dual", "ann", 0.0),
     ("apart", "ann", 1.0),
     ("apart", "bob", 0.5),
+    ("upper", "ann", 1.0),
     ("fedavg", "ann", 1.0),
     ("local-only", "bob", 1.0),
     ("local-only", "bob", 0.75),
@@ -110,7 +123,7 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("kind", "client", "scale"),
-    [*CASES[1:5], CASES[-1], *(pytest.param(*c, marks=pytest.mark.slow) for c in CASES[5:7])],
+    [*CASES[1:6], CASES[-1], *(pytest.param(*c, marks=pytest.mark.slow) for c in CASES[6:8])],
 )
 def test_peft_loads_an_adapter_with_the_pair_s_logits(
     runs, tiny_project, tokenizer, tmp_path, kind, client, scale
@@ -118,7 +131,7 @@ def test_peft_loads_an_adapter_with_the_pair_s_logits(
     saved = runs(kind)
     expected = logits_of_the_pair(saved, client, scale)
     result = export_adapter(saved, client, tmp_path / "out", scale)
-    base = load_base(tiny_project)
+    base = load_base(saved.root)
     model = PeftModel.from_pretrained(base, tmp_path / "out")
     wrapped = {name for name, module in base.named_modules() if hasattr(module, "lora_A")}
     stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
@@ -134,7 +147,7 @@ def test_peft_loads_an_adapter_with_the_pair_s_logits(
     assert {tensor.shape[0] for key, tensor in stored.items() if "lora_A" in key} == {result.rank}
 
 
-@pytest.mark.parametrize(("kind", "client", "scale"), CASES[4:7])
+@pytest.mark.parametrize(("kind", "client", "scale"), CASES[5:8])
 def test_the_merged_model_has_the_pair_s_logits(
     runs, tiny_project, tokenizer, tmp_path, kind, client, scale
 ):
@@ -146,7 +159,7 @@ def test_the_merged_model_has_the_pair_s_logits(
         tmp_path / "out", dtype="auto", output_loading_info=True
     )
     assert model.dtype == torch.float32 and not any(info.values())
-    assert set(model.state_dict()) == set(load_base(tiny_project).state_dict())
+    assert set(model.state_dict()) == set(load_base(saved.root).state_dict())
     found = all_logits(model, AutoTokenizer.from_pretrained(tmp_path / "out"), f"You are {client}.")
     print(f"merged {kind} {scale}: max difference {(found - expected).abs().max():.1e}")
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
