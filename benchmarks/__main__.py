@@ -21,7 +21,18 @@ import typer
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 RECORDED_PACKAGES = ("flwr", "torch", "transformers", "peft", "bitsandbytes")
-OF_ALL = ("loads", "overhead", "step", "packing", "loss", "bytes", "evaluation", "large", "gpu")
+OF_ALL = (
+    "loads",
+    "overhead",
+    "step",
+    "layers",
+    "packing",
+    "loss",
+    "bytes",
+    "evaluation",
+    "large",
+    "gpu",
+)
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 Turns = Annotated[int, typer.Option(min=1, help="Pairs of turns; 5 or more for a figure.")]
@@ -61,6 +72,19 @@ def step(
     from benchmarks.step import describe, measure
 
     _finish("step", measure(turns, examples, length, rank), describe)
+
+
+@app.command()
+def layers(
+    turns: Annotated[int, typer.Option(min=1)] = 3,
+    passes: Annotated[int, typer.Option(min=2, help="Over the examples, a step each.")] = 5,
+    examples: Annotated[int, typer.Option(min=1)] = 16,
+    rank: Annotated[int, typer.Option(min=1, help="Of each adapter.")] = 8,
+) -> None:
+    """A step with adapters on the upper layers only, in fp32 and bf16, on one thread."""
+    from benchmarks.layers import describe, measure
+
+    _finish("layers", measure(turns, passes, examples, rank), describe)
 
 
 @app.command()

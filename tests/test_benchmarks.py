@@ -119,6 +119,15 @@ def test_evaluation():
     require_table(evaluation, figures)
 
 
+def test_layers():
+    layers = bench("layers")
+    sizes = TINY | {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    figures = layers.measure(num_turns=1, num_passes=2, num_examples=4, first_layers=(2,), **sizes)
+    ratios = figures["to_all_layers"]
+    assert ratios[layers.ALL]["value"] == 1 and len(ratios) == 6
+    require_table(layers, figures)
+
+
 def test_large():
     many_clients = bench("many_clients")
     figures = many_clients.measure({"tiny": [2]})
