@@ -210,6 +210,8 @@ class Client:
             "process": f"{os.getpid()}, base model loaded {model_module.num_loads} times",
         }
         if server_round > 0 and plan.personalise is not None:
+            if plan.personalise.starts_from_global:
+                set_state(model, LOCAL, global_state)
             result = self._run_phase(loaded, model, plan.personalise, server_round)
             metrics |= phase_metrics(plan.personalise, result)
         if LOCAL in plan.evaluated:
@@ -218,7 +220,7 @@ class Client:
         is_due = is_final or server_round % self.config.evaluation.interval == 0
         own = Answering.own(plan.evaluated, self.client_id)
         answering = [own if server_round > 0 else Answering()] if is_due else []
-        if is_final and plan.evaluated == BOTH:
+        if is_final and set(plan.trained) == set(BOTH):
             answering.append(Answering(with_global=True))
         started = time.monotonic()
         reset_peak_memory(model.device)
@@ -348,7 +350,10 @@ class Client:
                 active=phase.active,
                 trainable=phase.trainable,
                 num_steps=selected.num_steps,
-                run_span=((server_round - 1) / num_rounds, server_round / num_rounds),
+                run_span=(
+                    (server_round - phase.num_rounds) / num_rounds,
+                    server_round / num_rounds,
+                ),
                 weight_decays=weight_decays,
                 seed=derive_seed(
                     self.config.experiment.seed, phase.name, server_round, self.client_id

@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # what takes seconds to import is imported by the workers alo
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_MODEL = ROOT / "data" / "demo" / "base_model"
+ALIKE = {name: {"rank": 4, "alpha": 8} for name in ("global", "local")}
+"""Adapters of which one can be a copy of the other, as mode finetuned needs them."""
 
 
 @pytest.fixture(scope="session", autouse=True)

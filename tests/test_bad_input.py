@@ -809,7 +809,7 @@ def read_everything(path: Path) -> None:
     last = run.last_round
     run.find_evaluation(last)
     run.count_steps(last)
-    run.count_parameters(last, run.active)
+    run.count_parameters(last, run.plan(last).evaluated)
     for client in (None, *run.config.client_ids):
         run.adapter_sha256(last, client)
     assert all(isinstance(entry["round"], int) for entry in run.manifest["rounds"])

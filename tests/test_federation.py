@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_tiny_config
-from flwr.app import Array, RecordDict
+from conftest import ALIKE, build_tiny_config
+from flwr.app import Array, Error, Message, RecordDict
 from flwr.common.serde import recorddict_to_proto
 from loopback import Federation
+from observation import find_windows
 from safetensors.torch import load_file
 
 from fedlora_app import client as client_module
+from fedlora_app.client import Client
 from fedlora_app.config.schema import ConfigError
+from fedlora_app.evaluation.choices import open_round
 from fedlora_app.federation.messages import (
     ABOUT_RECORD,
     METRIC_RECORD,
@@ -29,7 +32,7 @@ from fedlora_app.federation.messages import (
 from fedlora_app.model import base as model_module
 from fedlora_app.runs import client_folder
 from fedlora_app.runs.paths import RunDirectoryError
-from fedlora_app.runs.reading import read_what_is_left
+from fedlora_app.runs.reading import load_run, read_what_is_left
 from fedlora_app.strategy import GlobalAdapterFedAvg, RoundError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -279,28 +282,37 @@ def test_the_base_is_loaded_once(federation):
 
 
 @pytest.fixture(scope="module")
-def finished_by_mode(finished, tiny_project, tmp_path_factory):
-    """Finished runs of every mode, with the same clients and rounds."""
-    runs = {"dual": finished.path}
-    for mode in ("fedavg", "local-only", "centralized"):
-        config = build_tiny_config(federated={"mode": mode})
-        runs[mode] = Federation(tiny_project, tmp_path_factory.mktemp(mode), config).run()
-    return runs
+def federation_by_mode(finished, tiny_project, tmp_path_factory):
+    """Finished federations of every mode, with the same clients and rounds."""
+    federations = {"dual": finished}
+    for mode in ("fedavg", "finetuned", "local-only", "centralized"):
+        adapters = ALIKE if mode == "finetuned" else {}
+        config = build_tiny_config(federated={"mode": mode}, adapters=adapters)
+        federations[mode] = Federation(tiny_project, tmp_path_factory.mktemp(mode), config)
+        federations[mode].run()
+    return federations
+
+
+@pytest.fixture(scope="module")
+def finished_by_mode(federation_by_mode):
+    """Their run directories."""
+    return {mode: federation.path for mode, federation in federation_by_mode.items()}
 
 
 @pytest.mark.parametrize(
     ("mode", "evaluated", "senders", "locals_kept", "error"),
     [
-        ("fedavg", "global", {"ann", "bob"}, False, pytest.approx(0.5, abs=0.5)),
-        ("local-only", "local", set(), True, None),
-        ("centralized", "global", {"ann"}, False, 0.0),
+        ("fedavg", {"global"}, {"ann", "bob"}, False, pytest.approx(0.5, abs=0.5)),
+        ("finetuned", {"global", "local"}, {"ann", "bob"}, True, pytest.approx(0.5, abs=0.5)),
+        ("local-only", {"local"}, set(), True, None),
+        ("centralized", {"global"}, {"ann"}, False, 0.0),
     ],
 )
 def test_the_baselines(finished_by_mode, mode, evaluated, senders, locals_kept, error):
     run = finished_by_mode[mode]
     history = json.loads((run / "history.json").read_text())
     labels = {name.split("/")[0] for e in history for name in e["metrics"] if name.count("/") == 2}
-    assert labels == {"base", evaluated}
+    assert labels == {"base"} | evaluated
     assert {e["client"] for e in history if "num-examples" in e["metrics"]} == senders
     assert (run / "clients").exists() == locals_kept
     assert equal(server_state(run, 0), server_state(run, 2)) == (mode == "local-only")
@@ -320,6 +332,72 @@ def test_all_modes_take_the_same_number_of_steps(finished_by_mode):
         for mode, run in finished_by_mode.items()
     }
     assert len(set(steps.values())) == 1, steps
+
+
+def test_fine_tuning_follows_the_last_average_with_the_steps_of_all_local_phases(finished_by_mode):
+    phases = {
+        mode: [
+            (entry["round"], entry["phase"], steps)
+            for entry in json.loads((finished_by_mode[mode] / "history.json").read_text())
+            for name, steps in entry["metrics"].items()
+            if name.endswith("/num_steps") and entry["client"] == "bob"
+        ]
+        for mode in ("dual", "finetuned")
+    }
+    # 4 universal and 4 local records, 2 a step: 2 steps of a global phase, 4 of a local one.
+    assert phases["dual"] == [(r, p, n) for r in (1, 2) for p, n in (("global", 2), ("local", 4))]
+    assert phases["finetuned"] == [(1, "global", 2), (2, "global", 2), (2, "local", 8)]
+
+
+def test_what_is_fine_tuned_is_a_copy_of_the_average(tiny_project, tmp_path):
+    """So small a learning rate changes no weight, and leaves what it began with."""
+    config = build_tiny_config(
+        federated={"mode": "finetuned", "num_rounds": 1},
+        adapters=ALIKE,
+        training={"learning_rate": 1e-30},
+    )
+    client = Client(config, "ann", tmp_path / "run", tiny_project)
+    generator = torch.Generator().manual_seed(3)
+    average = {
+        key: 0.1 * torch.randn(shape, generator=generator)
+        for key, shape in client.global_shapes().items()
+    }
+    client.personalise(1, average, -1)
+    assert equal(local_state(tmp_path / "run", "ann", 1), average)
+
+
+def test_a_fine_tuned_copy_stays_with_its_client(federation_by_mode):
+    run, grid = federation_by_mode["finetuned"].path, federation_by_mode["finetuned"].grids[0]
+    average = server_state(run, 2)
+    needles = []
+    for client in ("ann", "bob"):
+        copy = local_state(run, client, 2)
+        assert not equal(copy, average)
+        needles += [tensor.numpy() for tensor in copy.values()]
+        needles += [(copy[key] - average[key]).numpy() for key in copy]
+    files = [p for p in run.rglob("*") if p.is_file() and "clients" not in p.parts]
+    seen = [grid.bytes_received(), grid.bytes_sent(), *(path.read_bytes() for path in files)]
+    assert not any(find_windows(needles, content) for content in seen)
+    assert find_windows(needles, (run / "final" / "clients" / "bob" / WEIGHTS).read_bytes())
+
+
+def test_who_has_no_fine_tuned_copy_is_named(tiny_project, tmp_path, capsys):
+    config = build_tiny_config(
+        federated={"mode": "finetuned", "num_rounds": 1, "min_clients": 1}, adapters=ALIKE
+    )
+
+    def lose(message, reply):
+        is_last = message.metadata.message_type == "evaluate" and read_task(message).server_round
+        if is_last and read_task(message).client_id == "bob":
+            return Message(Error(0, "gone"), reply_to=message)
+        return reply
+
+    run = Federation(tiny_project, tmp_path, config).run(tamper=lose)
+    said = "bob did not report in the last round and has no copy that was fine-tuned after it"
+    assert said in capsys.readouterr().out
+    assert any(said in problem for problem in read_what_is_left(run).problems)
+    with pytest.raises(RunDirectoryError, match="is not in the run"):
+        open_round(load_run(run), tiny_project)
 
 
 def test_the_joint_schedule_refreshes_local_against_the_final_global(federation):

@@ -14,7 +14,14 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fedlora_app.config.schema import GLOBAL, LOCAL, ClientConfig, Config, ConfigError
+from fedlora_app.config.schema import (
+    GLOBAL,
+    LOCAL,
+    AdapterConfig,
+    ClientConfig,
+    Config,
+    ConfigError,
+)
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_FAULTS_SHOWN = 50
@@ -156,6 +163,7 @@ def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:
             times = f"{track.count(name)} times"
             yield f"experiment.track: {_shorten(name)} is named {times}; once is enough."
     yield from _kernel_faults(raw)
+    yield from _copy_faults(raw)
     federated = raw.get("federated")
     clients = federated.get("clients") if isinstance(federated, dict) else None
     if not isinstance(clients, list):
@@ -169,7 +177,7 @@ def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:
             yield f"federated.clients: {count} clients have {shown}; ids must differ."
         elif lowered[name.lower()] > 1:
             yield f"federated.clients: {shown} differs from another only in case."
-    training = raw.get("training") if isinstance(raw.get("training"), dict) else {}
+    training, data = _sections(raw, "training", "data")
     if training.get("local_kl_weight") and training.get("replay") == 0:
         yield (
             "training.local_kl_weight: it acts on replayed records and training.replay is 0. "
@@ -181,7 +189,6 @@ def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:
             f"federated.min_clients: {min_clients} clients are required and only "
             f"{len(clients)} are named."
         )
-    data = raw.get("data") if isinstance(raw.get("data"), dict) else {}
     if "universal_train" in data and data["universal_train"] is None:
         for client in named:
             if client.get("universal_train") is None:
@@ -192,12 +199,30 @@ def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:
                 )
 
 
+def _sections(raw: dict[str, Any], *names: str) -> list[dict[str, Any]]:
+    """Return sections by their names, an empty one for each that is not there or is none."""
+    return [raw[name] if isinstance(raw.get(name), dict) else {} for name in names]
+
+
+def _copy_faults(raw: dict[str, Any]) -> Iterator[str]:
+    """Find adapters of which one cannot be a copy of the other, where mode finetuned makes one."""
+    federated, adapters = _sections(raw, "federated", "adapters")
+    if federated.get("mode") != "finetuned":
+        return
+    pair = _sections(adapters, GLOBAL, LOCAL)
+    for key, field in AdapterConfig.model_fields.items():
+        ours, theirs = (adapter.get(key, field.default) for adapter in pair)
+        if ours != theirs and key != "dropout":
+            yield (
+                f"adapters.local.{key}: it is {_show(theirs)} and adapters.global.{key} is "
+                f"{_show(ours)}. In mode finetuned the local adapter begins as a copy of the "
+                "global one; set both to the same."
+            )
+
+
 def _kernel_faults(raw: dict[str, Any]) -> Iterator[str]:
     """Find settings of the training step that exclude each other."""
-    training, model, adapters = (
-        raw.get(name) if isinstance(raw.get(name), dict) else {}
-        for name in ("training", "model", "adapters")
-    )
+    training, model, adapters = _sections(raw, "training", "model", "adapters")
     dropping = [
         name
         for name in (GLOBAL, LOCAL)

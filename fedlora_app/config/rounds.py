@@ -28,6 +28,12 @@ class Phase:
     active: tuple[str, ...]
     trainable: tuple[str, ...]
     data: Literal["universal", "local", "mixed", "pooled"]
+    steps_of: tuple[str, ...] = ()
+    """Whose steps it takes, of the two phases of mode dual; empty: of the adapters that learn."""
+    num_rounds: int = 1
+    """How many rounds' steps it takes at once: this one's and those of the rounds before it."""
+    starts_from_global: bool = False
+    """The local adapter is first made a copy of the global one."""
 
     @property
     def name(self) -> str:
@@ -43,20 +49,40 @@ class RoundPlan:
     personalise: Phase | None
     evaluated: tuple[str, ...]
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The adapters that have learnt something by the end of the round."""
+        shared = (GLOBAL,) if self.train is not None else ()
+        return shared + tuple(name for name in self.evaluated if name == LOCAL)
+
 
 def plan_round(config: Config, server_round: int) -> RoundPlan:
-    """Return what round ``server_round`` (from 1) does."""
+    """Return what round ``server_round`` (from 1) does.
+
+    Every mode takes the same number of steps over a run, those of dual's phased schedule. The
+    baseline *finetuned* splits them as dual does: its rounds of FedAvg, over all of a client's
+    data, take the steps of the global phases, and after the last average each client fine-tunes
+    a copy on all of its data, with the steps of all local phases at once. A copy made in an earlier
+    round would be thrown away with the next average, so this spends no step in vain; both parts
+    have a whole learning-rate schedule of their own.
+    """
     mode, schedule = config.federated.mode, config.training.schedule
+    is_last = server_round == config.federated.num_rounds
     personalise = Phase(BOTH, (LOCAL,), "local")
     if mode == "dual" and schedule == "phased":
         return RoundPlan(Phase((GLOBAL,), (GLOBAL,), "universal"), personalise, BOTH)
     if mode == "dual":
-        is_last = server_round == config.federated.num_rounds
         return RoundPlan(Phase(BOTH, BOTH, "mixed"), personalise if is_last else None, BOTH)
     if mode == "local-only":
-        return RoundPlan(None, Phase((LOCAL,), (LOCAL,), "mixed"), (LOCAL,))
+        return RoundPlan(None, Phase((LOCAL,), (LOCAL,), "mixed", BOTH), (LOCAL,))
+    if mode == "finetuned":
+        average = Phase((GLOBAL,), (GLOBAL,), "mixed", (GLOBAL,))
+        if not is_last:
+            return RoundPlan(average, None, (GLOBAL,))
+        copy = Phase((LOCAL,), (LOCAL,), "mixed", (LOCAL,), server_round, starts_from_global=True)
+        return RoundPlan(average, copy, (LOCAL,))
     data = "pooled" if mode == "centralized" else "mixed"
-    return RoundPlan(Phase((GLOBAL,), (GLOBAL,), data), None, (GLOBAL,))
+    return RoundPlan(Phase((GLOBAL,), (GLOBAL,), data, BOTH), None, (GLOBAL,))
 
 
 def training_clients(config: Config) -> list[str]:

@@ -18,7 +18,7 @@ SAFE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 LARGEST_INTEGER = 2**31 - 1
 """Above it numbers fit neither into a message nor into a tensor's size."""
 
-Mode = Literal["dual", "fedavg", "local-only", "centralized"]
+Mode = Literal["dual", "fedavg", "finetuned", "local-only", "centralized"]
 
 
 class ConfigError(UserError):

@@ -53,8 +53,13 @@ class SavedAdapters:
 
     @property
     def active(self) -> tuple[str, ...]:
-        """What a client answers with in this mode."""
-        return self.run.active
+        """What a client answers with after this round."""
+        return self.run.plan(self.server_round).evaluated
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The adapters that have learnt something by the end of this round."""
+        return self.run.plan(self.server_round).trained
 
     @property
     def clients(self) -> list[str]:
@@ -74,7 +79,7 @@ class SavedAdapters:
             mode = self.run.config.federated.mode
             raise ConfigError(
                 f"The scale (lambda) {scale:g} has no effect: in mode {mode} there is no local "
-                "adapter. Leave it out."
+                f"adapter after round {self.server_round}. Leave it out."
             )
         return Answering.own(self.active, client, scale)
 
@@ -88,5 +93,5 @@ class SavedAdapters:
 
     def swaps(self, client: str) -> list[Answering]:
         """Return every choice of adapters that the swap table tries on a client's questions."""
-        alone = [Answering(), *(Answering.own([name], client) for name in self.active)]
+        alone = [Answering(), *(Answering.own([name], client) for name in self.trained)]
         return list(dict.fromkeys([*alone, self.own(client), *self.foreign(client)]))

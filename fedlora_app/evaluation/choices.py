@@ -59,11 +59,11 @@ def open_round(run: SavedRun, root: Path, server_round: int | None = None) -> Sa
         RunDirectoryError, DataError: naming what is missing or was changed.
     """
     chosen = run.last_round if server_round is None else server_round
-    config = run.config
+    config, trained = run.config, run.plan(chosen).trained
     hashes = {}
-    if GLOBAL in run.active:
+    if GLOBAL in trained:
         hashes[GLOBAL] = run.adapter_sha256(chosen)
-    if LOCAL in run.active:
+    if LOCAL in trained:
         hashes |= {f"{LOCAL}:{c}": run.adapter_sha256(chosen, c) for c in config.client_ids}
     return SavedRound(run, chosen, root, hashes, load_all_files(config, root))
 

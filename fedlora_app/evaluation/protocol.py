@@ -67,7 +67,7 @@ def evaluate_round(
 
 
 def _infer_membership(saved: SavedRound, evaluator: Evaluator) -> list[dict[str, Any]]:
-    if GLOBAL not in saved.active:
+    if GLOBAL not in saved.trained:
         return []  # nothing is shared
     loaded, _ = evaluator.model.load()
     config = saved.run.config
@@ -150,7 +150,7 @@ def control_cells(saved: SavedRound) -> Iterator[Cell]:
         if other != client:
             same = other_prompt == own_prompt
             prompts["foreign identity"] = _name_client(other) if same else other_prompt
-        shared = Answering(with_global=GLOBAL in saved.active)
+        shared = Answering(with_global=GLOBAL in saved.trained)
         for kind, prompt in prompts.items():
             for name in (n for n in (LOCAL_SET, CONFLICT) if n in sets):
                 for answering in dict.fromkeys([shared, saved.own(client)]):

@@ -89,7 +89,7 @@ class Results:
 
     def leakage(self, name: str, measure: Measure) -> Estimate:
         """Return how much more global alone is right than the base, on what is a client's own."""
-        if GLOBAL not in self.saved.active:
+        if GLOBAL not in self.saved.trained:
             return NOTHING
         shared = Answering(with_global=True)
         return compute_difference(

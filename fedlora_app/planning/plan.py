@@ -152,6 +152,8 @@ def build_plan(config: Config, root: Path, gpu_memory: str = "") -> Plan:
         )
     if config.federated.mode == "dual" and config.training.schedule == "joint":
         notes.append("The last round has a local phase more than the others.")
+    if config.federated.mode == "finetuned":
+        notes.append("The last round has the fine-tuning more than the others: its local phase.")
     return Plan(
         name=config.experiment.name,
         mode=config.federated.mode,

@@ -22,6 +22,7 @@ from fedlora_app.evaluation.names import (
     EXACT_MATCH,
     FIGURES,
     LEAKAGE,
+    OWN_PAIR,
     PASS_RATE,
     QUESTION_SETS,
     figure_key,
@@ -46,7 +47,9 @@ FOOTER = (
     "Written by fedlora report."
 )
 PLOTS_FOLDER = "plots"
-ANSWERS_WITH = {"dual": "global+local:own", "local-only": "local:own"}  # the others: global
+OWN_ALONE = "local:own"
+ANSWERS_WITH = {"dual": OWN_PAIR, "finetuned": OWN_ALONE, "local-only": OWN_ALONE}
+"""By mode; in the others with the global adapter."""
 MEANS = {
     figure_key(figure, EXACT_MATCH): FIGURES[figure]
     for figure in (PASS_RATE, *reversed(QUESTION_SETS), LEAKAGE)

@@ -82,6 +82,8 @@ def judge_run(
     if own.who == BOTH and one is not None and one.passed().n:
         return _judge_shared(own, one, are_equal, TRAINED_ON.get(schedule, "") * are_known)
     what = {BOTH: "Two adapters", "local:own": "A local adapter alone"}.get(own.who, "One adapter")
+    if own.who == "local:own" and one is not None:  # in mode finetuned alone there are both
+        what = "A fine-tuned copy of the average"
     fails = are_equal and own.who == "global" and not own.passed().value
     return Verdict(
         f"{what}: {_percent(own.passed())} of the conflicts.",

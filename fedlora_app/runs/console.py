@@ -16,7 +16,8 @@ def describe_start(
     clients: dict[str, dict[str, Any]],
 ) -> str:
     """Return the block that opens a run."""
-    federated, training, plan = config.federated, config.training, plan_round(config, 1)
+    federated, training = config.federated, config.training
+    plan = plan_round(config, federated.num_rounds)
     sizes = {name: sum(map(math.prod, shape.values())) for name, shape in shapes.items()}
     lines = [
         f"{config.experiment.name}: {federated.mode}, {federated.num_rounds} rounds, "

@@ -81,12 +81,24 @@ def describe_missing_finals(manifest: Manifest) -> Iterator[str]:
     last = max(complete_rounds(manifest), default=0)
     for client in manifest["clients"]:
         newest = find_local_round(manifest, client, last)  # the last one where it has none at all
-        if newest < last:
+        if manifest.get("mode") == "finetuned" and not _has_local(manifest, client, last):
+            yield (
+                f"{client} did not report in the last round and has no copy that was fine-tuned "
+                "after it, so that fedlora evaluate and ask cannot say what it answers. Repeat the "
+                f"round: resume='<run>@{last - 1}'."
+            )
+        elif newest < last:
             yield (
                 f"{client} did not report in the last round; what may be in "
                 f"{paths.final_local(client)} is not to be used. fedlora ask, evaluate and export "
                 f"take its local adapter of round {newest}, {paths.local_adapter(client, newest)}."
             )
+
+
+def _has_local(manifest: Manifest, client: str, server_round: int) -> bool:
+    """Return whether a client's local adapter of exactly that round is listed."""
+    name = f"{LOCAL}:{client}"
+    return any(e["round"] == server_round and name in e["adapters"] for e in manifest["rounds"])
 
 
 def _is_round(entry: Any) -> bool:

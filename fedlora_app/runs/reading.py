@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fedlora_app.config.loading import parse_config
-from fedlora_app.config.rounds import plan_round
+from fedlora_app.config.rounds import RoundPlan, plan_round
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config, ConfigError
 from fedlora_app.foundation.files import WEIGHTS_FILE, hash_file
 from fedlora_app.foundation.project import ProjectNotFoundError, find_project_root
@@ -65,10 +65,9 @@ class SavedRun:
             raise RunDirectoryError(f"{self.path} has no complete round; nothing to evaluate.")
         return rounds[-1]
 
-    @property
-    def active(self) -> tuple[str, ...]:
-        """The adapters that a client answers with in this run's mode."""
-        return plan_round(self.config, self.config.federated.num_rounds).evaluated
+    def plan(self, server_round: int) -> RoundPlan:
+        """Return what a round of this run does, and which adapters clients answer with after it."""
+        return plan_round(self.config, server_round)
 
     @cached_property
     def evaluation(self) -> dict[str, Any] | None:

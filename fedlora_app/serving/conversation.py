@@ -15,6 +15,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from fedlora_app.config.schema import GLOBAL
 from fedlora_app.data.tokens import Turn, encode_prompt
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.generation import generate_answer
@@ -156,7 +157,7 @@ def answer_side_by_side(
         for client in clients
     }
     first = asked[clients[0]]
-    if first.who.with_global:
+    if GLOBAL in saved.trained:
         prompts = {conversation.system_prompt for conversation in asked.values()}
         shared = first.system_prompt if len(prompts) == 1 else DEFAULT_SYSTEM_PROMPT
         who = Answering(with_global=True)

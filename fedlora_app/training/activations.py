@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedlora_app.config.rounds import BOTH, Phase
-from fedlora_app.config.schema import GLOBAL, LOCAL, AdapterConfig, AdaptersConfig, TrainingConfig
+from fedlora_app.config.rounds import Phase
+from fedlora_app.config.schema import GLOBAL, AdapterConfig, AdaptersConfig, TrainingConfig
 from fedlora_app.foundation.errors import UserError
 
 FP32_BYTES = 4
@@ -146,7 +146,7 @@ def count_step_bytes(
     layer = step.layer_bytes
     if numerics.is_4bit:
         layer += largest_linear * width  # as it is while it is multiplied
-    holds_together = training.local_kl_weight > 0 and phase == Phase(BOTH, (LOCAL,), "local")
+    holds_together = training.local_kl_weight > 0 and phase.data == "local"
     loss = _loss_bytes(shape, batch, width, DIVERGENCE_BYTES if holds_together else LOGIT_BYTES)
     return step.kept_bytes, layer, loss
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from fedlora_app.config.rounds import Phase, training_clients
-from fedlora_app.config.schema import Config
+from fedlora_app.config.schema import GLOBAL, LOCAL, Config
 from fedlora_app.data.client_files import ClientExamples
 from fedlora_app.data.tokens import Example
 from fedlora_app.foundation.seeds import derive_seed
@@ -71,14 +71,16 @@ def select_examples(
 def count_phase_steps(config: Config, examples: ClientExamples, phase: Phase) -> int:
     """Return a phase's optimizer steps.
 
-    A mode with one phase takes as many steps as both phases of the dual mode together, so
-    that modes are compared at equal work.
+    They are those of the dual mode's two phases, or of one of them, whatever the mode, so that
+    modes are compared at equal work.
     """
     training = config.training
-    universal = count_steps(len(examples.universal.examples), training.global_epochs, training)
     num_local = len(examples.local.examples) + _num_replayed(config, examples)
-    local = count_steps(num_local, training.local_epochs, training)
-    return {"universal": universal, "local": local}.get(phase.data, universal + local)
+    steps = {
+        GLOBAL: count_steps(len(examples.universal.examples), training.global_epochs, training),
+        LOCAL: count_steps(num_local, training.local_epochs, training),
+    }
+    return phase.num_rounds * sum(steps[name] for name in phase.steps_of or phase.trainable)
 
 
 def _num_replayed(config: Config, examples: ClientExamples) -> int:

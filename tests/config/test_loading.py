@@ -78,6 +78,19 @@ def test_ids_that_a_file_system_may_confuse_are_refused():
         parse_config({"federated": {"clients": clients}})
 
 
+def test_a_copy_is_of_the_same_rank_scale_and_modules_as_what_it_is_copied_from():
+    path, finetuned = ROOT / "conf" / "demo.yaml", "federated.mode=finetuned"
+    assert load_config(path, f"{finetuned} adapters.local.dropout=0.1").federated.mode
+    other = "adapters.local.rank=4 adapters.local.target_modules=[q_proj] adapters.global.alpha=32"
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, f"{finetuned} {other}")
+    text = str(caught.value)
+    for key in ("rank: it is 4 and adapters.global.rank is 8", "alpha: it is 16", "target_modules"):
+        assert f"adapters.local.{key}" in text
+    assert "3 faults" in text
+    assert load_config(path, other)
+
+
 def test_overrides_win_over_settings_and_yaml():
     path = ROOT / "conf" / "demo.yaml"
     config = load_config(

@@ -7,7 +7,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from conftest import build_tiny_config
+from conftest import ALIKE, build_tiny_config
 from loopback import Federation
 
 from fedlora_app.config.schema import GLOBAL, LOCAL
@@ -46,7 +46,8 @@ def runs(tiny_project, tmp_path_factory):
     def get(mode: str = "dual"):
         if mode not in made:
             folder = tmp_path_factory.mktemp(mode)
-            config = tiny_config(federated={"mode": mode, "num_rounds": 2})
+            adapters = ALIKE if mode == "finetuned" else {}
+            config = tiny_config(federated={"mode": mode, "num_rounds": 2}, adapters=adapters)
             made[mode] = Federation(tiny_project, folder, config).run(mode)
         return made[mode]
 
@@ -191,6 +192,21 @@ def test_baselines_have_the_choices_that_there_are(runs, tiny_project, mode):
     assert labels == ({"base", "global"} if mode == "fedavg" else {"base", "local"})
     assert bool(found["summary_chosen_scale"]) == (mode == "local-only")
     assert (found["summary"]["leakage"]["value"] is None) == (mode == "local-only")
+
+
+def test_a_fine_tuned_copy_stands_beside_the_average_that_it_was_made_from(runs, tiny_project):
+    found = evaluate(runs("finetuned"), tiny_project)
+    for client in CLIENTS:
+        rows = {row["adapters"] for row in found["swap_table"] if row["client"] == client}
+        assert rows == {"base", "global", *(f"local:{c}" for c in CLIENTS)}
+    assert found["answering"] == "local" and found["summary_chosen_scale"]
+    # All of these compare the copy or the average with something else.
+    for figure in ("leakage", "specificity", "leakage_conflict", "specificity_conflict"):
+        assert found["summary"][figure]["n"]
+    # The average is not what it had before the last round, and answers for itself before that.
+    before = open_round(load_run(runs("finetuned")), tiny_project, 1)
+    assert before.own("ann") == Answering(with_global=True) and set(before.hashes) == {GLOBAL}
+    assert before.swaps("ann") == [Answering(), Answering(with_global=True)]
 
 
 def test_gold_answers_give_every_metric_its_known_value(runs, tiny_project):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO_MODEL, ROOT, build_tiny_config, build_tiny_model
+from conftest import ALIKE, DEMO_MODEL, ROOT, build_tiny_config, build_tiny_model
 from live_memory import LiveMemory
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, T5Config
@@ -364,14 +364,29 @@ def test_data_are_counted_as_they_are_trained_on(tiny_project):
 
 @pytest.mark.parametrize(
     ("mode", "phases", "senders"),
-    [("fedavg", ["global"], 2), ("local-only", ["local"], 0), ("centralized", ["global"], 1)],
+    [
+        ("fedavg", ["global"], 2),
+        ("finetuned", ["global", "local"], 2),
+        ("local-only", ["local"], 0),
+        ("centralized", ["global"], 1),
+    ],
 )
 def test_other_modes(tiny_project, mode, phases, senders):
-    plan = build_plan(build_tiny_config(federated={"mode": mode}), tiny_project, "8GB")
+    config = build_tiny_config(federated={"mode": mode}, adapters=ALIKE)
+    plan = build_plan(config, tiny_project, "8GB")
     assert [phase.phase for phase in plan.phases] == phases
     assert plan.traffic.num_senders == senders
-    assert len(plan.work) == (1 if mode == "centralized" else 2)
+    assert len(plan.work) == {"finetuned": 4, "centralized": 1}.get(mode, 2)
     assert "GB" in describe_plan(plan)
+
+
+def test_the_fine_tuning_is_planned_with_the_steps_that_it_takes(tiny_project):
+    config = build_tiny_config(federated={"mode": "finetuned", "num_rounds": 3}, adapters=ALIKE)
+    plan = build_plan(config, tiny_project, "8GB")
+    steps = {(part.client, part.phase): part.steps for part in plan.work}
+    # 4 universal and 4 local records, 2 a step, 3 rounds: 2 steps a round, then 3 times 4.
+    assert (steps["bob", "global"], steps["bob", "local"]) == (2, 12)
+    assert "the fine-tuning" in plan.notes[0]
 
 
 def test_a_7b_model_on_cards_of_24_and_8_gb(seven_b):

@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from conftest import build_tiny_config
+from conftest import ALIKE, build_tiny_config
 from flwr.app import Error, Message, MessageType
 from full_disk import limit_files, no_larger_files_than
 from loopback import Federation
@@ -76,6 +76,7 @@ KINDS = {
     "phased": {},
     "joint": {"training": {"schedule": "joint"}},
     "fedavg": {"federated": {"mode": "fedavg"}},
+    "finetuned": {"federated": {"mode": "finetuned"}, "adapters": ALIKE},
     "local-only": {"federated": {"mode": "local-only"}},
     "centralized": {"federated": {"mode": "centralized"}},
 }
@@ -135,6 +136,8 @@ def stopped_run(project, folder, number, config=None):
         *(("joint", number) for number in (9, 11)),
         pytest.param("joint", 6, marks=pytest.mark.slow),
         ("fedavg", 7),
+        ("finetuned", 12),
+        pytest.param("finetuned", 7, marks=pytest.mark.slow),
         *(pytest.param(mode, 7, marks=pytest.mark.slow) for mode in ("local-only", "centralized")),
     ],
 )

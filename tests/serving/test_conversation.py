@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from conftest import build_tiny_config
+from conftest import ALIKE, build_tiny_config
 from loopback import Federation
 from rich.console import Console
 
@@ -41,7 +41,7 @@ def runs(tiny_project, tmp_path_factory):
         if (mode, gate) not in made:
             config = build_tiny_config(
                 federated={"mode": mode, "num_rounds": 1},
-                adapters={"gate": gate},
+                adapters={"gate": gate} | (ALIKE if mode == "finetuned" else {}),
                 training={"learning_rate": 2e-2, "local_weight_decay": 0.0},
                 evaluation={"batch_size": 8, "max_new_tokens": LIMIT},
             )
@@ -207,7 +207,7 @@ def test_who_and_how_much_are_checked(runs, mode, client, scale, message):
         open_conversation(runs(mode), client, scale)
 
 
-@pytest.mark.parametrize("mode", ["dual", "fedavg", "local-only"])
+@pytest.mark.parametrize("mode", ["dual", "fedavg", "finetuned", "local-only"])
 def test_all_answer_side_by_side(runs, mode):
     saved, told = runs(mode), []
     sides = answer_side_by_side(saved, QUESTION, report=told.append)

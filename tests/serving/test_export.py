@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 import yaml
-from conftest import build_tiny_config, build_tiny_model
+from conftest import ALIKE, build_tiny_config, build_tiny_model
 from loopback import Federation
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -55,6 +55,7 @@ KINDS = {
         },
     },
     "fedavg": {"federated": {"mode": "fedavg"}},
+    "finetuned": {"federated": {"mode": "finetuned"}, "adapters": ALIKE},
     "local-only": {"federated": {"mode": "local-only"}},
 }
 
@@ -118,12 +119,13 @@ CASES = [
     ("fedavg", "ann", 1.0),
     ("local-only", "bob", 1.0),
     ("local-only", "bob", 0.75),
+    ("finetuned", "bob", 1.0),
 ]
 
 
 @pytest.mark.parametrize(
     ("kind", "client", "scale"),
-    [*CASES[1:6], CASES[-1], *(pytest.param(*c, marks=pytest.mark.slow) for c in CASES[6:8])],
+    [*CASES[1:6], *CASES[-2:], *(pytest.param(*c, marks=pytest.mark.slow) for c in CASES[6:8])],
 )
 def test_peft_loads_an_adapter_with_the_pair_s_logits(
     runs, tiny_project, tokenizer, tmp_path, kind, client, scale
@@ -142,6 +144,7 @@ def test_peft_loads_an_adapter_with_the_pair_s_logits(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     config = saved.run.config.adapters
     ranks = {"fedavg": config.global_.rank, "local-only": config.local.rank}
+    ranks["finetuned"] = config.local.rank
     both = config.global_.rank + config.local.rank
     assert result.rank == (config.global_.rank if scale == 0 else ranks.get(kind, both))
     assert {tensor.shape[0] for key, tensor in stored.items() if "lora_A" in key} == {result.rank}
