@@ -7,16 +7,15 @@ among a question's candidates.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedlora_app.data.distractors import Distractors
 from fedlora_app.data.records import ConflictRecord, Record, format_question
-from fedlora_app.foundation.seeds import derive_seed
+from fedlora_app.data.similarity import normalise_answer
 
 UNIVERSAL, LOCAL_SET, CONFLICT = "universal", "local", "conflict"
 UNIVERSAL_UNSEEN = "universal_unseen"
-NUM_DRAWN_DISTRACTORS = 3
 
 
 @dataclass(frozen=True)
@@ -58,17 +57,15 @@ def build_questions(
         trained_facts: facts of the client's training records, to tell what it never saw.
         client_id: whose keywords are its own in records that carry keywords.
     """
-    outputs = sorted({record.output for record in records})
-    right = _group_outputs(records)
+    drawn = Distractors(records)
     questions = []
     for position, record in enumerate(records):
-        own_outputs = right.get(record.fact, set()) | {record.output}
-        distractors = record.distractors or _draw_distractors(record, outputs, own_outputs)
+        distractors = record.distractors or drawn.draw(record)
         own, others = _split_keywords(record, client_id)
         questions.append(
             Question(
                 text=format_question(record),
-                candidates=_unique([record.output, *distractors]),
+                candidates=_rank_against(record.output, distractors),
                 is_unseen=bool(trained_facts and record.fact and record.fact not in trained_facts),
                 record=position,
                 fact=record.fact,
@@ -83,17 +80,17 @@ def build_conflict_questions(records: Sequence[ConflictRecord], client_id: str) 
     """Turn conflict records into one client's questions: its answer against the others'.
 
     A record that has keywords of this client, but no answer, becomes a question without
-    candidates; one that has neither is left out.
+    candidates; one that has neither is left out, and so is one that is no conflict.
     """
     questions = []
     for position, record in enumerate(records):
         own, others = _split_keywords(record, client_id)
-        if client_id not in record.answers and not own:
+        if (client_id not in record.answers and not own) or is_agreed(record):
             continue
         candidates: tuple[str, ...] = ()
         if client_id in record.answers:
             rivals = [answer for client, answer in record.answers.items() if client != client_id]
-            candidates = _unique([record.answers[client_id], *rivals, *record.distractors])
+            candidates = _rank_against(record.answers[client_id], [*rivals, *record.distractors])
         questions.append(
             Question(
                 text=format_question(record),
@@ -107,6 +104,12 @@ def build_conflict_questions(records: Sequence[ConflictRecord], client_id: str) 
     return questions
 
 
+def is_agreed(record: ConflictRecord) -> bool:
+    """Return whether a conflict record's clients all give the same answer, which is no conflict."""
+    answers = list(map(normalise_answer, record.answers.values()))
+    return len(answers) > 1 == len(set(answers)) and not record.keywords
+
+
 def _split_keywords(
     record: Record | ConflictRecord, client_id: str | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -118,20 +121,10 @@ def _split_keywords(
     return own, _unique(others)
 
 
-def _group_outputs(records: Sequence[Record]) -> dict[str | None, set[str]]:
-    """Return the answers to each named fact, which are right in one another's place."""
-    outputs: dict[str | None, set[str]] = {}
-    for record in records:
-        if record.fact:
-            outputs.setdefault(record.fact, set()).add(record.output)
-    return outputs
-
-
-def _draw_distractors(record: Record, outputs: Sequence[str], right: set[str]) -> list[str]:
-    """Draw other facts' answers, the same ones whatever the order of the file."""
-    others = [output for output in outputs if output not in right]
-    rng = random.Random(derive_seed("distractors", record.instruction, record.input))
-    return rng.sample(others, min(NUM_DRAWN_DISTRACTORS, len(others)))
+def _rank_against(right: str, wrong: Sequence[str]) -> tuple[str, ...]:
+    """Return the candidates, the right one first, without what is the right one once more."""
+    same = normalise_answer(right)
+    return _unique([right, *(text for text in wrong if normalise_answer(text) != same)])
 
 
 def _unique(texts: Sequence[str]) -> tuple[str, ...]:

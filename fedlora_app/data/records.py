@@ -264,7 +264,9 @@ def _texts(raw: dict[str, Any], key: str, shown: str = "") -> tuple[str, ...]:
     """Return a list of texts; a key that is not ours is ``shown`` otherwise, as its text stays."""
     value = raw.get(key, [])
     key = shown or key
-    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+    if not isinstance(value, list) or not all(
+        isinstance(item, str) and item.strip() for item in value
+    ):
         raise ValueError(f'"{key}" is not a list of non-empty strings.')
     for item in value:
         _refuse_surrogates(key, item)

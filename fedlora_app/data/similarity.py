@@ -30,6 +30,7 @@ SPACED_WORD = re.compile(f"[^\\s{CJK}]+")
 NUMBER = re.compile(r"\d+")
 CJK_GAP = re.compile(f"(?<=[{CJK}]) | (?=[{CJK}])")
 MINUS_SIGN = re.compile(r"(?<!\w)[-\u2212](?=\d)")
+SENTENCE_PUNCTUATION = r"""[.,;:!?'"`…、。·()\[\]{}«»‹›“”„‘’「」『』《》【】¡¿]"""
 # Punctuation by Unicode's categories that is part of what is asked ("50 %", "C#", "R&D").
 MEANINGFUL_PUNCTUATION = frozenset("%‰#&@*/")
 # Words that say nothing about the matter. Negations are not among them: they turn an answer.
@@ -67,6 +68,16 @@ def normalise_question(text: str) -> str:
     signed = MINUS_SIGN.sub("\u2212", folded)  # category Sm, unlike the hyphen
     words = "".join(map(_blank_punctuation, signed)).split()
     return CJK_GAP.sub("", " ".join(words)) or folded.strip()
+
+
+@lru_cache(maxsize=CACHED_TEXTS)
+def normalise_answer(text: str) -> str:
+    """Return the text for comparison: NFKC, case folded, without sentence punctuation.
+
+    Signs that carry meaning (minus, percent, currencies) and combining marks stay.
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(re.sub(SENTENCE_PUNCTUATION, " ", folded).split())
 
 
 @lru_cache(maxsize=CACHED_TEXTS)

@@ -11,7 +11,6 @@ without a right answer, the keyword rule without keywords. ``names.MEASURES`` re
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Sequence
 from functools import cache
@@ -19,13 +18,12 @@ from typing import TYPE_CHECKING
 
 from fedlora_app.data.keywords import UNSPACED, continues_word, passes_keyword_rule
 from fedlora_app.data.questions import Question
+from fedlora_app.data.similarity import normalise_answer
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
 
     from fedlora_app.evaluation.scoring import Answered
-
-SENTENCE_PUNCTUATION = r"""[.,;:!?'"`…、。·()\[\]{}«»‹›“”„‘’「」『』《》【】¡¿]"""
 
 
 def margin(question: Question, answered: Answered) -> float | None:
@@ -63,15 +61,6 @@ def keyword(question: Question, answered: Answered) -> bool | None:
         return None
     own, others = question.own_keywords, question.other_keywords
     return passes_keyword_rule(answered.generated, own, others)
-
-
-def normalise_answer(text: str) -> str:
-    """Return the text for comparison: NFKC, case folded, without sentence punctuation.
-
-    Signs that carry meaning (minus, percent, currencies) and combining marks stay.
-    """
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(re.sub(SENTENCE_PUNCTUATION, " ", folded).split())
 
 
 def matches_exactly(generated: str, answer: str) -> bool:

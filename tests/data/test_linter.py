@@ -417,6 +417,46 @@ def test_a_client_without_an_answer_to_any_conflict():
     assert "client service" in finding.text
 
 
+def test_conflict_records_that_lack_a_client_or_are_none():
+    both = {"strict": "A fine.", "service": "A talk."}
+    records = [
+        ConflictRecord("Smoking?", answers=both),
+        ConflictRecord("Spitting?", answers=both | {"service": "a fine"}),
+        ConflictRecord("Shouting?", answers={"strict": "A fine."}),
+    ]
+    found = check(clean(conflict=file("c.json", *records)))
+    assert [(f.rule, f.record) for f in found] == [("equal-answers", 2), ("lacking-client", 3)]
+    assert "1 of 3 records hold the same answer" in found[0].text
+    assert "client service" in found[1].text and "1 of 3 records" in found[1].text
+
+
+def test_right_answers_that_nothing_can_match_or_that_are_also_wrong():
+    records = [
+        ask("Is it hot?", "Yes.", distractors=("No.", "yes!")),
+        ask("What do you say?", "..."),
+        ask("And then?", "\u200b"),
+    ]
+    found = check(clean(local=file("t.json", *records)))
+    assert [(f.rule, f.record) for f in found] == [("right-distractor", 1), ("empty-answer", 2)]
+    assert "2 right answers" in found[1].text
+
+
+def test_shares_of_which_nothing_tells_what_was_never_seen():
+    clients = [
+        {"id": c, "system_prompt": "", "local_train": "l.json", "universal_train": f"{c}.json"}
+        for c in ("strict", "service")
+    ]
+    config = parse_config({"federated": {"clients": clients}})
+    files = clean()
+    [finding] = lint(config, {"strict": files}, PROJECT)
+    assert finding.rule == "missing-facts" and "training records of client strict" in finding.text
+    files.universal = file("u.json", ask("Which quay?", "At the pier.", fact="ferry"))
+    [finding] = lint(config, {"strict": files}, PROJECT)
+    assert finding.text.startswith('no record has a "fact"')
+    files.tests["universal"] = file("t.json", ask("Where?", "At the pier.", fact="ferry"))
+    assert lint(config, {"strict": files}, PROJECT) == []
+
+
 def test_answers_in_another_script_than_the_training():
     questions = [ask(f"第{n}个问题是什么？", "罚款。") for n in range(9)]
     files = clean(local=file("t.json", *questions, ask("第十个？", "A fine is due.")))

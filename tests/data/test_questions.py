@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fedlora_app.data.questions import (
@@ -50,6 +52,30 @@ def test_distractors_differ_from_question_to_question():
     assert len({frozenset(q.candidates[1:]) for q in build_questions(records)}) > 10
 
 
+def test_distractors_are_as_long_as_the_answer_and_of_its_kind():
+    short = [Record(f"s{i}", f"{i} days.", fact=f"duration: {i}") for i in range(20, 30)]
+    long = [
+        Record(f"l{i}", f"The law of {i} says in full how each of us must act.", fact=f"law: {i}")
+        for i in range(20, 30)
+    ]
+    fees = [Record(f"f{i}", f"{i} cents", fact=f"fee: {i}") for i in range(2, 4)]
+    questions = {q.text: q for q in build_questions([*short, *long, *fees])}
+    for record in (*short, *long):
+        lengths = {len(text) for text in questions[record.instruction].candidates}
+        assert lengths == {len(record.output)}
+    # Of its own kind there is one; the rest are of the nearest length.
+    own, *others = questions["f2"].candidates[1:]
+    assert own == "3 cents" and all(text.endswith("days.") for text in others)
+    assert len(questions["f2"].candidates) == 4
+
+
+def test_the_right_answer_in_other_signs_is_no_distractor():
+    records = [Record("q1", "Yes."), Record("q2", "yes", fact="two"), Record("q3", "No")]
+    assert build_questions(records)[0].candidates == ("Yes.", "No")
+    given = [Record("q", "Yes.", distractors=("yes!", "No."))]
+    assert build_questions(given)[0].candidates == ("Yes.", "No.")
+
+
 def test_another_wording_of_the_right_answer_is_no_distractor():
     records = [Record(f"q{i}", f"wording {i}", fact="one") for i in range(4)]
     records += [Record("p1", "other 1", fact="two"), Record("p2", "other 2")]
@@ -85,8 +111,14 @@ def test_an_answer_that_clients_share_is_no_rival():
     records = [ConflictRecord("q", answers={"a": "A", "b": "A", "c": "C"})]
     assert build_conflict_questions(records, "a")[0].candidates == ("A", "C")
     assert build_conflict_questions(records[:1], "b")[0].candidates == ("A", "C")
-    alone = [ConflictRecord("q", answers={"a": "A", "b": "A"})]
-    assert build_conflict_questions(alone, "a")[0].candidates == ("A",)
+
+
+def test_what_all_clients_answer_alike_is_no_conflict():
+    agreed = ConflictRecord("q", answers={"a": "Yes.", "b": "yes"})
+    records = [agreed, ConflictRecord("p", answers={"a": "Yes.", "b": "No."})]
+    assert [q.record for q in build_conflict_questions(records, "a")] == [1]
+    assert build_conflict_questions([replace(agreed, keywords={"a": ("yes",)})], "a")
+    assert build_conflict_questions([ConflictRecord("q", answers={"a": "Alone."})], "a")
 
 
 def test_a_record_with_keywords_only_is_a_question_without_candidates():

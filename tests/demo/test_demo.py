@@ -8,9 +8,9 @@ from conftest import DEMO_MODEL, ROOT
 
 from fedlora_app.config.loading import load_config
 from fedlora_app.data.client_files import build_question_sets, load_client_files
+from fedlora_app.data.similarity import normalise_answer
 from fedlora_app.demo.data import CITIES, NUM_SHARED_FACTS, generate
 from fedlora_app.evaluation.client_round import evaluate_questions
-from fedlora_app.evaluation.metrics import normalise_answer
 from fedlora_app.evaluation.scores import summarise
 from fedlora_app.model.adapters import attach_adapters
 from fedlora_app.model.base import load_base_model

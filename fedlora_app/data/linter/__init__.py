@@ -13,6 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlora_app.config.schema import Config
+from fedlora_app.data.linter.answers import (
+    find_agreed_conflicts,
+    find_empty_answers,
+    find_missing_facts,
+    find_right_distractors,
+)
 from fedlora_app.data.linter.coverage import (
     find_foreign_scripts,
     find_missing_sets,
@@ -45,7 +51,11 @@ __all__ = ["CHECKS", "Finding", "describe_findings", "keyword_ceiling", "lint"]
 MAX_LINES_PER_RULE = 20  # of one file; further findings are counted only
 CHECKS: tuple[Callable[[LintedClient, Config], Iterator[Finding]], ...] = (
     find_missing_sets,
+    find_missing_facts,
     find_silent_clients,
+    find_agreed_conflicts,
+    find_empty_answers,
+    find_right_distractors,
     find_foreign_scripts,
     find_repeated_questions,
     find_duplicates,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from fedlora_app.config.schema import Config
 from fedlora_app.data.linter.subject import Finding, LintedClient, format_count
-from fedlora_app.data.questions import CONFLICT, LOCAL_SET, UNIVERSAL, build_conflict_questions
+from fedlora_app.data.questions import CONFLICT, LOCAL_SET, UNIVERSAL
 from fedlora_app.data.records import ConflictRecord, Record, format_question
 from fedlora_app.data.similarity import SHORT_HAN_TEXT, dominant_script, most_common
 
@@ -29,16 +29,30 @@ def find_missing_sets(client: LintedClient, config: Config) -> Iterator[Finding]
 
 
 def find_silent_clients(client: LintedClient, config: Config) -> Iterator[Finding]:
-    """Find clients of which a conflict file knows no answer."""
+    """Find clients of which a conflict file knows no answer, or not every one."""
     for file in client.question_files:
         for client_id in config.client_ids if file.kind == CONFLICT else ():
-            if not build_conflict_questions(file.records, client_id):
+            lacking = [
+                position
+                for position, record in enumerate(file.records)
+                if client_id not in record.answers and not record.keywords.get(client_id)
+            ]
+            if not lacking:
+                continue
+            num_records = format_count(len(file.records))
+            if len(lacking) == len(file.records):
                 text = (
                     f"client {client_id} has neither an answer nor a keyword in any of "
-                    f"{format_count(len(file.records))}, so no conflict question can pass for all "
-                    "clients."
+                    f"{num_records}: nothing tells how it answers a conflict, and the records "
+                    "count for the other clients alone."
                 )
                 yield file.finding("warning", "silent-client", None, text)
+                continue
+            text = (
+                f"client {client_id} has neither an answer nor a keyword in {len(lacking)} of "
+                f"{num_records}, which count for the other clients alone. Add its answers."
+            )
+            yield file.finding("warning", "lacking-client", lacking[0], text)
 
 
 def find_foreign_scripts(client: LintedClient, config: Config) -> Iterator[Finding]:
