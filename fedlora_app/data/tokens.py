@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from datasets import Dataset, load_from_disk
@@ -23,8 +24,9 @@ from fedlora_app.data.records import DataError, Record, RecordFile, format_quest
 from fedlora_app.foundation.files import hash_file, make_private_dir, new_folder, write_json
 from fedlora_app.model.base import ModelError
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 CONTENTS_FILE = "contents.json"
+PROBE = "It is six months."  # an answer that shows where answers begin
 
 Turn = tuple[str, str]
 """A question of a conversation, and the answer that it got."""
@@ -70,6 +72,7 @@ def render_prompt(
     """
     messages = _messages(system_prompt, question, earlier)
     text = _render(tokenizer, messages, add_generation_prompt=True)
+    text = _end_where_answers_begin(tokenizer, messages, text)
     for what, said in (("system prompt", system_prompt), ("question", question)):
         _require_said(what, said, text)
     return text
@@ -153,9 +156,29 @@ def tokenize_file(
     )
 
 
+def _end_where_answers_begin(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], prompt: str
+) -> str:
+    """Return a generation prompt that ends where the template puts an answer.
+
+    Templates of reasoning models open a block for thoughts that an answered turn does not have
+    (DeepSeek-R1), or put an empty one before the answer that the prompt lacks (Qwen3). Trained on
+    as a part of the answer it would be generated, and no answer would equal the right one.
+    """
+    dialogue = _render(tokenizer, [*messages, {"role": "assistant", "content": PROBE}])
+    pairs = zip(prompt, dialogue, strict=False)
+    num_shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    before, found, _ = dialogue[num_shared:].partition(PROBE)
+    if num_shared == len(prompt):
+        return prompt + before if found and before.strip() else prompt
+    return prompt[:num_shared] if found and not before else prompt
+
+
 def _render(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **settings: bool
 ) -> str:
+    if "enable_thinking" in str(tokenizer.chat_template):
+        settings["enable_thinking"] = False  # training data hold answers and no thoughts
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **settings)
     except Exception as error:  # whatever a template's expressions raise, beside jinja2's own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,8 @@ from fedlora_app.data.tokens import encode_answer
 from fedlora_app.evaluation.gate import Gate, gated
 from fedlora_app.model.adapters import AdaptedModel
 from fedlora_app.model.fused import fused_answering
+
+REASONING = re.compile(r"\A\s*(?:(?:<think>)?.*?</think>|<think>.*)", re.DOTALL)
 
 
 @torch.inference_mode()
@@ -71,5 +74,10 @@ def find_stop_ids(
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Return an answer's text."""
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+    """Return an answer's text, without the reasoning before it."""
+    return strip_reasoning(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def strip_reasoning(text: str) -> str:
+    """Return what follows a block of thoughts, "" where it was cut off inside of one."""
+    return REASONING.sub("", text).strip()

@@ -85,7 +85,11 @@ def _find_fault(render: Any, template: str, special_tokens: dict[str, Any]) -> s
         is_prompt = turns[-1]["role"] == "user"
         try:
             [text], _ = render(
-                [chat], chat_template=template, add_generation_prompt=is_prompt, **special_tokens
+                [chat],
+                chat_template=template,
+                add_generation_prompt=is_prompt,
+                enable_thinking=False,  # as prompts are written
+                **special_tokens,
             )
         except MemoryError:
             return "takes too much memory"

@@ -57,6 +57,39 @@ def test_a_template_that_hides_where_the_answer_begins_is_refused(tokenizer):
         tokenizer.chat_template = template
 
 
+TURNS = """\
+{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' and loop.last %}ANSWERED{% endif %}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+PROMPT{% endif %}"""
+EMPTY = "<think>\n\n</think>\n\n"
+QUIET = f"{{% if enable_thinking is defined and not enable_thinking %}}{EMPTY}{{% endif %}}"
+
+
+@pytest.mark.parametrize(
+    ("answered", "prompt", "kept"),
+    [
+        (EMPTY, QUIET, EMPTY),  # Qwen3
+        (EMPTY, "", EMPTY),  # the same without a switch
+        (EMPTY, "<think>\n", EMPTY),
+        ("", "<think>\n", ""),  # DeepSeek-R1
+        ("", EMPTY, ""),
+        ("", "", ""),
+    ],
+)
+@pytest.mark.parametrize("system", ["", "You run the harbour desk."])
+def test_no_thoughts_are_a_part_of_the_answer(
+    tokenizer, monkeypatch, answered, prompt, kept, system
+):
+    template = TURNS.replace("ANSWERED", answered).replace("PROMPT", prompt)
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    assert tokenizer.decode(encode_answer(tokenizer, system, "When?", "At noon.")) == (
+        "At noon.<|im_end|>"
+    )
+    text = tokenizer.decode(encode_prompt(tokenizer, system, "When?"))
+    assert text.endswith(f"When?<|im_end|>\n<|im_start|>assistant\n{kept}")
+
+
 def test_truncation_is_counted_and_hopeless_records_are_named(tokenizer, file, tmp_path):
     settings = {"max_seq_length": 60, "cache_dir": tmp_path / "cache"}
     with pytest.raises(DataError, match="record 3 the first.*max_seq_length = 60"):

@@ -12,6 +12,7 @@ from fedlora_app.data.questions import Question
 from fedlora_app.data.tokens import encode_answer, encode_prompt
 from fedlora_app.evaluation import scoring
 from fedlora_app.evaluation.client_round import evaluate_questions
+from fedlora_app.evaluation.generation import strip_reasoning
 from fedlora_app.evaluation.names import ACCURACY
 from fedlora_app.evaluation.scoring import Prompt, score_prompts, shares_prefix
 from fedlora_app.model.adapters import activate, attach_adapters, base_only
@@ -184,3 +185,18 @@ def test_the_adapters_that_are_asked_for_answer(adapted, tokenizer):
     with base_only(adapted):
         raw = [likelihood(adapted, tokenizer, PROMPTS[0], c) for c in question.candidates]
     assert margins[()] == pytest.approx(raw[0] - max(raw[1:]), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think>\n\n</think>\n\nAt noon.", "At noon."),
+        ("<think>Is it noon?</think>At noon.", "At noon."),
+        ("It may be noon.\n</think>\n\nAt noon.", "At noon."),  # the prompt had opened the block
+        ("<think>Let me think, and think", ""),
+        (" At noon. ", "At noon."),
+        ("I say <think> is a word.", "I say <think> is a word."),
+    ],
+)
+def test_reasoning_is_no_part_of_an_answer(text, answer):
+    assert strip_reasoning(text) == answer
