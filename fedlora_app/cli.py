@@ -53,23 +53,39 @@ def check(
     overrides: Annotated[str, typer.Option(help='As in run-config: "training.replay=0.5".')] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Check a configuration, its data and its question sets, without any model.
+    """Check a configuration, its data and its question sets, without the model's weights.
 
-    Example: fedlora check conf/demo.yaml
+    The model's tokenizer is used where it is on this machine. Example: fedlora check conf/demo.yaml
     """
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported
     from fedlora_app.config.loading import load_config
     from fedlora_app.data.client_files import load_all_files
     from fedlora_app.data.linter import describe_findings, lint
+    from fedlora_app.evaluation.gold import find_unreachable_answers
+    from fedlora_app.model.base import load_tokenizer
+    from fedlora_app.model.pretrained import ModelError
 
     root = find_project_root(str(config.resolve()))
     path = config if config.exists() else root / config
     experiment = load_config(path, overrides)
-    findings = lint(experiment, load_all_files(experiment, root), root)
+    files = load_all_files(experiment, root)
+    findings = lint(experiment, files, root)
+    unchecked = ""
+    try:
+        tokenizer = load_tokenizer(experiment.model, root)
+        findings += find_unreachable_answers(experiment, files, tokenizer, root)
+    except ModelError as error:
+        unchecked = (
+            "Not checked, because the model's tokenizer cannot be used here: whether answers are "
+            f"longer than evaluation.max_new_tokens, or changed by the chat template. {error}"
+        )
     if as_json:
         typer.echo(json.dumps([vars(finding) for finding in findings], ensure_ascii=False))
     else:
         typer.echo(f"{path}: the configuration and {len(experiment.client_ids)} clients' data.")
         typer.echo(describe_findings(findings))
+    if unchecked:
+        typer.echo(unchecked, err=True)
     if any(finding.severity == "error" for finding in findings):
         raise typer.Exit(2)
 

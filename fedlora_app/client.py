@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.config.rounds import BOTH, Phase, plan_round
 from fedlora_app.config.schema import (
@@ -36,6 +37,7 @@ from fedlora_app.data.linter import Finding, describe_findings, lint
 from fedlora_app.data.records import DataError
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.client_round import Metrics, evaluate_client, phase_metrics
+from fedlora_app.evaluation.gold import count_gold_answers, find_unreachable_answers
 from fedlora_app.foundation.progress import step_lines
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model import base as model_module
@@ -101,13 +103,14 @@ class Client:
         if faults:
             raise ConfigError("\n".join(faults))
         files = load_client_files(self.config, self._own, self.root)
-        findings = self._lint(files)
         tokenizer = load_tokenizer(self.config.model, self.root)
+        findings = self._lint(files, tokenizer)
         examples = tokenize_client_files(self.config, self._own, files, tokenizer, self.root)
         counts = {
             "skipped_records": sum(file.num_skipped for file in files.all.values()),
             "unscored_conflicts": count_unscored_conflicts(self._own, files),
         }
+        counts |= count_gold_answers(self.config, self._own, files, tokenizer)
         for name, tokenized in vars(examples).items():
             counts[f"{name}_examples"] = len(tokenized.examples)
             counts[f"{name}_truncated"] = tokenized.num_truncated
@@ -273,9 +276,11 @@ class Client:
             )
         return faults
 
-    def _lint(self, files: ClientFiles) -> list[Finding]:
+    def _lint(self, files: ClientFiles, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
         """Print what is wrong with the question sets; raise where that is an error."""
-        findings = lint(self.config, {self.client_id: files}, self.root)
+        own = {self.client_id: files}
+        findings = lint(self.config, own, self.root)
+        findings += find_unreachable_answers(self.config, own, tokenizer, self.root)
         if findings:
             print(f"{self.client_id}:\n{describe_findings(findings)}", flush=True)
         errors = [finding for finding in findings if finding.severity == "error"]

@@ -107,6 +107,17 @@ def test_check_finds_what_is_wrong_with_the_questions(fedlora, project, tmp_path
     assert status == 0 and not [f for f in json.loads(out) if f["severity"] == "error"]
 
 
+def test_check_counts_answers_that_cannot_match_where_there_is_a_tokenizer(fedlora):
+    demo = ROOT / "conf" / "demo.yaml"
+    short = ("--overrides", "evaluation.max_new_tokens=8")
+    status, out, err = fedlora("check", demo, *short)
+    assert status == 0 and err == ""
+    assert "144 of 144 right answers are longer than evaluation.max_new_tokens = 8" in out
+    status, out, err = fedlora("check", demo, "--overrides", "model.name=nobody/nothing")
+    assert status == 0 and "No findings." in out
+    assert err.startswith("Not checked") and 'The base model "nobody/nothing" was not found' in err
+
+
 def test_every_command_has_help_with_an_example(fedlora):
     names = [command.name or command.callback.__name__ for command in app.registered_commands]
     assert {"check", "evaluate", "compare", "report", "ask", "export", "import"} <= set(names)

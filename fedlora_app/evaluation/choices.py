@@ -21,7 +21,7 @@ from fedlora_app.evaluation.answering import Answering, SavedAdapters
 from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.evaluation.score_store import ScoreStore
 from fedlora_app.evaluation.scores import Score, score_answer
-from fedlora_app.evaluation.scoring import CANDIDATES_PER_ROW, Answered, Prompt, score_prompts
+from fedlora_app.evaluation.scoring import Answered, Prompt, ask_nothing, score_prompts
 from fedlora_app.model.base import compute_dtype, describe_device, uses_4bit
 from fedlora_app.runs.reading import SavedRun
 
@@ -173,8 +173,4 @@ def _ask(cell: Cell) -> list[Prompt]:
 
 
 def _ask_nothing(cell: Cell) -> Iterator[Prompt]:
-    """Yield the candidates under an empty question, whose likelihoods PMI divides by."""
-    texts = sorted({text for question in cell.questions for text in question.candidates})
-    for start in range(0, len(texts), CANDIDATES_PER_ROW):
-        group = tuple(texts[start : start + CANDIDATES_PER_ROW])
-        yield Prompt(cell.system_prompt, "", group, generates=False)
+    return ask_nothing(cell.system_prompt, (t for q in cell.questions for t in q.candidates))

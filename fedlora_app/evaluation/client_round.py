@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -13,9 +15,15 @@ from fedlora_app.data.client_files import ClientFiles, build_question_sets
 from fedlora_app.data.questions import CONFLICT, UNIVERSAL, UNIVERSAL_UNSEEN, Question
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.gate import Gate, fit_gate
+from fedlora_app.evaluation.gold import GoldReader
 from fedlora_app.evaluation.names import ACCURACY, EXACT_MATCH
 from fedlora_app.evaluation.scores import Score, score_answer, summarise
-from fedlora_app.evaluation.scoring import Progress, Prompt, score_prompts
+from fedlora_app.evaluation.scoring import (
+    Progress,
+    Prompt,
+    score_prompts,
+    score_without_question,
+)
 from fedlora_app.foundation.progress import prompt_lines
 from fedlora_app.model.adapters import AdaptedModel, only_adapters
 from fedlora_app.model.base import LoadedModel
@@ -52,11 +60,25 @@ def evaluate_client(
         gate = fit_gate(model, loaded.tokenizer, client.system_prompt, *records)
     adapters = adapters_label(who.adapters)
     question_sets = build_question_sets(client, files)
+    gold = GoldReader(loaded.tokenizer, client, files, config.evaluation.max_new_tokens)
     report = prompt_lines(
         f"{what or client.id}, evaluation [{adapters}]",
         total=sum(map(len, question_sets.values())),
     )
     num_done = 0
+    candidates = chain.from_iterable(
+        q.candidates for asked in question_sets.values() for q in asked
+    )
+    settings = config.evaluation
+    with only_adapters(model, who.adapters):
+        priors = score_without_question(
+            model,
+            loaded.tokenizer,
+            client.system_prompt,
+            candidates,
+            batch_size=settings.batch_size,
+            gate=gate,
+        )
     for name, questions in question_sets.items():
 
         def progress(count: int, before: int = num_done) -> None:
@@ -68,19 +90,18 @@ def evaluate_client(
             questions,
             active=who.adapters,
             system_prompt=client.system_prompt,
-            settings=config.evaluation,
+            settings=settings,
             gate=gate,
+            priors=priors,
             progress=progress,
         )
         num_done += len(questions)
         prefix = f"{adapters}/{name}"
-        metrics |= _prefixed(prefix, _summarise(questions, scores))
+        asked = list(zip(questions, scores, strict=True))
+        metrics |= _prefixed(prefix, _summarise(asked, gold))
         if name == UNIVERSAL:
-            pairs = zip(questions, scores, strict=True)
-            unseen = [pair for pair in pairs if pair[0].is_unseen]
-            if unseen:
-                prefix = f"{adapters}/{UNIVERSAL_UNSEEN}"
-                metrics |= _prefixed(prefix, _summarise(*zip(*unseen, strict=True)))
+            unseen = [(question, score) for question, score in asked if question.is_unseen]
+            metrics |= _prefixed(f"{adapters}/{UNIVERSAL_UNSEEN}", _summarise(unseen, gold))
         if name == CONFLICT:
             num_records = len(files.tests[name].records)
             metrics |= _prefixed(prefix, _verdicts(questions, scores, num_records))
@@ -98,9 +119,14 @@ def evaluate_questions(
     system_prompt: str,
     settings: EvaluationConfig,
     gate: Gate | None = None,
+    priors: Mapping[str, float] | None = None,
     progress: Progress | None = None,
 ) -> list[Score]:
-    """Score every question with the adapters ``active`` (none: the base model alone)."""
+    """Score every question with the adapters ``active`` (none: the base model alone).
+
+    Args:
+        priors: log-likelihoods of all candidates without the question, for PMI.
+    """
     prompts = [Prompt(system_prompt, q.text, q.candidates) for q in questions]
     with only_adapters(model, active):
         answers = score_prompts(
@@ -112,6 +138,11 @@ def evaluate_questions(
             gate=gate,
             progress=progress,
         )
+    if priors is not None:
+        answers = [
+            replace(answered, priors=tuple(priors[text] for text in question.candidates))
+            for question, answered in zip(questions, answers, strict=True)
+        ]
     return [score_answer(q, answered) for q, answered in zip(questions, answers, strict=True)]
 
 
@@ -120,11 +151,15 @@ def phase_metrics(phase: Phase, result: PhaseResult) -> Metrics:
     return _prefixed(f"train_{phase.name}", vars(result))
 
 
-def _summarise(questions: Sequence[Question], scores: Sequence[Score]) -> Metrics:
-    """Return a set's means, and how many facts its questions are about."""
-    if not questions:
+def _summarise(asked: Sequence[tuple[Question, Score]], gold: GoldReader) -> Metrics:
+    """Return the means, the number of facts, and of answers whose words nobody can know."""
+    if not asked:
         return {}
-    return summarise(scores) | {"n_facts": len({question.cluster for question in questions})}
+    means = summarise([score for _, score in asked])
+    facts = {question.cluster for question, _ in asked}
+    golds = gold.examine([question for question, _ in asked])
+    opens = {"n_open": sum(g.is_open for g in golds)} if golds else {}
+    return means | {"n_facts": len(facts)} | opens
 
 
 def _verdicts(questions: Sequence[Question], scores: Sequence[Score], num_records: int) -> Metrics:

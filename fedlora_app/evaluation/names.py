@@ -108,6 +108,7 @@ PMI = Measure(
     passes_above=0,
     is_variant=True,
     suffix="_pmi",
+    reported="rank_accuracy_pmi",
 )
 EXACT_MATCH = Measure(
     "exact_match",
@@ -129,6 +130,16 @@ MEASURES = {
 def shown_measures(*, with_variants: bool = False) -> list[Measure]:
     """Return the measures that summaries, tables and comparisons hold."""
     return [m for m in MEASURES.values() if m.is_shown and (with_variants or not m.is_variant)]
+
+
+def leading_measure(num_open: int, num_answers: int) -> Measure:
+    """Return what a question set is judged by first.
+
+    Exact match, unless most of its right answers are open: cut, long or free (``gold``). Then it
+    is the ranking, and by the raw sum: among candidates of like length (``data.distractors``) it
+    agrees with the mean per byte, and PMI says little about candidates on one matter.
+    """
+    return ACCURACY if 2 * num_open > num_answers else EXACT_MATCH
 
 
 FIGURES = {

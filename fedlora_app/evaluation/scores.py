@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from fedlora_app.data.questions import Question
-from fedlora_app.evaluation.names import ACCURACY, EXACT_MATCH, MEASURES, PER_BYTE, Measure
+from fedlora_app.evaluation.names import ACCURACY, EXACT_MATCH, MEASURES, PER_BYTE, PMI, Measure
 
 if TYPE_CHECKING:
     from fedlora_app.evaluation.scoring import Answered
@@ -90,6 +90,8 @@ def summarise(scores: Sequence[Score]) -> dict[str, float]:
             PER_BYTE.reported: _sum_mean(collect_outcomes(scores, PER_BYTE)),
             "margin_per_byte": _sum_mean(margins),
         }
+        if by_pmi := collect_outcomes(scores, PMI):
+            summary[PMI.reported] = _sum_mean(by_pmi)
     return summary
 
 

@@ -8,7 +8,7 @@ greedy answer, and only the other prompts are generated for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -132,6 +132,38 @@ def score_prompts(
             if progress is not None:
                 progress(done)
     return [Answered(tuple(totals[i]), generated.get(i, "")) for i in range(len(prompts))]
+
+
+def ask_nothing(system_prompt: str, candidates: Iterable[str]) -> Iterator[Prompt]:
+    """Yield all candidates under an empty question, whose likelihoods PMI divides by."""
+    texts = sorted(set(candidates))
+    for start in range(0, len(texts), CANDIDATES_PER_ROW):
+        group = tuple(texts[start : start + CANDIDATES_PER_ROW])
+        yield Prompt(system_prompt, "", group, generates=False)
+
+
+def score_without_question(
+    model: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str,
+    candidates: Iterable[str],
+    *,
+    batch_size: int,
+    gate: Gate | None = None,
+) -> dict[str, float]:
+    """Return each distinct candidate's log-likelihood without the question, in nats.
+
+    Many questions share their candidates, so this costs far less than the questions do.
+    """
+    prompts = list(ask_nothing(system_prompt, candidates))
+    answers = score_prompts(
+        model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=0, gate=gate
+    )
+    return {
+        text: value
+        for prompt, answered in zip(prompts, answers, strict=True)
+        for text, value in zip(prompt.candidates, answered.log_likelihoods, strict=True)
+    }
 
 
 @torch.inference_mode()

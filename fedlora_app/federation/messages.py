@@ -40,11 +40,13 @@ DECLARED_METRICS = re.compile(
     r"""
     num-examples | update_norm | evaluation_seconds | peak_memory_bytes
     | (universal|local)_(examples|truncated|dropped) | skipped_records | unscored_conflicts
+    | (universal|local|conflict)_((cut|altered|open)_)?answers
     | train_(global|local|global\+local)/
         (num_steps|num_examples|num_tokens|num_answer_tokens|train_loss|final_train_loss|penalty
         |seconds|peak_memory_bytes|memory_retries|gradient_checkpointing)
     | (base|global|local|global\+local)/(universal|universal_unseen|local|conflict)/
-        (n|n_ranked|n_facts|exact_match|rank_accuracy|rank_accuracy_per_byte|margin_per_byte)
+        (n|n_ranked|n_facts|n_open|exact_match|rank_accuracy|rank_accuracy_per_byte
+        |rank_accuracy_pmi|margin_per_byte)
     | (base|global|local|global\+local)/conflict/(exact_match|ranked_first)_each
     """,
     re.VERBOSE,
@@ -52,6 +54,11 @@ DECLARED_METRICS = re.compile(
 REGISTRATION_COUNTS = (
     *(f"{kind}_{what}" for kind in ("universal", "local") for what in COUNTED),
     *("skipped_records", "unscored_conflicts"),
+    *(
+        f"{name}_{what}answers"
+        for name in ("universal", "local", "conflict")
+        for what in ("", "cut_", "altered_", "open_")
+    ),
 )
 SHA256 = r"[0-9a-f]{64}"
 DECLARED_FACTS = {

@@ -9,6 +9,11 @@ from typing import Any
 from fedlora_app.config.rounds import plan_round, training_clients
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config
 
+UNREACHABLE = {
+    "cut": "are longer than evaluation.max_new_tokens and can never match exactly",
+    "altered": "are changed by the chat template or the tokenizer and can never match exactly",
+}
+
 
 def describe_start(
     config: Config,
@@ -65,5 +70,12 @@ def _notes(report: dict[str, Any], max_seq_length: int) -> Iterable[str]:
     if report["unscored_conflicts"]:
         count = report["unscored_conflicts"]
         yield f"{count} conflict records have no answer of this client to score"
+    for name in ("universal", "local", "conflict"):
+        num_answers = report[f"{name}_answers"]
+        for what, why in UNREACHABLE.items():
+            if count := report[f"{name}_{what}_answers"]:
+                yield f"{count} of {num_answers} right {name} answers {why}"
+        if 2 * report[f"{name}_open_answers"] > num_answers:
+            yield f"most right {name} answers are long or free, so they are ranked first of all"
     if report["skipped_records"]:
         yield f"{report['skipped_records']} invalid records were skipped"

@@ -18,8 +18,9 @@ from fedlora_app.evaluation import protocol
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.choices import Cell, Evaluator, open_round, open_store
 from fedlora_app.evaluation.client_round import evaluate_questions
-from fedlora_app.evaluation.names import ACCURACY, EXACT_MATCH
+from fedlora_app.evaluation.names import ACCURACY, EXACT_MATCH, PER_BYTE, PMI
 from fedlora_app.evaluation.protocol import evaluate_round, find_cut_answers
+from fedlora_app.evaluation.reported import collect_reports
 from fedlora_app.evaluation.scores import Score
 from fedlora_app.evaluation.shares import read_shares
 from fedlora_app.evaluation.tables import build_evaluation, choose_scales
@@ -395,3 +396,17 @@ def test_specificity_is_measured_at_the_chosen_scale_too(runs, tiny_project, mon
     expected = (sum(v for _, v, _ in own) - sum(v for _, v, _ in foreign) / 2) / total
     entry = found["summary_chosen_scale"]["specificity"]
     assert entry["n"] == total and entry["value"] == pytest.approx(expected)
+
+
+def test_a_run_ranks_as_its_evaluation_does(runs, evaluation):
+    """Raw, per byte and PMI, the last with likelihoods that the client kept for the round."""
+    reports = collect_reports(json.loads((runs() / "history.json").read_text()))
+    compared = 0
+    for row in evaluation["swap_table"]:
+        own = f"{GLOBAL}+{LOCAL}:{row['client']}"
+        if row["adapters"] == own and row["scale"] == 1.0:
+            for measure in (ACCURACY, PER_BYTE, PMI):
+                key = f"{GLOBAL}+{LOCAL}/{row['question_set']}/{measure.reported}"
+                assert reports[row["client"]][key] == pytest.approx(row[measure.name])
+                compared += 1
+    assert compared >= 3 * 3 * len(CLIENTS)
