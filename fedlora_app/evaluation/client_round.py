@@ -157,9 +157,8 @@ def _summarise(asked: Sequence[tuple[Question, Score]], gold: GoldReader) -> Met
         return {}
     means = summarise([score for _, score in asked])
     facts = {question.cluster for question, _ in asked}
-    golds = gold.examine([question for question, _ in asked])
-    opens = {"n_open": sum(g.is_open for g in golds)} if golds else {}
-    return means | {"n_facts": len(facts)} | opens
+    num_open = gold.count_open([question for question, _ in asked])
+    return means | {"n_facts": len(facts), "n_open": num_open}
 
 
 def _verdicts(questions: Sequence[Question], scores: Sequence[Score], num_records: int) -> Metrics:

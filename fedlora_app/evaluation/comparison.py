@@ -20,6 +20,7 @@ from fedlora_app.evaluation.evaluated_run import (
     Variant,
     contrast,
     fact_of,
+    find_leading,
     find_other_conditions,
     group_alike,
     note_other_size,
@@ -63,6 +64,11 @@ class Topic:
     unseen_only: bool = False
     every_client: bool = False
     """A record counts once, and as right only if every client's own answer is."""
+
+    def leads(self, run: EvaluatedRun) -> Measure:
+        """Return what the topic's questions are judged by first."""
+        name = UNIVERSAL_UNSEEN if self.unseen_only else self.question_set
+        return find_leading(run.evaluation, name)
 
     def select(self, run: EvaluatedRun) -> dict[Key, dict[str, Any]]:
         """Return the rows of a run that belong to the topic."""
@@ -219,6 +225,7 @@ def _compute_differences(
 ) -> list[dict[str, Any]]:
     """Return a topic's differences; a measure that nothing was scored by has none."""
     differences = []
+    leads = topic.leads(reference)
     for measure in shown_measures():
         outcomes = _pair_outcomes(reference, run, topic, measure)
         if not outcomes:
@@ -234,6 +241,7 @@ def _compute_differences(
                 "reference": reference.name,
                 "topic": FIGURES[topic.figure],
                 "scored_by": measure.label,
+                "leads": measure is leads,
                 "measure": figure_key(topic.figure, measure),
                 "difference": difference.dump(),
                 "p_value": flip_signs(ones, others, facts),

@@ -98,12 +98,15 @@ def _render_differences(entries: list[dict[str, Any]]) -> str:
             counts = [str(entry[key]) for key in ("only_run", "only_reference")]
             counts.append(_format_n(entry))
             p_values = (_format_p(entry[key]) for key in ("p_value", "p_value_holm"))
-            table.add_row(f"  {entry['scored_by']}", difference, *counts, *p_values)
+            mark = " *" if entry.get("leads") else ""
+            table.add_row(f"  {entry['scored_by']}{mark}", difference, *counts, *p_values)
     return render_table(table)
 
 
 def _explain(num_tests: int) -> str:
     return (
+        "* is what the questions are judged by: the greedy answer word for word, or the ranking "
+        "where most right answers are long or free, so that few can match whatever was learnt. "
         "Differences are over the same questions. Only run and only ref. count the questions that "
         "one of the two got right more often, at one client or over all. Intervals and p, a test "
         "that flips the signs of whole facts, do not take paraphrases of a fact as independent; "

@@ -12,9 +12,12 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
+from fedlora_app.data.questions import CONFLICT
 from fedlora_app.evaluation.names import (
     EXACT_MATCH,
+    MEASURES,
     QUESTION_SETS,
+    Measure,
     own_answerer,
     relative_label,
 )
@@ -105,9 +108,14 @@ CONDITIONS: dict[str, Callable[[EvaluatedRun], dict[str, str]]] = {
 """What has to be equal in a fair comparison, apart from the questions."""
 
 
+def find_leading(evaluation: Mapping[str, Any], question_set: str) -> Measure:
+    """Return what a question set is judged by first; exact match in evaluations of old."""
+    return MEASURES[(evaluation.get("leading") or {}).get(question_set, EXACT_MATCH.name)]
+
+
 def read_conflicts(evaluation: Mapping[str, Any]) -> tuple[dict[int, bool], dict[int, str]]:
-    """Return by conflict record whether all clients passed, word for word, and its fact."""
-    key = EXACT_MATCH.extend("passed")
+    """Return by conflict record whether all clients passed, and its fact."""
+    key = find_leading(evaluation, CONFLICT).extend("passed")
     rows = {row["record"]: row for row in evaluation.get("conflicts") or ()}
     scored = {record: row for record, row in rows.items() if row[key] is not None}
     facts = {record: fact_of(row) for record, row in scored.items()}

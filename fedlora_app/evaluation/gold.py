@@ -68,6 +68,11 @@ class GoldReader:
         """
         return [self._examine(question) for question in questions if question.answer is not None]
 
+    def count_open(self, questions: Sequence[Question]) -> int:
+        """Return how many right answers are open and can be ranked against others."""
+        ranked = [question for question in questions if len(question.candidates) > 1]
+        return sum(gold.is_open for gold in self.examine(ranked))
+
     def _examine(self, question: Question) -> Gold:
         ids = encode_answer(
             self.tokenizer, self.client.system_prompt, question.text, question.answer
@@ -94,8 +99,9 @@ def count_gold_answers(
     for name in ASKED_SETS:
         golds = reader.examine(sets.get(name, []))
         counts[f"{name}_answers"] = len(golds)
-        for what in ("cut", "altered", "open"):
-            counts[f"{name}_{what}_answers"] = sum(getattr(gold, f"is_{what}") for gold in golds)
+        counts[f"{name}_cut_answers"] = sum(gold.is_cut for gold in golds)
+        counts[f"{name}_altered_answers"] = sum(gold.is_altered for gold in golds)
+        counts[f"{name}_open_answers"] = reader.count_open(sets.get(name, []))
     return counts
 
 

@@ -8,6 +8,7 @@ the intervals of all of it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,8 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config
 from fedlora_app.data.client_files import ClientFiles, build_question_sets
 from fedlora_app.data.linter import lint
-from fedlora_app.data.questions import CONFLICT, LOCAL_SET, Question
-from fedlora_app.data.tokens import encode_answer
+from fedlora_app.data.questions import CONFLICT, LOCAL_SET, UNIVERSAL, UNIVERSAL_UNSEEN, Question
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.choices import (
     Cell,
@@ -27,7 +27,9 @@ from fedlora_app.evaluation.choices import (
     SavedRound,
     open_store,
 )
+from fedlora_app.evaluation.gold import GoldReader, find_unreachable_answers
 from fedlora_app.evaluation.membership import collect_suspects, measure_attacks
+from fedlora_app.evaluation.names import leading_measure
 from fedlora_app.evaluation.scoring import score_examples
 from fedlora_app.evaluation.summary import Scores
 from fedlora_app.evaluation.tables import build_evaluation, choose_scales
@@ -58,9 +60,11 @@ def evaluate_round(
     rows = None
     if membership:
         rows = _infer_membership(saved, evaluator)
-    findings = lint(saved.run.config, saved.files, saved.root)
+    config, tokenizer = saved.run.config, evaluator.model.load()[0].tokenizer
+    findings = lint(config, saved.files, saved.root)
+    findings += find_unreachable_answers(config, saved.files, tokenizer, saved.root)
     evaluation = build_evaluation(saved, scores, chosen, curves, rows, list(map(str, findings)))
-    evaluation["notes"] += find_cut_answers(saved, evaluator.model.load()[0].tokenizer)
+    evaluation["leading"] = find_leading(saved, tokenizer)
     write_json(saved.run.evaluation_path(saved.server_round), evaluation)
     store.remove()
     return evaluation
@@ -104,24 +108,20 @@ def infer_membership(
     return measure_attacks(suspects, *log_probs, config)
 
 
-def find_cut_answers(saved: SavedRound, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return a note on gold answers that generation cuts off, so that none can match exactly."""
+def find_leading(saved: SavedRound, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return the name of the measure that each question set is judged by first."""
     config = saved.run.config
-    limit = config.evaluation.max_new_tokens
-    num_answers = num_cut = 0
+    num_open: Counter[str] = Counter()
+    num_asked: Counter[str] = Counter()
     for client, sets in _question_sets(saved).items():
-        prompt = config.client(client).system_prompt
-        for question in (q for questions in sets.values() for q in questions if q.candidates):
-            num_answers += 1
-            # The end-of-turn mark need not be generated for the text to be whole.
-            length = len(encode_answer(tokenizer, prompt, question.text, question.answer)) - 1
-            num_cut += length > limit
-    if not num_cut:
-        return []
-    return [
-        f"{num_cut} of {num_answers} right answers are longer than evaluation.max_new_tokens = "
-        f"{limit}: what is generated is cut off and cannot match them exactly. Raise the limit."
-    ]
+        files, limit = saved.files[client], config.evaluation.max_new_tokens
+        reader = GoldReader(tokenizer, config.client(client), files, limit)
+        if UNIVERSAL in sets:
+            sets[UNIVERSAL_UNSEEN] = [q for q in sets[UNIVERSAL] if q.is_unseen]
+        for name, questions in sets.items():
+            num_open[name] += reader.count_open(questions)
+            num_asked[name] += len(questions)
+    return {name: leading_measure(num_open[name], n).name for name, n in num_asked.items()}
 
 
 def swap_cells(saved: SavedRound) -> Iterator[Cell]:

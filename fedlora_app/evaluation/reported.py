@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -13,6 +14,7 @@ from fedlora_app.evaluation.names import (
     PASS_HEADING,
     QUESTION_SETS,
     Measure,
+    leading_measure,
     own_answerer,
 )
 from fedlora_app.foundation.percent import format_percent
@@ -23,6 +25,11 @@ EVALUATION_PREFIXES = (
     *(f"{answerer}/" for answerer in ("base", "global", "local", "global+local")),
     *("evaluation_seconds", "peak_memory_bytes"),
 )
+RANKED_CAPTION = (
+    "* right answer ranked first (matches exactly): most right answers are long or free, so that "
+    "few can match whatever was learnt"
+)
+
 Reports = dict[str, dict[str, Any]]
 """Each client's metrics."""
 
@@ -47,18 +54,20 @@ def describe_round(
         return f"round {server_round}/{num_rounds} not evaluated {time_used})"
     parts = []
     for name, question_set in QUESTION_SETS.items():
-        values = [r[k] for r in reports.values() if (k := _key(label, name)) in r]
-        if values:
-            parts.append(f"{question_set.heading} {sum(values) / len(values):.2f}")
-    passed = list(judge_conflicts(reports, label).values())
-    if passed:
-        parts.append(f"{PASS_HEADING} {sum(passed)}/{len(passed)}")
+        leads = find_reported_leading(reports, name)
+        if figures := _means(reports, label, name, leads):
+            parts.append(f"{question_set.heading} {_join(figures, leads)}")
+    leads = find_reported_leading(reports, CONFLICT)
+    passed = [list(judge_conflicts(reports, label, m).values()) for m in _beside(leads)]
+    if passed[0]:
+        counts = [f"{sum(found)}/{len(found)}" for found in passed]
+        parts.append(f"{PASS_HEADING} {_join(counts, leads)}")
     figures = ", ".join(parts) or "no question sets"
     return f"round {server_round}/{num_rounds} [{label}] {figures} {time_used})"
 
 
 def describe_run(history: list[dict[str, Any]]) -> str:
-    """Return the closing table: exact match by adapters and client, the last of each."""
+    """Return the closing table by adapters and client, the last of each figure."""
     reports = collect_reports(history)
     labels = sorted(_labels(reports), key=lambda label: list(ANSWERERS).index(own_answerer(label)))
     shown = [
@@ -66,22 +75,29 @@ def describe_run(history: list[dict[str, Any]]) -> str:
         for name in QUESTION_SETS
         if any(_key(label, name) in r for label in labels for r in reports.values())
     ]
-    headings = ("adapters", "client", *(QUESTION_SETS[name].heading for name in shown))
-    table = Table(*headings, title="Greedy answers to held-out paraphrases that match exactly")
+    leading = {name: find_reported_leading(reports, name) for name in (*shown, CONFLICT)}
+    marks = {name: " *" * (leads is not EXACT_MATCH) for name, leads in leading.items()}
+    headings = (f"{QUESTION_SETS[name].heading}{marks[name]}" for name in shown)
+    title = "Greedy answers to held-out paraphrases that match exactly"
+    table = Table("adapters", "client", *headings, title=title)
+    if any(marks[name] for name in shown):
+        table.caption = RANKED_CAPTION
     for column in table.columns[2:]:
         column.justify = "right"
     for label in labels:
         for client, report in sorted(reports.items()):
-            cells = (format_percent(report.get(_key(label, name)), unit=" %") for name in shown)
+            cells = (_cell(report, label, name, leading[name]) for name in shown)
             table.add_row(ANSWERERS[own_answerer(label)], client, *cells)
     lines = [render_table(table)]
     for label in labels:
-        passed = list(judge_conflicts(reports, label).values())
+        leads = leading[CONFLICT]
+        passed, *exact = [judge_conflicts(reports, label, m).values() for m in _beside(leads)]
         if passed:
-            lines.append(
-                f"{ANSWERERS[own_answerer(label)]}: {sum(passed)} of {len(passed)} conflict "
-                "questions answered in its own way by every client"
-            )
+            how = "answered in its own way by every client"
+            if exact:
+                how = f"of which every client ranks its own answer first ({sum(exact[0])} exact)"
+            who = ANSWERERS[own_answerer(label)]
+            lines.append(f"{who}: {sum(passed)} of {len(passed)} conflict questions {how}")
     return "\n".join(lines)
 
 
@@ -101,17 +117,29 @@ def collect_reports(history: list[dict[str, Any]]) -> Reports:
     return reports
 
 
+def find_reported_leading(reports: Reports, question_set: str) -> Measure:
+    """Return what a question set is judged by first; exact match in histories of old."""
+    num_open = num_asked = 0
+    for report in reports.values():
+        name = next((k for k in report if k.endswith(f"/{question_set}/n_open")), None)
+        if name is not None:
+            num_open += report[name]
+            num_asked += report[f"{name.removesuffix('n_open')}n"]
+    return leading_measure(num_open, num_asked)
+
+
 def judge_conflicts(
     reports: Reports, label: str, measure: Measure = EXACT_MATCH
 ) -> dict[int, bool]:
     """Return by conflict record whether every client gave its own answer.
 
-    Questions that fewer than two clients have an answer for (-1 for the others) do not count.
-    Empty unless all clients reported on the same records.
+    Questions that fewer than two clients have an answer for (-1 for the others) do not count; a
+    client without any conflict question takes nothing from the others. Empty unless those that
+    have some reported on the same records.
     """
     key = f"{label}/{CONFLICT}/{measure.reported_each}"
     columns = [report[key] for report in reports.values() if key in report]
-    if not columns or len(columns) < len(reports) or len({len(c) for c in columns}) > 1:
+    if len({len(column) for column in columns}) != 1:
         return {}
     rows = ([value for value in row if value >= 0] for row in zip(*columns, strict=True))
     return {record: all(row) for record, row in enumerate(rows) if len(row) > 1}
@@ -123,5 +151,33 @@ def _labels(reports: Reports) -> dict[str, None]:
     return dict.fromkeys(name.split("/")[0] for name in names if name.count("/") == 2)
 
 
-def _key(label: str, question_set: str) -> str:
-    return f"{label}/{question_set}/{EXACT_MATCH.reported}"
+def _key(label: str, question_set: str, measure: Measure = EXACT_MATCH) -> str:
+    return f"{label}/{question_set}/{measure.reported}"
+
+
+def _beside(leads: Measure) -> list[Measure]:
+    """Return the measures to show: what leads, and exact match beside a ranking."""
+    return list(dict.fromkeys((leads, EXACT_MATCH)))
+
+
+def _means(reports: Reports, label: str, name: str, leads: Measure) -> list[str]:
+    """Return a question set's means over clients by each measure to show."""
+    found = []
+    for measure in _beside(leads):
+        key = _key(label, name, measure)
+        values = [report[key] for report in reports.values() if key in report]
+        found += [f"{sum(values) / len(values):.2f}"] if values else []
+    return found
+
+
+def _join(figures: Sequence[str], leads: Measure) -> str:
+    """Return "0.75", or "0.95 ranked first (0.00 exact)"."""
+    if leads is EXACT_MATCH:
+        return figures[0]
+    return f"{figures[0]} ranked first ({figures[1]} exact)"
+
+
+def _cell(report: Mapping[str, Any], label: str, name: str, leads: Measure) -> str:
+    figures = [report.get(_key(label, name, measure)) for measure in _beside(leads)]
+    first, *exact = (format_percent(figure, unit=" %") for figure in figures)
+    return f"{first} ({exact[0]})" if exact and first else first

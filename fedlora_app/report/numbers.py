@@ -18,7 +18,7 @@ from typing import Any
 from fedlora_app.config.rounds import BASE, BOTH, adapters_label
 from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.data.questions import CONFLICT
-from fedlora_app.evaluation.evaluated_run import read_conflicts
+from fedlora_app.evaluation.evaluated_run import find_leading, read_conflicts
 from fedlora_app.evaluation.names import (
     ACCURACY,
     ANSWERERS,
@@ -29,7 +29,12 @@ from fedlora_app.evaluation.names import (
     figure_key,
     own_answerer,
 )
-from fedlora_app.evaluation.reported import Reports, collect_reports, judge_conflicts
+from fedlora_app.evaluation.reported import (
+    Reports,
+    collect_reports,
+    find_reported_leading,
+    judge_conflicts,
+)
 from fedlora_app.evaluation.shares import (
     Shares,
     pool_shares,
@@ -67,22 +72,29 @@ class Figures:
     shares: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     passes: dict[str, Estimate] = field(default_factory=dict)
     verdicts: dict[int, bool] = field(default_factory=dict)
-    """By conflict record: every client gave its own answer, word for word."""
+    """By conflict record: every client gave its own answer, by the measure that leads."""
     facts: dict[int, str] = field(default_factory=dict)
     """By conflict record: what its paraphrases share; from ``evaluation.json`` alone."""
+    leading: dict[str, str] = field(default_factory=dict)
+    """By question set: the measure that it is judged by first; exact match by default."""
 
     @property
     def label(self) -> str:
         """Who answers, in words."""
         return LABELS[self.who]
 
-    def share(self, question_set: str, measure: str = EXACT) -> Estimate:
-        """Return a question set's share of right answers, or nothing."""
+    def leads(self, question_set: str = CONFLICT) -> str:
+        """Return the measure that a question set is judged by first."""
+        return self.leading.get(question_set, EXACT)
+
+    def share(self, question_set: str, measure: str | None = None) -> Estimate:
+        """Return a question set's share of right answers, by what leads; or nothing."""
+        measure = measure or self.leads(question_set)
         return self.shares.get(measure, {}).get(question_set, NOTHING)
 
-    def passed(self, measure: str = EXACT) -> Estimate:
-        """Return the share of conflicts that every client passed, or nothing."""
-        return self.passes.get(measure, NOTHING)
+    def passed(self, measure: str | None = None) -> Estimate:
+        """Return the share of conflicts that every client passed, by what leads; or nothing."""
+        return self.passes.get(measure or self.leads(), NOTHING)
 
 
 def measure_run(
@@ -103,18 +115,19 @@ def measure_run(
 
 def _add_evaluation(found: dict[str, Figures], evaluation: Mapping[str, Any]) -> None:
     """Put what ``evaluation.json`` holds in the place of what the run measured itself."""
+    leading = {name: find_leading(evaluation, name).name for name in QUESTION_SETS}
     for who, shares in read_shares(evaluation).items():
-        found[who] = replace(found.get(who, Figures(who)), shares=shares)
+        found[who] = replace(found.get(who, Figures(who)), shares=shares, leading=leading)
     own = own_answerer(evaluation["answering"])
     verdicts, facts = read_conflicts(evaluation)
     passes = _passes_of(read_summary(evaluation)) or _keywords_of(evaluation)
     figures = found.get(own, Figures(own))
     passes = passes or figures.passes
-    found[own] = replace(figures, passes=passes, verdicts=verdicts, facts=facts)
+    found[own] = replace(figures, passes=passes, verdicts=verdicts, facts=facts, leading=leading)
     if any(entry["chosen"] != 1.0 for entry in evaluation["scales"].values()):
         shares = read_chosen_shares(evaluation)
         passes = _passes_of(read_summary(evaluation, "summary_chosen_scale"))
-        found[own + CHOSEN] = Figures(own + CHOSEN, shares, passes)
+        found[own + CHOSEN] = Figures(own + CHOSEN, shares, passes, leading=leading)
 
 
 def _from_reports(who: str, label: str, reports: Reports) -> Figures:
@@ -136,7 +149,8 @@ def _from_reports(who: str, label: str, reports: Reports) -> Figures:
         for measure, found in verdicts.items()
         if found
     }
-    return Figures(who, shares, passes, verdicts[EXACT])
+    leading = {name: find_reported_leading(reports, name).name for name in QUESTION_SETS}
+    return Figures(who, shares, passes, verdicts[leading[CONFLICT]], leading=leading)
 
 
 def _count_facts(reports: Reports, label: str, question_set: str) -> int | None:

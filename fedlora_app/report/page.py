@@ -10,7 +10,8 @@ import base64
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,28 +180,32 @@ def _figure_table(
     has_passes = any(f.passed().n for f in figures)
     rows = []
     for index, entry in enumerate(figures):
-        cells = [_cell(entry.passed(EXACT), entry.passed(RANKED))] if has_passes else []
-        cells += [_cell(entry.share(n), entry.share(n, RANKED)) for n in columns]
+        cells = [_cell(entry.passed, entry.leads())] if has_passes else []
+        cells += [_cell(partial(entry.share, n), entry.leads(n)) for n in columns]
         label = labels[index] if labels else entry.label
         rows.append({"label": label, "cells": cells, "best": entry.who == best})
     headings = ["", *[FIGURES[PASS_RATE]] * has_passes, *(QUESTION_SETS[n].label for n in columns)]
     caption = (
         "Test questions answered word for word [95 % interval over facts] n questions/facts, and "
-        "with the right answer ranked first among its candidates"
+        "with the right answer ranked first among its candidates. The ranking stands first where "
+        "most right answers are long or free, so that few can match whatever was learnt"
     )
     return {"headings": headings, "rows": rows, "caption": caption}
 
 
-def _cell(exact: Estimate, ranked: Estimate) -> dict[str, str] | None:
-    if not exact.n and not ranked.n:
+def _cell(find: Callable[[str], Estimate], leads: str) -> dict[str, str] | None:
+    """Return a figure by the measure that leads, with its interval, and by the other one."""
+    other, word = (RANKED, "ranked") if leads == EXACT else (EXACT, "exact")
+    first, beside = find(leads), find(other)
+    if not first.n and not beside.n:
         return None
     main = interval = second = ""
-    if exact.n:
-        main = format_percent(exact.value, unit=" %")
-        low, high = (format_percent(end, digits=0) for end in (exact.low, exact.high))
-        interval = f"[{low}, {high}] n {format_n(exact.n, exact.facts)}"
-    if ranked.n:
-        second = f"ranked {format_percent(ranked.value, unit=' %')}"
+    if first.n:
+        main = "ranked " * (leads == RANKED) + format_percent(first.value, unit=" %")
+        low, high = (format_percent(end, digits=0) for end in (first.low, first.high))
+        interval = f"[{low}, {high}] n {format_n(first.n, first.facts)}"
+    if beside.n:
+        second = f"{word} {format_percent(beside.value, unit=' %')}"
     return {"main": main, "interval": interval, "second": second}
 
 

@@ -12,14 +12,17 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from fedlora_app.data.questions import CONFLICT
+from fedlora_app.evaluation.evaluated_run import find_leading
 from fedlora_app.evaluation.names import (
     ACCURACY,
     EXACT_MATCH,
     KEYWORD,
     OWN_SETS,
     QUESTION_SETS,
+    Measure,
     shown_measures,
 )
+from fedlora_app.evaluation.reported import collect_reports, find_reported_leading
 from fedlora_app.report import plots
 from fedlora_app.runs.history import load_history
 from fedlora_app.runs.paths import RunDirectoryError
@@ -148,10 +151,11 @@ def _show_training(run: PartialRun, plotter: Plotter) -> Section:
         for name in QUESTION_SETS
         if history["metric"].str.endswith(f"/{name}/{EXACT_MATCH.reported}").any()
     ]
+    reports = collect_reports(run.history)
     for name in scored:
-        section.plots.append(
-            plotter.draw(f"accuracy_{name}", lambda name=name: plots.plot_accuracy(history, name))
-        )
+        leads = find_reported_leading(reports, name).reported
+        draw = partial(plots.plot_accuracy, history, name, leads)
+        section.plots.append(plotter.draw(f"accuracy_{name}", draw))
     for phase in plots.PHASES:
         if (history["metric"] == f"train_{phase}/train_loss").any():
             section.plots.append(
@@ -196,15 +200,21 @@ def _show_conflicts(run: PartialRun, plotter: Plotter) -> Section | None:
     if not rows:
         section.text.append("This run has no conflict questions.")
         return section
-    questions = [_describe_question(by_client) for by_client in rows.values()]
+    leads = find_leading(run.evaluation, CONFLICT)
+    questions = [_describe_question(by_client, leads) for by_client in rows.values()]
     questions.sort(key=lambda question: question["status"] == "passed")  # failed ones first
     section.questions = list(_take_what_fits(questions))
     num_shown = len(section.questions)
     section.clients = sorted({client for by_client in rows.values() for client in by_client})
     section.text.append(
         "One question, another right answer for each client. Log-likelihoods are sums over the "
-        "answer's tokens. Passed is a word-for-word answer; where none was generated or asked for, "
-        "the keyword rule decides, and else the ranking."
+        "answer's tokens. "
+        + (
+            "Passed is an own answer that is ranked first, as most right answers are long or free."
+            if leads is ACCURACY
+            else "Passed is a word-for-word answer; where none was generated or asked for, the "
+            "keyword rule decides, and else the ranking."
+        )
     )
     if len(questions) > num_shown:
         section.text.append(
@@ -226,8 +236,8 @@ def _take_what_fits(questions: list[dict[str, Any]]) -> Iterator[dict[str, Any]]
         yield question
 
 
-def _describe_question(by_client: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    answers = [_describe_answer(client, row) for client, row in sorted(by_client.items())]
+def _describe_question(by_client: Mapping[str, dict[str, Any]], leads: Measure) -> dict[str, Any]:
+    answers = [_describe_answer(client, row, leads) for client, row in sorted(by_client.items())]
     found = {answer["status"] for answer in answers}
     order = ("failed", UNMEASURED, "passed")
     status = next(status for status in order if status in found)
@@ -239,12 +249,13 @@ def _describe_question(by_client: Mapping[str, dict[str, Any]]) -> dict[str, Any
     }
 
 
-def _describe_answer(client: str, row: Mapping[str, Any]) -> dict[str, Any]:
+def _describe_answer(client: str, row: Mapping[str, Any], leads: Measure) -> dict[str, Any]:
+    order = (leads, EXACT_MATCH, KEYWORD, ACCURACY)
     candidates, values = row["candidates"], row["scores"]["log_likelihoods"]
     ranked = sorted(zip(values, candidates, strict=True), reverse=True)
     own = next((value for value, text in ranked if text == row["gold"]), None)
     other = next(((value, text) for value, text in ranked if text != row["gold"]), None)
-    verdicts = (row[measure.row_key] for measure in (EXACT_MATCH, KEYWORD, ACCURACY))
+    verdicts = (row[measure.row_key] for measure in dict.fromkeys(order))
     passed = next((verdict for verdict in verdicts if verdict is not None), None)
     return {
         "client": client,

@@ -26,7 +26,6 @@ from fedlora_app.report.numbers import (
 )
 
 BOTH = OWN_PAIR
-PASSES = PASS_KEYS[EXACT]
 INTERVAL = ", 95 % interval {low} to {high}"
 LOSSES = {name: QUESTION_SETS[name].heading for name in (UNIVERSAL, UNIVERSAL_UNSEEN)}
 SAME_PROMPT = (
@@ -86,9 +85,8 @@ def judge_run(
         what = "A fine-tuned copy of the average"
     fails = are_equal and own.who == "global" and not own.passed().value
     return Verdict(
-        f"{what}: {_percent(own.passed())} of the conflicts.",
-        f"Every client gave its own answer, word for word, to {_count(own.passed())}. "
-        f"{_ranked(own)}",
+        f"{what}: {_percent(own.passed())} of the conflicts{_by_ranking(own)}.",
+        f"Every client {_passes(own)} {_count(own.passed())}. {_other_measure(own)}",
         (SAME_PROMPT,) * fails
         + ("How the other modes do on the same questions, runs with another mode tell.",),
     )
@@ -119,18 +117,19 @@ def _judge_shared(own: Figures, one: Figures, are_equal: bool, trained_on: str) 
     paired = None if fails else pair_conflicts([(own.verdicts, one.verdicts)], own.facts)
     if fails:
         claim = f"Two adapters: {_percent(own.passed())} of the conflicts, where one adapter can "
-        claim += "reach none"
+        claim += f"reach none{_by_ranking(own)}"
     else:
         sign = paired.sign if paired else own.passed().differs_from(one.passed())
-        claim = _claim(sign, "the shared one alone")
+        claim = _claim(sign, "the shared one alone") + _by_ranking(own)
     shares = [{name: who.share(name) for name in LOSSES} for who in (own, one)]
-    told = f"{_count(own.passed())} with both adapters, and to {_count(one.passed(), True)} with"
+    told = f"{_count(own.passed())} with both adapters, and {_to(own)}"
+    told += f"{_count(one.passed(), True)} with"
     sentences = [
-        f"Every client gave its own answer, word for word, to {told} the shared one alone.",
+        f"Every client {_passes(own)} {told} the shared one alone.",
         *([_describe_paired(paired)] if paired else []),
         *_tell_shares(*shares, "with both", "with the shared one alone"),
     ]
-    caveats = (SAME_PROMPT if fails else trained_on + OTHER_MODES, _ranked(own))
+    caveats = (SAME_PROMPT if fails else trained_on + OTHER_MODES, _other_measure(own))
     return Verdict(f"{claim}{_cost(*shares)}.", " ".join(sentences), caveats)
 
 
@@ -178,7 +177,8 @@ def _judge_variants(
     if compared["not_comparable"]:
         faults = " ".join(compared["not_comparable"])
         return Verdict("Not comparable.", f"{faults} The figures stand in the table.", caveats)
-    entry = next((entry for entry in compared["differences"] if entry["measure"] == PASSES), None)
+    passes = PASS_KEYS[figures[first[0]].leads()]
+    entry = next((entry for entry in compared["differences"] if entry["measure"] == passes), None)
     if entry is None:
         return Verdict("No verdict.", "The runs have no conflict questions in common.", caveats)
     paired = pair_variants(two, one, evaluations)
@@ -204,14 +204,15 @@ def _word_variants(
     ]
     names = [_list_names([*side.values()]) for side in (two, one)]
     sentences = [
-        f"Every client gave its own answer, word for word, to {_count(passed[0])} with two "
-        f"adapters ({names[0]}), and to {_count(passed[1], short=True)} with one averaged adapter "
-        f"({names[1]}).",
+        f"Every client {_passes(sides[0][0])} {_count(passed[0])} with two adapters "
+        f"({names[0]}), and {_to(sides[0][0])}{_count(passed[1], short=True)} with one averaged "
+        f"adapter ({names[1]}).",
         *([_describe_paired(paired)] if paired else []),
         *_tell_shares(*shares, "with two", "with one"),
     ]
     sign = paired.sign if paired else passed[0].differs_from(passed[1])
-    headline = f"{_claim(sign, 'one averaged adapter')}{_cost(*shares)}."
+    claim = _claim(sign, "one averaged adapter") + _by_ranking(sides[0][0])
+    headline = f"{claim}{_cost(*shares)}."
     return headline, " ".join(sentences)
 
 
@@ -296,11 +297,31 @@ def _describe_paired(paired: Paired) -> str:
     return f"Difference over the same questions: {difference} ({p_value})."
 
 
-def _ranked(figures: Figures) -> str:
-    passed = figures.passed(RANKED)
+def _passes(figures: Figures) -> str:
+    """Return what a client does to pass a conflict, before their number."""
+    if figures.leads() == RANKED:
+        return "ranked its own answer first in"
+    return "gave its own answer, word for word, to"
+
+
+def _to(figures: Figures) -> str:
+    return "in " if figures.leads() == RANKED else "to "
+
+
+def _by_ranking(figures: Figures) -> str:
+    """Return by what a headline judges, where it is not word for word."""
+    return " by likelihood, as most right answers are long or free" * (figures.leads() == RANKED)
+
+
+def _other_measure(figures: Figures) -> str:
+    """Return what stands beside the measure that leads."""
+    is_ranked = figures.leads() == RANKED
+    passed = figures.passed(EXACT if is_ranked else RANKED)
     if not passed.n:
-        return "By likelihood nothing was ranked."
+        return "" if is_ranked else "By likelihood nothing was ranked."
     right = round(passed.value * passed.n)
+    if is_ranked:
+        return f"Word for word every client gave its own answer to {right} of {passed.n}."
     return f"By likelihood every client ranked its own answer first in {right} of {passed.n}."
 
 

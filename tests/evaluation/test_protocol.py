@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 from conftest import ALIKE, build_tiny_config
@@ -18,8 +17,9 @@ from fedlora_app.evaluation import protocol
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.choices import Cell, Evaluator, open_round, open_store
 from fedlora_app.evaluation.client_round import evaluate_questions
+from fedlora_app.evaluation.evaluated_run import find_leading
 from fedlora_app.evaluation.names import ACCURACY, EXACT_MATCH, PER_BYTE, PMI
-from fedlora_app.evaluation.protocol import evaluate_round, find_cut_answers
+from fedlora_app.evaluation.protocol import evaluate_round
 from fedlora_app.evaluation.reported import collect_reports
 from fedlora_app.evaluation.scores import Score
 from fedlora_app.evaluation.shares import read_shares
@@ -354,13 +354,11 @@ def test_a_client_without_validation_questions_stays_at_scale_1(tiny_project, tm
     assert "own local" in describe_evaluation(found)
 
 
-def test_answers_that_generation_cuts_off_are_noted(runs, tiny_project, evaluation, tokenizer):
-    saved = open_round(load_run(runs()), tiny_project)
-    assert any("right answers are longer" in note for note in evaluation["notes"])  # limit 4
-    settings = saved.run.config.evaluation.model_copy(update={"max_new_tokens": 100})
-    config = saved.run.config.model_copy(update={"evaluation": settings})
-    roomy = replace(saved, run=replace(saved.run, config=config))
-    assert find_cut_answers(roomy, tokenizer) == []
+def test_answers_that_generation_cuts_off_are_said_and_ranked_first(evaluation):
+    assert any("right answers are longer" in warning for warning in evaluation["warnings"])
+    measures = {find_leading(evaluation, name) for name in ("universal", "conflict")}
+    assert measures == {ACCURACY}  # limit 4
+    assert find_leading({}, "universal") is EXACT_MATCH
 
 
 def test_a_changed_data_file_is_noted(runs, tiny_project, evaluation):

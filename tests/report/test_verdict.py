@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fedlora_app.evaluation.comparison import Paired
+from fedlora_app.evaluation.comparison import Paired, compare_evaluations
+from fedlora_app.evaluation.comparison_text import describe_comparison
 from fedlora_app.evaluation.statistics import Estimate, proportion, share_of_facts
 from fedlora_app.report.numbers import EXACT, RANKED, Figures, measure_run
 from fedlora_app.report.verdict import BOTH, judge_run, judge_runs
@@ -272,3 +273,32 @@ def test_figures_at_the_chosen_scale_have_a_row_of_their_own(scale):
         at_chosen = found[f"{BOTH}:chosen"]
         assert at_chosen.label == "global + own local, chosen scale"
         assert at_chosen.share("local").value == 0.75 and at_chosen.passed().value == 1.0
+
+
+def test_answers_that_can_never_match_are_judged_by_their_ranking():
+    """38 of 40 conflicts are ranked right, and none of the free answers equals its own."""
+    none = {"conflict_pass_rate_exact_match": proportion([False] * 40).dump()}
+    evaluations = {}
+    for name, mode, right in (("two", "dual", 38), ("one", "fedavg", 0)):
+        found = evaluate(mode, right, n=40, leading={"conflict": "accuracy"})
+        found["summary"] |= none
+        for row in found["conflicts"]:
+            row |= {"passed": row["passed_exact_match"], "passed_exact_match": False}
+        for row in found["questions"]:
+            row |= {"correct": row["exact_match"], "exact_match": False}
+        evaluations[name] = found
+    verdict = judge(evaluations)
+    assert verdict.headline.startswith(
+        "Two adapters beat one averaged adapter on conflict questions by likelihood, as most right"
+    )
+    assert "ranked its own answer first in 38 of 40" in verdict.sentence
+    own = measure_run([], evaluations["two"])
+    verdict = judge_run(own, ["a", "b"])
+    assert verdict.headline.startswith("Two adapters: 95 % of the conflicts by likelihood")
+    assert "Word for word every client gave its own answer to 0 of 40." in verdict.sentence
+    text = describe_comparison(compare_evaluations(evaluations))
+    assert "ranked first *" in text and "greedy answer exact *" not in text
+    # Without the mark in the evaluation nothing could be told.
+    for found in evaluations.values():
+        found["leading"] = {}
+    assert judge(evaluations).headline.startswith("No difference")
