@@ -37,6 +37,8 @@ from fedlora_app.data.linter import Finding, describe_findings, lint
 from fedlora_app.data.records import DataError
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.client_round import Metrics, evaluate_client, phase_metrics
+from fedlora_app.evaluation.gate import Gate
+from fedlora_app.evaluation.gate_files import find_gate
 from fedlora_app.evaluation.gold import count_gold_answers, find_unreachable_answers
 from fedlora_app.foundation.progress import step_lines
 from fedlora_app.foundation.seeds import derive_seed
@@ -236,6 +238,7 @@ class Client:
                 model,
                 who,
                 show_example=is_final and who == own,
+                gate=self._find_gate(loaded, model, files, who),
                 what=f"{self.client_id}, round {server_round}",
             )
         metrics["evaluation_seconds"] = time.monotonic() - started
@@ -255,7 +258,8 @@ class Client:
         files = load_client_files(self.config, self._own, self.root)
         active = plan_round(self.config, self.config.federated.num_rounds).evaluated
         who = Answering.own(active, self.client_id)
-        return evaluate_client(self.config, self._own, files, loaded, model, who)
+        gate = self._find_gate(loaded, model, files, who)
+        return evaluate_client(self.config, self._own, files, loaded, model, who, gate=gate)
 
     def _impossible_settings(self, resumes: bool) -> list[str]:
         faults = []
@@ -327,6 +331,14 @@ class Client:
     def _load_model(self) -> tuple[LoadedModel, AdaptedModel]:
         loaded = load_base_model(self.config.model, self.root)
         return loaded, attach_once(loaded, self.config.adapters)
+
+    def _find_gate(
+        self, loaded: LoadedModel, model: AdaptedModel, files: ClientFiles, who: Answering
+    ) -> Gate | None:
+        """Return the gate before the local adapter, fitted once and kept in the folder."""
+        if not who.has_gate(self.config.adapters):
+            return None
+        return find_gate(self.folder.gate, model, loaded, self._own, files, keep=True)
 
     def _run_phase(
         self, loaded: LoadedModel, model: AdaptedModel, phase: Phase, server_round: int

@@ -18,6 +18,7 @@ from fedlora_app.config.schema import GLOBAL, LOCAL, ModelConfig
 from fedlora_app.data.client_files import ClientFiles, load_all_files
 from fedlora_app.data.questions import Question
 from fedlora_app.evaluation.answering import Answering, SavedAdapters
+from fedlora_app.evaluation.gate_files import FORMAT as GATE_FORMAT
 from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.evaluation.score_store import ScoreStore
 from fedlora_app.evaluation.scores import Score, score_answer
@@ -143,6 +144,7 @@ class Evaluator:
                 tuple(answered.log_likelihoods[i] for i in order),
                 answered.generated,
                 tuple(unconditional[text] for text in question.candidates),
+                answered.openness,
             )
             scores.append(score_answer(question, sorted_back))
         return scores
@@ -159,7 +161,8 @@ class Evaluator:
 def open_store(saved: SavedRound, path: Path) -> ScoreStore:
     """Return the scores that a stopped evaluation of this run left, or none."""
     config = saved.run.config
-    settings = [config.model.model_dump(), config.evaluation.max_new_tokens, config.adapters.gate]
+    gate = f"{config.adapters.gate} {GATE_FORMAT}"
+    settings = [config.model.model_dump(), config.evaluation.max_new_tokens, gate]
     settings += [saved.run.manifest["base_model"], describe_precision(config.model)]
     if config.adapters.gate != "none":  # a gate is fitted to the training prompts
         settings += [(f.universal.sha256, f.local.sha256) for f in saved.files.values()]

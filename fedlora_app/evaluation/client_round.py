@@ -14,7 +14,7 @@ from fedlora_app.config.schema import ClientConfig, Config, EvaluationConfig
 from fedlora_app.data.client_files import ClientFiles, build_question_sets
 from fedlora_app.data.questions import CONFLICT, UNIVERSAL, UNIVERSAL_UNSEEN, Question
 from fedlora_app.evaluation.answering import Answering
-from fedlora_app.evaluation.gate import Gate, fit_gate
+from fedlora_app.evaluation.gate import Gate
 from fedlora_app.evaluation.gold import GoldReader
 from fedlora_app.evaluation.names import ACCURACY, EXACT_MATCH
 from fedlora_app.evaluation.scores import Score, score_answer, summarise
@@ -40,12 +40,14 @@ def evaluate_client(
     model: AdaptedModel,
     who: Answering,
     *,
+    gate: Gate | None = None,
     show_example: bool = False,
     what: str = "",
 ) -> Metrics:
     """Score every question set of a client with adapters that are set on the model.
 
     Args:
+        gate: decides for every question whether the local adapter answers.
         show_example: print one conflict question with its answer, in the client's own log.
         what: begins the lines that say how far the evaluation is.
 
@@ -53,11 +55,7 @@ def evaluate_client(
         Means under ``<adapters>/<question set>/<metric>``, for the universal set also over
         the facts that the client never saw, and for conflicts a verdict per record.
     """
-    metrics: Metrics = {}
-    gate = None
-    if who.has_gate(config.adapters):
-        records = (files.local.records, files.universal.records)
-        gate = fit_gate(model, loaded.tokenizer, client.system_prompt, *records)
+    metrics: Metrics = {} if gate is None else gate.figures.metrics()
     adapters = adapters_label(who.adapters)
     question_sets = build_question_sets(client, files)
     gold = GoldReader(loaded.tokenizer, client, files, config.evaluation.max_new_tokens)

@@ -31,7 +31,8 @@ def generate_answer(
     """Return the greedy answer to one prompt, of a conversation for instance.
 
     Args:
-        gate: weighs the local adapter by the prompt, or by ``gate_ids`` if they are given.
+        gate: decides by the prompt, or by ``gate_ids`` if they are given, whether the local
+            adapter answers.
         streamer: is given the prompt's tokens and then each new one.
     """
     model.eval()

@@ -63,8 +63,9 @@ def evaluate_round(
     config, tokenizer = saved.run.config, evaluator.model.load()[0].tokenizer
     findings = lint(config, saved.files, saved.root)
     findings += find_unreachable_answers(config, saved.files, tokenizer, saved.root)
-    evaluation = build_evaluation(saved, scores, chosen, curves, rows, list(map(str, findings)))
-    evaluation["leading"] = find_leading(saved, tokenizer)
+    leading = find_leading(saved, tokenizer)
+    warnings = list(map(str, findings))
+    evaluation = build_evaluation(saved, scores, chosen, curves, rows, leading, warnings)
     write_json(saved.run.evaluation_path(saved.server_round), evaluation)
     store.remove()
     return evaluation

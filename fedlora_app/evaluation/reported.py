@@ -23,7 +23,7 @@ from fedlora_app.foundation.terminal import render_table
 
 EVALUATION_PREFIXES = (
     *(f"{answerer}/" for answerer in ("base", "global", "local", "global+local")),
-    *("evaluation_seconds", "peak_memory_bytes"),
+    *("gate/", "evaluation_seconds", "peak_memory_bytes"),
 )
 RANKED_CAPTION = (
     "* right answer ranked first (matches exactly): most right answers are long or free, so that "

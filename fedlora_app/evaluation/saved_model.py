@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.data.client_files import load_client_files
 from fedlora_app.evaluation.answering import Answering, SavedAdapters
-from fedlora_app.evaluation.gate import Gate, fit_gate
+from fedlora_app.evaluation.gate import Gate
+from fedlora_app.evaluation.gate_files import find_gate
 from fedlora_app.model.adapter_files import load_adapter
 from fedlora_app.model.adapters import (
     AdaptedModel,
@@ -31,7 +32,7 @@ class SavedModel(SavedAdapters):
     """The base model with the adapters of one round; loaded at the first need."""
 
     _states: dict[str, AdapterState] = field(default_factory=dict)
-    _gates: dict[str, Gate] = field(default_factory=dict)
+    _gates: dict[str, Gate | None] = field(default_factory=dict)
 
     def load(self) -> tuple[LoadedModel, AdaptedModel]:
         """Return the base model, and with its adapters' modules on it.
@@ -60,7 +61,7 @@ class SavedModel(SavedAdapters):
         """Have exactly these adapters answer while the block runs.
 
         Yields:
-            The model, and the gate that its local adapter is to be weighed by, if there is one.
+            The model, and the gate before its local adapter, if there is one.
         """
         loaded, model = self.load()
         if who.with_global:
@@ -89,13 +90,13 @@ class SavedModel(SavedAdapters):
         return load_adapter(folder, model, role, name, within=self.run.path, sha256=sha256)
 
     def _gate(self, loaded: LoadedModel, model: AdaptedModel, who: Answering) -> Gate | None:
-        """Return the gate of the local adapter's owner, fitted to its own prompts once."""
+        """Return the gate of the local adapter's owner, which it has kept or is fitted once."""
         config, owner = self.run.config, who.local
         if not who.has_gate(config.adapters):
             return None
         if owner not in self._gates:
             client = config.client(owner)
             files = load_client_files(config, client, self.root)
-            records = (files.local.records, files.universal.records)
-            self._gates[owner] = fit_gate(model, loaded.tokenizer, client.system_prompt, *records)
+            folder = self.run.paths.gate(owner)
+            self._gates[owner] = find_gate(folder, model, loaded, client, files)
         return self._gates[owner]

@@ -37,6 +37,7 @@ class ScoreStore:
                 key = _store_key(who, prompt)
                 self._scores[key] = answer
                 row = [self._context, *key, answer.log_likelihoods, answer.generated]
+                row.append(answer.openness)
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def remove(self) -> None:
@@ -45,11 +46,11 @@ class ScoreStore:
 
     def _read(self, line: str) -> None:
         try:
-            context, who, prompt, values, generated = json.loads(line)
+            context, who, prompt, values, generated, openness = json.loads(line)
         except ValueError:
             return
         if context == self._context:
-            self._scores[(who, prompt)] = Answered(tuple(values), generated)
+            self._scores[(who, prompt)] = Answered(tuple(values), generated, openness=openness)
 
 
 def _store_key(who: str, prompt: Prompt) -> tuple[str, str]:

@@ -19,11 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Score:
-    """How one question went: ``values`` by measure, None where it could not be taken."""
+    """How one question went: ``values`` by measure, None where it could not be taken.
+
+    ``openness`` is how sure the gate was that the question is the client's own.
+    """
 
     values: Mapping[str, float | bool | None]
     generated: str
     log_likelihoods: tuple[float, ...] = ()
+    openness: float | None = None
 
     def value(self, measure: Measure) -> float | bool | None:
         """Return what a measure says, a margin for instance."""
@@ -40,7 +44,8 @@ class Score:
 def score_answer(question: Question, answered: Answered) -> Score:
     """Compare what the model made of a question with its right answer."""
     values = {name: measure.compute(question, answered) for name, measure in MEASURES.items()}
-    return Score(values, answered.generated, tuple(answered.log_likelihoods))
+    likelihoods = tuple(answered.log_likelihoods)
+    return Score(values, answered.generated, likelihoods, answered.openness)
 
 
 def compute_interaction(
@@ -78,6 +83,9 @@ def summarise(scores: Sequence[Score]) -> dict[str, float]:
     if not scores:
         return {}
     summary: dict[str, float] = {"n": len(scores)}
+    gated = [score.openness > 0.5 for score in scores if score.openness is not None]
+    if gated:
+        summary["gate_open"] = _sum_mean(gated)
     matched = collect_outcomes(scores, EXACT_MATCH)
     if matched:
         summary[EXACT_MATCH.reported] = _sum_mean(matched)

@@ -45,12 +45,14 @@ class Answered:
 
     ``log_likelihoods`` are sums over a candidate's tokens, its end-of-turn mark included, in
     nats. ``generated`` is "" where none was wanted. ``priors`` are the candidates'
-    log-likelihoods without the question, where they were asked for.
+    log-likelihoods without the question, where they were asked for. ``openness`` in [0, 1] is how
+    sure the gate was that the question is the client's own, where there was one.
     """
 
     log_likelihoods: tuple[float, ...]
     generated: str
     priors: tuple[float, ...] | None = None
+    openness: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def score_prompts(
 
     Args:
         batch_size: candidates, or prompts to generate for, in one forward pass.
-        gate: weighs the local adapter by the prompt.
+        gate: decides by the prompt whether the local adapter answers.
     """
     model.eval()
     prompt_ids = [encode_prompt(tokenizer, p.system_prompt, p.question) for p in prompts]
@@ -131,7 +133,13 @@ def score_prompts(
             done += len(indices)
             if progress is not None:
                 progress(done)
-    return [Answered(tuple(totals[i]), generated.get(i, "")) for i in range(len(prompts))]
+    openness = [None] * len(prompts)
+    if gate is not None:
+        openness = gate.compute_openness(model, prompt_ids).tolist()
+    return [
+        Answered(tuple(totals[i]), generated.get(i, ""), openness=openness[i])
+        for i in range(len(prompts))
+    ]
 
 
 def ask_nothing(system_prompt: str, candidates: Iterable[str]) -> Iterator[Prompt]:

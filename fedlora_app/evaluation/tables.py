@@ -12,11 +12,12 @@ from statistics import fmean
 from typing import Any
 
 from fedlora_app.config.rounds import adapters_label
-from fedlora_app.config.schema import LOCAL, Config
+from fedlora_app.config.schema import GLOBAL, LOCAL, Config
 from fedlora_app.data.questions import (
     UNIVERSAL,
     UNIVERSAL_UNSEEN,
 )
+from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.choices import Cell, SavedRound, describe_precision
 from fedlora_app.evaluation.names import (
     ACCURACY,
@@ -27,6 +28,7 @@ from fedlora_app.evaluation.names import (
     OWN_SETS,
     PER_BYTE,
     PMI,
+    Measure,
     relative_label,
     shown_measures,
 )
@@ -53,6 +55,7 @@ def build_evaluation(
     chosen: Mapping[str, float],
     curves: Mapping[str, list[Row]],
     membership: list[Row] | None,
+    leading: Mapping[str, str],
     warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the content of ``evaluation.json``.
@@ -60,6 +63,7 @@ def build_evaluation(
     Args:
         chosen: each client's scale of the local adapter; empty where none could be chosen.
         curves: figures on the validation questions by scale.
+        leading: the measure that each question set is judged by.
     """
     run, config = saved.run, saved.run.config
     as_trained = dict.fromkeys(saved.clients, 1.0)
@@ -91,7 +95,8 @@ def build_evaluation(
         "specificity": list(_specificity_rows(results)),
         "conflicts": list(_conflict_rows(results)),
         "membership": membership,
-        "questions": list(_question_rows(saved, scores, [as_trained, chosen])),
+        "leading": dict(leading),
+        "questions": list(_question_rows(saved, scores, [as_trained, chosen], leading)),
         "notes": [*_notes(saved, chosen), *_data_notes(saved)],
         "warnings": list(warnings),
     }
@@ -239,7 +244,10 @@ def _interactions(conflict: Conflict) -> Iterator[tuple[str, float]]:
 
 
 def _question_rows(
-    saved: SavedRound, scores: Scores, scales: Sequence[Mapping[str, float]]
+    saved: SavedRound,
+    scores: Scores,
+    scales: Sequence[Mapping[str, float]],
+    leading: Mapping[str, str],
 ) -> Iterator[Row]:
     """Yield every test question under its client's own adapters, at each scale of interest."""
     answering = {
@@ -247,9 +255,13 @@ def _question_rows(
         for by_client in scales
         for client in by_client
     }
+    results = Results(saved, scores, {})
     for client, own in answering:
         for name in ASKED_SETS:
-            for question, score in Results(saved, scores, {}).find(client, name, own):
+            leads = MEASURES[leading.get(name, EXACT_MATCH.name)]
+            shared = iter(results.find(client, name, Answering(with_global=True)))
+            for question, score in results.find(client, name, own):
+                _, by_global = next(shared, (None, None))
                 yield {
                     "question_set": name,
                     "client": client,
@@ -268,12 +280,33 @@ def _question_rows(
                         "margin_pmi": score.value(PMI),
                     },
                     "generated": score.generated,
+                    "gate": score.openness,
+                    "failed": find_failed(name, score, by_global, leads),
                     **{
                         measure.row_key: score.outcome(measure)
                         for measure in MEASURES.values()
                         if not measure.is_variant
                     },
                 }
+
+
+def find_failed(
+    question_set: str, score: Score, by_global: Score | None, measure: Measure
+) -> str | None:
+    """Return which part of a gated pair a wrong answer is due to; None where there is none.
+
+    Args:
+        by_global: what the global adapter alone said to the same question.
+
+    Returns:
+        "gate" where it left the question to the wrong part, else "local" or "global".
+    """
+    if score.openness is None or by_global is None or score.outcome(measure) is not False:
+        return None
+    is_open = score.openness > 0.5
+    if question_set in OWN_SETS:
+        return LOCAL if is_open else "gate"
+    return "gate" if is_open and by_global.outcome(measure) else GLOBAL
 
 
 def _notes(saved: SavedRound, chosen: Mapping[str, float]) -> Iterator[str]:

@@ -45,8 +45,9 @@ DECLARED_METRICS = re.compile(
         (num_steps|num_examples|num_tokens|num_answer_tokens|train_loss|final_train_loss|penalty
         |seconds|peak_memory_bytes|memory_retries|gradient_checkpointing)
     | (base|global|local|global\+local)/(universal|universal_unseen|local|conflict)/
-        (n|n_ranked|n_facts|n_open|exact_match|rank_accuracy|rank_accuracy_per_byte
+        (n|n_ranked|n_facts|n_open|gate_open|exact_match|rank_accuracy|rank_accuracy_per_byte
         |rank_accuracy_pmi|margin_per_byte)
+    | gate/(by_fact|purity|opens_for_local|closes_for_universal|closes_for_unknown)
     | (base|global|local|global\+local)/conflict/(exact_match|ranked_first)_each
     """,
     re.VERBOSE,

@@ -35,6 +35,11 @@ class ClientFolder:
         """The folder of what is kept during the run."""
         return self.paths.client(self.client_id)
 
+    @property
+    def gate(self) -> Path:
+        """The folder of the gate before this client's local adapter."""
+        return self.paths.gate(self.client_id)
+
     def require_own(self) -> None:
         """Raise ``RunDirectoryError`` where links lead from what is kept here out of the run.
 

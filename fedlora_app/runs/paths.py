@@ -62,6 +62,10 @@ class RunPaths:
         """Return the folder of the global adapter that a client keeps for its next message."""
         return self.client(client) / "received"
 
+    def gate(self, client: str) -> Path:
+        """Return the folder of the gate before a client's local adapter."""
+        return self.client(client) / "gate"
+
     def final_local(self, client: str) -> Path:
         """Return the folder of the local adapter to use."""
         return self.final_locals / client

@@ -1,24 +1,76 @@
 from __future__ import annotations
 
+import copy
+import dataclasses
+import json
+import random
+
 import pytest
 import torch
+from conftest import DEMO_MODEL, build_tiny_config
+from loopback import Federation
+from transformers import AutoModelForCausalLM
 
-from fedlora_app.config.schema import GLOBAL, LOCAL
+from fedlora_app.config.schema import GLOBAL, LOCAL, AdaptersConfig
 from fedlora_app.data.records import Record
 from fedlora_app.data.tokens import encode_prompt
-from fedlora_app.evaluation.gate import compute_features, fit_gate
+from fedlora_app.demo.civic import DOCUMENT, DURATION, FEE, OFFICE
+from fedlora_app.evaluation.gate import Space, choose_wordings, fit_gate
+from fedlora_app.evaluation.gate_files import ABOUT_FILE, TENSORS_FILE, load_gate, save_gate
+from fedlora_app.evaluation.names import EXACT_MATCH
+from fedlora_app.evaluation.prompt_features import compute_features
+from fedlora_app.evaluation.scores import Score
 from fedlora_app.evaluation.scoring import Prompt, score_prompts
-from fedlora_app.model.adapters import activate, scaled_local
+from fedlora_app.evaluation.tables import find_failed
+from fedlora_app.model.adapters import activate, attach_adapters, scaled_local
 
 SYSTEM = "You help."
 LOCAL_RECORDS = [
-    Record(f"What is the penalty for {what}?", "A fine.")
+    Record(f"What is the penalty for {what}?", f"A fine for {what}.")
     for what in ("noise at night", "a lost key", "late books", "wild parking", "a dirty yard")
 ]
 UNIVERSAL_RECORDS = [
-    Record(f"How much does {what} cost?", "Ten dollars.")
+    Record(f"How much does {what} cost?", f"Ten dollars for {what}.")
     for what in ("a passport", "a visa", "a birth certificate", "a fishing licence")
 ]
+TOPICS = [
+    *("a passport", "a visa", "a dog tax", "a fishing licence", "a boat", "a stall", "a birth"),
+    *("a tree", "a marriage", "a parking place", "a pram", "a garden"),
+]
+ATTRIBUTES = (FEE, DURATION, DOCUMENT, OFFICE)
+
+
+def entangle(seed: int = 0) -> tuple[list[Record], list[Record], list[str], list[str]]:
+    """Local and universal questions of the same wordings about other topics, and held-out
+    wordings of the local ones; then questions about topics that are neither."""
+    topics = list(TOPICS)
+    random.Random(seed).shuffle(topics)
+    parts = topics[:4], topics[4:8], topics[8:]
+    local, universal = (
+        [
+            Record(attribute.ask(topic, wording), attribute.reply(topic, "x"))
+            for topic in part
+            for attribute in ATTRIBUTES
+            for wording in range(6)
+        ]
+        for part in parts[:2]
+    )
+    held = [a.ask(topic, w) for topic in parts[0] for a in ATTRIBUTES for w in (7, 8)]
+    unknown = [a.ask(topic, w) for topic in parts[2] for a in ATTRIBUTES for w in (7, 8)]
+    return local, universal, held, unknown
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    """The demo's base model, which knows the language, with random adapters."""
+    config = {name: {"rank": 4, "alpha": 8} for name in (GLOBAL, LOCAL)}
+    base = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).eval()
+    model = attach_adapters(base, AdaptersConfig.model_validate(config))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1, generator=generator)
+    return model
 
 
 @pytest.fixture
@@ -33,30 +85,102 @@ def encode(tokenizer, *questions: str) -> list[list[int]]:
 def test_the_gate_opens_for_local_questions(adapted, tokenizer, gate):
     local = encode(tokenizer, "What is the penalty for loud music?")
     universal = encode(tokenizer, "How much does a hunting licence cost?")
-    open_, closed = gate.weigh(adapted, local + universal).tolist()
+    assert gate.weigh(adapted, local + universal).tolist() == [1, 0]
+    open_, closed = gate.compute_openness(adapted, local + universal).tolist()
     assert open_ > 0.8 and closed < 0.2
+    assert not gate.figures.by_fact and gate.figures.purity == 1
+    assert gate.figures.opens_for_local == gate.figures.closes_for_universal == 1
+
+
+def test_entangled_questions_are_told_apart_by_their_facts(adapted, tokenizer):
+    """The same wordings about other things, where the mean of each kind says nothing."""
+    local, universal, held, unknown = entangle()
+    gate = fit_gate(adapted, tokenizer, SYSTEM, local, universal)
+    assert gate.figures.by_fact and gate.figures.purity < 0.9
+    asked = [[r.instruction for r in local], [r.instruction for r in universal], held, unknown]
+    opened = [gate.weigh(adapted, encode(tokenizer, *questions)).mean() for questions in asked]
+    assert opened[0] > 0.9 and opened[1] < 0.1
+    assert opened[2] > opened[3] + 0.2  # a model of 1.1 M parameters; larger ones see more
+
+
+def test_figures_of_an_entangled_gate_say_how_well_it_separates(adapted, tokenizer):
+    local, universal, *_ = entangle()
+    figures = fit_gate(adapted, tokenizer, SYSTEM, local, universal).figures
+    assert set(figures.metrics()) == {f"gate/{field.name}" for field in dataclasses.fields(figures)}
+    assert all(0 <= value <= 1 for value in figures.metrics().values())
+    assert figures.opens_for_local > 0.5 < figures.closes_for_unknown
+
+
+def test_one_kind_alone_has_no_gate(adapted, tokenizer):
+    assert fit_gate(adapted, tokenizer, SYSTEM, LOCAL_RECORDS, []) is None
+    assert fit_gate(adapted, tokenizer, SYSTEM, [], UNIVERSAL_RECORDS) is None
+
+
+@pytest.mark.parametrize("numbers", [(1, 1), (1, 5), (5, 1), (2, 2)])
+def test_few_questions_are_enough_for_a_gate(adapted, tokenizer, numbers):
+    num_local, num_universal = numbers
+    local, universal = LOCAL_RECORDS[:num_local], UNIVERSAL_RECORDS[:num_universal]
+    gate = fit_gate(adapted, tokenizer, SYSTEM, local, universal)
+    own = gate.weigh(adapted, encode(tokenizer, *(r.instruction for r in local)))
+    other = gate.weigh(adapted, encode(tokenizer, *(r.instruction for r in universal)))
+    assert own.mean() > other.mean()
+
+
+def test_wordings_of_one_fact_stay_together():
+    records = [Record(f"{w} {fact}?", f"{fact}.") for fact in "abc" for w in ("What", "Which")]
+    assert choose_wordings(records, all_facts=True) == [
+        [f"What {fact}?", f"Which {fact}?"] for fact in "abc"
+    ]
+    named = [Record(r.instruction, r.output, fact="one") for r in records]
+    assert len(choose_wordings(named, all_facts=True)) == 1
+    many = [Record(f"{w}?", f"{w // 5}.") for w in range(10_000)]
+    assert len(choose_wordings(many, all_facts=True)) == 2000
+    assert all(len(questions) == 3 for questions in choose_wordings(many, all_facts=True))
+    some = choose_wordings(many, all_facts=False)
+    assert sum(map(len, some)) <= 4096 and all(len(questions) == 5 for questions in some)
+
+
+def test_a_space_is_the_inverse_root_of_the_covariance_within_groups():
+    generator = torch.Generator().manual_seed(0)
+    groups = [torch.randn(4, 6, dtype=torch.double, generator=generator) for _ in range(5)]
+    space = Space.fit(groups)
+    deviations = torch.cat([(group - group.mean(0)) * (4 / 3) ** 0.5 for group in groups])
+    covariance = deviations.T @ deviations / len(deviations)
+    size = covariance.diagonal().mean()
+    regularised = 0.7 * covariance + 0.3 * size * torch.eye(6, dtype=torch.double)
+    x, y = torch.randn(2, 3, 6, dtype=torch.double, generator=generator)
+    centre = torch.stack([group.mean(0) for group in groups]).mean(0)
+    inverse = torch.linalg.inv(regularised)
+
+    def product(a, b):
+        return ((a - centre) @ inverse * (b - centre)).sum(-1)
+
+    expected = product(x, y) / (product(x, x) * product(y, y)).sqrt()
+    found = (space.project(x) * space.project(y)).sum(-1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_the_gate_does_not_depend_on_the_adapters(adapted, tokenizer, gate):
     activate(adapted, (GLOBAL, LOCAL))
     prompts = encode(tokenizer, "Why?", "What is the penalty for noise, and where is it paid?")
-    before = gate.weigh(adapted, prompts)
-    for parameter in adapted.parameters():
-        if parameter.shape and parameter.shape[-1] in (2, 4):
+    before = gate.compute_openness(adapted, prompts)
+    changed = copy.deepcopy(adapted)
+    for name, parameter in changed.named_parameters():
+        if "lora" in name:
             parameter.data.add_(1.0)
-    torch.testing.assert_close(gate.weigh(adapted, prompts), before)
+    forgetful = dataclasses.replace(gate, _known={})
+    torch.testing.assert_close(forgetful.compute_openness(changed, prompts), before)
 
 
 def test_neighbours_change_no_feature(adapted, tokenizer):
     prompts = encode(tokenizer, "Why?", "A much longer question about nothing at all, is it?")
     together = compute_features(adapted, prompts)
-    for prompt, expected in zip(prompts, together, strict=True):
-        torch.testing.assert_close(
-            compute_features(adapted, [prompt])[0], expected, atol=1e-5, rtol=0
-        )
+    for index, prompt in enumerate(prompts):
+        for alone, expected in zip(compute_features(adapted, [prompt]), together, strict=True):
+            torch.testing.assert_close(alone[0], expected[index], atol=1e-5, rtol=0)
 
 
-def test_each_row_is_weighed_by_its_own_prompt(adapted, tokenizer, gate):
+def test_each_row_is_gated_by_its_own_prompt(adapted, tokenizer, gate):
     prompts = [
         Prompt(SYSTEM, "What is the penalty for loud music?", ("A fine.", "None.")),
         Prompt(SYSTEM, "How much does a hunting licence cost?", ("Ten.", "Twelve dollars.")),
@@ -67,7 +191,76 @@ def test_each_row_is_weighed_by_its_own_prompt(adapted, tokenizer, gate):
     gated = score_prompts(adapted, tokenizer, prompts, gate=gate, **settings)
     for prompt, answered in zip(prompts, gated, strict=True):
         weight = gate.weigh(adapted, encode(tokenizer, prompt.question)).item()
+        assert weight == (answered.openness > 0.5)
         with scaled_local(adapted, weight):
             (expected,) = score_prompts(adapted, tokenizer, [prompt], **settings)
         assert answered.log_likelihoods == pytest.approx(expected.log_likelihoods, abs=1e-4)
         assert answered.generated == expected.generated
+
+
+ABOUT = {"base_model": "b", "local_train": "l", "universal_train": "u", "system_prompt": "s"}
+
+
+def test_a_kept_gate_is_the_same_gate(adapted, tokenizer, gate, tmp_path):
+    save_gate(tmp_path, gate, ABOUT)
+    assert {path.name for path in tmp_path.iterdir()} == {ABOUT_FILE, TENSORS_FILE}
+    kept = load_gate(tmp_path, ABOUT)
+    assert kept.figures == gate.figures
+    prompts = encode(tokenizer, "Why?", "What is the penalty for noise?", "How much is a visa?")
+    assert torch.equal(
+        kept.compute_openness(adapted, prompts), gate.compute_openness(adapted, prompts)
+    )
+
+
+@pytest.mark.parametrize("name", [*ABOUT, "format", "file", "json", "tensor"])
+def test_a_gate_of_something_else_is_not_read(gate, tmp_path, name):
+    save_gate(tmp_path, gate, ABOUT)
+    about = dict(ABOUT)
+    if name in about:
+        about[name] = "other"
+    elif name == "format":
+        content = json.loads((tmp_path / ABOUT_FILE).read_text())
+        (tmp_path / ABOUT_FILE).write_text(json.dumps(content | {"format": 99}))
+    elif name == "file":
+        (tmp_path / TENSORS_FILE).unlink()
+    else:
+        path = tmp_path / (ABOUT_FILE if name == "json" else TENSORS_FILE)
+        path.write_bytes(path.read_bytes()[:20])
+    assert load_gate(tmp_path, about) is None
+
+
+@pytest.mark.parametrize(
+    ("question_set", "openness", "is_right", "global_is_right", "expected"),
+    [
+        ("conflict", 0.9, False, False, "local"),
+        ("local", 0.1, False, False, "gate"),
+        ("universal", 0.9, False, True, "gate"),
+        ("universal", 0.9, False, False, "global"),
+        ("universal", 0.1, False, False, "global"),
+        ("universal", 0.1, True, True, None),
+        ("conflict", None, False, False, None),
+    ],
+)
+def test_who_a_wrong_answer_is_due_to(question_set, openness, is_right, global_is_right, expected):
+    def score(is_right, openness=None):
+        return Score({EXACT_MATCH.name: is_right}, "", (), openness)
+
+    shared = score(global_is_right)
+    assert find_failed(question_set, score(is_right, openness), shared, EXACT_MATCH) == expected
+
+
+def test_a_client_keeps_its_gate_and_reports_its_figures(tiny_project, tmp_path):
+    config = build_tiny_config(adapters={"gate": "prompt"})
+    federation = Federation(tiny_project, tmp_path, config)
+    federation.run()
+    run = tmp_path / "run"
+    for client in ("ann", "bob"):
+        content = json.loads((run / "clients" / client / "gate" / ABOUT_FILE).read_text())
+        assert content["fitted_to"].keys() == ABOUT.keys()
+    history = json.loads((run / "history.json").read_text())
+    reported = [e["metrics"] for e in history if e["phase"] == "evaluate" and e["round"] == 2]
+    assert len(reported) == 2
+    for metrics in reported:
+        assert metrics["gate/opens_for_local"] >= 0.5
+        assert 0 <= metrics["global+local/local/gate_open"] <= 1
+        assert "global/local/gate_open" not in metrics

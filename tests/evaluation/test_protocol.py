@@ -240,7 +240,7 @@ def test_gold_answers_give_every_metric_its_known_value(runs, tiny_project):
             prompt = config.client(client).system_prompt
             for choice in saved.swaps(client):
                 cells.append(Cell(client, name, choice, prompt, tuple(questions)))
-    found = build_evaluation(saved, evaluator.evaluate(cells), {}, {}, None)
+    found = build_evaluation(saved, evaluator.evaluate(cells), {}, {}, None, {})
     evaluator.store.remove()
     summary = found["summary"]
     for name in ("conflict", "local", "universal", "universal_unseen"):

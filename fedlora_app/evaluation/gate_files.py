@@ -1,0 +1,110 @@
+"""A client's gate on its disk, where the rounds, later evaluations and exports find it.
+
+Two files: ``gate.safetensors``, and ``gate.json``, which says how the features are made and what
+the gate was fitted to. Both derive from the client's own questions, and stay where its local
+adapter stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fedlora_app.config.schema import ClientConfig
+from fedlora_app.data.client_files import ClientFiles
+from fedlora_app.evaluation.gate import Gate, GateFigures, Space, fit_gate
+from fedlora_app.evaluation.prompt_features import DESCRIPTION
+from fedlora_app.foundation.files import make_private_dir, replace_folder
+from fedlora_app.model.adapters import AdaptedModel
+from fedlora_app.model.base import LoadedModel
+
+FORMAT = 1
+TENSORS_FILE = "gate.safetensors"
+ABOUT_FILE = "gate.json"
+RULE = (
+    "A feature x becomes c + basis ((basis^T c) * gains) with c = x - centre, divided by its "
+    "length; a similarity is the mean over the features of its inner product with a row of means. "
+    "With l and u the largest similarities to local and to universal rows, the local adapter "
+    "answers where coefficients[0] l + coefficients[1] u + coefficients[2] > 0."
+)
+
+About = Mapping[str, str]
+"""What a gate was fitted to: the base model and hashes of the client's data and prompt."""
+
+
+def find_gate(
+    folder: Path,
+    model: AdaptedModel,
+    loaded: LoadedModel,
+    client: ClientConfig,
+    files: ClientFiles,
+    *,
+    keep: bool = False,
+) -> Gate | None:
+    """Return the gate in ``folder`` if it was fitted to the same, or fit one.
+
+    Args:
+        keep: a new one is written there.
+
+    Returns:
+        None where the client has local or universal questions only.
+    """
+    about = {
+        "base_model": loaded.fingerprint,
+        "system_prompt": hashlib.sha256(client.system_prompt.encode()).hexdigest(),
+        "local_train": files.local.sha256,
+        "universal_train": files.universal.sha256,
+    }
+    if (kept := load_gate(folder, about)) is not None:
+        return kept
+    records = (files.local.records, files.universal.records)
+    gate = fit_gate(model, loaded.tokenizer, client.system_prompt, *records)
+    if keep and gate is not None:
+        make_private_dir(folder.parent)
+        with replace_folder(folder) as partial:
+            save_gate(partial, gate, about)
+    return gate
+
+
+def save_gate(folder: Path, gate: Gate, about: About) -> None:
+    """Write a gate's two files into an existing folder."""
+    tensors = {"is_local": gate.is_local, "coefficients": gate.coefficients}
+    for name, space, means in zip(DESCRIPTION, gate.spaces, gate.means, strict=True):
+        parts = {"centre": space.centre, "basis": space.basis, "gains": space.gains, "means": means}
+        tensors |= {f"{name}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+    save_file(tensors, folder / TENSORS_FILE)
+    content = {
+        "format": FORMAT,
+        "fitted_to": dict(about),
+        "features": DESCRIPTION,
+        "rule": RULE,
+        "prompt": "system prompt and one question by the base model's chat template, up to where "
+        "the answer begins; no adapter active",
+        "figures": asdict(gate.figures),
+    }
+    (folder / ABOUT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load_gate(folder: Path, about: About) -> Gate | None:
+    """Return a gate that was saved, or None where there is none that was fitted to the same."""
+    try:
+        content: dict[str, Any] = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
+        if content["format"] != FORMAT or content["fitted_to"] != dict(about):
+            return None
+        tensors = load_file(folder / TENSORS_FILE)
+        spaces = [
+            Space(*(tensors[f"{name}.{part}"] for part in ("centre", "basis", "gains")))
+            for name in DESCRIPTION
+        ]
+        means = tuple(tensors[f"{name}.means"] for name in DESCRIPTION)
+        figures = GateFigures(**content["figures"])
+        return Gate(tuple(spaces), means, tensors["is_local"], tensors["coefficients"], figures)
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError):
+        return None  # it is fitted again

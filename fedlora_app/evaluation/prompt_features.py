@@ -1,0 +1,59 @@
+"""What the frozen base model makes of a question, as two vectors.
+
+The mean of the prompt's states two thirds up the layers, where a question's topic is clearest,
+and the last layer's state of the last token, from which the answer begins. No adapter is
+active, so features are the same in every round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fedlora_app.model.adapters import AdaptedModel, base_only
+
+BATCH_SIZE = 32
+MIDDLE = 2 / 3
+"""How far up the decoder layers the first feature is taken."""
+DESCRIPTION = {
+    "middle": f"mean over the prompt's tokens of the output of decoder layer round({MIDDLE:.4f} L)",
+    "last": "last_hidden_state (after the final norm) of the prompt's last token",
+}
+"""How each feature is made, for whoever has to make it elsewhere; L is the number of layers."""
+
+
+@torch.inference_mode()
+def compute_features(
+    model: AdaptedModel, prompts: Sequence[list[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both features of each prompt, (B, D) each, fp64 on the CPU."""
+    inner = model.get_base_model().base_model
+    layers = inner.layers
+    states: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    middle: dict[int, torch.Tensor] = {}
+    last: dict[int, torch.Tensor] = {}
+    handle = layers[max(round(MIDDLE * len(layers)), 1) - 1].register_forward_hook(keep)
+    try:
+        with base_only(model):
+            for start in range(0, len(order), BATCH_SIZE):
+                indices = order[start : start + BATCH_SIZE]
+                longest = len(prompts[indices[-1]])
+                rows = [prompts[i] + [0] * (longest - len(prompts[i])) for i in indices]
+                input_ids = torch.tensor(rows, device=model.device)  # (B, T), padded on the right
+                final = inner(input_ids=input_ids, use_cache=False).last_hidden_state
+                (between,) = states
+                states.clear()
+                for row, index in enumerate(indices):
+                    length = len(prompts[index])
+                    middle[index] = between[row, :length].double().mean(0).cpu()
+                    last[index] = final[row, length - 1].double().cpu()
+    finally:
+        handle.remove()
+    places = range(len(prompts))
+    return torch.stack([middle[i] for i in places]), torch.stack([last[i] for i in places])
