@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedlora_app.config.rounds import plan_round, training_clients
-from fedlora_app.config.schema import GLOBAL, LOCAL, Config
+from fedlora_app.config.schema import GLOBAL, LOCAL, AdapterConfig, Config
 
 UNREACHABLE = {
     "cut": "are longer than evaluation.max_new_tokens and can never match exactly",
@@ -27,8 +27,8 @@ def describe_start(
     lines = [
         f"{config.experiment.name}: {federated.mode}, {federated.num_rounds} rounds, "
         f"seed {config.experiment.seed}, base {config.model.name}",
-        f"  global adapter  rank {config.adapters.global_.rank}, {sizes[GLOBAL]:,} parameters",
-        f"  local adapter   rank {config.adapters.local.rank}, {sizes[LOCAL]:,} parameters"
+        f"  global adapter  {_describe(config.adapters.global_)}, {sizes[GLOBAL]:,} parameters",
+        f"  local adapter   {_describe(config.adapters.local)}, {sizes[LOCAL]:,} parameters"
         + ("" if LOCAL in plan.evaluated else " (not used in this mode)"),
         f"  travels         {_describe_traffic(config, sizes[GLOBAL])}",
         f"  training        {training.schedule}, learning rate {training.learning_rate:g}, "
@@ -40,6 +40,11 @@ def describe_start(
         lines.append(f"  {client:<15} {counts} examples; {report['device']}")
         lines += [f"  {'':<15} {note}" for note in _notes(report, training.max_seq_length)]
     return "\n".join(lines)
+
+
+def _describe(adapter: AdapterConfig) -> str:
+    layers = f", from layer {adapter.first_layer}" if adapter.first_layer else ""
+    return f"rank {adapter.rank}{layers}"
 
 
 def _describe_traffic(config: Config, num_parameters: int) -> str:

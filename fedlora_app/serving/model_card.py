@@ -278,9 +278,10 @@ def _provenance(export: Export) -> Iterator[tuple[str, str]]:
     for source in export.sources:
         scale = f", scale (lambda) {source.scale:g}" if source.role == LOCAL else ""
         config = source.config
+        layers = f", from decoder layer {config.first_layer}" if config.first_layer else ""
         yield (
             f"{source.role} adapter",
-            f"rank {config.rank}, alpha {config.alpha:g}{scale}, sha256 `{source.sha256}`",
+            f"rank {config.rank}, alpha {config.alpha:g}{layers}{scale}, sha256 `{source.sha256}`",
         )
     if export.rank is not None:
         yield "this adapter", f"rank {export.rank}, alpha {export.rank}, {export.dtype}"

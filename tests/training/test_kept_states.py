@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import build_tiny_model
 from transformers import (
+    BitsAndBytesConfig,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -64,14 +65,20 @@ def build_base(kind: str):
     return Gemma3ForCausalLM(config).eval()
 
 
-def build_model(kind: str = "llama", global_first: int = 0, local_first: int = 2, **local):
-    config = AdaptersConfig.model_validate(
+def build_adapters(global_first: int = 0, local_first: int = 2, **local) -> AdaptersConfig:
+    return AdaptersConfig.model_validate(
         {
             "global": {"rank": 4, "first_layer": global_first},
             "local": {"rank": 2, "alpha": 4, "first_layer": local_first, **local},
         }
     )
-    model = attach_adapters(build_base(kind), config)
+
+
+def build_model(kind: str = "llama", *first_layers: int, **settings):
+    return fill(attach_adapters(build_base(kind), build_adapters(*first_layers, **settings)))
+
+
+def fill(model):
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -181,6 +188,18 @@ def test_they_change_nothing_under_other_settings(settings):
 
 def test_they_stay_in_the_dtype_of_a_base_in_bf16():
     plain, kept = compare(build_model().bfloat16(), tolerance=2e-2)
+    assert kept[0] < plain[0] / 2
+
+
+def test_they_serve_a_base_in_4_bit(tmp_path):
+    build_base("llama").save_pretrained(tmp_path)
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=nf4, device_map="cpu")
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # as model.base does, and why
+    assert type(decoder_layers(base)[0].mlp.up_proj).__name__ == "Linear4bit"
+    plain, kept = compare(fill(attach_adapters(base, build_adapters())), tolerance=1e-4)
     assert kept[0] < plain[0] / 2
 
 
