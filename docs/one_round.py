@@ -18,7 +18,7 @@ from fedlora_app.model import (
     load_base_model,
     set_state,
 )
-from fedlora_app.training import select_examples, train_phase
+from fedlora_app.training import choose_decays, select_examples, train_phase
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVER_ROUND, NUM_STEPS = 1, 60
@@ -34,7 +34,6 @@ def train(client, phase):
     """Train the phase's adapters on what this client may use in it; return how many examples."""
     tokens = tokenize_client_files(config, client, files[client.id], loaded.tokenizer, ROOT)
     examples = select_examples(config, client.id, tokens, phase, SERVER_ROUND)
-    decay = config.training.local_weight_decay  # keeps the local adapter small
     seed = derive_seed(config.experiment.seed, phase.name, SERVER_ROUND, client.id)
     train_phase(
         model,
@@ -44,7 +43,7 @@ def train(client, phase):
         trainable=phase.trainable,
         num_steps=NUM_STEPS,
         run_span=(0.0, 1.0),
-        weight_decays={GLOBAL: 0.0, LOCAL: decay},
+        weight_decays=choose_decays(config, phase, NUM_STEPS),  # keep the local adapter small
         seed=seed,
     )
     return len(examples)

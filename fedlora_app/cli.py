@@ -64,6 +64,8 @@ def check(
     from fedlora_app.evaluation.gold import find_unreachable_answers
     from fedlora_app.model.base import load_tokenizer
     from fedlora_app.model.pretrained import ModelError
+    from fedlora_app.training.decay import describe_decay
+    from fedlora_app.training.selection import describe_long_phases
 
     root = find_project_root(str(config.resolve()))
     path = config if config.exists() else root / config
@@ -83,6 +85,12 @@ def check(
         typer.echo(json.dumps([vars(finding) for finding in findings], ensure_ascii=False))
     else:
         typer.echo(f"{path}: the configuration and {len(experiment.client_ids)} clients' data.")
+        counts = {c: (len(f.universal.records), len(f.local.records)) for c, f in files.items()}
+        for line in (
+            *describe_decay(experiment, counts),
+            *describe_long_phases(experiment, counts),
+        ):
+            typer.echo(line)
         typer.echo(describe_findings(findings))
     if unchecked:
         typer.echo(unchecked, err=True)

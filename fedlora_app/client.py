@@ -63,6 +63,7 @@ from fedlora_app.model.device import is_out_of_memory, read_peak_memory, reset_p
 from fedlora_app.model.kernels import find_missing_kernels
 from fedlora_app.runs.client_folder import ClientFolder
 from fedlora_app.runs.paths import RunPaths
+from fedlora_app.training.decay import choose_decays
 from fedlora_app.training.phase import (
     PhaseResult,
     TrainingError,
@@ -70,7 +71,7 @@ from fedlora_app.training.phase import (
     train_phase,
     use_less_memory,
 )
-from fedlora_app.training.selection import data_owners, select_phase
+from fedlora_app.training.selection import data_owners, select_phase, take_part
 
 
 @dataclass(frozen=True)
@@ -348,21 +349,18 @@ class Client:
             return tokenize_client_files(self.config, client, files, loaded.tokenizer, self.root)
 
         selected = select_phase(self.config, self.client_id, phase, server_round, load)
+        examples = take_part(selected, self.config, self.client_id, phase, server_round)
         kind = (self.run_dir, phase.name)
         training = loaded.smaller_batches.get(kind) or settle_checkpointing(
             self.config, model, phase, selected.examples
         )
         num_rounds = self.config.federated.num_rounds
-        # A local adapter on its own has no global one to spoil, and gets the global one's decay.
-        is_beside = GLOBAL in phase.active
-        local_decay = training.local_weight_decay if is_beside else training.global_weight_decay
-        weight_decays = {GLOBAL: training.global_weight_decay, LOCAL: local_decay}
         what = f"{self.client_id}, round {server_round}, {phase.name}"
 
         def train(settings: TrainingConfig) -> PhaseResult:
             return train_phase(
                 model,
-                selected.examples,
+                examples,
                 settings,
                 active=phase.active,
                 trainable=phase.trainable,
@@ -371,7 +369,7 @@ class Client:
                     (server_round - phase.num_rounds) / num_rounds,
                     server_round / num_rounds,
                 ),
-                weight_decays=weight_decays,
+                weight_decays=choose_decays(self.config, phase, selected.num_steps),
                 seed=derive_seed(
                     self.config.experiment.seed, phase.name, server_round, self.client_id
                 ),

@@ -178,6 +178,11 @@ def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:
         elif lowered[name.lower()] > 1:
             yield f"federated.clients: {shown} differs from another only in case."
     training, data = _sections(raw, "training", "data")
+    if None not in (training.get("local_kept_share"), training.get("local_weight_decay")):
+        yield (
+            "training.local_kept_share: training.local_weight_decay is set too, and each says what "
+            "the other one is. Set one of them to null, or leave it out."
+        )
     if training.get("local_kl_weight") and training.get("replay") == 0:
         yield (
             "training.local_kl_weight: it acts on replayed records and training.replay is 0. "

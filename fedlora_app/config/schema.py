@@ -103,7 +103,13 @@ class TrainingConfig(Section):
     local_epochs: int = Field(2, ge=1)
     """Passes over the client's local data (with its replay) per round."""
     replay: float = Field(1.0, ge=0, le=1)
-    """Share of the universal records that the local phase sees beside the local ones."""
+    """Share of the universal records that the local phase sees beside the local ones, drawn anew in
+    every round."""
+    max_replay_ratio: float | None = Field(None, gt=0)
+    """At most so many replayed universal records per local one. null: no limit."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps that a phase has at most in a round. Where that is less than one pass over
+    its data, each round goes on with another part of it. null: no limit."""
     learning_rate: float = Field(2.0e-4, gt=0)
     batch_size: int = Field(4, ge=1)
     gradient_accumulation_steps: int = Field(6, ge=1)
@@ -117,9 +123,13 @@ class TrainingConfig(Section):
     """Where cosine and linear schedules end, relative to learning_rate."""
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     global_weight_decay: float = Field(0.0, ge=0)
-    local_weight_decay: float = Field(10.0, ge=0)
-    """Keeps the local adapter small, so that it spoils less of what the global one knows. In mode
-    local-only, where there is none, global_weight_decay holds."""
+    local_kept_share: float | None = Field(None, gt=0, le=1)
+    """Keeps the local adapter small, so that it spoils less of what the global one knows: the
+    share of it that weight decay alone would leave over a local phase, whatever the learning rate
+    and the number of steps; 1: all of it. Where it learns alone, global_weight_decay holds."""
+    local_weight_decay: float | None = Field(None, ge=0)
+    """The same as AdamW's weight decay, which does the more the higher the learning rate and the
+    more steps there are. null, and no local_kept_share: none."""
     local_kl_weight: float = Field(0.0, ge=0)
     """Holds the pair near the global adapter alone on replayed universal records: weight of
     KL(global || global + local) per answer token, in the local phase of mode dual."""

@@ -76,7 +76,8 @@ def ablate(run_dir: Path, root: Path, overrides: str) -> Figures:
     recorded = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     changes, faults = parse_overrides(overrides)
     assert not faults, faults
-    for key, value in changes.items():
+    # The variants speak of the decay itself, whatever the run was told to keep.
+    for key, value in ({"training.local_kept_share": None} | changes).items():
         set_dotted(recorded, key, value)
     config = parse_config(recorded, source=str(run_dir))
     if config.federated.mode != "dual" or config.training.schedule != "phased":

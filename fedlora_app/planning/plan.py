@@ -42,7 +42,9 @@ from fedlora_app.training.activations import (
     keeps_states,
     read_shape,
 )
+from fedlora_app.training.decay import describe_decay
 from fedlora_app.training.phase_memory import BaseSizes, PhaseMemory, adapter_sizes
+from fedlora_app.training.selection import describe_long_phases
 
 UPLOAD_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -154,6 +156,8 @@ def build_plan(config: Config, root: Path, gpu_memory: str = "") -> Plan:
         notes.append("The last round has a local phase more than the others.")
     if config.federated.mode == "finetuned":
         notes.append("The last round has the fine-tuning more than the others: its local phase.")
+    counts = {p.client: (p.selection.num_universal, p.selection.num_local) for p in parts}
+    notes += [*describe_decay(config, counts), *describe_long_phases(config, counts)]
     return Plan(
         name=config.experiment.name,
         mode=config.federated.mode,

@@ -8,6 +8,8 @@ from typing import Any
 
 from fedlora_app.config.rounds import plan_round, training_clients
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdapterConfig, Config
+from fedlora_app.training.decay import describe_decay
+from fedlora_app.training.selection import describe_long_phases
 
 UNREACHABLE = {
     "cut": "are longer than evaluation.max_new_tokens and can never match exactly",
@@ -23,6 +25,7 @@ def describe_start(
     """Return the block that opens a run."""
     federated, training = config.federated, config.training
     plan = plan_round(config, federated.num_rounds)
+    counts = {c: (r["universal_examples"], r["local_examples"]) for c, r in clients.items()}
     sizes = {name: sum(map(math.prod, shape.values())) for name, shape in shapes.items()}
     lines = [
         f"{config.experiment.name}: {federated.mode}, {federated.num_rounds} rounds, "
@@ -33,11 +36,13 @@ def describe_start(
         f"  travels         {_describe_traffic(config, sizes[GLOBAL])}",
         f"  training        {training.schedule}, learning rate {training.learning_rate:g}, "
         f"batch {training.batch_size} x {training.gradient_accumulation_steps}",
+        *(f"  {'':<15} {line}" for line in describe_decay(config, counts)),
+        *(f"  {'':<15} {line}" for line in describe_long_phases(config, counts)),
         "  server          no model, no device",
     ]
     for client, report in clients.items():
-        counts = f"{report['universal_examples']} universal, {report['local_examples']} local"
-        lines.append(f"  {client:<15} {counts} examples; {report['device']}")
+        has = f"{report['universal_examples']} universal, {report['local_examples']} local"
+        lines.append(f"  {client:<15} {has} examples; {report['device']}")
         lines += [f"  {'':<15} {note}" for note in _notes(report, training.max_seq_length)]
     return "\n".join(lines)
 

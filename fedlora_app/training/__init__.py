@@ -5,6 +5,7 @@ from fedlora_app.foundation.face import offer
 __getattr__, __all__ = offer(
     __name__,
     {
+        "decay": ["choose_decays"],
         "phase": ["PhaseResult", "TrainingError", "train_phase"],
         "selection": ["select_examples"],
     },

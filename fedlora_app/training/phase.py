@@ -36,6 +36,7 @@ from fedlora_app.training.losses import compute_losses
 from fedlora_app.training.optimizer import fresh_optimizer
 from fedlora_app.training.packing import ATTENTION, packed_attention
 from fedlora_app.training.phase_memory import predict_step_bytes
+from fedlora_app.training.schedule import schedule_factor
 
 USABLE_SHARE = 0.9  # of the free memory; the rest is lost to fragmentation
 
@@ -260,19 +261,6 @@ def _training_forward(
         stack.enter_context(packed_attention(base, implementation))
         model.train()
         yield
-
-
-def schedule_factor(position: float, training: TrainingConfig) -> float:
-    """Return the learning rate at ``position`` in [0, 1] of the run, relative to its peak."""
-    if position < training.warmup_ratio:
-        return min(1.0, max(position, 1e-3) / training.warmup_ratio)
-    progress = (position - training.warmup_ratio) / (1 - training.warmup_ratio)
-    floor = training.final_learning_rate_ratio
-    if training.lr_scheduler == "cosine":
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-    if training.lr_scheduler == "linear":
-        return 1 - (1 - floor) * progress
-    return 1.0
 
 
 def _has_penalty(training: TrainingConfig) -> bool:

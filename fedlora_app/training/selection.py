@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from fedlora_app.config.rounds import Phase, training_clients
-from fedlora_app.config.schema import GLOBAL, LOCAL, Config
+from fedlora_app.config.rounds import Phase, plan_round, training_clients
+from fedlora_app.config.schema import GLOBAL, LOCAL, Config, TrainingConfig
 from fedlora_app.data.client_files import ClientExamples
 from fedlora_app.data.tokens import Example
 from fedlora_app.foundation.seeds import derive_seed
-from fedlora_app.training.batches import count_steps
+from fedlora_app.training.batches import count_steps, examples_per_step
+
+MANY_STEPS = 1000
+"""In one phase of one round; more are worth a line."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,9 @@ class Selection:
     num_steps: int
     num_truncated: int
     """Of the files that the phase is about; not of replayed examples."""
+    num_universal: int
+    num_local: int
+    """Examples that there are, whatever the phase is about."""
 
 
 def data_owners(config: Config, client_id: str) -> list[str]:
@@ -43,14 +50,16 @@ def select_phase(
         load: returns the tokenised data of one owner.
     """
     selected: list[Example] = []
-    num_steps = num_truncated = 0
+    num_steps = num_truncated = num_universal = num_local = 0
     for owner in data_owners(config, client_id):
         examples = load(owner)
         selected += select_examples(config, owner, examples, phase, server_round)
-        num_steps += count_phase_steps(config, examples, phase)
+        counts = (len(examples.universal.examples), len(examples.local.examples))
+        num_universal, num_local = num_universal + counts[0], num_local + counts[1]
+        num_steps += count_phase_steps(config, *counts, phase)
         num_truncated += examples.universal.num_truncated * (phase.data != "local")
         num_truncated += examples.local.num_truncated * (phase.data != "universal")
-    return Selection(selected, num_steps, num_truncated)
+    return Selection(selected, num_steps, num_truncated, num_universal, num_local)
 
 
 def select_examples(
@@ -64,24 +73,73 @@ def select_examples(
         return universal + local
     # A pooled phase replays like a local one: with replay below 1 it sees a part of the universal.
     rng = random.Random(derive_seed(config.experiment.seed, "replay", server_round, client_id))
-    replayed = rng.sample(universal, _num_replayed(config, examples))
+    replayed = rng.sample(universal, count_replayed(config.training, len(universal), len(local)))
     return local + [replace(example, is_replayed=True) for example in replayed]
 
 
-def count_phase_steps(config: Config, examples: ClientExamples, phase: Phase) -> int:
-    """Return a phase's optimizer steps.
+def take_part(
+    selected: Selection, config: Config, client_id: str, phase: Phase, server_round: int
+) -> list[Example]:
+    """Return the examples that a phase gets to in this round.
+
+    All, unless training.max_steps is too small for that. Then each round takes up where the last
+    one stopped, in an order of the whole run, so that all are seen in turn. Replayed ones, which
+    every round draws anew, have their share of the steps.
+    """
+    examples, room = selected.examples, selected.num_steps * examples_per_step(config.training)
+    if room >= len(examples):
+        return examples
+    fixed = [example for example in examples if not example.is_replayed]
+    replayed = [example for example in examples if example.is_replayed]
+    num_replayed = round(room * len(replayed) / len(examples))
+    size = min(room - num_replayed, len(fixed))
+    random.Random(derive_seed(config.experiment.seed, "part", phase.name, client_id)).shuffle(fixed)
+    start = (server_round - 1) * size
+    part = [fixed[(start + offset) % len(fixed)] for offset in range(size)]
+    return part + replayed[: room - size]
+
+
+def count_phase_steps(config: Config, num_universal: int, num_local: int, phase: Phase) -> int:
+    """Return a phase's optimizer steps with so many universal and local examples.
 
     They are those of the dual mode's two phases, or of one of them, whatever the mode, so that
     modes are compared at equal work.
     """
     training = config.training
-    num_local = len(examples.local.examples) + _num_replayed(config, examples)
+    num_beside = num_local + count_replayed(training, num_universal, num_local)
     steps = {
-        GLOBAL: count_steps(len(examples.universal.examples), training.global_epochs, training),
-        LOCAL: count_steps(num_local, training.local_epochs, training),
+        GLOBAL: count_steps(num_universal, training.global_epochs, training),
+        LOCAL: count_steps(num_beside, training.local_epochs, training),
     }
-    return phase.num_rounds * sum(steps[name] for name in phase.steps_of or phase.trainable)
+    most = training.max_steps or max(steps.values())
+    capped = sum(min(steps[name], most) for name in phase.steps_of or phase.trainable)
+    return phase.num_rounds * capped
 
 
-def _num_replayed(config: Config, examples: ClientExamples) -> int:
-    return round(config.training.replay * len(examples.universal.examples))
+def count_replayed(training: TrainingConfig, num_universal: int, num_local: int) -> int:
+    """Return how many universal examples a local phase repeats."""
+    wanted = round(training.replay * num_universal)
+    if training.max_replay_ratio is None:
+        return wanted
+    return min(wanted, math.floor(training.max_replay_ratio * num_local))
+
+
+def describe_long_phases(config: Config, examples: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+    """Yield a line where a round has very many steps and nothing says that it may.
+
+    Args:
+        examples: how many universal and local ones each client has.
+    """
+    if config.training.max_steps is not None:
+        return
+    plan = plan_round(config, 1)
+    for phase in (plan.train, plan.personalise):
+        if phase is None:
+            continue
+        steps = {c: count_phase_steps(config, *counts, phase) for c, counts in examples.items()}
+        client = max(steps, key=steps.__getitem__)
+        if steps[client] > MANY_STEPS:
+            yield (
+                f"Note: a {phase.name} phase of {client} has {steps[client]:,} steps a round; "
+                "training.max_steps limits them, and each round then trains on another part."
+            )

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
-from conftest import build_tiny_config
+from conftest import ALIKE, build_tiny_config
 
-from fedlora_app.config.rounds import plan_round
+from fedlora_app.config.rounds import Phase, plan_round, training_clients
+from fedlora_app.config.schema import GLOBAL, LOCAL, Mode
 from fedlora_app.data.client_files import ClientExamples
 from fedlora_app.data.tokens import Example, TokenizedFile
 from fedlora_app.planning.workload import ClientPhase, measure_work
 from fedlora_app.training.batches import split_into_packs, step_batches, tokens_per_micro_batch
 from fedlora_app.training.packing import group_by_width, pack
-from fedlora_app.training.selection import data_owners, select_phase
+from fedlora_app.training.selection import (
+    count_replayed,
+    data_owners,
+    describe_long_phases,
+    select_phase,
+    take_part,
+)
 
 TOKENS = {"ann": 1, "bob": 2}
 
@@ -43,6 +52,88 @@ def test_other_modes_train_on_the_clients_own_data(mode, count, truncated):
     _, _, selected = select(mode, "bob")
     assert {example.input_ids[0] for example in selected.examples} == {2}
     assert (len(selected.examples), selected.num_truncated) == (count, truncated)
+
+
+@pytest.mark.parametrize("max_steps", [None, 1])
+def test_every_mode_takes_as_many_steps_in_a_run(max_steps):
+    """Of ann's 3 universal and 5 local examples, 3 replayed, 2 a step; and of bob's likewise."""
+    found = {}
+    for mode in get_args(Mode):
+        config = build_tiny_config(
+            federated={"mode": mode, "num_rounds": 3},
+            training={"max_steps": max_steps, "global_epochs": 3},
+            adapters=ALIKE,
+        )
+        found[mode] = 0
+        for server_round in (1, 2, 3):
+            plan = plan_round(config, server_round)
+            for phase, clients in (
+                (plan.train, training_clients(config)),
+                (plan.personalise, config.client_ids),
+            ):
+                for client in clients if phase else []:
+                    found[mode] += select_phase(config, client, phase, server_round, load).num_steps
+    per_client = 3 * (6 + 4) if max_steps is None else 3 * (1 + 1)
+    assert found == dict.fromkeys(get_args(Mode), 2 * per_client)
+
+
+@pytest.mark.parametrize(
+    ("replay", "ratio", "replayed"), [(1.0, None, 90), (1.0, 1.5, 60), (0.5, 1.5, 45), (0, 1.5, 0)]
+)
+def test_replay_is_limited_by_the_local_records(replay, ratio, replayed):
+    training = build_tiny_config(training={"replay": replay, "max_replay_ratio": ratio}).training
+    assert count_replayed(training, 90, 40) == replayed
+
+
+def number(count: int, first: int = 0) -> list[Example]:
+    """Return examples of which each can be told from the others."""
+    return [Example([first + n] * 4, 2) for n in range(count)]
+
+
+def parts_of_rounds(data: str, **training):
+    """Return what each of 6 rounds trains on, of 10 universal and 20 local examples, by number."""
+    tokens = ClientExamples(
+        TokenizedFile(number(10), 0, 0), TokenizedFile(number(20, first=100), 0, 0)
+    )
+    config = build_tiny_config(federated={"num_rounds": 6}, training=training)
+    phase = Phase((GLOBAL,), (GLOBAL,), data, (GLOBAL if data == "universal" else LOCAL,))
+    parts = []
+    for server_round in range(1, 7):
+        selected = select_phase(config, "ann", phase, server_round, lambda owner: tokens)
+        part = take_part(selected, config, "ann", phase, server_round)
+        assert len({example.input_ids[0] for example in part}) == len(part)
+        parts.append([example.input_ids[0] for example in part])
+    return parts
+
+
+def test_limited_rounds_go_on_where_the_last_one_stopped():
+    parts = parts_of_rounds("universal", max_steps=2)  # 4 of 10
+    assert all(len(part) == 4 for part in parts)
+    assert len({n for part in parts[:2] for n in part}) == 8
+    assert {n for part in parts[:3] for n in part} == set(range(10))
+    assert parts == parts_of_rounds("universal", max_steps=2)
+    assert parts[0] != sorted(parts[0]), "the order is not the file's"
+
+
+def test_replayed_examples_keep_their_share_and_are_drawn_anew_in_every_round():
+    parts = parts_of_rounds("local", max_steps=6)  # 12 of 20 local and 10 replayed ones
+    replayed = [[n for n in part if n < 100] for part in parts]
+    assert [len(part) for part in parts] == [12] * 6 and {len(part) for part in replayed} == {4}
+    assert len({tuple(sorted(part)) for part in replayed}) > 3
+    assert {n for part in parts[:3] for n in part if n >= 100} == set(range(100, 120))
+
+
+def test_all_examples_are_taken_where_there_are_steps_for_a_pass():
+    for training in ({}, {"max_steps": 5}, {"max_steps": 9, "global_epochs": 4}):
+        assert parts_of_rounds("universal", **training) == [list(range(10))] * 6
+
+
+def test_thousands_of_steps_are_pointed_out_unless_they_are_limited():
+    counts = {"ann": (100_000, 50), "bob": (10, 10)}
+    (note,) = describe_long_phases(build_tiny_config(training={"max_replay_ratio": 1.0}), counts)
+    assert "a global phase of ann has 50,000 steps a round; training.max_steps" in note
+    config = build_tiny_config(training={"max_steps": 2000})
+    assert not list(describe_long_phases(config, counts))
 
 
 def test_a_plan_counts_the_steps_tokens_and_packs_of_training():
