@@ -134,9 +134,13 @@ def evaluate(
     membership: Annotated[
         bool, typer.Option(help="Also infer which records the global adapter was trained on.")
     ] = False,
+    full: Annotated[
+        bool | None,
+        typer.Option("--full/--core", help="All of the protocol, or its core; as configured."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run the whole evaluation protocol on a round of a run and write evaluation.json.
+    """Run the evaluation protocol on a round of a run and write evaluation.json.
 
     A stopped evaluation resumes where it was. Example: fedlora evaluate latest
     """
@@ -152,7 +156,7 @@ def evaluate(
     saved = open_round(load_run(run_dir), root, server_round)
     _quiet_transformers()
     with show_progress(quiet=as_json) as show:
-        evaluation = evaluate_round(saved, show, membership=membership)
+        evaluation = evaluate_round(saved, show, full=full, membership=membership)
     path = saved.run.evaluation_path(saved.server_round)
     page = write_report(run_dir) if saved.server_round == saved.run.last_round else None
     if as_json:

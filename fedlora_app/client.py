@@ -223,11 +223,14 @@ class Client:
         if LOCAL in plan.evaluated:
             facts["local_adapter"] = self.folder.save_local(model, server_round)
         is_final = server_round == self.config.federated.num_rounds
-        is_due = is_final or server_round % self.config.evaluation.interval == 0
+        interval = self.config.evaluation.interval
+        is_due = interval > 0 and (is_final or server_round % interval == 0)
         own = Answering.own(plan.evaluated, self.client_id)
         answering = [own if server_round > 0 else Answering()] if is_due else []
-        if is_final and set(plan.trained) == set(BOTH):
+        if is_due and is_final and set(plan.trained) == set(BOTH):
             answering.append(Answering(with_global=True))
+        gate = self._find_gate(loaded, model, files, own) if is_due or is_final else None
+        metrics |= gate.figures.metrics() if gate is not None and server_round > 0 else {}
         started = time.monotonic()
         reset_peak_memory(model.device)
         for who in answering:
@@ -239,7 +242,7 @@ class Client:
                 model,
                 who,
                 show_example=is_final and who == own,
-                gate=self._find_gate(loaded, model, files, who),
+                gate=gate if who == own else None,
                 what=f"{self.client_id}, round {server_round}",
             )
         metrics["evaluation_seconds"] = time.monotonic() - started

@@ -1,8 +1,8 @@
 """A study: every variant of an experiment with every seed, run, evaluated and put side by side.
 
 Each run is an ordinary ``flwr run`` below ``results/<name>/``. A run that is finished and of
-the same configuration is not repeated, nor is its evaluation, so that a study can be stopped
-and started again. Figures are those of ``evaluation.json`` over all clients of a run, then means
+the same configuration is not repeated, nor is its evaluation, and an unfinished one is resumed
+after its last complete round, so that a study can be stopped at any time. Figures are those of ``evaluation.json`` over all clients of a run, then means
 over the seeds, with the wider of two intervals: Student's t over the seeds, and the runs' own.
 """
 
@@ -47,7 +47,7 @@ from fedlora_app.foundation.percent import PLUS_MINUS, format_percent
 from fedlora_app.foundation.project import find_project_root
 from fedlora_app.report.page import REPORT_FILE, write_comparison, write_report
 from fedlora_app.runs.paths import RunDirectoryError
-from fedlora_app.runs.reading import load_run
+from fedlora_app.runs.reading import SavedRun, load_run
 
 FLWR = str(Path(sys.executable).with_name("flwr"))  # of this environment, whatever PATH says
 POLL_SECONDS = 5.0
@@ -111,9 +111,10 @@ def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) 
     evaluations: dict[str, list[dict[str, Any]]] = {name: [] for name in study.variants}
     for (variant, seed), config in configs.items():
         run_dir = folder / f"{variant}-seed{seed}"
-        if not _is_finished(run_dir, config, data_root):
-            _run(study, root, run_dir, config, _overrides(study, variant, seed))
-            if not _is_finished(run_dir, config, data_root):
+        if not _is_finished(run := _load_same(run_dir, config, data_root)):
+            overrides = _overrides(study, variant, seed)
+            _run(study, root, run_dir, config, overrides, resumes=run is not None)
+            if not _is_finished(_load_same(run_dir, config, data_root)):
                 raise RunDirectoryError(
                     f"{run_dir} did not reach its end; its log is above. The same command "
                     "resumes it."
@@ -233,32 +234,44 @@ def _overrides(study: StudyConfig, variant: str, seed: int) -> str:
     return " ".join(filter(None, parts))
 
 
-def _is_finished(run_dir: Path, config: Config, data_root: Path) -> bool:
-    """Return whether a run of this configuration and of the files as they are now has ended."""
+def _load_same(run_dir: Path, config: Config, data_root: Path) -> SavedRun | None:
+    """Return a run if it is of this configuration and of the files as they are now."""
     try:
         run = load_run(run_dir)
     except (RunDirectoryError, ConfigError):
-        return False
-    if not run.manifest.get("finished") or run.config != config:
-        return False
-    return all(
+        return None
+    is_same = run.config == config and all(
         run.manifest["clients"][client].get(f"sha256/{name}") == file.sha256
         for client, files in load_all_files(config, data_root).items()
         for name, file in files.all.items()
     )
+    return run if is_same else None
 
 
-def _run(study: StudyConfig, root: Path, run_dir: Path, config: Config, overrides: str) -> None:
-    """Start one run with Flower and wait for it."""
-    if run_dir.exists():
-        why = "unfinished, or of another configuration or data"
-        print(f"{run_dir} is {why}, and is run again.", flush=True)
-        shutil.rmtree(run_dir)
+def _is_finished(run: SavedRun | None) -> bool:
+    return run is not None and bool(run.manifest.get("finished"))
+
+
+def _run(
+    study: StudyConfig,
+    root: Path,
+    run_dir: Path,
+    config: Config,
+    overrides: str,
+    *,
+    resumes: bool,
+) -> None:
+    """Start one run with Flower, or resume it, and wait for it."""
     quoted = overrides.replace("'", '"')
-    settings = (
-        f"config='{root / study.config}' output-dir='{run_dir.parent}' "
-        f"run-name='{run_dir.name}' overrides='{quoted}'"
-    )
+    settings = f"config='{root / study.config}' overrides='{quoted}' "
+    if resumes:
+        print(f"{run_dir} is unfinished and resumed.", flush=True)
+        settings += f"resume='{run_dir}'"
+    else:
+        settings += f"output-dir='{run_dir.parent}' run-name='{run_dir.name}'"
+    if run_dir.exists() and not resumes:
+        print(f"{run_dir} is of another configuration or data, and is run again.", flush=True)
+        shutil.rmtree(run_dir)
     federation = f"num-supernodes={len(config.federated.clients)}"
     command = [FLWR, "run", str(root), "--run-config", settings]
     # The command runs in an environment that holds everything; none need be made for each run.

@@ -153,8 +153,13 @@ def build_tiny_config(clients: tuple[str, ...] = ("ann", "bob"), **changes) -> C
     raw = {
         "experiment": {"name": "tiny", "seed": 7},
         "model": {"name": "model", "quantization": "none", "dtype": "float32"},
-        "adapters": {"global": {"rank": 4, "alpha": 8}, "local": {"rank": 2, "alpha": 4}},
+        "adapters": {
+            "gate": "none",
+            "global": {"rank": 4, "alpha": 8},
+            "local": {"rank": 2, "alpha": 4},
+        },
         "training": {
+            "replay": 1.0,
             "learning_rate": 1e-2,
             "batch_size": 2,
             "gradient_accumulation_steps": 1,

@@ -98,13 +98,15 @@ def test_a_study_runs_what_is_missing_and_evaluates_it(flower, tiny_experiment, 
         return result.stdout
 
     assert "| pair | global + own local |" in run(pair="")
-    kept = (folder / "pair-seed1" / "manifest.json").stat().st_mtime_ns
     evaluated = (folder / "pair-seed1" / "evaluation.json").stat().st_mtime_ns
     shutil.copytree(folder / "pair-seed1", folder / "one-seed1")
-    manifest = json.loads((folder / "one-seed1" / "manifest.json").read_text())
-    (folder / "one-seed1" / "manifest.json").write_text(json.dumps(manifest | {"finished": None}))
+    manifest = json.loads((folder / "pair-seed1" / "manifest.json").read_text())
+    (folder / "pair-seed1" / "manifest.json").write_text(json.dumps(manifest | {"finished": None}))
     output = run(pair="", one="federated.mode=fedavg")
-    assert "one-seed1 is unfinished, or" in output  # as after a stop in the middle of that run
+    assert "pair-seed1 is unfinished and resumed" in output
+    assert "one-seed1 is of another configuration" in output
+    kept = (folder / "pair-seed1" / "manifest.json").stat().st_mtime_ns
+    assert "Resuming" not in run(pair="", one="federated.mode=fedavg")
     assert "| pair | global + own local |" in output and "| one | global alone |" in output
     assert json.loads((folder / "summary.json").read_text())["figures"].keys() == {"pair", "one"}
     assert (folder / "pair-seed1" / "manifest.json").stat().st_mtime_ns == kept

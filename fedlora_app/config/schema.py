@@ -88,9 +88,9 @@ class AdaptersConfig(Section):
 
     global_: AdapterConfig = Field(default_factory=AdapterConfig, alias="global")
     local: AdapterConfig = Field(default_factory=AdapterConfig)
-    gate: Literal["none", "prompt"] = "none"
-    """prompt: weighs the local adapter, when it answers beside the global one, by how far the
-    question looks like the client's own training questions."""
+    gate: Literal["none", "prompt"] = "prompt"
+    """prompt: the local adapter answers beside the global one where a question is one of the
+    client's own, as far as its training questions tell; elsewhere the global one answers alone."""
 
 
 class TrainingConfig(Section):
@@ -102,7 +102,7 @@ class TrainingConfig(Section):
     """Passes over the client's universal data per round."""
     local_epochs: int = Field(2, ge=1)
     """Passes over the client's local data (with its replay) per round."""
-    replay: float = Field(1.0, ge=0, le=1)
+    replay: float = Field(0.0, ge=0, le=1)
     """Share of the universal records that the local phase sees beside the local ones, drawn anew in
     every round."""
     max_replay_ratio: float | None = Field(None, gt=0)
@@ -208,8 +208,13 @@ class EvaluationConfig(Section):
 
     batch_size: int = Field(32, ge=1)
     max_new_tokens: int = Field(128, ge=1)
-    interval: int = Field(1, ge=1)
-    """Evaluate after every so many rounds; round 0 and the last one are always evaluated."""
+    interval: int = Field(1, ge=0)
+    """Evaluate after every so many rounds; round 0 and the last one are always evaluated. 0: not
+    during the run, for one that fedlora evaluate follows."""
+    protocol: Literal["full", "core"] = "full"
+    """What fedlora evaluate and studies ask. core: the base model, the global adapter alone and
+    each client's own adapters; full: also other clients' local adapters, other system prompts and
+    other scales, which takes several times as long."""
     local_scales: list[Annotated[float, Field(ge=0)]] = Field(
         default_factory=lambda: [0.25, 0.5, 0.75, 1.0, 1.25, 1.5], min_length=1
     )

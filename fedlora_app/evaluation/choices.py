@@ -11,12 +11,15 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, ModelConfig
 from fedlora_app.data.client_files import ClientFiles, load_all_files
 from fedlora_app.data.questions import Question
+from fedlora_app.data.tokens import encode_prompt
 from fedlora_app.evaluation.answering import Answering, SavedAdapters
 from fedlora_app.evaluation.gate_files import FORMAT as GATE_FORMAT
 from fedlora_app.evaluation.saved_model import SavedModel
@@ -112,6 +115,18 @@ class Evaluator:
         loaded, _ = self.model.load()
         settings = self.saved.run.config.evaluation
         missing.sort(key=lambda prompt: len(prompt.question) + sum(map(len, prompt.candidates)))
+        if answering.has_gate(self.saved.run.config.adapters):
+            closed = self._find_closed(answering, missing, loaded.tokenizer)
+            alone = Answering(with_global=True)
+            self._answer(alone, list(closed), done, total)
+            shared = [self.store.get(self._identify(alone), prompt) for prompt in closed]
+            answers = [
+                replace(answer, openness=openness)
+                for answer, openness in zip(shared, closed.values(), strict=True)
+            ]
+            self.store.add(who, list(closed), answers)
+            missing = [prompt for prompt in missing if prompt not in closed]
+            done += len(closed)
         with self.model.answering(answering) as (model, gate):
             for start in range(0, len(missing), CHUNK):
                 chunk = missing[start : start + CHUNK]
@@ -129,6 +144,17 @@ class Evaluator:
                     progress=report,
                 )
                 self.store.add(who, chunk, answers)
+
+    def _find_closed(
+        self, answering: Answering, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase
+    ) -> dict[Prompt, float]:
+        """Return the prompts that the gate leaves to the global adapter, each with its openness."""
+        with self.model.answering(answering) as (model, gate):
+            if gate is None:
+                return {}
+            ids = [encode_prompt(tokenizer, p.system_prompt, p.question) for p in prompts]
+            openness = gate.compute_openness(model, ids).tolist()
+        return {p: value for p, value in zip(prompts, openness, strict=True) if value <= 0.5}
 
     def _collect(self, cell: Cell) -> list[Score]:
         who = self._identify(cell.answering)

@@ -55,7 +55,7 @@ def evaluate_client(
         Means under ``<adapters>/<question set>/<metric>``, for the universal set also over
         the facts that the client never saw, and for conflicts a verdict per record.
     """
-    metrics: Metrics = {} if gate is None else gate.figures.metrics()
+    metrics: Metrics = {}
     adapters = adapters_label(who.adapters)
     question_sets = build_question_sets(client, files)
     gold = GoldReader(loaded.tokenizer, client, files, config.evaluation.max_new_tokens)

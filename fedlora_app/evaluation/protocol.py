@@ -40,19 +40,23 @@ NO_IDENTITY = "You are a helpful assistant."
 
 
 def evaluate_round(
-    saved: SavedRound, report: Report, *, membership: bool = False
+    saved: SavedRound, report: Report, *, full: bool | None = None, membership: bool = False
 ) -> dict[str, Any]:
     """Run the protocol, write ``evaluation.json`` and return what it holds.
 
     Args:
         report: called with the progress.
+        full: all of the protocol or its core; None: as the run's configuration says.
         membership: also try to tell the members of the training data by the global adapter.
     """
     store = open_store(saved, saved.run.paths.partial_evaluation)
     evaluator = Evaluator(saved, store, report)
-    scores: Scores = evaluator.evaluate([*swap_cells(saved), *control_cells(saved)])
+    if full is None:
+        full = saved.run.config.evaluation.protocol == "full"
+    cells = [*swap_cells(saved), *control_cells(saved)] if full else list(core_cells(saved))
+    scores: Scores = evaluator.evaluate(cells)
     chosen, curves = {}, {}
-    if LOCAL in saved.active:
+    if LOCAL in saved.active and full:
         scales = saved.run.config.evaluation.local_scales
         on_validation = evaluator.evaluate(list(scale_cells(saved, scales)))
         chosen, curves = choose_scales(on_validation)
@@ -65,7 +69,7 @@ def evaluate_round(
     findings += find_unreachable_answers(config, saved.files, tokenizer, saved.root)
     leading = find_leading(saved, tokenizer)
     warnings = list(map(str, findings))
-    evaluation = build_evaluation(saved, scores, chosen, curves, rows, leading, warnings)
+    evaluation = build_evaluation(saved, scores, chosen, curves, rows, leading, full, warnings)
     write_json(saved.run.evaluation_path(saved.server_round), evaluation)
     store.remove()
     return evaluation
@@ -131,6 +135,16 @@ def swap_cells(saved: SavedRound) -> Iterator[Cell]:
         prompt = saved.run.config.client(client).system_prompt
         for name, questions in sets.items():
             for answering in saved.swaps(client):
+                yield Cell(client, name, answering, prompt, tuple(questions))
+
+
+def core_cells(saved: SavedRound) -> Iterator[Cell]:
+    """Yield every test set of every client under the base model, what is shared and its own."""
+    shared = [Answering(with_global=True)] if GLOBAL in saved.trained else []
+    for client, sets in _question_sets(saved).items():
+        prompt = saved.run.config.client(client).system_prompt
+        for name, questions in sets.items():
+            for answering in dict.fromkeys([Answering(), *shared, saved.own(client)]):
                 yield Cell(client, name, answering, prompt, tuple(questions))
 
 

@@ -70,6 +70,8 @@ def describe_run(history: list[dict[str, Any]]) -> str:
     """Return the closing table by adapters and client, the last of each figure."""
     reports = collect_reports(history)
     labels = sorted(_labels(reports), key=lambda label: list(ANSWERERS).index(own_answerer(label)))
+    if not labels:
+        return "Nothing was evaluated (evaluation.interval: 0). To do it: fedlora evaluate RUN"
     shown = [
         name
         for name in QUESTION_SETS

@@ -45,6 +45,10 @@ from fedlora_app.evaluation.summary import (
 )
 
 FORMAT = 1
+CORE_NOTE = (
+    "Only the core of the protocol was run: no other client's adapters, other prompts or other "
+    "scales. For the rest: fedlora evaluate RUN --full"
+)
 
 Row = dict[str, Any]
 
@@ -56,6 +60,7 @@ def build_evaluation(
     curves: Mapping[str, list[Row]],
     membership: list[Row] | None,
     leading: Mapping[str, str],
+    is_full: bool = True,
     warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the content of ``evaluation.json``.
@@ -64,6 +69,7 @@ def build_evaluation(
         chosen: each client's scale of the local adapter; empty where none could be chosen.
         curves: figures on the validation questions by scale.
         leading: the measure that each question set is judged by.
+        is_full: all of the protocol was run, and not its core alone.
     """
     run, config = saved.run, saved.run.config
     as_trained = dict.fromkeys(saved.clients, 1.0)
@@ -95,9 +101,10 @@ def build_evaluation(
         "specificity": list(_specificity_rows(results)),
         "conflicts": list(_conflict_rows(results)),
         "membership": membership,
+        "protocol": "full" if is_full else "core",
         "leading": dict(leading),
         "questions": list(_question_rows(saved, scores, [as_trained, chosen], leading)),
-        "notes": [*_notes(saved, chosen), *_data_notes(saved)],
+        "notes": [*(_notes(saved, chosen) if is_full else [CORE_NOTE]), *_data_notes(saved)],
         "warnings": list(warnings),
     }
 
