@@ -21,6 +21,7 @@ import typer
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 RECORDED_PACKAGES = ("flwr", "torch", "transformers", "peft", "bitsandbytes")
+DEMO_MODEL = "data/demo/base_model"
 OF_ALL = (
     "loads",
     "overhead",
@@ -30,6 +31,7 @@ OF_ALL = (
     "loss",
     "bytes",
     "evaluation",
+    "gate",
     "large",
     "gpu",
 )
@@ -130,6 +132,18 @@ def evaluation(
     from benchmarks.evaluation import describe, measure
 
     _finish("evaluation", measure(turns, questions), describe)
+
+
+@app.command()
+def gate(
+    model: Annotated[str, typer.Option(help="Hub id or folder.")] = DEMO_MODEL,
+    splits: Annotated[int, typer.Option(min=1, help="Choices of topics.")] = 4,
+) -> None:
+    """What the gate before the local adapter opens for, where questions are alike."""
+    from benchmarks.gate import describe, measure
+
+    result = measure(model, splits, ROOT)
+    _finish(f"gate-{result['model']}", result, describe)
 
 
 @app.command()

@@ -2,8 +2,9 @@
 
 Each run is an ordinary ``flwr run`` below ``results/<name>/``. A run that is finished and of
 the same configuration is not repeated, nor is its evaluation, and an unfinished one is resumed
-after its last complete round, so that a study can be stopped at any time. Figures are those of ``evaluation.json`` over all clients of a run, then means
-over the seeds, with the wider of two intervals: Student's t over the seeds, and the runs' own.
+after its last complete round, so that a study can be stopped at any time. Figures are those of
+``evaluation.json`` over all clients of a run, then means over the seeds, with the wider of two
+intervals: Student's t over the seeds, and the runs' own.
 """
 
 from __future__ import annotations

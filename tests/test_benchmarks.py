@@ -128,6 +128,16 @@ def test_layers():
     require_table(layers, figures)
 
 
+def test_gate():
+    gate = bench("gate")
+    figures = gate.measure("data/demo/base_model", 1, ROOT)
+    rows = {(row["setting"], row["way"]): row for row in figures["rows"]}
+    apart, entangled = rows["kinds apart", "gate"], rows["other topics", "gate"]
+    assert apart["local"] > 0.95 and apart["unknown"] < 0.05 and not apart["by_fact"]
+    assert entangled["by_fact"] and entangled["local"] > entangled["unknown"] + 0.3
+    require_table(gate, figures)
+
+
 def test_large():
     many_clients = bench("many_clients")
     figures = many_clients.measure({"tiny": [2]})

@@ -148,26 +148,29 @@ class Gate:
             list(ids) for ids in dict.fromkeys(map(tuple, prompts)) if ids not in self._known
         ]
         if missing:
-            values = self._judge(compute_features(model, missing)).tolist()
+            values = self.judge(compute_features(model, missing)).tolist()
             self._known.update(zip(map(tuple, missing), values, strict=True))
         return torch.tensor([self._known[tuple(ids)] for ids in prompts])
 
-    def _judge(self, features: Features) -> torch.Tensor:
+    def judge(self, features: Features) -> torch.Tensor:
+        """Return how sure the gate is that questions are the client's own, (N,) in [0, 1]."""
         similarities = _compare(self.spaces, self.means, features)
         return torch.sigmoid(_log_odds(_nearest(similarities, self.is_local), self.coefficients))
 
 
 @dataclass(frozen=True)
-class _Fact:
+class FactFeatures:
     """A fact's kind, and the features of all its wordings."""
 
     is_local: bool
     features: Features
 
     def __len__(self) -> int:
+        """Return the number of wordings."""
         return len(self.features[0])
 
     def part(self, places: Sequence[int]) -> Features:
+        """Return the features of some of the wordings."""
         return tuple(feature[list(places)] for feature in self.features)
 
 
@@ -187,8 +190,8 @@ def fit_gate(
         prompts = [encode_prompt(tokenizer, system_prompt, q) for qs in wordings for q in qs]
         sizes = [len(questions) for questions in wordings]
         parts = zip(*(f.split(sizes) for f in compute_features(model, prompts)), strict=True)
-        facts += [_Fact(is_local, tuple(part)) for part in parts]
-    return _fit(facts)
+        facts += [FactFeatures(is_local, tuple(part)) for part in parts]
+    return separate(facts)
 
 
 def choose_wordings(records: Sequence[Record], *, all_facts: bool) -> list[list[str]]:
@@ -226,10 +229,16 @@ def gated(
     return scaled_local(model, weights[:, None, None])  # over (B, T, D)
 
 
-def _fit(facts: Sequence[_Fact]) -> Gate:
+def separate(facts: Sequence[FactFeatures], by_fact: bool | None = None) -> Gate:
+    """Return the gate between the local and the universal facts, at least one of each.
+
+    Args:
+        by_fact: whether it compares facts or kinds; None: as the facts suggest.
+    """
     purity = _measure_purity(facts)
-    has_wordings = sum(len(f) >= NUM_FOLDS for f in facts if f.is_local)
-    by_fact = purity < PURE and 2 * has_wordings >= sum(f.is_local for f in facts)
+    if by_fact is None:
+        has_wordings = sum(len(f) >= NUM_FOLDS for f in facts if f.is_local)
+        by_fact = purity < PURE and 2 * has_wordings >= sum(f.is_local for f in facts)
     trials = list(_try_facts(facts) if by_fact else _try_kinds(facts))
     inputs = torch.cat([trial[0] for trial in trials])
     is_own = torch.cat([torch.full((len(t[0]),), t[1] == "local") for t in trials])
@@ -254,7 +263,7 @@ def _fit(facts: Sequence[_Fact]) -> Gate:
     return Gate(spaces, means, is_local, coefficients, figures)
 
 
-def _join_kinds(facts: Sequence[_Fact]) -> list[Features]:
+def _join_kinds(facts: Sequence[FactFeatures]) -> list[Features]:
     """Return the local questions as one group, and the universal ones as another."""
     kinds = [[fact.features for fact in facts if fact.is_local is kind] for kind in (True, False)]
     return [tuple(torch.cat(parts) for parts in zip(*kind, strict=True)) for kind in kinds]
@@ -292,7 +301,7 @@ def _log_odds(nearest: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor
     return nearest @ weights[:2] + weights[2]
 
 
-def _measure_purity(facts: Sequence[_Fact]) -> float:
+def _measure_purity(facts: Sequence[FactFeatures]) -> float:
     """Return the share of the facts nearest to each fact that are of its own kind."""
     _, means = _build([fact.features for fact in facts])
     similarities = torch.stack([mean @ mean.T for mean in means]).mean(0)
@@ -304,7 +313,7 @@ def _measure_purity(facts: Sequence[_Fact]) -> float:
     return (is_local[nearest] == is_local[:, None]).double().mean().item()
 
 
-def _try_facts(facts: Sequence[_Fact]) -> Iterator[tuple[torch.Tensor, str]]:
+def _try_facts(facts: Sequence[FactFeatures]) -> Iterator[tuple[torch.Tensor, str]]:
     """Yield how near held-out wordings come, (N, 2), and what they are: with their fact among the
     groups "local" or "universal", and without it "unknown"."""
     is_local = torch.tensor([fact.is_local for fact in facts])
@@ -322,7 +331,7 @@ def _try_facts(facts: Sequence[_Fact]) -> Iterator[tuple[torch.Tensor, str]]:
             yield _nearest(similarities, is_local), "unknown"
 
 
-def _try_kinds(facts: Sequence[_Fact]) -> Iterator[tuple[torch.Tensor, str]]:
+def _try_kinds(facts: Sequence[FactFeatures]) -> Iterator[tuple[torch.Tensor, str]]:
     """Yield how near held-out facts' questions come to either kind, (N, 2), and their kind."""
     is_local = torch.tensor([True, False])
     folds = _deal([fact.is_local for fact in facts])
