@@ -38,14 +38,15 @@ class KeptStates:
     def __init__(self, base: PreTrainedModel, first_layer: int) -> None:
         self._base = base
         self._below = decoder_layers(base)[:first_layer]
-        self._states: dict[int, torch.Tensor] = {}  # (T, D) by the example's id()
+        # (T, D) by the example's id(), which stays its own because the example is held as well.
+        self._states: dict[int, tuple[Example, torch.Tensor]] = {}
 
     def compute_hidden_states(
         self, batch: PackedBatch, examples: Sequence[Example]
     ) -> torch.Tensor:
-        """Return the last hidden states (T, D) of packed examples, which must outlive this."""
+        """Return the last hidden states (T, D) of packed examples."""
         if all(id(example) in self._states for example in examples):
-            states = torch.cat([self._states[id(example)] for example in examples])
+            states = torch.cat([self._states[id(example)][1] for example in examples])
             if self._base.device.type == "cuda":
                 states = states.pin_memory()
             states = states.to(self._base.device, non_blocking=True)[None]
@@ -67,7 +68,7 @@ class KeptStates:
         if isinstance(states, torch.Tensor):  # else it is of a kind that is not kept
             parts = states.detach()[0].split([len(example.input_ids) for example in examples])
             for example, part in zip(examples, parts, strict=True):
-                self._states[id(example)] = part.to("cpu", copy=True)
+                self._states[id(example)] = example, part.to("cpu", copy=True)
         return states
 
 
