@@ -302,3 +302,10 @@ def test_answers_that_can_never_match_are_judged_by_their_ranking():
     for found in evaluations.values():
         found["leading"] = {}
     assert judge(evaluations).headline.startswith("No difference")
+
+
+def test_a_copy_of_the_average_is_not_called_a_local_adapter():
+    copy = judge_run({who: figures(who, 24) for who in ("local:own", "global")}, ["x", "y"])
+    assert copy.headline == "A fine-tuned copy of the average: 50 % of the conflicts."
+    alone = judge_run({"local:own": figures("local:own", 24)}, ["x", "y"])
+    assert alone.headline == "A local adapter alone: 50 % of the conflicts."
