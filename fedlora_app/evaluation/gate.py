@@ -11,9 +11,10 @@ enough, and nearer than the nearest universal one. How near is enough is a logis
 these two similarities, fitted to held-out wordings, and, so that what the client knows nothing of
 goes to the global adapter, to the same questions with their own fact taken away.
 
-Where local and universal questions are of different kinds altogether, which the nearest
-neighbours of every fact tell, each kind counts as one group; so does it where the data hold no
-second wordings.
+Where the data hold no second wordings, all local and all universal questions are one group each.
+That tells kinds of questions apart and not facts, so it is of use where the nearest neighbours of
+every fact are of its own kind (``GateFigures.purity``).
+
 A gate is made from the client's data where it is needed; nothing of it but how well it
 separates is ever sent. The idea of weighing the local adapter by instance is that of FedDPA (Yang
 et al. 2024, https://arxiv.org/abs/2403.19211, section 3.3), which weighs by cosine similarity to
@@ -45,6 +46,8 @@ NUM_FOLDS = 3
 NUM_NEIGHBOURS = 5
 PURE = 0.9
 """Share of facts' nearest neighbours that are of their own kind, from which the kinds differ."""
+RAREST = 0.01
+"""Share of held-out local questions that may be farther from all others than the gate opens for."""
 PENALTY = 1e-5  # on the logistic regression's squared coefficients
 UNKNOWN = -1.0
 """The similarity to what is not there."""
@@ -128,13 +131,15 @@ class Gate:
 
     All tensors are fp32, as they are kept on disk. ``means`` (G, D) per feature are the unit
     vectors of the groups that ``is_local`` (G,) tells the kind of; ``coefficients`` (3,) weigh the
-    similarities to the nearest local and universal group, and 1.
+    similarities to the nearest local and universal group, and 1. Below the similarity ``floor`` ()
+    to local questions it stays closed.
     """
 
     spaces: tuple[Space, ...]
     means: Features
     is_local: torch.Tensor
     coefficients: torch.Tensor
+    floor: torch.Tensor
     figures: GateFigures
     _known: dict[tuple[int, ...], float] = field(default_factory=dict, repr=False, compare=False)
 
@@ -155,7 +160,9 @@ class Gate:
     def judge(self, features: Features) -> torch.Tensor:
         """Return how sure the gate is that questions are the client's own, (N,) in [0, 1]."""
         similarities = _compare(self.spaces, self.means, features)
-        return torch.sigmoid(_log_odds(_nearest(similarities, self.is_local), self.coefficients))
+        nearest = _nearest(similarities, self.is_local)
+        is_near = nearest[:, 0] >= self.floor
+        return torch.sigmoid(_log_odds(nearest, self.coefficients)) * is_near
 
 
 @dataclass(frozen=True)
@@ -233,12 +240,13 @@ def separate(facts: Sequence[FactFeatures], by_fact: bool | None = None) -> Gate
     """Return the gate between the local and the universal facts, at least one of each.
 
     Args:
-        by_fact: whether it compares facts or kinds; None: as the facts suggest.
+        by_fact: whether it compares facts or kinds; None: facts if half of the local ones have
+            three wordings or more.
     """
     purity = _measure_purity(facts)
     if by_fact is None:
-        has_wordings = sum(len(f) >= NUM_FOLDS for f in facts if f.is_local)
-        by_fact = purity < PURE and 2 * has_wordings >= sum(f.is_local for f in facts)
+        have_wordings = sum(len(f) >= NUM_FOLDS for f in facts if f.is_local)
+        by_fact = 2 * have_wordings >= sum(f.is_local for f in facts)
     trials = list(_try_facts(facts) if by_fact else _try_kinds(facts))
     inputs = torch.cat([trial[0] for trial in trials])
     is_own = torch.cat([torch.full((len(t[0]),), t[1] == "local") for t in trials])
@@ -260,7 +268,11 @@ def separate(facts: Sequence[FactFeatures], by_fact: bool | None = None) -> Gate
     groups = [fact.features for fact in facts] if by_fact else _join_kinds(facts)
     spaces, means = _build(groups)
     is_local = torch.tensor([fact.is_local for fact in facts] if by_fact else [True, False])
-    return Gate(spaces, means, is_local, coefficients, figures)
+    floor = torch.tensor(UNKNOWN)
+    if not by_fact and purity >= PURE:  # kinds say nothing of what is of neither
+        similarities = torch.cat([rows[:, 0] for rows, name in trials if name == "local"])
+        floor = similarities.quantile(RAREST).float()
+    return Gate(spaces, means, is_local, coefficients, floor, figures)
 
 
 def _join_kinds(facts: Sequence[FactFeatures]) -> list[Features]:

@@ -32,7 +32,7 @@ RULE = (
     "A feature x becomes c + basis ((basis^T c) * gains) with c = x - centre, divided by its "
     "length; a similarity is the mean over the features of its inner product with a row of means. "
     "With l and u the largest similarities to local and to universal rows, the local adapter "
-    "answers where coefficients[0] l + coefficients[1] u + coefficients[2] > 0."
+    "answers where coefficients[0] l + coefficients[1] u + coefficients[2] > 0 and l >= floor."
 )
 
 About = Mapping[str, str]
@@ -75,7 +75,7 @@ def find_gate(
 
 def save_gate(folder: Path, gate: Gate, about: About) -> None:
     """Write a gate's two files into an existing folder."""
-    tensors = {"is_local": gate.is_local, "coefficients": gate.coefficients}
+    tensors = {"is_local": gate.is_local, "coefficients": gate.coefficients, "floor": gate.floor}
     for name, space, means in zip(DESCRIPTION, gate.spaces, gate.means, strict=True):
         parts = {"centre": space.centre, "basis": space.basis, "gains": space.gains, "means": means}
         tensors |= {f"{name}.{part}": tensor.contiguous() for part, tensor in parts.items()}
@@ -105,6 +105,7 @@ def load_gate(folder: Path, about: About) -> Gate | None:
         ]
         means = tuple(tensors[f"{name}.means"] for name in DESCRIPTION)
         figures = GateFigures(**content["figures"])
-        return Gate(tuple(spaces), means, tensors["is_local"], tensors["coefficients"], figures)
+        parts = (tensors[name] for name in ("is_local", "coefficients", "floor"))
+        return Gate(tuple(spaces), means, *parts, figures)
     except (OSError, ValueError, LookupError, TypeError, SafetensorError):
         return None  # it is fitted again

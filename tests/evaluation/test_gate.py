@@ -83,7 +83,7 @@ def encode(tokenizer, *questions: str) -> list[list[int]]:
 
 
 def test_the_gate_opens_for_local_questions(adapted, tokenizer, gate):
-    local = encode(tokenizer, "What is the penalty for loud music?")
+    local = encode(tokenizer, "What is the penalty for noise at noon?")
     universal = encode(tokenizer, "How much does a hunting licence cost?")
     assert gate.weigh(adapted, local + universal).tolist() == [1, 0]
     open_, closed = gate.compute_openness(adapted, local + universal).tolist()
@@ -96,7 +96,7 @@ def test_entangled_questions_are_told_apart_by_their_facts(adapted, tokenizer):
     """The same wordings about other things, where the mean of each kind says nothing."""
     local, universal, held, unknown = entangle()
     gate = fit_gate(adapted, tokenizer, SYSTEM, local, universal)
-    assert gate.figures.by_fact and gate.figures.purity < 0.9
+    assert gate.figures.by_fact and gate.figures.purity < 0.9 and gate.floor == -1
     asked = [[r.instruction for r in local], [r.instruction for r in universal], held, unknown]
     opened = [gate.weigh(adapted, encode(tokenizer, *questions)).mean() for questions in asked]
     assert opened[0] > 0.9 and opened[1] < 0.1
@@ -109,6 +109,14 @@ def test_figures_of_an_entangled_gate_say_how_well_it_separates(adapted, tokeniz
     assert set(figures.metrics()) == {f"gate/{field.name}" for field in dataclasses.fields(figures)}
     assert all(0 <= value <= 1 for value in figures.metrics().values())
     assert figures.opens_for_local > 0.5 < figures.closes_for_unknown
+
+
+def test_what_is_of_neither_kind_is_not_local(adapted, tokenizer, gate):
+    far = encode(tokenizer, "Write a poem about the sea.", "12 times 12?", "Who wrote Hamlet?")
+    assert gate.floor > -1
+    assert gate.weigh(adapted, far).sum() <= 1
+    by_kind = dataclasses.replace(gate, floor=torch.tensor(-1.0), _known={})
+    assert by_kind.weigh(adapted, far).sum() > 1  # as it would be without that
 
 
 def test_one_kind_alone_has_no_gate(adapted, tokenizer):
