@@ -127,7 +127,7 @@ def pool_shares(
         asked[client] = max(n, asked.get(client, 0))
     count = max if QUESTION_SETS[question_set].is_shared else sum
     num_questions = count(asked.values())
-    return share_of_facts(value, num_questions, facts and min(facts, num_questions))
+    return share_of_facts(value, num_questions, facts)
 
 
 def _select(rows: Iterable[Row], question_set: str) -> list[Row]:

@@ -80,13 +80,14 @@ def share_of_facts(value: float, n: int, facts: int | None = None) -> Estimate:
     """Return a mean of which no more is known than how many questions and facts it is over.
 
     As wide as if the answers about a fact agreed entirely; with ``facts`` unknown as if every
-    question were a fact of its own.
+    question were a fact of its own. Of the facts of a larger set no more than ``n`` count.
 
     Raises:
         ValueError: the mean is not in [0, 1].
     """
     if not 0 <= value <= 1:
         raise ValueError(f"A share of {n} questions is {value}, expected 0 to 1.")
+    facts = None if facts is None else min(facts, n)
     return Estimate(value, *_wilson(value, facts or n), n, facts)
 
 

@@ -216,6 +216,7 @@ def test_one_large_fact_does_not_hide_behind_many_small_ones():
 def test_a_share_of_which_only_the_mean_is_known_is_as_wide_as_its_facts_can_make_it():
     assert share_of_facts(0.75, 12, 4) == Estimate(0.75, *ends(proportion([1, 0, 1, 1])), 12, 4)
     assert share_of_facts(0.75, 4) == Estimate(0.75, *ends(proportion([1, 0, 1, 1])), 4, None)
+    assert share_of_facts(0.75, 4, 10) == Estimate(0.75, *ends(proportion([1, 0, 1, 1])), 4, 4)
 
 
 def test_runs_over_the_same_questions_add_up_to_no_more_of_them():

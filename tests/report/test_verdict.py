@@ -309,3 +309,19 @@ def test_a_copy_of_the_average_is_not_called_a_local_adapter():
     assert copy.headline == "A fine-tuned copy of the average: 50 % of the conflicts."
     alone = judge_run({"local:own": figures("local:own", 24)}, ["x", "y"])
     assert alone.headline == "A local adapter alone: 50 % of the conflicts."
+
+
+def test_passes_are_about_no_more_facts_than_conflicts():
+    """A set of ten facts, of which two clients have answers to five in common."""
+    key = "global+local/conflict"
+    history = [
+        {"phase": "evaluate", "client": client, "metrics": metrics}
+        for client, side in (("ann", [1] * 10), ("bob", [1] * 5 + [-1] * 5))
+        for metrics in [
+            {f"{key}/exact_match": 1.0, f"{key}/n": 10, f"{key}/n_facts": 10}
+            | {f"{key}/exact_match_each": side}
+        ]
+    ]
+    passed = measure_run(history, None)[BOTH].passed()
+    assert (passed.n, passed.facts) == (5, 5)
+    assert (passed.low, passed.high) == (proportion([True] * 5).low, 1.0)
