@@ -20,6 +20,7 @@ __getattr__, __all__ = offer(
             "plot_accuracy",
             "plot_aggregation_error",
             "plot_foreign_adapters",
+            "plot_gate",
             "plot_local_scale",
             "plot_loss",
             "plot_memory",

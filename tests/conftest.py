@@ -227,9 +227,9 @@ def flower_identity() -> None:
 @pytest.fixture
 def unrendered(monkeypatch) -> None:
     """Figures are made and not rendered, which takes most of a report's time."""
-    from fedlora_app.report import plots
+    from fedlora_app.report import drawing
 
-    monkeypatch.setattr(plots, "save_plot", lambda figure, folder, name: "<svg></svg>")
+    monkeypatch.setattr(drawing, "save_plot", lambda figure, folder, name: "<svg></svg>")
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,19 @@ from conftest import build_tiny_config
 
 from fedlora_app.evaluation.statistics import proportion
 
+GOOD_GATE = {
+    "gate/by_fact": 1.0,
+    "gate/purity": 0.6,
+    "gate/opens_for_local": 0.93,
+    "gate/closes_for_universal": 1.0,
+    "gate/closes_for_unknown": 0.84,
+}
+BAD_GATE = {
+    "gate/by_fact": 0.0,
+    "gate/purity": 0.55,
+    "gate/opens_for_local": 0.61,
+    "gate/closes_for_universal": 0.9,
+}
 SETS = {"universal": 20, "universal_unseen": 8, "local": 10, "conflict": 12}
 
 
@@ -23,8 +36,13 @@ def write_run(
     evaluated: bool = True,
     question: str = "Tell me the rule number {}.",
     right: float = 0.9,
+    gated: bool = False,
 ) -> Path:
-    """Write what a run of that size leaves, but for its adapters."""
+    """Write what a run of that size leaves, but for its adapters.
+
+    Args:
+        gated: with a gate, which separates badly at the first client.
+    """
     clients = [f"client-{index:02d}" for index in range(num_clients)]
     folder.mkdir(parents=True)
     config = build_tiny_config().dump()
@@ -42,12 +60,51 @@ def write_run(
         evaluation = _evaluation(
             folder.name, clients, num_rounds, num_conflicts, mode, answering, question, right, rng
         )
+        if gated:
+            _add_openness(evaluation, clients, rng)
         _write(folder / "evaluation.json", evaluation)
+    if gated:
+        history = json.loads((folder / "history.json").read_text())
+        for entry in history:
+            if entry["phase"] == "evaluate" and entry["round"]:
+                is_first = entry["client"] == clients[0]
+                entry["metrics"] |= BAD_GATE if is_first else GOOD_GATE
+        _write(folder / "history.json", history)
     return folder
 
 
 def _write(path: Path, value: object) -> None:
     path.write_text(json.dumps(value))
+
+
+def _add_openness(evaluation: dict, clients: list[str], rng: random.Random) -> None:
+    """Add universal and local questions, and to every one how far the gate opened."""
+    first = evaluation["questions"][0]
+    for name, size in (("universal", 20), ("local", 10)):
+        for client in clients:
+            for record in range(size):
+                gold = f"The {name} answer {record}."
+                is_right = rng.random() < 0.8
+                answer = {"gold": gold, "generated": gold if is_right else "Another."}
+                text = f"What is {name} question {record}?"
+                place = {"client": client, "record": record, "question_set": name}
+                evaluation["questions"].append(
+                    first
+                    | place
+                    | answer
+                    | {"instruction": text, "candidates": [gold, "Another."]}
+                    | {"scores": {"log_likelihoods": [-1.0, -2.0]}}
+                    | {"is_unseen": name == "universal" and record >= 12}
+                    | {"exact_match": is_right, "correct": is_right}
+                )
+    for row in evaluation["questions"]:
+        is_own = row["question_set"] != "universal"
+        is_open = is_own if rng.random() < 0.9 else not is_own
+        row["gate"] = 0.5 + (0.5 if is_open else -0.5) * rng.random() ** 0.2
+        row["failed"] = None
+        if not row["exact_match"]:
+            right_side = "local" if is_own else "global"
+            row["failed"] = right_side if is_open == is_own else "gate"
 
 
 def _manifest(clients: list[str], num_rounds: int, mode: str) -> dict:

@@ -30,10 +30,11 @@ def execute(runs, tmp_path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_notebook_draws_an_evaluated_run(tmp_path):
-    run = write_run(tmp_path / "pair")
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_notebook_draws_an_evaluated_run(tmp_path, gated):
+    run = write_run(tmp_path / "pair", gated=gated)
     shown = execute([run], tmp_path)
-    assert shown.count("image/png") >= 6 and "text/html" in shown
+    assert shown.count("image/png") == 7 + gated and "text/html" in shown
     assert not (run / "plots").exists()
 
 

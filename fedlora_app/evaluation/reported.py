@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from fedlora_app.data.questions import CONFLICT
+from fedlora_app.evaluation.gate_report import describe_gates
 from fedlora_app.evaluation.names import (
     ANSWERERS,
     EXACT_MATCH,
@@ -67,7 +68,7 @@ def describe_round(
 
 
 def describe_run(history: list[dict[str, Any]]) -> str:
-    """Return the closing table by adapters and client, the last of each figure."""
+    """Return the closing table by adapters and client, the last of each figure, and the gates."""
     reports = collect_reports(history)
     labels = sorted(_labels(reports), key=lambda label: list(ANSWERERS).index(own_answerer(label)))
     if not labels:
@@ -100,7 +101,7 @@ def describe_run(history: list[dict[str, Any]]) -> str:
                 how = f"of which every client ranks its own answer first ({sum(exact[0])} exact)"
             who = ANSWERERS[own_answerer(label)]
             lines.append(f"{who}: {sum(passed)} of {len(passed)} conflict questions {how}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *describe_gates(history)])
 
 
 def split_evaluation(metrics: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from fedlora_app.evaluation.gate_report import BLAMED, GatedSet, read_gated_sets
 from fedlora_app.evaluation.membership import ATTACKS, FALSE_POSITIVE_RATES
 from fedlora_app.evaluation.names import (
     ACCURACY,
@@ -56,6 +57,8 @@ def describe_evaluation(evaluation: Row) -> str:
         blocks.append(render_table(_figure_table(evaluation["summary_chosen_scale"], heading)))
     blocks.append(LEGEND)
     blocks.append(render_table(_swap_table(evaluation["swap_table"])))
+    if gated := read_gated_sets(evaluation):
+        blocks.append(render_table(_gate_table(list(gated.values()))))
     if evaluation["scales"]:
         blocks.append(render_table(_scale_table(evaluation["scales"])))
     if evaluation["controls"]:
@@ -137,6 +140,22 @@ def _place(who: tuple[str, ...]) -> tuple[int, tuple[str, ...]]:
     """Return where a choice of adapters stands in a table: the base first, foreign ones last."""
     order = list(ANSWERERS.values())[:4]
     return (order.index(who[-1]) if who[-1] in order else len(order), who)
+
+
+def _gate_table(sets: Sequence[GatedSet]) -> Table:
+    """Return what share of a set's questions the gates open for, and what errors are due to."""
+    title = "Gate: % that it opens for, and what wrong answers are due to"
+    clients = list(dict.fromkeys(client for gated in sets for client in gated.openness))
+    shown = clients if len(clients) <= MAX_CLIENTS else [None]
+    table = Table("questions", title=title)
+    names = (client or f"{len(clients)} clients" for client in shown)
+    for heading in (*names, "wrong", *(f"due to\n{part}" for part in BLAMED)):
+        table.add_column(heading, justify="right")
+    for gated in sets:
+        shares = (_percent(gated.share_open(client)) for client in shown)
+        counts = (gated.blamed.total(), *(gated.blamed[who] for who in BLAMED))
+        table.add_row(gated.label, *shares, *map(str, counts))
+    return table
 
 
 def _scale_table(scales: dict[str, Row]) -> Table:

@@ -31,9 +31,11 @@ from fedlora_app.evaluation.names import (
 from fedlora_app.evaluation.statistics import Estimate
 from fedlora_app.foundation.files import make_private_dir, write_atomically
 from fedlora_app.foundation.percent import format_n, format_percent
-from fedlora_app.report import plots
+from fedlora_app.report import drawing, plots
+from fedlora_app.report.gate import point_to_gate
 from fedlora_app.report.numbers import EXACT, RANKED, Figures, measure_run
-from fedlora_app.report.sections import SHAPE_ERRORS, Plotter, Section, Table, build_sections
+from fedlora_app.report.parts import SHAPE_ERRORS, Plotter, Section, Table
+from fedlora_app.report.sections import build_sections
 from fedlora_app.report.template import MACROS, PAGE, SCRIPT, STYLE
 from fedlora_app.report.verdict import Verdict, format_p, judge_run, judge_runs
 from fedlora_app.runs.history import load_history, name_runs
@@ -79,7 +81,7 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
         verdict=verdict,
         table=_figure_table(figures.values(), ANSWERS_WITH.get(run.mode, "global")),
         facts=list(_facts(run)),
-        problems=run.problems,
+        problems=[*run.problems, *point_to_gate(run)],
         sections=sections,
     )
     return output
@@ -156,9 +158,9 @@ def _inline(svg: str, name: str) -> Markup:
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     label = f' role="img" aria-label="{name.replace("_", " ")}"'
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', rf"\1{label}", svg, count=1)
-    for index, colour in enumerate(plots.SERIES):
+    for index, colour in enumerate(drawing.SERIES):
         svg = svg.replace(colour, f"var(--s{index})")
-    svg = svg.replace(plots.INK, "var(--ink)").replace(plots.FAINT, "var(--line)")
+    svg = svg.replace(drawing.INK, "var(--ink)").replace(drawing.FAINT, "var(--line)")
     return Markup(svg)  # matplotlib escapes the texts in it
 
 

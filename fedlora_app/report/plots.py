@@ -7,18 +7,15 @@ is small enough to be read on a phone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import wraps
-from io import BytesIO, StringIO
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from matplotlib import rc_context
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from fedlora_app.evaluation.evaluated_run import group_rows
+from fedlora_app.evaluation.gate_report import OPEN_ABOVE, GatedSet, read_gated_sets
 from fedlora_app.evaluation.names import (
     ANSWERERS,
     ASKED_SETS,
@@ -27,72 +24,28 @@ from fedlora_app.evaluation.names import (
     QUESTION_SETS,
 )
 from fedlora_app.foundation.percent import format_percent
+from fedlora_app.report.drawing import (
+    INK,
+    SERIES,
+    SIZE,
+    Drawing,
+    NothingToPlotError,
+    new_figure,
+    styled,
+)
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.axes import Axes
 
-INK, FAINT = "#24292f", "#d0d7de"
-SERIES = ("#0969da", "#cf222e", "#1a7f37", "#8250df", "#bc4c00", "#1b7c83", "#bf3989", "#6e7781")
 MOST_LINES = len(SERIES)  # more of them are drawn faint, with their mean
 MOST_CELLS = 150  # a heat map of more has no figures in it
-SIZE = (4.6, 3.0)  # inches
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 3.5,
-    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's own font
-}
+NUM_BINS = 20  # of a histogram
 PHASES = {"global": "global phase", "local": "local phase", "global+local": "joint phase"}
 HEAT = LinearSegmentedColormap.from_list("heat", ["#f6f8fa", "#54aeff", "#0a3069"])
 
 
-class Drawing(Figure):
-    """A figure that notebooks show by itself, whether or not they use pyplot."""
-
-    def _repr_png_(self) -> bytes:
-        image = BytesIO()
-        with rc_context(STYLE):
-            self.savefig(image, format="png", dpi=110)
-        return image.getvalue()
-
-
-Plot = Callable[..., Figure]
-
-
-class NothingToPlotError(ValueError):
-    """What the plot shows was not recorded; the message says how it would be."""
-
-
-def _styled(plot: Plot) -> Plot:
-    """Draw in this module's style without changing that of others."""
-
-    @wraps(plot)
-    def draw(*args: Any, **settings: Any) -> Figure:
-        with rc_context(STYLE):
-            return plot(*args, **settings)
-
-    return draw
-
-
-@_styled
+@styled
 def plot_accuracy(
     history: pandas.DataFrame, question_set: str = "conflict", measure: str = "exact_match"
 ) -> Figure:
@@ -119,7 +72,7 @@ def plot_accuracy(
     return figure
 
 
-@_styled
+@styled
 def plot_loss(history: pandas.DataFrame, phase: str = "global") -> Figure:
     """Draw a phase's mean training loss by round; ``phase`` as in the history's column."""
     rows = _select(history, f"train_{phase}/train_loss")
@@ -131,14 +84,14 @@ def plot_loss(history: pandas.DataFrame, phase: str = "global") -> Figure:
     return figure
 
 
-@_styled
+@styled
 def plot_update_norm(history: pandas.DataFrame) -> Figure:
     """Draw how far each client moves the global adapter, the norm of its update."""
     rows = _select(history, "update_norm")
     return _plot_curves(history, rows, "norm of the update that is sent", from_zero=True)[0]
 
 
-@_styled
+@styled
 def plot_aggregation_error(history: pandas.DataFrame) -> Figure:
     """Draw how far averaging A and B apart is from averaging their products, relatively."""
     rows = _select(history, "aggregation_error")
@@ -148,7 +101,7 @@ def plot_aggregation_error(history: pandas.DataFrame) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def plot_traffic(history: pandas.DataFrame) -> Figure:
     """Draw the bytes that all clients receive and send in a round; their sum for several runs."""
     rows = history[history["metric"].isin(["bytes_down", "bytes_up"])]
@@ -162,7 +115,7 @@ def plot_traffic(history: pandas.DataFrame) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def plot_seconds(history: pandas.DataFrame) -> Figure:
     """Draw the time of each part of a round, the sum over the clients (they take turns)."""
     names = {"evaluation_seconds": "evaluation", "aggregation_seconds": "aggregation"}
@@ -176,7 +129,7 @@ def plot_seconds(history: pandas.DataFrame) -> Figure:
     return _plot_curves(history, sums, title, from_zero=True)[0]
 
 
-@_styled
+@styled
 def plot_memory(history: pandas.DataFrame) -> Figure:
     """Draw the peak memory of a client's process: of the GPU, or resident on a CPU."""
     rows = history[history["metric"].str.endswith("peak_memory_bytes")]
@@ -189,7 +142,7 @@ def plot_memory(history: pandas.DataFrame) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def plot_swap_table(evaluation: dict[str, Any], measure: str = "exact_match") -> Figure:
     """Draw which adapters answer which questions, means over the clients."""
     values: dict[tuple[str, str], list[float]] = {}
@@ -207,7 +160,7 @@ def plot_swap_table(evaluation: dict[str, Any], measure: str = "exact_match") ->
     return _plot_heat(means, [ANSWERERS[who] for who in rows], labels, title)
 
 
-@_styled
+@styled
 def plot_foreign_adapters(
     evaluation: dict[str, Any], question_set: str = "local", measure: str = "exact_match"
 ) -> Figure:
@@ -226,7 +179,7 @@ def plot_foreign_adapters(
     return _plot_heat(table, clients, clients, title)
 
 
-@_styled
+@styled
 def plot_local_scale(evaluation: dict[str, Any], measure: str = "exact_match") -> Figure:
     """Draw validation accuracy by the scale of the local adapter (lambda), means over clients."""
     scales = evaluation["scales"]
@@ -235,7 +188,7 @@ def plot_local_scale(evaluation: dict[str, Any], measure: str = "exact_match") -
             "No scale of the local adapter was tried: this mode has none, or there are no "
             "validation files (data.conflict_validation, a client's local_validation)."
         )
-    figure, axes = _figure("validation questions by scale of the local adapter")
+    figure, axes = new_figure("validation questions by scale of the local adapter")
     for colour, name in zip(SERIES, ASKED_SETS, strict=False):
         points: dict[float, list[float]] = {}
         for entry in scales.values():
@@ -262,27 +215,48 @@ def plot_local_scale(evaluation: dict[str, Any], measure: str = "exact_match") -
     return figure
 
 
-def render_svg(figure: Figure, name: str) -> str:
-    """Return a figure as SVG text, the same bytes for the same figure.
+@styled
+def plot_gate(evaluation: dict[str, Any]) -> Figure:
+    """Draw how far the clients' gates open, a histogram for the questions of each set.
 
-    Args:
-        name: unique among the figures of a page, because an SVG's inner ids derive from it.
+    Blue where a question is on the side that it should be on, red where it is not.
     """
-    text = StringIO()
-    with rc_context(STYLE | {"svg.hashsalt": name}):
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    return text.getvalue()
+    sets = list(read_gated_sets(evaluation).values())
+    if not sets:
+        raise NothingToPlotError(
+            "No gate answered in this evaluation: adapters.gate is none, the mode has no pair of "
+            "adapters, or an earlier version wrote evaluation.json."
+        )
+    num_columns = min(2, len(sets))
+    num_rows = -(-len(sets) // num_columns)
+    figure = Drawing(figsize=(SIZE[0], 0.5 + 1.55 * num_rows), layout="constrained")
+    panels = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
+    for position, (axes, gated) in enumerate(zip(panels.flat, sets, strict=False)):
+        _draw_openness(axes, gated)
+        axes.tick_params(labelbottom=position + num_columns >= len(sets))  # none below it
+    for axes in panels.flat[len(sets) :]:
+        axes.set_visible(False)
+    title = {"x": 0.01, "ha": "left", "fontsize": 9.5, "fontweight": "bold"}
+    figure.suptitle("how far the gates open; red: on the wrong side", **title)
+    figure.supxlabel("0: closed, global alone      1: open, with the local adapter", fontsize=8)
+    figure.supylabel("share of questions", fontsize=8)
+    return figure
 
 
-def save_plot(figure: Figure, folder: Path, name: str) -> str:
-    """Write ``<name>.png`` and ``<name>.svg`` and return the SVG."""
-    folder.mkdir(parents=True, exist_ok=True)
-    svg = render_svg(figure, name)
-    (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
-    figure.set_layout_engine("none")  # what the first rendering found still holds
-    with rc_context(STYLE):
-        figure.savefig(folder / f"{name}.png", dpi=144, metadata={"Software": None})
-    return svg
+def _draw_openness(axes: Axes, gated: GatedSet) -> None:
+    values = gated.values
+    edges = [i / NUM_BINS for i in range(NUM_BINS + 1)]
+    sides = [[v for v in values if (v > OPEN_ABOVE) is is_open] for is_open in (False, True)]
+    for side, is_open in zip(sides, (False, True), strict=True):
+        colour = SERIES[0] if is_open is gated.is_own else SERIES[1]
+        axes.hist(side, edges, weights=[1 / len(values)] * len(side), color=colour)
+    axes.axvline(OPEN_ABOVE, color=INK, linewidth=0.8, linestyle=":")
+    share = format_percent(gated.share_open(), digits=None, unit=" %")
+    title = f"{gated.label}\nopen for {share} of {len(values)}"
+    axes.set_title(title, fontsize=8.5, fontweight="normal")
+    axes.set_xlim(0, 1)
+    axes.set_xticks([0, OPEN_ABOVE, 1], ["0", f"{OPEN_ABOVE:g}", "1"])
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
 def format_bytes(value: float) -> str:
@@ -304,7 +278,7 @@ def _plot_curves(
     """Draw value by round: a line per client of one run, or per run of several in the history."""
     if rows.empty:
         raise NothingToPlotError(f"Not recorded in this run: {title}.")
-    figure, axes = _figure(title)
+    figure, axes = new_figure(title)
     by = "run" if _has_several(history) else "client"
     table = rows.pivot_table(index="round", columns=by, values="value", aggfunc="mean")
     if len(table.columns) <= MOST_LINES:
@@ -340,7 +314,7 @@ def _plot_heat(
     table = [[float("nan") if v is None else v for v in row] for row in values]
     annotated = len(rows) * len(columns) <= MOST_CELLS
     height = 1.1 + 0.32 * len(rows) if annotated else 4.4
-    figure, axes = _figure(title, height)
+    figure, axes = new_figure(title, height)
     axes.pcolormesh(table, cmap=HEAT, vmin=0, vmax=1, edgecolors="face", linewidth=0.2)
     axes.grid(False)
     axes.invert_yaxis()
@@ -361,13 +335,6 @@ def _plot_heat(
                 text = format_percent(value, digits=0)
                 axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", color=colour)
     return figure
-
-
-def _figure(title: str, height: float = SIZE[1]) -> tuple[Figure, Axes]:
-    figure = Drawing(figsize=(SIZE[0], height), layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title)
-    return figure, axes
 
 
 def _has_several(history: pandas.DataFrame) -> bool:

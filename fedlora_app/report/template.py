@@ -26,6 +26,7 @@ MACROS = """\
 {% endfor %}</tbody></table></div>
 {% endmacro %}
 {% macro question_list(section) %}
+{% if section.clients %}
 <form class="filter" id="filter" hidden>
   <label>Show <select name="status"><option value="">all</option>\
 <option value="passed">passed by every client</option>\
@@ -36,16 +37,19 @@ MACROS = """\
   <label>Search <input type="search" name="text" placeholder="question or answer"></label>
   <output id="count"></output>
 </form>
-<div id="questions">
+{% endif %}
+<div{% if section.clients %} id="questions"{% endif %}>
 {% for q in section.questions %}
 <article class="{{ q.status }}">
   <h3><span class="mark">{{ q.mark }}</span> {{ q.text }}</h3>
-  <div class="scroll"><table><thead><tr><th scope="col">client</th><th scope="col">its own answer</th>\
-<th scope="col">what it said</th><th scope="col" class="number">log-likelihood</th>\
+  <div class="scroll"><table><thead><tr><th scope="col">client</th><th scope="col">\
+{{ "its own answer" if section.clients else "right answer" }}</th>\
+<th scope="col">what it said</th>{% if section.blames %}<th scope="col">due to</th>{% endif %}\
+<th scope="col" class="number">log-likelihood</th>\
 <th scope="col">most likely other answer</th><th scope="col" class="number">log-likelihood</th></tr></thead>
   <tbody>{% for a in q.answers %}<tr class="{{ a.status }}" data-client="{{ a.client }}">\
 <th scope="row">{{ a.client }}</th><td>{{ a.gold }}</td><td>{{ a.said }}</td>\
-<td class="number">{{ a.own }}</td><td>{{ a.rival }}</td><td class="number">{{ a.other }}</td></tr>\
+{% if section.blames %}<td class="due">{{ a.failed }}</td>{% endif %}<td class="number">{{ a.own }}</td><td>{{ a.rival }}</td><td class="number">{{ a.other }}</td></tr>\
 {% endfor %}</tbody></table></div>
 </article>
 {% endfor %}
@@ -167,7 +171,7 @@ article.failed { border-left-color: var(--bad); }
 article.unmeasured { border-left-color: var(--line); }
 article[hidden] { display: none; }
 article td { min-width: 9rem; }
-article td.number { min-width: 0; }
+article td.number, article td.due { min-width: 0; }
 article tr.failed td:nth-child(3), .failed .mark { color: var(--bad); }
 article tr.passed td:nth-child(3), .passed .mark { color: var(--good); }
 .mark { font-size: .8rem; text-transform: uppercase; letter-spacing: .04em; }

@@ -16,7 +16,7 @@ from fedlora_app.evaluation.names import FIGURES, MEASURES, Measure, figure_key,
 from fedlora_app.evaluation.protocol import evaluate_round
 from fedlora_app.evaluation.text import describe_evaluation
 from fedlora_app.federation.messages import DECLARED_METRICS
-from fedlora_app.report import plots
+from fedlora_app.report import drawing
 from fedlora_app.report.page import write_report
 from fedlora_app.runs.reading import load_run
 from fedlora_app.study import measure as measure_study
@@ -45,7 +45,7 @@ def evaluated(tiny_project, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for measure in ADDED:
             patch.setitem(names.MEASURES, measure.name, measure)
-        patch.setattr(plots, "save_plot", lambda figure, folder, name: f"<svg>{name}</svg>")
+        patch.setattr(drawing, "save_plot", lambda figure, folder, name: f"<svg>{name}</svg>")
         found = evaluate_round(open_round(load_run(run), tiny_project), lambda *_: None)
         comparison = compare_evaluations({"one": found, "other": found})
         texts = {

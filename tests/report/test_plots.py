@@ -9,7 +9,7 @@ import pytest
 from synthetic import write_run
 
 import fedlora_app
-from fedlora_app.report import plots
+from fedlora_app.report import drawing, plots
 from fedlora_app.runs.history import load_history
 from fedlora_app.runs.reading import load_run
 
@@ -84,20 +84,20 @@ def test_what_was_not_recorded_is_said(name, history):
     plot = getattr(plots, name)
     takes_history = "history" in inspect.signature(plot).parameters
     nothing = history[:0] if takes_history else {"swap_table": [], "scales": {}}
-    with pytest.raises(plots.NothingToPlotError):
+    with pytest.raises(drawing.NothingToPlotError):
         plot(nothing)
 
 
 def test_names_that_look_like_formulas_or_markup_stay_text(tmp_path):
     history = load_history(write_run(tmp_path / "run"))
     history["client"] = history["client"].replace("client-00", "$x_1$<b>")
-    svg = plots.render_svg(plots.plot_loss(history), "loss")
+    svg = drawing.render_svg(plots.plot_loss(history), "loss")
     assert "$x_1$&lt;b&gt;" in svg
 
 
 def test_the_same_figure_gives_the_same_bytes(history, tmp_path):
     for name in ("a", "b"):
-        plots.save_plot(plots.plot_loss(history), tmp_path / name, "loss")
+        drawing.save_plot(plots.plot_loss(history), tmp_path / name, "loss")
     for ending in ("png", "svg"):
         assert (tmp_path / f"a/loss.{ending}").read_bytes() == (
             tmp_path / f"b/loss.{ending}"
