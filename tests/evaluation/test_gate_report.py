@@ -50,7 +50,10 @@ def test_the_last_figures_of_each_client_count():
 
 
 def test_a_run_ends_with_what_its_gates_do():
-    lines = describe_run([entry("ann", FACTS), entry("bob", KINDS)]).splitlines()
+    history = [entry("ann", FACTS), entry("bob", KINDS)]
+    for each in history:
+        each["metrics"] |= {"global+local/local/n": 4, "global+local/local/exact_match": 1.0}
+    lines = describe_run(history).splitlines()
     assert lines[-2].startswith("ann, gate: compares facts")
     assert lines[-1].startswith("bob, gate: compares kinds")
     assert describe_gates([entry("ann", {})]) == []
