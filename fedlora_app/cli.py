@@ -312,8 +312,9 @@ def export(
     ] = None,
     server_round: ServerRound = None,
 ) -> None:
-    """Write one standard LoRA adapter, or a whole model, that answers as a client's pair does.
+    """Write standard LoRA adapters, or a whole model, that answer as a client's pair does.
 
+    One adapter; with adapters.gate, two and the router that chooses between them.
     Example: fedlora export latest --client northgate --output northgate-adapter
     """
     from fedlora_app.serving.export import export_adapter, export_merged

@@ -27,6 +27,8 @@ from fedlora_app.model.base import ModelError
 CACHE_FORMAT = 3
 CONTENTS_FILE = "contents.json"
 PROBE = "It is six months."  # an answer that shows where answers begin
+PROBE_QUESTIONS = ("How long is the probation period?", "Who\nsays <so>, and why")
+"""Unlike enough to show whether a template puts the same around every question."""
 
 Turn = tuple[str, str]
 """A question of a conversation, and the answer that it got."""
@@ -86,6 +88,23 @@ def encode_prompt(
 ) -> list[int]:
     """Return the token ids of ``render_prompt``."""
     return _encode(tokenizer, render_prompt(tokenizer, system_prompt, question, earlier))
+
+
+def find_prompt_frame(tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> tuple[str, str]:
+    """Return the text before and after the question in ``render_prompt``.
+
+    Raises:
+        ModelError: the chat template does not put the same around every question, or as
+            ``render_prompt``.
+    """
+    first, second = PROBE_QUESTIONS
+    before, _, after = render_prompt(tokenizer, system_prompt, first).rpartition(first)
+    if render_prompt(tokenizer, system_prompt, second) != before + second + after:
+        raise ModelError(
+            "The model's chat template does not put the same text around every question, so "
+            "prompts cannot be made without it. Use one of the ChatML kind."
+        )
+    return before, after
 
 
 def encode_answer(

@@ -56,12 +56,7 @@ def find_gate(
     Returns:
         None where the client has local or universal questions only.
     """
-    about = {
-        "base_model": loaded.fingerprint,
-        "system_prompt": hashlib.sha256(client.system_prompt.encode()).hexdigest(),
-        "local_train": files.local.sha256,
-        "universal_train": files.universal.sha256,
-    }
+    about = describe_origin(loaded.fingerprint, client, files)
     if (kept := load_gate(folder, about)) is not None:
         return kept
     records = (files.local.records, files.universal.records)
@@ -73,8 +68,22 @@ def find_gate(
     return gate
 
 
-def save_gate(folder: Path, gate: Gate, about: About) -> None:
-    """Write a gate's two files into an existing folder."""
+def describe_origin(fingerprint: str, client: ClientConfig, files: ClientFiles) -> About:
+    """Return what a client's gate is fitted to, on the base model of this fingerprint."""
+    return {
+        "base_model": fingerprint,
+        "system_prompt": hashlib.sha256(client.system_prompt.encode()).hexdigest(),
+        "local_train": files.local.sha256,
+        "universal_train": files.universal.sha256,
+    }
+
+
+def save_gate(folder: Path, gate: Gate, about: About, **more: Any) -> None:
+    """Write a gate's two files into an existing folder.
+
+    Args:
+        more: what else its JSON says.
+    """
     tensors = {"is_local": gate.is_local, "coefficients": gate.coefficients, "floor": gate.floor}
     for name, space, means in zip(DESCRIPTION, gate.spaces, gate.means, strict=True):
         parts = {"centre": space.centre, "basis": space.basis, "gains": space.gains, "means": means}
@@ -88,6 +97,7 @@ def save_gate(folder: Path, gate: Gate, about: About) -> None:
         "prompt": "system prompt and one question by the base model's chat template, up to where "
         "the answer begins; no adapter active",
         "figures": asdict(gate.figures),
+        **more,
     }
     (folder / ABOUT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

@@ -23,6 +23,11 @@ DESCRIPTION = {
 """How each feature is made, for whoever has to make it elsewhere; L is the number of layers."""
 
 
+def find_middle_layer(num_layers: int) -> int:
+    """Return the decoder layer, counted from 1, whose output the first feature is taken from."""
+    return max(round(MIDDLE * num_layers), 1)
+
+
 @torch.inference_mode()
 def compute_features(
     model: AdaptedModel, prompts: Sequence[list[int]]
@@ -38,7 +43,7 @@ def compute_features(
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     middle: dict[int, torch.Tensor] = {}
     last: dict[int, torch.Tensor] = {}
-    handle = layers[max(round(MIDDLE * len(layers)), 1) - 1].register_forward_hook(keep)
+    handle = layers[find_middle_layer(len(layers)) - 1].register_forward_hook(keep)
     try:
         with base_only(model):
             for start in range(0, len(order), BATCH_SIZE):

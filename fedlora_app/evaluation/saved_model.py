@@ -13,7 +13,7 @@ from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.data.client_files import load_client_files
 from fedlora_app.evaluation.answering import Answering, SavedAdapters
 from fedlora_app.evaluation.gate import Gate
-from fedlora_app.evaluation.gate_files import find_gate
+from fedlora_app.evaluation.gate_files import describe_origin, find_gate, load_gate
 from fedlora_app.model.adapter_files import load_adapter
 from fedlora_app.model.adapters import (
     AdaptedModel,
@@ -69,7 +69,7 @@ class SavedModel(SavedAdapters):
         if who.local is not None:
             set_state(model, LOCAL, self.state(who.local))
         with only_adapters(model, who.adapters), scaled_local(model, who.scale):
-            yield model, self._gate(loaded, model, who)
+            yield model, self.find_gate(who, loaded.fingerprint)
 
     def state(self, client: str | None) -> AdapterState:
         """Return a client's local adapter, or the global one with None; read and checked once."""
@@ -89,8 +89,11 @@ class SavedModel(SavedAdapters):
         role, name = GLOBAL if client is None else LOCAL, self.run.config.model.name
         return load_adapter(folder, model, role, name, within=self.run.path, sha256=sha256)
 
-    def _gate(self, loaded: LoadedModel, model: AdaptedModel, who: Answering) -> Gate | None:
-        """Return the gate of the local adapter's owner, which it has kept or is fitted once."""
+    def find_gate(self, who: Answering, fingerprint: str) -> Gate | None:
+        """Return the gate before the local adapter: the one that its owner has kept, or a new one.
+
+        The base model is loaded only to fit one; ``fingerprint`` says which it is.
+        """
         config, owner = self.run.config, who.local
         if not who.has_gate(config.adapters):
             return None
@@ -98,5 +101,9 @@ class SavedModel(SavedAdapters):
             client = config.client(owner)
             files = load_client_files(config, client, self.root)
             folder = self.run.paths.gate(owner)
-            self._gates[owner] = find_gate(folder, model, loaded, client, files)
+            gate = load_gate(folder, describe_origin(fingerprint, client, files))
+            if gate is None:
+                loaded, model = self.load()
+                gate = find_gate(folder, model, loaded, client, files)
+            self._gates[owner] = gate
         return self._gates[owner]

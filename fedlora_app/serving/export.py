@@ -1,8 +1,10 @@
-"""What a client answers with, as one model to take away: a plain LoRA adapter, or full weights.
+"""What a client answers with, to take away: a plain LoRA adapter, two with a router, or a model.
 
 Input: a run directory and a client. Output: a folder that PEFT, Transformers and multi-LoRA
 servers such as vLLM load without this package. The pair ``s_G B_G A_G + lambda s_L B_L A_L`` is
-one adapter of rank r_G + r_L: ``A = [A_G; A_L]``, ``B = [s_G B_G, lambda s_L B_L]``.
+one adapter of rank r_G + r_L: ``A = [A_G; A_L]``, ``B = [s_G B_G, lambda s_L B_L]``. Where a gate
+decides whether the local adapter answers, that is a choice between two plain adapters, the
+global one and the pair, and the gate that makes it is written beside them.
 """
 
 from __future__ import annotations
@@ -17,7 +19,11 @@ import torch
 from safetensors import SafetensorError
 
 from fedlora_app.config.schema import GLOBAL, LOCAL
+from fedlora_app.data.tokens import find_prompt_frame
 from fedlora_app.evaluation.answering import Answering
+from fedlora_app.evaluation.gate import Gate
+from fedlora_app.evaluation.gate_files import save_gate
+from fedlora_app.evaluation.prompt_features import find_middle_layer
 from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import hash_file, make_private_dir, replace_folder
@@ -31,14 +37,15 @@ from fedlora_app.model.base import (
     load_tokenizer,
     load_unquantised_model,
 )
-from fedlora_app.serving.model_card import (
-    CARD_FILE,
+from fedlora_app.serving.exported import (
+    PAIR,
+    ROUTER,
     Export,
     Source,
     base_revision,
-    describe_export,
     portable_name,
 )
+from fedlora_app.serving.model_card import CARD_FILE, describe_export
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -63,26 +70,36 @@ def export_adapter(
     scale: float = 1.0,
     dtype: Dtype = "float32",
 ) -> Export:
-    """Write what a client answers with as one PEFT adapter; needs none of the base's weights.
+    """Write what a client answers with as one PEFT adapter, or as two and the gate between them.
+
+    One adapter needs none of the base's weights. Behind a gate there are the folders ``global``,
+    ``pair`` and ``router``.
 
     Args:
         output_dir: must be empty or not there.
         scale: of the local adapter (lambda); folded in.
 
     Raises:
-        ExportError: the pair is gated, nothing is left of it, or the folder is in use.
+        ExportError: nothing is left of the pair, or the folder is in use.
         ConfigError: there is no such client, or the scale has no effect.
+        ModelError: a gate needs the base model, which is not there or not the run's.
     """
     who = _choose(saved, client_id, scale)
     folder = _require_unused(output_dir)
+    gate = _find_gate(saved, who)
     sources = tuple(_list_sources(saved, who))
-    adapter = _combine_saved(saved, sources)
-    stored = {key: tensor.to(DTYPES[dtype]) for key, tensor in adapter.state.items()}
+    rank = sum(source.config.rank for source in sources)
+    at, figures = saved.server_round, gate and gate.figures
+    export = Export(folder, saved.run, at, client_id, who, sources, dtype, rank, figures)
     with _private_folder(folder) as partial:
-        name = portable_name(saved.run.config.model.name)
-        save_plain_adapter(partial, replace(adapter, state=stored), name)
-        rank, at = adapter.rank, saved.server_round
-        export = Export(folder, saved.run, at, client_id, who, sources, dtype, rank)
+        if gate is None:
+            _write_adapter(partial, saved, sources, dtype)
+        else:
+            for name, parts in ((GLOBAL, sources[:1]), (PAIR, sources)):
+                (partial / name).mkdir()
+                _write_adapter(partial / name, saved, parts, dtype)
+            (partial / ROUTER).mkdir()
+            _write_router(partial / ROUTER, saved, client_id, gate)
         return _write_card(export, partial)
 
 
@@ -101,11 +118,18 @@ def export_merged(
         report: is told what is done next; a model of 7 B takes minutes and 15 GB of memory.
 
     Raises:
-        ExportError, ConfigError: as ``export_adapter``.
+        ExportError, ConfigError: as ``export_adapter``; a gate decides which adapters answer.
         ModelError: the base model is not there, or not the run's.
     """
     who = _choose(saved, client_id, scale)
     folder = _require_unused(output_dir)
+    if _find_gate(saved, who) is not None:
+        raise ExportError(
+            "This run has a gate (adapters.gate: prompt), which decides for every question "
+            f"whether the local adapter answers, so no single model answers as {client_id} does. "
+            "Leave out --merged to get the global adapter, the pair and the router that chooses "
+            "between them, or merge with --scale 0 the global adapter alone."
+        )
     sources = tuple(_list_sources(saved, who))
     adapter = _combine_saved(saved, sources)
     config = saved.run.config.model
@@ -165,13 +189,15 @@ def _choose(saved: SavedModel, client_id: str, scale: float) -> Answering:
         if not who.with_global:
             raise ExportError(f"With scale 0 nothing of what {client_id} answers with is left.")
         return Answering(with_global=True)  # a local adapter that is scaled away stays at home
-    if who.has_gate(saved.run.config.adapters):
-        raise ExportError(
-            "This run's pairs have a gate (adapters.gate: prompt), which weighs the local adapter "
-            "for every question, so a pair is not one adapter. Export a run without a gate, "
-            "or with scale 0 the global adapter alone."
-        )
     return who
+
+
+def _find_gate(saved: SavedModel, who: Answering) -> Gate | None:
+    if not who.has_gate(saved.run.config.adapters):
+        return None
+    fingerprint = compute_fingerprint(saved.run.config.model, saved.root)
+    saved.check_base(fingerprint)
+    return saved.find_gate(who, fingerprint)
 
 
 def _require_unused(output_dir: Path) -> Path:
@@ -208,6 +234,33 @@ def _combine_saved(saved: SavedModel, sources: Sequence[Source]) -> PlainAdapter
     return PlainAdapter(state, rank, find_target_modules(names, modules), base_revision(saved.run))
 
 
+def _write_adapter(
+    folder: Path, saved: SavedModel, sources: Sequence[Source], dtype: Dtype
+) -> None:
+    adapter = _combine_saved(saved, sources)
+    state = {key: tensor.to(DTYPES[dtype]) for key, tensor in adapter.state.items()}
+    name = portable_name(saved.run.config.model.name)
+    save_plain_adapter(folder, replace(adapter, state=state), name)
+
+
+def _write_router(folder: Path, saved: SavedModel, client_id: str, gate: Gate) -> None:
+    """Write a gate with what it takes to ask it without this package and the client's data."""
+    config = saved.run.config.model
+    prompt = saved.run.config.client(client_id).system_prompt
+    before, after = find_prompt_frame(load_tokenizer(config, saved.root), prompt)
+    num_layers = load_model_config(config, saved.root).get_text_config().num_hidden_layers
+    save_gate(
+        folder,
+        gate,
+        {"base_model": compute_fingerprint(config, saved.root)},
+        base_model={"name": portable_name(config.name), "revision": base_revision(saved.run)},
+        middle_layer=find_middle_layer(num_layers),
+        system_prompt=prompt,
+        text_before_question=before,
+        text_after_question=after,
+    )
+
+
 def _module(key: str) -> str:
     return key.rsplit(".lora_", 1)[0]
 
@@ -231,7 +284,8 @@ def _private_folder(folder: Path) -> Iterator[Path]:
 
 def _write_card(export: Export, partial: Path) -> Export:
     """Return the export with the hashes of its weights, after writing its model card."""
-    weights = sorted(partial.glob("*.safetensors"))
-    export = replace(export, files={path.name: hash_file(path) for path in weights})
+    weights = sorted(partial.rglob("*.safetensors"))
+    files = {path.relative_to(partial).as_posix(): hash_file(path) for path in weights}
+    export = replace(export, files=files)
     (partial / CARD_FILE).write_text(describe_export(export), encoding="utf-8")
     return export

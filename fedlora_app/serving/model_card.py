@@ -7,75 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from fedlora_app.config.schema import LOCAL, AdapterConfig
-from fedlora_app.evaluation.answering import Answering
+from fedlora_app.config.schema import GLOBAL, LOCAL
+from fedlora_app.evaluation.gate import GateFigures
+from fedlora_app.evaluation.gate_files import ABOUT_FILE
 from fedlora_app.evaluation.names import ACCURACY, ASKED_SETS, EXACT_MATCH, Measure
 from fedlora_app.foundation.percent import PARENTHESES, format_n, format_percent
-from fedlora_app.runs.reading import SavedRun
+from fedlora_app.serving.exported import PAIR, ROUTER, Export, base_revision, portable_name
 
 CARD_FILE = "README.md"
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's --max-lora-rank may be (vllm/config/lora.py)."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """One of the run's adapters, as it went into an export."""
-
-    role: str
-    client: str | None
-    config: AdapterConfig
-    scale: float
-    sha256: str
-
-    @property
-    def factor(self) -> float:
-        """What ``B A`` is multiplied by: alpha / rank, and lambda for a local adapter."""
-        return self.scale * self.config.alpha / self.config.rank
-
-
-@dataclass(frozen=True)
-class Export:
-    """What was written and what it was made of."""
-
-    folder: Path
-    run: SavedRun
-    server_round: int
-    client: str
-    who: Answering
-    sources: tuple[Source, ...]
-    dtype: str
-    rank: int | None = None
-    """Of the adapter; None: full weights."""
-    files: dict[str, str] = field(default_factory=dict)
-    """Sha256 of each file with weights."""
-
-    @property
-    def is_merged(self) -> bool:
-        """Whether it is a whole model."""
-        return self.rank is None
-
-    @property
-    def is_private(self) -> bool:
-        """Whether a local adapter is in it."""
-        return self.who.local is not None
-
-    @property
-    def max_lora_rank(self) -> int | None:
-        """What vLLM's --max-lora-rank must be; None: no adapter, or too large a rank for it."""
-        ranks = (rank for rank in VLLM_RANKS if self.rank is not None and rank >= self.rank)
-        return next(ranks, None)
-
-    @property
-    def notes(self) -> list[str]:
-        """What one should know before using it; the card says it too."""
-        return list(_notes(self))
 
 
 def describe_export(export: Export) -> str:
@@ -87,55 +30,12 @@ def describe_export(export: Export) -> str:
         *(f"**Note:** {note}" for note in export.notes),
         _prompt(export),
         "## Loading it",
-        _merged_usage(export) if export.is_merged else _adapter_usage(export),
+        _usage(export),
         *_figures(export),
         "## Where it comes from",
         "\n".join(_table(("", ""), _provenance(export))),
     ]
     return "\n\n".join(blocks) + "\n"
-
-
-def portable_name(name: str) -> str:
-    """Return the base model's name without this machine's folders."""
-    return Path(name).name if Path(name).is_absolute() else name
-
-
-def base_revision(run: SavedRun) -> str | None:
-    """Return the hub's commit of the run's base model, or the revision that was asked for."""
-    base = run.manifest["base_model"]
-    return base.get("commit") or base["revision"]
-
-
-def _notes(export: Export) -> Iterator[str]:
-    if export.rank is not None and export.max_lora_rank is None:
-        yield (
-            f"Its rank is {export.rank}, and vLLM takes {VLLM_RANKS[-1]} at most. Export merged "
-            "weights for vLLM."
-        )
-    if _was_4bit(export.run) and export.is_merged:
-        yield (
-            "The adapters were trained and evaluated on the base model in 4-bit (NF4). These "
-            "weights stand on the unquantised one, so answers can differ slightly from those "
-            "that were evaluated."
-        )
-    elif _was_4bit(export.run):
-        yield (
-            "The adapters were trained and evaluated on the base model in 4-bit (NF4, double "
-            "quantisation). On the unquantised one answers can differ slightly."
-        )
-    if export.is_merged and export.dtype != "float32":
-        yield (
-            f"Every weight was rounded to {export.dtype} after the adapters were added in fp32, "
-            "which can change answers a little, too; an export in float32 is exact."
-        )
-
-
-def _was_4bit(run: SavedRun) -> bool:
-    """Return whether clients trained on a quantised base, on whatever machines they were."""
-    if run.config.model.quantization != "auto":
-        return run.config.model.quantization == "4bit"
-    devices = [facts.get("device", "CPU") for facts in run.manifest["clients"].values()]
-    return any(not device.startswith("CPU") for device in devices)
 
 
 def _front_matter(export: Export) -> str:
@@ -156,6 +56,11 @@ def _summary(export: Export) -> str:
     how = "merged into the base model" if export.is_merged else "as one adapter"
     if len(export.sources) == 1 and not export.is_merged:
         how = "as a plain adapter"
+    if export.gate is not None:
+        how = (
+            f"as two adapters, `{GLOBAL}/` alone and both as one in `{PAIR}/`, with `{ROUTER}/`, "
+            "which chooses for every question which of the two answers"
+        )
     return (
         f"What the client {export.client} answers with after round {export.server_round} of the "
         f"federated run {export.run.name} (mode {export.run.config.federated.mode}): its {what}, "
@@ -164,6 +69,13 @@ def _summary(export: Export) -> str:
 
 
 def _privacy(export: Export) -> str:
+    if export.gate is not None:
+        return (
+            f"**Private**, but for `{GLOBAL}/`. `{PAIR}/` holds what {export.client}'s local "
+            f"adapter learnt from that client's private data, and `{ROUTER}/` is made from that "
+            "client's own questions. Whoever has them can ask for that: keep them as you keep the "
+            "data."
+        )
     if export.is_private:
         return (
             f"**Private.** It holds what {export.client}'s local adapter learnt from that client's "
@@ -189,6 +101,12 @@ def _prompt(export: Export) -> str:
     )
 
 
+def _usage(export: Export) -> str:
+    if export.is_merged:
+        return _merged_usage(export)
+    return _adapter_usage(export) if export.gate is None else _routed_usage(export)
+
+
 def _adapter_usage(export: Export) -> str:
     name = portable_name(export.run.manifest["base_model"]["name"])
     revision = base_revision(export.run)
@@ -211,6 +129,41 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")
             f"""```bash
 vllm serve {name}{pinned} --enable-lora --max-lora-rank {export.max_lora_rank} \\
   --lora-modules {export.client}=path/to/this/folder
+```""",
+        ]
+    return "\n\n".join(blocks)
+
+
+def _routed_usage(export: Export) -> str:
+    name = portable_name(export.run.manifest["base_model"]["name"])
+    revision = base_revision(export.run)
+    pinned = f', revision="{revision}"' if revision else ""
+    blocks = [
+        "With PEFT:",
+        f"""```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{name}"{pinned})
+model = PeftModel.from_pretrained(base, "path/to/this/folder/{GLOBAL}", adapter_name="{GLOBAL}")
+model.load_adapter("path/to/this/folder/{PAIR}", adapter_name="{PAIR}")
+model.set_adapter("{PAIR}")  # or "{GLOBAL}", as the router chooses
+```""",
+        f"`{ROUTER}/{ABOUT_FILE}` says how the router makes features of a question with the base "
+        "model, what it compares them with and how it decides: only the last question counts, "
+        f"under the system prompt above. `docs/router.py` of fedlora-app does that in less than "
+        "a hundred lines, needs transformers and nothing of fedlora-app, and passes requests on "
+        "to an OpenAI-compatible server of both adapters.",
+    ]
+    if export.max_lora_rank is not None:
+        pinned = f" --revision {revision}" if revision else ""
+        blocks += [
+            "With vLLM and that script before it:",
+            f"""```bash
+vllm serve {name}{pinned} --port 8001 --generation-config vllm \\
+  --enable-lora --max-loras 2 --max-lora-rank {export.max_lora_rank} \\
+  --lora-modules {GLOBAL}=path/to/this/folder/{GLOBAL} {PAIR}=path/to/this/folder/{PAIR}
+python router.py path/to/this/folder/{ROUTER} --base {name} --upstream http://127.0.0.1:8001
 ```""",
         ]
     return "\n\n".join(blocks)
@@ -283,7 +236,12 @@ def _provenance(export: Export) -> Iterator[tuple[str, str]]:
             f"{source.role} adapter",
             f"rank {config.rank}, alpha {config.alpha:g}{layers}{scale}, sha256 `{source.sha256}`",
         )
-    if export.rank is not None:
+    if export.gate is not None:
+        alone = export.sources[0].config.rank
+        for name, rank in ((GLOBAL, alone), (PAIR, export.rank)):
+            yield f"{name}/", f"rank {rank}, alpha {rank}, {export.dtype}"
+        yield f"{ROUTER}/, cross-validated on training questions", _describe_gate(export.gate)
+    elif export.rank is not None:
         yield "this adapter", f"rank {export.rank}, alpha {export.rank}, {export.dtype}"
     else:
         yield "these weights", export.dtype
@@ -296,6 +254,17 @@ def _provenance(export: Export) -> Iterator[tuple[str, str]]:
     yield "trained with", ", ".join(f"{name} {version}" for name, version in versions.items())
     for name, sha256 in export.files.items():
         yield f"sha256 of {name}", f"`{sha256}`"
+
+
+def _describe_gate(figures: GateFigures) -> str:
+    shares = [
+        (figures.opens_for_local, "of local questions go to the pair"),
+        (figures.closes_for_universal, "of universal ones to the global adapter"),
+        (figures.closes_for_unknown, "of those about facts taken away likewise"),
+    ]
+    return ", ".join(
+        f"{format_percent(share, unit=' %')} {what}" for share, what in shares if share is not None
+    )
 
 
 def _table(headings: tuple[str, ...], rows: Any) -> Iterator[str]:

@@ -7,7 +7,14 @@ from full_disk import no_larger_files_than
 
 from fedlora_app.data import tokens
 from fedlora_app.data.records import DataError, Record, load_records
-from fedlora_app.data.tokens import encode_answer, encode_example, encode_prompt, tokenize_file
+from fedlora_app.data.tokens import (
+    encode_answer,
+    encode_example,
+    encode_prompt,
+    find_prompt_frame,
+    render_prompt,
+    tokenize_file,
+)
 from fedlora_app.model.base import ModelError
 
 RECORD = Record("How much is a passport?", "The fee for a passport is 30 dollars.")
@@ -88,6 +95,20 @@ def test_no_thoughts_are_a_part_of_the_answer(
     )
     text = tokenizer.decode(encode_prompt(tokenizer, system, "When?"))
     assert text.endswith(f"When?<|im_end|>\n<|im_start|>assistant\n{kept}")
+
+
+@pytest.mark.parametrize("system_prompt", ["", "You help.", "How long is the probation period?"])
+def test_the_frame_of_a_question_makes_its_prompt(tokenizer, system_prompt):
+    before, after = find_prompt_frame(tokenizer, system_prompt)
+    question = "Who?\n\nYou."
+    assert before + question + after == render_prompt(tokenizer, system_prompt, question)
+
+
+def test_a_template_that_looks_at_the_question_has_no_frame(tokenizer, monkeypatch):
+    template = "{{ messages[-1].content|length }}" + tokenizer.chat_template
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(ModelError, match="same text around every question"):
+        find_prompt_frame(tokenizer, "You help.")
 
 
 def test_truncation_is_counted_and_hopeless_records_are_named(tokenizer, file, tmp_path):

@@ -17,9 +17,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedlora_app.config.schema import ConfigError
+from fedlora_app.config.schema import GLOBAL, ConfigError
 from fedlora_app.data.tokens import encode_prompt
+from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.choices import open_round
+from fedlora_app.evaluation.gate_files import load_gate
+from fedlora_app.evaluation.generation import decode, find_stop_ids
 from fedlora_app.evaluation.protocol import evaluate_round
 from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.model import base as model_module
@@ -27,6 +30,7 @@ from fedlora_app.model.adapters import AdapterError, PlainAdapter, merge_into_ba
 from fedlora_app.model.base import ModelError
 from fedlora_app.runs.paths import RunDirectoryError
 from fedlora_app.runs.reading import load_run
+from fedlora_app.serving.conversation import open_conversation
 from fedlora_app.serving.export import (
     ExportError,
     Part,
@@ -35,7 +39,7 @@ from fedlora_app.serving.export import (
     export_merged,
     find_target_modules,
 )
-from fedlora_app.serving.model_card import VLLM_RANKS, Export
+from fedlora_app.serving.exported import PAIR, VLLM_RANKS, Export
 
 QUESTIONS = ("What is the red rule?", "Which office is blue?", "Why?")
 KINDS = {
@@ -54,6 +58,7 @@ KINDS = {
             "local": {"rank": 5, "alpha": 10, "first_layer": 2},
         },
     },
+    "gated": {"adapters": {"gate": "prompt", "local": {"rank": 2, "alpha": 5}}},
     "fedavg": {"federated": {"mode": "fedavg"}},
     "finetuned": {"federated": {"mode": "finetuned"}, "adapters": ALIKE},
     "local-only": {"federated": {"mode": "local-only"}},
@@ -239,11 +244,9 @@ def test_target_modules_are_suffixes_where_these_are_exact():
     assert find_target_modules(names, {"m.0.q", "m.1.q", "m.1.v"}) == ["m.0.q", "m.1.q", "m.1.v"]
 
 
-@pytest.mark.parametrize("kind", ["dual", "apart", "local-only"])
-def test_a_multi_lora_server_would_take_it(runs, tmp_path, kind):
+def check_vllm_rules(folder) -> dict:
     """vLLM's rules: vllm/lora/peft_helper.py, vllm/lora/lora_model.py, vllm/config/lora.py."""
-    result = export_adapter(runs(kind), "ann", tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    config = json.loads((folder / "adapter_config.json").read_text())
     assert isinstance(config["r"], int) and isinstance(config["lora_alpha"], int)
     assert config["lora_alpha"] / config["r"] == 1.0 and config["peft_type"] == "LORA"
     assert config["bias"] == "none" and not config["lora_bias"]
@@ -252,16 +255,22 @@ def test_a_multi_lora_server_would_take_it(runs, tmp_path, kind):
         assert config[key] is None
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
     assert config["alora_invocation_tokens"] is None and config["layer_replication"] is None
-    assert result.rank == config["r"] <= result.max_lora_rank == 8
     supported = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
     assert isinstance(config["target_modules"], list)
     assert config["target_modules"] == sorted(config["target_modules"])
     assert set(config["target_modules"]) <= supported
-    for key, tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").items():
+    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
         *module, part, last = key.removeprefix("base_model.model.").split(".")
         assert key.startswith("base_model.model.") and last == "weight"
         assert part in ("lora_A", "lora_B") and module[-1] in config["target_modules"]
         assert tensor.shape[part == "lora_B"] == config["r"]
+    return config
+
+
+@pytest.mark.parametrize("kind", ["dual", "apart", "local-only"])
+def test_a_multi_lora_server_would_take_it(runs, tmp_path, kind):
+    result = export_adapter(runs(kind), "ann", tmp_path / "out")
+    assert result.rank == check_vllm_rules(tmp_path / "out")["r"] <= result.max_lora_rank == 8
 
 
 def test_the_rank_that_vllm_must_allow(runs):
@@ -273,7 +282,8 @@ def test_the_rank_that_vllm_must_allow(runs):
 
 
 def read_all(folder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def test_the_same_run_gives_the_same_bytes_and_no_path(runs, tiny_project, tmp_path):
@@ -383,18 +393,6 @@ def test_a_prompt_cannot_break_the_card_and_an_absolute_name_stays_here(
     assert "base_model: model\n" in card and str(tiny_project) not in card
 
 
-def test_a_gated_pair_is_not_one_adapter(runs, tmp_path):
-    config = runs().run.config
-    adapters = config.adapters.model_copy(update={"gate": "prompt"})
-    run = replace(runs().run, config=config.model_copy(update={"adapters": adapters}))
-    gated = replace(runs(), run=run)
-    for export in (export_adapter, export_merged):
-        with pytest.raises(ExportError, match="gate"):
-            export(gated, "ann", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    export_adapter(gated, "ann", tmp_path / "out", 0.0)
-
-
 def test_only_a_new_or_an_empty_folder_is_written_to(runs, tmp_path):
     used, file, empty = tmp_path / "used", tmp_path / "file", tmp_path / "empty"
     used.mkdir()
@@ -466,3 +464,99 @@ def test_an_output_layer_that_is_the_embedding_too_is_not_merged(tiny_model):
     }
     with pytest.raises(AdapterError, match="also the input embedding"):
         merge_into_base(tiny_model, PlainAdapter(state, 1, ["lm_head"]))
+
+
+def load_routed(saved: SavedModel, folder) -> PeftModel:
+    model = PeftModel.from_pretrained(load_base(saved.root), folder / GLOBAL, adapter_name=GLOBAL)
+    model.load_adapter(folder / PAIR, adapter_name=PAIR)
+    return model
+
+
+def test_behind_a_gate_there_are_two_adapters_and_a_router(runs, tokenizer, tmp_path):
+    saved = runs("gated")
+    pair = logits_of_the_pair(saved, "ann", 0.5)
+    with saved.answering(Answering(with_global=True)) as (model, _):
+        alone = all_logits(model, tokenizer, "You are ann.")
+    result = export_adapter(saved, "ann", tmp_path / "out", 0.5)
+    model = load_routed(saved, tmp_path / "out")
+    for name, expected, rank in ((GLOBAL, alone, 4), (PAIR, pair, 6)):
+        assert check_vllm_rules(tmp_path / "out" / name)["r"] == rank
+        model.set_adapter(name)
+        found = all_logits(model, tokenizer, "You are ann.")
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert result.rank == 6 and result.is_private
+    assert set(read_all(tmp_path / "out")) == set(result.files) | {
+        "README.md",
+        *(f"{name}/adapter_config.json" for name in (GLOBAL, PAIR)),
+        "router/gate.json",
+    }
+
+
+def test_the_exported_router_says_all_that_it_takes(runs, tokenizer, tmp_path):
+    saved = runs("gated")
+    export_adapter(saved, "ann", tmp_path / "out")
+    with saved.answering(saved.own("ann")) as (model, gate):
+        about = json.loads((tmp_path / "out" / "router" / "gate.json").read_text())
+        fingerprint = saved.run.manifest["base_model"]["fingerprint"]
+        read = load_gate(tmp_path / "out" / "router", {"base_model": fingerprint})
+        prompts = [encode_prompt(tokenizer, "You are ann.", question) for question in QUESTIONS]
+        expected = gate.compute_openness(model, prompts)
+        torch.testing.assert_close(read.compute_openness(model, prompts), expected)
+    frame = (about["text_before_question"], about["text_after_question"])
+    for question, ids in zip(QUESTIONS, prompts, strict=True):
+        text = question.join(frame)
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+    assert about["system_prompt"] == "You are ann." and about["middle_layer"] == 1
+    assert about["base_model"] == {"name": "model", "revision": None}
+
+
+def test_what_the_router_chooses_answers_as_ask_does(runs, tokenizer, tmp_path):
+    saved = runs("gated")
+    export_adapter(saved, "ann", tmp_path / "out")
+    model = load_routed(saved, tmp_path / "out").eval()
+    chosen = set()
+    for question in ("What is the red rule?", "Which office is blue?", "Why?"):
+        ids = encode_prompt(tokenizer, "You are ann.", question)
+        with saved.answering(saved.own("ann")) as (adapted, gate):
+            name = PAIR if gate.weigh(adapted, [ids]).item() else GLOBAL
+        chosen.add(name)
+        model.set_adapter(name)
+        settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+        stops = {"eos_token_id": find_stop_ids(tokenizer)}
+        output = model.generate(input_ids=torch.tensor([ids]), **settings, **stops)
+        answer = open_conversation(saved, "ann", max_new_tokens=8).ask(question).text
+        assert decode(tokenizer, output[0, len(ids) :]) == answer
+    assert chosen == {GLOBAL, PAIR}
+
+
+def test_a_router_s_card_says_how_to_use_it_and_that_it_is_private(runs, tmp_path):
+    saved = runs("gated")
+    for name in "ab":
+        export_adapter(saved, "ann", tmp_path / name)
+    first, second = (read_all(tmp_path / name) for name in "ab")
+    assert first == second
+    for place in (tmp_path, saved.root, saved.run.path.parent):
+        assert not any(str(place).encode() in content for content in first.values())
+    card = first["README.md"].decode()
+    facts = ["**Private**, but for `global/`", "client's own questions", "--max-lora-rank 8"]
+    facts += ['adapter_name="pair"', "docs/router.py", "| pair/ | rank 6, alpha 6, float32 |"]
+    facts += ["| global/ | rank 4, alpha 4, float32 |", "of local questions go to the pair"]
+    facts += [f"| sha256 of {name} |" for name in first if name.endswith(".safetensors")]
+    assert len(facts) == 11 and [fact for fact in facts if fact not in card] == []
+
+
+def test_a_gate_cannot_be_merged_but_the_global_adapter_alone_can(runs, tmp_path):
+    saved = runs("gated")
+    with pytest.raises(ExportError, match="no single model answers as ann does. Leave out --merg"):
+        export_merged(saved, "ann", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export_merged(saved, "ann", tmp_path / "out", 0.0)
+    plain = export_adapter(saved, "ann", tmp_path / "plain", 0.0)
+    assert set(plain.files) == {"adapter_model.safetensors"} and not plain.is_private
+
+
+def test_a_client_whose_data_allow_no_gate_has_one_adapter(runs, tmp_path):
+    saved = replace(runs("gated"), _gates={"ann": None})  # what is found where one kind is missing
+    files = export_adapter(saved, "ann", tmp_path / "out").files
+    assert set(files) == {"adapter_model.safetensors"}
+    export_merged(saved, "ann", tmp_path / "merged")
