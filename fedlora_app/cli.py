@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fedlora_app.evaluation.saved_model import SavedModel
     from fedlora_app.serving.conversation import Conversation
 
+LOOPBACK = "127.0.0.1"
 INTERRUPTED = 130  # what Typer makes of Ctrl-C
 CONTINUED = {"evaluate", "study"}  # commands that resume where they stopped
 
@@ -34,7 +35,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
-    help="Plan, look at, evaluate, compare, ask and export what flwr run trains.",
+    help="Plan, look at, evaluate, compare, ask, serve and export what flwr run trains.",
 )
 
 RunName = Annotated[
@@ -297,6 +298,31 @@ def ask(
             report=lambda who: show(who, next(done), clients),
         )
     Console().print(tabulate_sides(sides))
+
+
+@app.command()
+def serve(
+    run: RunName,
+    client: Annotated[str, typer.Option(help="Whose adapters answer.")],
+    host: Annotated[str, typer.Option(help="Any but a loopback address needs a key.")] = LOOPBACK,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
+    scale: Scale = 1.0,
+    api_key_env: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Environment variable with the key to ask for."),
+    ] = None,
+    server_round: ServerRound = None,
+) -> None:
+    """Serve a client's adapters by OpenAI's chat completions, with the answers that ask gives.
+
+    Example: fedlora serve latest --client northgate
+    """
+    from fedlora_app.serving.server import read_key
+    from fedlora_app.serving.server import serve as run_server
+
+    key = read_key(api_key_env, host)
+    saved = _open_model(run, server_round)
+    run_server(saved, client, scale, host, port, key, lambda line: typer.echo(line, err=True))
 
 
 @app.command()

@@ -120,7 +120,8 @@ def test_check_counts_answers_that_cannot_match_where_there_is_a_tokenizer(fedlo
 
 def test_every_command_has_help_with_an_example(fedlora):
     names = [command.name or command.callback.__name__ for command in app.registered_commands]
-    assert {"check", "evaluate", "compare", "report", "ask", "export", "import"} <= set(names)
+    known = {"check", "evaluate", "compare", "report", "ask", "serve", "export", "import"}
+    assert known <= set(names)
     for name in names:
         status, out, _ = fedlora(name, "--help")
         assert status == 0 and f"Example: fedlora {name} " in " ".join(out.split())
@@ -181,6 +182,22 @@ def test_ask_answers_as_one_client_as_all_and_in_a_conversation(fedlora, project
 )
 def test_what_cannot_be_asked_is_said(fedlora, project, arguments, message):
     status, _, err = fedlora("ask", project / "results" / "pair", *arguments)
+    assert status == 2 and message in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--client", "nobody"], 'No client is called "nobody"'),
+        (["--client", "ann", "--host", "0.0.0.0"], "name it with --api-key-env"),
+        (["--client", "ann", "--api-key-env", "NO_SUCH_VARIABLE"], "empty or not set"),
+        (["--client", "ann", "--host", "192.0.2.1", "--api-key-env", "KEY"], "cannot be served"),
+        (["--client", "ann", "--round", "9"], "has no complete round 9"),
+    ],
+)
+def test_what_cannot_be_served_is_said(fedlora, project, monkeypatch, arguments, message):
+    monkeypatch.setenv("KEY", "k3y")
+    status, _, err = fedlora("serve", project / "results" / "pair", "--port", 0, *arguments)
     assert status == 2 and message in err and "Traceback" not in err
 
 

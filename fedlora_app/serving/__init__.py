@@ -6,6 +6,7 @@ __getattr__, __all__ = offer(
     __name__,
     {
         "conversation": ["Conversation", "answer_side_by_side", "open_conversation"],
+        "server": ["serve"],
         "export": ["export_adapter", "export_merged"],
     },
 )

@@ -32,6 +32,10 @@ class QuestionError(UserError):
     """A question cannot be asked; the message says why."""
 
 
+class TooLongError(QuestionError):
+    """There is no room for it, or for what was said before it, in the model's context."""
+
+
 @dataclass(frozen=True)
 class Reply:
     """An answer, and what happened to it."""
@@ -41,6 +45,9 @@ class Reply:
     """It ends at ``max_new_tokens`` and not by itself."""
     num_dropped: int = 0
     """Oldest turns that were left out of this prompt and the following ones for want of room."""
+    num_prompt_tokens: int = 0
+    num_tokens: int = 0
+    """Of the answer, with the mark that ends it."""
 
 
 @dataclass
@@ -52,6 +59,8 @@ class Conversation:
     system_prompt: str
     max_new_tokens: int
     turns: list[Turn] = field(default_factory=list)
+    may_forget: bool = True
+    """The oldest turns make room for a question; otherwise that is an error."""
 
     def ask(self, question: str, on_text: Callable[[str], None] = lambda _: None) -> Reply:
         """Return the greedy answer to a question, and remember both.
@@ -62,7 +71,7 @@ class Conversation:
             on_text: gets the answer piece by piece as it is made; the pieces are the answer.
 
         Raises:
-            QuestionError: it is empty, or too long even without anything said before.
+            QuestionError: it is empty, or too long, even without what may be forgotten.
         """
         if not question.strip():
             raise QuestionError("The question is empty.")
@@ -82,20 +91,23 @@ class Conversation:
             )
         num_dropped = len(self.turns) - len(turns)
         self.turns = [*turns, (question, text)]
-        return Reply(text, not pieces.has_ended, num_dropped)
+        num_tokens = len(pieces.ids or ())
+        return Reply(text, not pieces.has_ended, num_dropped, len(prompt_ids), num_tokens)
 
     def _fit(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str
     ) -> tuple[list[Turn], list[int]]:
         """Return the newest turns for which there is room, and the prompt with them."""
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        for start in range(len(self.turns) + 1):
+        for start in range(len(self.turns) + 1 if self.may_forget else 1):
             turns = self.turns[start:]
             prompt_ids = encode_prompt(tokenizer, self.system_prompt, question, turns)
             if limit is None or len(prompt_ids) + self.max_new_tokens <= limit:
                 return turns, prompt_ids
-        raise QuestionError(
-            f"The question is too long: with the system prompt it takes {len(prompt_ids)} tokens, "
+        before = " and what was said before" if turns else ""
+        raise TooLongError(
+            f"The question is too long: with the system prompt{before} it takes "
+            f"{len(prompt_ids)} tokens, "
             f"and {self.max_new_tokens} are kept for the answer; the model takes {limit} in all. "
             "Shorten it, or allow a shorter answer."
         )

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from fedlora_app.config.schema import GLOBAL, LOCAL
-from fedlora_app.evaluation.gate import GateFigures
 from fedlora_app.evaluation.gate_files import ABOUT_FILE
+from fedlora_app.evaluation.gate_report import describe_gate
 from fedlora_app.evaluation.names import ACCURACY, ASKED_SETS, EXACT_MATCH, Measure
 from fedlora_app.foundation.percent import PARENTHESES, format_n, format_percent
 from fedlora_app.serving.exported import PAIR, ROUTER, Export, base_revision, portable_name
@@ -240,7 +241,7 @@ def _provenance(export: Export) -> Iterator[tuple[str, str]]:
         alone = export.sources[0].config.rank
         for name, rank in ((GLOBAL, alone), (PAIR, export.rank)):
             yield f"{name}/", f"rank {rank}, alpha {rank}, {export.dtype}"
-        yield f"{ROUTER}/, cross-validated on training questions", _describe_gate(export.gate)
+        yield f"{ROUTER}/", describe_gate(asdict(export.gate))
     elif export.rank is not None:
         yield "this adapter", f"rank {export.rank}, alpha {export.rank}, {export.dtype}"
     else:
@@ -254,17 +255,6 @@ def _provenance(export: Export) -> Iterator[tuple[str, str]]:
     yield "trained with", ", ".join(f"{name} {version}" for name, version in versions.items())
     for name, sha256 in export.files.items():
         yield f"sha256 of {name}", f"`{sha256}`"
-
-
-def _describe_gate(figures: GateFigures) -> str:
-    shares = [
-        (figures.opens_for_local, "of local questions go to the pair"),
-        (figures.closes_for_universal, "of universal ones to the global adapter"),
-        (figures.closes_for_unknown, "of those about facts taken away likewise"),
-    ]
-    return ", ".join(
-        f"{format_percent(share, unit=' %')} {what}" for share, what in shares if share is not None
-    )
 
 
 def _table(headings: tuple[str, ...], rows: Any) -> Iterator[str]:

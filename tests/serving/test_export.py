@@ -510,6 +510,20 @@ def test_the_exported_router_says_all_that_it_takes(runs, tokenizer, tmp_path):
     assert about["base_model"] == {"name": "model", "revision": None}
 
 
+def test_a_router_that_the_client_has_kept_needs_no_model_in_memory(runs, tmp_path, monkeypatch):
+    fresh = replace(runs("gated"), _states={}, _gates={})
+    expected = export_adapter(fresh, "ann", tmp_path / "one").files
+
+    def refuse(self):
+        raise AssertionError("the base model is loaded")
+
+    fresh._gates.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(SavedModel, "load", refuse)
+        assert export_adapter(fresh, "ann", tmp_path / "two").files == expected
+    assert fresh.run.paths.gate("ann").is_dir()
+
+
 def test_what_the_router_chooses_answers_as_ask_does(runs, tokenizer, tmp_path):
     saved = runs("gated")
     export_adapter(saved, "ann", tmp_path / "out")
@@ -540,7 +554,7 @@ def test_a_router_s_card_says_how_to_use_it_and_that_it_is_private(runs, tmp_pat
     card = first["README.md"].decode()
     facts = ["**Private**, but for `global/`", "client's own questions", "--max-lora-rank 8"]
     facts += ['adapter_name="pair"', "docs/router.py", "| pair/ | rank 6, alpha 6, float32 |"]
-    facts += ["| global/ | rank 4, alpha 4, float32 |", "of local questions go to the pair"]
+    facts += ["| global/ | rank 4, alpha 4, float32 |", "of its own held-out"]
     facts += [f"| sha256 of {name} |" for name in first if name.endswith(".safetensors")]
     assert len(facts) == 11 and [fact for fact in facts if fact not in card] == []
 

@@ -1,0 +1,98 @@
+"""The router of an export, before a server of its two adapters: python router.py EXPORT/router.
+
+It needs transformers and safetensors. For every chat completion it makes the two features that
+gate.json names of the last question, with the base model, compares them and passes the request on
+to the model "global" or "pair". A request without a system prompt gets the client's own.
+"""
+
+import argparse
+import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+class Router:
+    """Chooses between two adapters by the last question alone."""
+
+    def __init__(self, folder, base):
+        self.about = json.loads((Path(folder) / "gate.json").read_text(encoding="utf-8"))
+        tensors = load_file(Path(folder) / "gate.safetensors")
+        self.is_local = tensors.pop("is_local")
+        self.tensors = {name: tensor.double() for name, tensor in tensors.items()}
+        self.tokenizer = AutoTokenizer.from_pretrained(base)
+        self.model = AutoModelForCausalLM.from_pretrained(base, dtype="auto").eval()
+
+    @torch.inference_mode()
+    def compute_features(self, question):
+        """Return the mean of the middle layer's states, and the last token's last state."""
+        text = f"{self.about['text_before_question']}{question}{self.about['text_after_question']}"
+        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        states = self.model(ids, output_hidden_states=True, use_cache=False).hidden_states
+        middle = states[self.about["middle_layer"]][0].double().mean(0)
+        return {"middle": middle, "last": states[-1][0, -1].double()}
+
+    def choose(self, question):
+        """Return "pair" where the question is one of the client's own, else "global"."""
+        similarities = []
+        for name, feature in self.compute_features(question).items():
+            centred, basis = feature - self.tensors[f"{name}.centre"], self.tensors[f"{name}.basis"]
+            spread = centred + basis @ (basis.T @ centred * self.tensors[f"{name}.gains"])
+            similarities.append(self.tensors[f"{name}.means"] @ (spread / spread.norm()))
+        nearest = sum(similarities) / len(similarities)
+        local, universal = nearest[self.is_local].max(), nearest[~self.is_local].max()
+        odds = torch.stack([local, universal, local**0]) @ self.tensors["coefficients"]
+        return "pair" if odds > 0 and local >= self.tensors["floor"] else "global"
+
+    def rewrite(self, body):
+        """Return a chat completion's request for the adapter that is to answer it, greedily."""
+        messages, own = body["messages"], self.about["system_prompt"]
+        if own and messages[0]["role"] not in ("system", "developer"):
+            messages = [{"role": "system", "content": own}, *messages]
+        defaults = {"temperature": 0, "chat_template_kwargs": {"enable_thinking": False}}
+        chosen = {"messages": messages, "model": self.choose(messages[-1]["content"])}
+        return defaults | body | chosen
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Stands before the server of both adapters."""
+
+    def do_POST(self):
+        """Pass a chat completion on, and its answer back as it comes."""
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.dumps(self.server.router.rewrite(asked)).encode()
+        request = Request(self.server.upstream + self.path, body)
+        for name in ("Authorization", "Content-Type"):
+            request.add_header(name, self.headers.get(name, ""))
+        try:
+            answer = urlopen(request)
+        except HTTPError as error:  # is an answer, too
+            answer = error
+        with answer:
+            self.send_response(answer.status)
+            self.send_header("Content-Type", answer.headers["Content-Type"])
+            self.end_headers()
+            while piece := answer.read1():
+                self.wfile.write(piece)
+
+
+def build_server(router, upstream, port):
+    """Return a server on loopback before the one that has the adapters."""
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    server.router, server.upstream = router, upstream
+    return server
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("--base", required=True, help="the base model, at the hub or a folder")
+    parser.add_argument("--upstream", default="http://127.0.0.1:8001", help="has the adapters")
+    parser.add_argument("--port", type=int, default=8000)
+    given = parser.parse_args()
+    build_server(Router(given.folder, given.base), given.upstream, given.port).serve_forever()
