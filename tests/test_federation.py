@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from fedlora_app import client as client_module
 from fedlora_app.client import Client
+from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import ConfigError
 from fedlora_app.evaluation.choices import open_round
 from fedlora_app.federation.messages import (
@@ -920,13 +921,50 @@ def test_the_ablation_trains_local_adapters_as_the_run_itself_did(finished, tmp_
         assert (tmp_path / "again" / path).read_bytes() == (run / path).read_bytes()
 
 
+def test_the_ablation_changes_one_thing_at_a_time_and_no_steps(finished):
+    from fedlora_app.demo.ablation import VARIANTS, change, count_local_steps
+    from fedlora_app.runs.reading import load_run
+
+    run = load_run(finished.path)
+    steps = count_local_steps(run, "ann")
+    plain = change(run, finished.project, "", steps)
+    assert (plain.adapters.gate, plain.training.replay) == ("none", 0)
+    for name, overrides in VARIANTS.items():
+        changed = change(run, finished.project, overrides, steps)
+        assert (changed == plain) == (name in ("nothing", "rank 2"))  # it has rank 2 anyway
+        assert changed.training.max_steps == steps
+
+
+def test_the_ablation_reports_what_a_variant_reaches(tiny_project, tmp_path):
+    from fedlora_app.demo.ablation import ablate
+
+    questions = {
+        "universal_validation": "universal_test.json",
+        "conflict_validation": "conflict.json",
+        "conflict_test": "conflict.json",
+    }
+    config = build_tiny_config(("ann", "bob", "cy"), federated={"num_rounds": 1}, data=questions)
+    raw = config.dump()
+    for client in raw["federated"]["clients"]:
+        client["local_validation"] = client["local_test"]
+    run = Federation(tiny_project, tmp_path, parse_config(raw)).run()
+    figures = ablate(run, tiny_project, "gate", ["ann"])
+    assert figures["steps"] >= 1
+    assert {name for name in figures if name != "steps"} == {
+        f"{part}/{name}"
+        for part in ("validation", "test")
+        for name in ("universal", "universal_unseen", "local", "conflict")
+    }
+    assert not (run / "ablation").exists()
+
+
 def test_the_ablation_refuses_other_runs(tiny_project, tmp_path):
     from fedlora_app.demo.ablation import ablate
 
     config = build_tiny_config(federated={"mode": "fedavg", "num_rounds": 1})
     run = Federation(tiny_project, tmp_path, config).run()
     with pytest.raises(ConfigError, match="is not a phased run of mode dual"):
-        ablate(run, tiny_project, "training.replay=0")
+        ablate(run, tiny_project, "nothing")
 
 
 def test_a_client_without_memory_begins_again_with_smaller_batches(

@@ -1,10 +1,10 @@
 """What keeps the local adapter from spoiling what the global one knows, tried in turn.
 
-    python -m fedlora_app.demo.ablation RUN [RUN ...] [--variants NAME ...]
+    python -m fedlora_app.demo.ablation RUN [RUN ...] [--variants NAME ...] [--clients ID ...]
 
 In the phased schedule the global adapters do not depend on the local ones, so each variant of
 the local phase is trained against the global adapters that a finished run kept, round by round
-and in the same way as in the run itself, at a third of its cost. Each variant is judged on
+and with as many steps as in the run itself, at a third of its cost. Each variant is judged on
 the validation questions; the test questions are scored beside them. Results go to
 ``ablation.json`` beside the run, and what stands there is not repeated.
 """
@@ -31,76 +31,107 @@ from fedlora_app.foundation.project import find_project_root
 from fedlora_app.model.adapter_files import load_adapter
 from fedlora_app.model.adapters import AdapterState, attach_adapters
 from fedlora_app.model.base import build_empty_model
+from fedlora_app.runs.history import read_history
 from fedlora_app.runs.paths import RunPaths
+from fedlora_app.runs.reading import SavedRun, load_run
 from fedlora_app.study import describe_percent
 
+MLP = "[gate_proj,up_proj,down_proj]"
 VARIANTS = {
-    "none": "training.replay=0 training.local_weight_decay=0 training.local_epochs=2",
-    "replay 0.25": "training.replay=0.25 training.local_weight_decay=0 training.local_epochs=2",
-    "replay 0.5": "training.replay=0.5 training.local_weight_decay=0",
-    "replay 1": "training.replay=1 training.local_weight_decay=0",
-    "weight decay 5": "training.replay=0 training.local_weight_decay=5 training.local_epochs=2",
-    "weight decay 10": "training.replay=0 training.local_weight_decay=10 training.local_epochs=2",
-    "orthogonality 1": "training.replay=0 training.local_weight_decay=0 training.local_epochs=2 "
-    "training.local_orthogonality=1",
-    "orthogonality 30": "training.replay=0 training.local_weight_decay=0 training.local_epochs=2 "
-    "training.local_orthogonality=30",
-    "rank 2": "training.replay=0 training.local_weight_decay=0 training.local_epochs=2 "
-    "adapters.local.rank=2 adapters.local.alpha=4",
-    "scale 0.5": "training.replay=0 training.local_weight_decay=0 training.local_epochs=2 "
-    "adapters.local.alpha=4",
-    "gate": "training.replay=0 training.local_weight_decay=0 training.local_epochs=2 "
-    "adapters.gate=prompt",
-    "replay 1, KL 1": "training.replay=1 training.local_weight_decay=0 training.local_kl_weight=1",
-    "replay 1, KL 5": "training.replay=1 training.local_weight_decay=0 training.local_kl_weight=5",
-    "replay 1, rank 2": "training.replay=1 training.local_weight_decay=0 "
-    "adapters.local.rank=2 adapters.local.alpha=4",
-    "replay 1, scale 0.5": "training.replay=1 training.local_weight_decay=0 adapters.local.alpha=4",
-    "replay 1, weight decay 5": "training.replay=1 training.local_weight_decay=5",
-    "replay 1, weight decay 10": "training.replay=1 training.local_weight_decay=10",
-    "replay 1, weight decay 10, KL 1": "training.replay=1 training.local_weight_decay=10 "
+    "nothing": "",
+    "gate": "adapters.gate=prompt",
+    "kept share 0.8": "training.local_kept_share=0.8",
+    "kept share 0.5": "training.local_kept_share=0.5",
+    "kept share 0.2": "training.local_kept_share=0.2",
+    "replay 0.25": "training.replay=0.25",
+    "replay 1": "training.replay=1",
+    "replay 1, kept share 0.5": "training.replay=1 training.local_kept_share=0.5",
+    "replay 1, KL 1": "training.replay=1 training.local_kl_weight=1",
+    "replay 1, KL 5": "training.replay=1 training.local_kl_weight=5",
+    "replay 1, kept share 0.5, KL 1": "training.replay=1 training.local_kept_share=0.5 "
     "training.local_kl_weight=1",
-    "replay 1, weight decay 10, orthogonality 1": "training.replay=1 "
-    "training.local_weight_decay=10 training.local_orthogonality=1",
+    "orthogonality 30": "training.local_orthogonality=30",
+    "rank 2": "adapters.local.rank=2 adapters.local.alpha={alpha_of_2}",
+    "half the scale": "adapters.local.alpha={half_alpha}",
+    "upper layers": "adapters.local.first_layer={upper_layer}",
+    "MLP only": f"adapters.local.target_modules={MLP}",
+    "replay 1, upper layers": "training.replay=1 adapters.local.first_layer={upper_layer}",
 }
+"""What each changes where nothing protects: no gate, no replay, no decay. Steps stay the same."""
+UNPROTECTED = (
+    "adapters.gate=none training.replay=0 training.local_kept_share=null "
+    "training.local_weight_decay=null training.local_kl_weight=0 training.local_orthogonality=0"
+)
+UPPER = 5 / 6
+"""Where the upper layers begin."""
 Figures = dict[str, float]
 
 
-def ablate(run_dir: Path, root: Path, overrides: str) -> Figures:
-    """Train every client's local adapter again with ``overrides`` and return its figures.
+def ablate(run_dir: Path, root: Path, variant: str, clients: Sequence[str] = ()) -> Figures:
+    """Train clients' local adapters again in another way and return their figures.
+
+    Args:
+        variant: one of ``VARIANTS``.
+        clients: whose; empty: all.
 
     Returns:
         Exact match in [0, 1] under ``<validation or test>/<question set>``, means over the
         clients, and the number of steps of a round's local phase.
+
+    Raises:
+        ConfigError: the run is not a phased one of mode dual, or has no such client.
     """
-    recorded = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-    changes, faults = parse_overrides(overrides)
-    assert not faults, faults
-    # The variants speak of the decay itself, whatever the run was told to keep.
-    for key, value in ({"training.local_kept_share": None} | changes).items():
-        set_dotted(recorded, key, value)
-    config = parse_config(recorded, source=str(run_dir))
-    if config.federated.mode != "dual" or config.training.schedule != "phased":
+    run = load_run(run_dir)
+    if run.config.federated.mode != "dual" or run.config.training.schedule != "phased":
         raise ConfigError(f"{run_dir} is not a phased run of mode dual. Expected only such runs.")
-    config = config.model_copy(
-        update={"evaluation": config.evaluation.model_copy(update={"interval": 10**6})}
-    )
-    states = load_global_states(run_dir, config, root)
+    states: list[AdapterState] = []
     work_dir = run_dir / "ablation"
     shutil.rmtree(work_dir, ignore_errors=True)
     sums: dict[str, list[float]] = {}
-    for client_id in config.client_ids:
-        asked = Client(use_validation_files(config), client_id, work_dir, root)
-        chosen_by = retrain(asked, states)
-        sums.setdefault("steps", []).append(chosen_by["train_local/num_steps"])
-        tested = Client(config, client_id, work_dir, root)
-        reported = tested.evaluate(states[-1], config.federated.num_rounds)
-        for part, metrics in (("validation", chosen_by), ("test", reported)):
+    for client_id in clients or run.config.client_ids:
+        run.config.client(client_id)  # raises where there is none
+        steps = count_local_steps(run, client_id)
+        config = change(run, root, VARIANTS[variant], steps)
+        states = states or load_global_states(run_dir, config, root)
+        client = Client(config, client_id, work_dir, root)
+        retrain(client, states)
+        sums.setdefault("steps", []).append(steps)
+        validated = Client(use_validation_files(config), client_id, work_dir, root)
+        for part, asked in (("validation", validated), ("test", client)):
+            metrics = asked.evaluate(states[-1], config.federated.num_rounds)
             for name in QUESTION_SETS:
                 value = metrics[f"{adapters_label(BOTH)}/{name}/{EXACT_MATCH.reported}"]
                 sums.setdefault(f"{part}/{name}", []).append(value)
     shutil.rmtree(work_dir)
     return {name: sum(values) / len(values) for name, values in sums.items()}
+
+
+def change(run: SavedRun, root: Path, overrides: str, steps: int) -> Config:
+    """Return the run's configuration with one variant's settings, and ``steps`` in a phase."""
+    local = run.config.adapters.local
+    num_layers = len(build_empty_model(run.config.model, root).base_model.layers)
+    settings = overrides.format(
+        half_alpha=local.alpha / 2,
+        alpha_of_2=2 * local.alpha / local.rank,
+        upper_layer=round(UPPER * num_layers),
+    )
+    # More epochs than there is room for: the limit on steps ends the phase.
+    same = f"training.max_steps={steps} training.local_epochs={steps} evaluation.interval=0"
+    changes, faults = parse_overrides(f"{UNPROTECTED} {settings} {same}")
+    assert not faults, faults
+    raw = run.config.dump()
+    for key, value in changes.items():
+        set_dotted(raw, key, value)
+    return parse_config(raw, source=str(run.path))
+
+
+def count_local_steps(run: SavedRun, client_id: str) -> int:
+    """Return the steps of a client's local phase in the run itself."""
+    for entry in read_history(run.path):
+        name = "train_local/num_steps"
+        if entry["client"] == client_id and name in entry["metrics"]:
+            return int(entry["metrics"][name])
+    raise ConfigError(f"{run.path} has no local phase of {client_id}. Expected a finished run.")
 
 
 def retrain(client: Client, states: Sequence[AdapterState]) -> Metrics:
@@ -160,6 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", help="finished phased runs of mode dual")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--clients", nargs="+", default=[], help="whose adapters; all of them")
     arguments = parser.parse_args()
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
@@ -169,10 +201,11 @@ def main() -> None:
     for variant in arguments.variants:
         by_run = results.setdefault(variant, {})
         for run_dir in arguments.runs:
-            if run_dir.name not in by_run:
-                by_run[run_dir.name] = ablate(run_dir, root, VARIANTS[variant])
+            name = ":".join([run_dir.name, *arguments.clients])
+            if name not in by_run:
+                by_run[name] = ablate(run_dir, root, variant, arguments.clients)
                 write_json(path, results)
-                print(f"{variant}, {run_dir.name}: {by_run[run_dir.name]}", flush=True)
+                print(f"{variant}, {name}: {by_run[name]}", flush=True)
     print("\n".join(tabulate({name: results[name] for name in arguments.variants})))
 
 
