@@ -128,9 +128,9 @@ def describe_long_phases(config: Config, examples: Mapping[str, tuple[int, int]]
     """Yield a line where a round has very many steps and nothing says that it may.
 
     Args:
-        examples: how many universal and local ones each client has.
+        examples: how many universal and local ones each client has, of those that are known.
     """
-    if config.training.max_steps is not None:
+    if config.training.max_steps is not None or not examples:
         return
     plan = plan_round(config, 1)
     for phase in (plan.train, plan.personalise):

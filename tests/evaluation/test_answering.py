@@ -18,7 +18,7 @@ def test_a_client_answers_with_what_its_mode_has(active, label):
 
 
 def test_a_gate_weighs_a_local_adapter_beside_the_global_one_only():
-    gate, none = AdaptersConfig(gate="prompt"), AdaptersConfig()
+    gate, none = AdaptersConfig(), AdaptersConfig(gate="none")
     assert Answering.own(BOTH, "ann").has_gate(gate)
     assert not Answering.own(BOTH, "ann").has_gate(none)
     assert not Answering.own((LOCAL,), "ann").has_gate(gate)
