@@ -14,7 +14,7 @@ from fedlora_app.foundation.errors import UserError
 
 sys.path.insert(0, str(ROOT))  # the benchmarks lie beside the package and are not installed
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.minutes
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 500}
 
 

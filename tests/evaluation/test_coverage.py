@@ -53,7 +53,7 @@ DESIGNS = [
 PARAPHRASED = DESIGNS[:3]
 AMOUNTS = [
     pytest.param(2_000, id="fast"),
-    pytest.param(20_000, id="thorough", marks=pytest.mark.slow),
+    pytest.param(20_000, id="thorough", marks=pytest.mark.minutes),
 ]
 
 over_designs = pytest.mark.parametrize("design", DESIGNS, ids=str)

@@ -156,7 +156,7 @@ def test_a_share_and_a_decay_are_one_fault_and_read_back_as_they_were():
         assert build_tiny_config(training=config.dump()["training"]) == config
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_what_a_decay_erases_with_much_data_a_share_protects(tmp_path):
     """The demo with every universal record twelve times over, at one client."""
     records = json.loads((ROOT / "data/demo/northgate/universal_train.json").read_text())

@@ -203,7 +203,7 @@ def test_they_serve_a_base_in_4_bit(tmp_path):
     assert kept[0] < plain[0] / 2
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_compiled_layers_take_kept_states():
     model = fill(attach_adapters(build_tiny_model(256), build_adapters(local_first=1)))
     start, losses = get_state(model, LOCAL), []

@@ -467,7 +467,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     assert kernels.find_missing_kernels(TrainingConfig()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.parametrize(
     ("backend", "num_layers", "checkpointing"),
     [("aot_eager", 10, True), ("inductor", 2, False)],
