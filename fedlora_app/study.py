@@ -26,6 +26,7 @@ from fedlora_app.config.loading import load_config
 from fedlora_app.config.schema import SAFE_NAME, Config, ConfigError, Section
 from fedlora_app.data.client_files import load_all_files
 from fedlora_app.evaluation.choices import Report, SavedRound, open_round
+from fedlora_app.evaluation.kept import SUFFIX, find_kept, is_of, keep_evaluation
 from fedlora_app.evaluation.names import (
     ANSWERERS,
     EXACT_MATCH,
@@ -42,7 +43,6 @@ from fedlora_app.evaluation.names import (
 from fedlora_app.evaluation.protocol import evaluate_round
 from fedlora_app.evaluation.shares import Shares, read_chosen_shares, read_shares, read_summary
 from fedlora_app.evaluation.statistics import Estimate, average_estimates, over_seeds
-from fedlora_app.evaluation.tables import FORMAT
 from fedlora_app.foundation.files import write_atomically, write_json
 from fedlora_app.foundation.percent import PLUS_MINUS, format_percent
 from fedlora_app.foundation.project import find_project_root
@@ -70,6 +70,9 @@ class StudyConfig(Section):
     seeds: list[int] = Field(min_length=1)
     overrides: str = ""
     """Laid over the experiment in every variant."""
+    kept: str | None = None
+    """A folder of finished runs' evaluations, relative to the project: what is there is not run
+    again, on whatever machine, and new ones are written there."""
     variants: dict[Annotated[str, Field(pattern=SAFE_NAME)], str] = Field(min_length=1)
     """Each variant's name and what it overrides."""
 
@@ -112,6 +115,12 @@ def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) 
     evaluations: dict[str, list[dict[str, Any]]] = {name: [] for name in study.variants}
     for (variant, seed), config in configs.items():
         run_dir = folder / f"{variant}-seed{seed}"
+        kept = root / study.kept / f"{run_dir.name}{SUFFIX}" if study.kept else None
+        files = load_all_files(config, data_root)
+        if kept and (evaluation := find_kept(kept, config, files)):
+            print(f"{run_dir.name}: kept in {study.kept}", flush=True)
+            evaluations[variant].append(evaluation)
+            continue
         if not _is_finished(run := _load_same(run_dir, config, data_root)):
             overrides = _overrides(study, variant, seed)
             _run(study, root, run_dir, config, overrides, resumes=run is not None)
@@ -121,9 +130,12 @@ def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) 
                     "resumes it."
                 )
         evaluations[variant].append(_evaluate(run_dir, data_root, report))
+        if kept:
+            keep_evaluation(kept, config, evaluations[variant][-1])
     figures = {name: [measure(entry) for entry in runs] for name, runs in evaluations.items()}
     steps = {name: [entry["num_steps"] for entry in runs] for name, runs in evaluations.items()}
     text = "\n".join(_describe(study, figures, steps))
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(
         folder / "summary.json",
         {
@@ -135,9 +147,10 @@ def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) 
     )
     write_atomically(folder / "summary.md", text + "\n")
     runs = [folder / f"{variant}-seed{seed}" for variant, seed in configs]
-    for run in runs:
+    here = [run for run in runs if run.is_dir()]  # and not kept from another machine
+    for run in here:
         write_report(run)
-    page = write_comparison(runs, folder / REPORT_FILE)
+    page = write_comparison(here, folder / REPORT_FILE) if here else "no run lies here"
     return f"{text}\n\nWritten: {folder / 'summary.md'} and summary.json\nReport: {page}"
 
 
@@ -325,7 +338,6 @@ def _evaluate(run_dir: Path, root: Path, report: Report) -> dict[str, Any]:
 
 def _is_current(evaluation: Mapping[str, Any] | None, saved: SavedRound) -> bool:
     """Return whether an evaluation is of these adapters and of the files as they are now."""
-    if evaluation is None or evaluation.get("format") != FORMAT:
+    if evaluation is None or not is_of(evaluation, saved.files):
         return False
-    files = {c: {n: f.sha256 for n, f in fs.all.items()} for c, fs in saved.files.items()}
-    return evaluation["adapters"] == saved.hashes and evaluation["files"] == files
+    return evaluation["adapters"] == saved.hashes

@@ -81,6 +81,7 @@ def test_a_study_runs_what_is_missing_and_evaluates_it(flower, tiny_experiment, 
         "config": str(tiny_experiment),
         "seeds": [1],
         "overrides": "federated.num_rounds=1",
+        "kept": str(tmp_path / "kept"),
     }
     folder = tmp_path / "results" / "tiny-study"
 
@@ -100,13 +101,18 @@ def test_a_study_runs_what_is_missing_and_evaluates_it(flower, tiny_experiment, 
     assert "| pair | global + own local |" in run(pair="")
     evaluated = (folder / "pair-seed1" / "evaluation.json").stat().st_mtime_ns
     shutil.copytree(folder / "pair-seed1", folder / "one-seed1")
+    (tmp_path / "kept" / "pair-seed1.json.gz").unlink()  # else the run would not be looked at
     manifest = json.loads((folder / "pair-seed1" / "manifest.json").read_text())
     (folder / "pair-seed1" / "manifest.json").write_text(json.dumps(manifest | {"finished": None}))
     output = run(pair="", one="federated.mode=fedavg")
     assert "pair-seed1 is unfinished and resumed" in output
     assert "one-seed1 is of another configuration" in output
     kept = (folder / "pair-seed1" / "manifest.json").stat().st_mtime_ns
-    assert "Resuming" not in run(pair="", one="federated.mode=fedavg")
+    shutil.rmtree(folder / "one-seed1")  # as on another machine
+    summary = (folder / "summary.md").read_text()
+    again = run(pair="", one="federated.mode=fedavg")
+    assert again.count("-seed1: kept in") == 2 and not (folder / "one-seed1").exists()
+    assert (folder / "summary.md").read_text() == summary
     assert "| pair | global + own local |" in output and "| one | global alone |" in output
     assert json.loads((folder / "summary.json").read_text())["figures"].keys() == {"pair", "one"}
     assert (folder / "pair-seed1" / "manifest.json").stat().st_mtime_ns == kept

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import gzip
+from types import SimpleNamespace
+
+import pytest
+from conftest import build_tiny_config
+
+from fedlora_app.evaluation.kept import find_kept, keep_evaluation
+
+FILES = {"ann": SimpleNamespace(all={"local_train": SimpleNamespace(sha256="1" * 64)})}
+EVALUATION = {"format": 1, "files": {"ann": {"local_train": "1" * 64}}, "summary": {"n": 3}}
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "kept" / "dual-seed7.json.gz"
+    keep_evaluation(path, build_tiny_config(), EVALUATION)
+    return path
+
+
+def test_a_kept_evaluation_takes_its_run_s_place(path):
+    assert find_kept(path, build_tiny_config(), FILES) == EVALUATION
+    before = path.read_bytes()
+    keep_evaluation(path, build_tiny_config(), EVALUATION)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no gzip", gzip.compress(b"no json"), gzip.compress(b"[]"), None]
+)
+def test_what_cannot_be_read_is_not_used(path, content):
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    assert find_kept(path, build_tiny_config(), FILES) is None
+
+
+def test_other_settings_data_or_formats_are_run_again(path):
+    other = build_tiny_config(training={"learning_rate": 1e-3})
+    assert find_kept(path, other, FILES) is None
+    changed = {"ann": SimpleNamespace(all={"local_train": SimpleNamespace(sha256="2" * 64)})}
+    assert find_kept(path, build_tiny_config(), changed) is None
+    keep_evaluation(path, build_tiny_config(), EVALUATION | {"format": 0})
+    assert find_kept(path, build_tiny_config(), FILES) is None
