@@ -43,6 +43,7 @@ MAX_PROMPTS = 4096  # of either kind
 MAX_DEVIATIONS = 1024  # that the covariance of wordings is estimated from
 SHRINKAGE = 0.3  # of that covariance towards its mean variance (Ledoit and Wolf 2004)
 NUM_FOLDS = 3
+FACTS_AT_ONCE = 512
 NUM_NEIGHBOURS = 5
 PURE = 0.9
 """Share of facts' nearest neighbours that are of their own kind, from which the kinds differ."""
@@ -70,8 +71,9 @@ class GateFigures:
     questions differ in kind, near one half where only their entities do."""
     opens_for_local: float
     """Local questions that it opens for."""
-    closes_for_universal: float
-    """Universal questions that it stays closed for."""
+    closes_for_universal: float | None
+    """Universal questions that it stays closed for; None where it compares facts and no universal
+    one has a second wording to be held out."""
     closes_for_unknown: float | None = None
     """Questions of either kind that it stays closed for without the training questions about
     their fact; None where it compares kinds."""
@@ -254,16 +256,16 @@ def separate(facts: Sequence[FactFeatures], by_fact: bool | None = None) -> Gate
     opens = _log_odds(inputs, coefficients) > 0
     names = [name for rows, name in trials for _ in rows]
 
-    def share(name: str, opened: bool) -> float:
+    def share(name: str, opened: bool) -> float | None:
         hits = [o == opened for o, n in zip(opens.tolist(), names, strict=True) if n == name]
-        return sum(hits) / len(hits) if hits else 0.0
+        return sum(hits) / len(hits) if hits else None
 
     figures = GateFigures(
         by_fact,
         purity,
         opens_for_local=share("local", True),
         closes_for_universal=share("universal", False),
-        closes_for_unknown=share("unknown", False) if by_fact else None,
+        closes_for_unknown=share("unknown", False),
     )
     groups = [fact.features for fact in facts] if by_fact else _join_kinds(facts)
     spaces, means = _build(groups)
@@ -332,15 +334,21 @@ def _try_facts(facts: Sequence[FactFeatures]) -> Iterator[tuple[torch.Tensor, st
     for fold in range(NUM_FOLDS):
         places = [range(len(fact)) for fact in facts]
         kept = [[p for p in all_ if p % NUM_FOLDS != fold or len(all_) == 1] for all_ in places]
+        held = [[p for p in all_ if p not in own] for all_, own in zip(places, kept, strict=True)]
         spaces, means = _build([f.part(k) for f, k in zip(facts, kept, strict=True)])
-        for index, (fact, own) in enumerate(zip(facts, kept, strict=True)):
-            held = [place for place in range(len(fact)) if place not in own]
-            if not held:
-                continue
-            similarities = _compare(spaces, means, fact.part(held))
-            yield _nearest(similarities, is_local), "local" if fact.is_local else "universal"
-            similarities[:, index] = UNKNOWN
-            yield _nearest(similarities, is_local), "unknown"
+        # Many facts at a time: each comparison takes all means to fp64.
+        for start in range(0, len(facts), FACTS_AT_ONCE):
+            span = range(start, min(start + FACTS_AT_ONCE, len(facts)))
+            parts = zip(*(facts[index].part(held[index]) for index in span), strict=True)
+            compared = _compare(spaces, means, tuple(torch.cat(part) for part in parts))
+            rows = compared.split([len(held[index]) for index in span])
+            for index, similarities in zip(span, rows, strict=True):
+                if len(similarities) == 0:
+                    continue
+                kind = "local" if is_local[index] else "universal"
+                yield _nearest(similarities, is_local), kind
+                similarities[:, index] = UNKNOWN
+                yield _nearest(similarities, is_local), "unknown"
 
 
 def _try_kinds(facts: Sequence[FactFeatures]) -> Iterator[tuple[torch.Tensor, str]]:

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -28,6 +29,7 @@ from fedlora_app.model.base import LoadedModel
 FORMAT = 1
 TENSORS_FILE = "gate.safetensors"
 ABOUT_FILE = "gate.json"
+MAX_ABOUT_BYTES = 1 << 20
 RULE = (
     "A feature x becomes c + basis ((basis^T c) * gains) with c = x - centre, divided by its "
     "length; a similarity is the mean over the features of its inner product with a row of means. "
@@ -103,12 +105,19 @@ def save_gate(folder: Path, gate: Gate, about: About, **more: Any) -> None:
 
 
 def load_gate(folder: Path, about: About) -> Gate | None:
-    """Return a gate that was saved, or None where there is none that was fitted to the same."""
+    """Return a gate that was saved, or None where there is none that was fitted to the same.
+
+    A damaged one, or one that links lead to, is none either.
+    """
+    paths = folder / ABOUT_FILE, folder / TENSORS_FILE
+    if any(path.is_symlink() for path in (folder, *paths)):
+        return None
     try:
-        content: dict[str, Any] = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
+        with paths[0].open("rb") as file:
+            content: dict[str, Any] = json.loads(file.read(MAX_ABOUT_BYTES))
         if content["format"] != FORMAT or content["fitted_to"] != dict(about):
             return None
-        tensors = load_file(folder / TENSORS_FILE)
+        tensors = load_file(paths[1])
         spaces = [
             Space(*(tensors[f"{name}.{part}"] for part in ("centre", "basis", "gains")))
             for name in DESCRIPTION
@@ -116,6 +125,24 @@ def load_gate(folder: Path, about: About) -> Gate | None:
         means = tuple(tensors[f"{name}.means"] for name in DESCRIPTION)
         figures = GateFigures(**content["figures"])
         parts = (tensors[name] for name in ("is_local", "coefficients", "floor"))
-        return Gate(tuple(spaces), means, *parts, figures)
-    except (OSError, ValueError, LookupError, TypeError, SafetensorError):
+        gate = Gate(tuple(spaces), means, *parts, figures)
+        figures.metrics()
+        return gate if _is_whole(gate) else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError):
         return None  # it is fitted again
+
+
+def _is_whole(gate: Gate) -> bool:
+    """Return whether shapes, dtypes and values are such as ``separate`` makes them."""
+    parts = [(gate.coefficients, (3,)), (gate.floor, ())]
+    for space, means in zip(gate.spaces, gate.means, strict=True):
+        size, rank = len(space.centre), len(space.gains)
+        parts += [(space.centre, (size,)), (space.basis, (size, rank)), (space.gains, (rank,))]
+        parts += [(means, (len(gate.is_local), size))]
+    kinds = set(gate.is_local.tolist())
+    return (
+        gate.is_local.dtype == torch.bool
+        and kinds == {True, False}
+        and all(t.shape == shape and t.dtype == torch.float32 for t, shape in parts)
+        and all(bool(t.isfinite().all()) for t, _ in parts)
+    )

@@ -81,11 +81,10 @@ def describe_gate(figures: Figures) -> str:
     """Return what a gate compares, and how much of what was held out it gets right."""
     compared, held = ("facts", "wordings") if figures["by_fact"] else ("kinds", "facts")
     own, universal, unknown = (_percent(figures.get(name)) for name in SEPARATION)
-    text = (
-        f"compares {compared}; opens for {own} of its own held-out {held}, stays closed for "
-        f"{universal} of the universal ones"
-    )
-    return f"{text} and {unknown} of unknown ones" if unknown else text
+    closed = [f"{universal} of the universal ones"] if universal else []
+    closed += [f"{unknown} of unknown ones"] if unknown else []
+    text = f"compares {compared}; opens for {own} of its own held-out {held}"
+    return f"{text}, stays closed for {' and '.join(closed)}"
 
 
 def is_bad(share: float | None) -> bool:

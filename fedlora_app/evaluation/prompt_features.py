@@ -7,13 +7,16 @@ active, so features are the same in every round.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
+from transformers import PreTrainedModel
 
 from fedlora_app.model.adapters import AdaptedModel, base_only
+from fedlora_app.model.base import ModelError
 
 BATCH_SIZE = 32
+MAX_BATCH_TOKENS = 16_384  # padding included
 MIDDLE = 2 / 3
 """How far up the decoder layers the first feature is taken."""
 DESCRIPTION = {
@@ -34,7 +37,7 @@ def compute_features(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return both features of each prompt, (B, D) each, fp64 on the CPU."""
     inner = model.get_base_model().base_model
-    layers = inner.layers
+    layers = _find_layers(inner)
     states: list[torch.Tensor] = []
 
     def keep(module: torch.nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
@@ -46,8 +49,7 @@ def compute_features(
     handle = layers[find_middle_layer(len(layers)) - 1].register_forward_hook(keep)
     try:
         with base_only(model):
-            for start in range(0, len(order), BATCH_SIZE):
-                indices = order[start : start + BATCH_SIZE]
+            for indices in _batches(order, [len(prompt) for prompt in prompts]):
                 longest = len(prompts[indices[-1]])
                 rows = [prompts[i] + [0] * (longest - len(prompts[i])) for i in indices]
                 input_ids = torch.tensor(rows, device=model.device)  # (B, T), padded on the right
@@ -62,3 +64,32 @@ def compute_features(
         handle.remove()
     places = range(len(prompts))
     return torch.stack([middle[i] for i in places]), torch.stack([last[i] for i in places])
+
+
+def _find_layers(inner: PreTrainedModel) -> torch.nn.ModuleList:
+    """Return the decoder layers, whatever a model calls them and wherever they are.
+
+    Raises:
+        ModelError: there is no list of as many modules as the model has layers.
+    """
+    count = inner.config.get_text_config().num_hidden_layers
+    for module in inner.modules():  # outer ones first
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return module
+    raise ModelError(
+        f"adapters.gate: the base model, {type(inner).__name__}, has no list of its {count} "
+        "decoder layers that a gate could be fitted to. Set it to none."
+    )
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Yield indices of prompts, shorter ones first; padded, a batch has so many tokens at most."""
+    batch: list[int] = []
+    for index in order:
+        is_full = (len(batch) + 1) * lengths[index] > MAX_BATCH_TOKENS
+        if batch and (is_full or len(batch) == BATCH_SIZE):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

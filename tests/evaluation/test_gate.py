@@ -9,20 +9,24 @@ import pytest
 import torch
 from conftest import DEMO_MODEL, build_tiny_config
 from loopback import Federation
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdaptersConfig
 from fedlora_app.data.records import Record
 from fedlora_app.data.tokens import encode_prompt
 from fedlora_app.demo.civic import DOCUMENT, DURATION, FEE, OFFICE
+from fedlora_app.evaluation import prompt_features
 from fedlora_app.evaluation.gate import Space, choose_wordings, fit_gate
 from fedlora_app.evaluation.gate_files import ABOUT_FILE, TENSORS_FILE, load_gate, save_gate
+from fedlora_app.evaluation.gate_report import describe_gate
 from fedlora_app.evaluation.names import EXACT_MATCH
 from fedlora_app.evaluation.prompt_features import compute_features
 from fedlora_app.evaluation.scores import Score
 from fedlora_app.evaluation.scoring import Prompt, score_prompts
 from fedlora_app.evaluation.tables import find_failed
 from fedlora_app.model.adapters import activate, attach_adapters, scaled_local
+from fedlora_app.model.base import ModelError
 
 SYSTEM = "You help."
 LOCAL_RECORDS = [
@@ -111,6 +115,15 @@ def test_figures_of_an_entangled_gate_say_how_well_it_separates(adapted, tokeniz
     assert figures.opens_for_local > 0.5 < figures.closes_for_unknown
 
 
+def test_what_no_question_was_held_out_for_is_no_figure(adapted, tokenizer):
+    """Local facts with several wordings, universal ones with one."""
+    local, *_ = entangle()
+    figures = fit_gate(adapted, tokenizer, SYSTEM, local, UNIVERSAL_RECORDS).figures
+    assert figures.by_fact and figures.closes_for_universal is None
+    assert "gate/closes_for_universal" not in figures.metrics()
+    assert "universal" not in describe_gate(dataclasses.asdict(figures))
+
+
 def test_what_is_of_neither_kind_is_not_local(adapted, tokenizer, gate):
     far = encode(tokenizer, "Write a poem about the sea.", "12 times 12?", "Who wrote Hamlet?")
     assert gate.floor > -1
@@ -188,6 +201,36 @@ def test_neighbours_change_no_feature(adapted, tokenizer):
             torch.testing.assert_close(alone[0], expected[index], atol=1e-5, rtol=0)
 
 
+def test_long_prompts_go_in_smaller_batches(adapted, tokenizer, monkeypatch):
+    prompts = encode(tokenizer, *(f"{'Why and ' * count}why?" for count in range(1, 9)))
+    expected = compute_features(adapted, prompts)
+    sizes = []
+    embedding = adapted.get_base_model().get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda _, inputs, __: sizes.append(inputs[0].numel()))
+    most = 2 * max(map(len, prompts))
+    monkeypatch.setattr(prompt_features, "MAX_BATCH_TOKENS", most)
+    found = compute_features(adapted, prompts)
+    handle.remove()
+    assert len(sizes) > 1 and max(sizes) <= most
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_layers_may_have_another_name_and_place(tokenizer):
+    size = {"hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32, "num_attention_heads": 2}
+    config = OPTConfig(vocab_size=len(tokenizer), num_hidden_layers=3, **size)
+    model = attach_adapters(OPTForCausalLM(config).eval(), AdaptersConfig())
+    assert not hasattr(model.get_base_model().base_model, "layers")
+    middle, last = compute_features(model, encode(tokenizer, "Why?"))
+    assert middle.shape == last.shape == (1, 32)
+
+
+def test_a_model_without_a_list_of_layers_has_no_gate(adapted, tokenizer, monkeypatch):
+    monkeypatch.setattr(adapted.get_base_model().config, "num_hidden_layers", 99)
+    with pytest.raises(ModelError, match=r"adapters\.gate: .* Set it to none"):
+        compute_features(adapted, encode(tokenizer, "Why?"))
+
+
 def test_each_row_is_gated_by_its_own_prompt(adapted, tokenizer, gate):
     prompts = [
         Prompt(SYSTEM, "What is the penalty for loud music?", ("A fine.", "None.")),
@@ -235,6 +278,57 @@ def test_a_gate_of_something_else_is_not_read(gate, tmp_path, name):
         path = tmp_path / (ABOUT_FILE if name == "json" else TENSORS_FILE)
         path.write_bytes(path.read_bytes()[:20])
     assert load_gate(tmp_path, about) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("middle.centre", lambda tensor: tensor[1:]),
+        ("last.means", lambda tensor: tensor[1:]),
+        ("last.means", lambda tensor: tensor * float("nan")),
+        ("last.basis", lambda tensor: tensor.half()),
+        ("coefficients", lambda tensor: tensor[:2]),
+        ("floor", lambda tensor: tensor[None]),
+        ("is_local", lambda tensor: tensor.float()),
+        ("is_local", torch.ones_like),
+    ],
+)
+def test_tensors_that_no_gate_has_are_not_read(gate, tmp_path, name, change):
+    save_gate(tmp_path, gate, ABOUT)
+    tensors = load_file(tmp_path / TENSORS_FILE)
+    save_file(tensors | {name: change(tensors[name]).contiguous()}, tmp_path / TENSORS_FILE)
+    assert load_gate(tmp_path, ABOUT) is None
+
+
+@pytest.mark.parametrize("figures", [{"purity": "much"}, {"other": 1.0}])
+def test_figures_that_no_gate_has_are_not_read(gate, tmp_path, figures):
+    save_gate(tmp_path, gate, ABOUT)
+    content = json.loads((tmp_path / ABOUT_FILE).read_text())
+    content["figures"] |= figures
+    (tmp_path / ABOUT_FILE).write_text(json.dumps(content))
+    assert load_gate(tmp_path, ABOUT) is None
+
+
+def test_json_without_end_is_not_read(gate, tmp_path):
+    save_gate(tmp_path, gate, ABOUT)
+    (tmp_path / ABOUT_FILE).write_text("[" * 100_000)
+    assert load_gate(tmp_path, ABOUT) is None
+
+
+@pytest.mark.parametrize("name", [None, ABOUT_FILE, TENSORS_FILE])
+def test_no_link_leads_to_a_gate(gate, tmp_path, name):
+    folder, elsewhere = tmp_path / "gate", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    save_gate(elsewhere, gate, ABOUT)
+    if name is None:
+        folder.symlink_to(elsewhere)
+    else:
+        folder.mkdir()
+        save_gate(folder, gate, ABOUT)
+        assert load_gate(folder, ABOUT) is not None
+        (folder / name).unlink()
+        (folder / name).symlink_to(elsewhere / name)
+    assert load_gate(folder, ABOUT) is None
 
 
 @pytest.mark.parametrize(
