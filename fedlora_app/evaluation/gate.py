@@ -43,7 +43,7 @@ MAX_PROMPTS = 4096  # of either kind
 MAX_DEVIATIONS = 1024  # that the covariance of wordings is estimated from
 SHRINKAGE = 0.3  # of that covariance towards its mean variance (Ledoit and Wolf 2004)
 NUM_FOLDS = 3
-FACTS_AT_ONCE = 512
+FACTS_AT_ONCE = 512  # compared: each time takes the basis and all means to fp64
 NUM_NEIGHBOURS = 5
 PURE = 0.9
 """Share of facts' nearest neighbours that are of their own kind, from which the kinds differ."""
@@ -318,12 +318,16 @@ def _log_odds(nearest: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor
 def _measure_purity(facts: Sequence[FactFeatures]) -> float:
     """Return the share of the facts nearest to each fact that are of its own kind."""
     _, means = _build([fact.features for fact in facts])
-    similarities = torch.stack([mean @ mean.T for mean in means]).mean(0)
-    similarities.fill_diagonal_(-float("inf"))
     is_local = torch.tensor([fact.is_local for fact in facts])
     smaller = min(int(is_local.sum()), int((~is_local).sum()))
     count = min(NUM_NEIGHBOURS, max(smaller - 1, 1), len(facts) - 1)
-    nearest = similarities.topk(count, dim=1).indices
+    found = []
+    for start in range(0, len(facts), FACTS_AT_ONCE):
+        rows = [mean[start : start + FACTS_AT_ONCE] @ mean.T for mean in means]
+        similarities = torch.stack(rows).mean(0)
+        similarities.diagonal(start).fill_(-float("inf"))  # to itself
+        found.append(similarities.topk(count, dim=1).indices)
+    nearest = torch.cat(found)
     return (is_local[nearest] == is_local[:, None]).double().mean().item()
 
 
@@ -336,11 +340,10 @@ def _try_facts(facts: Sequence[FactFeatures]) -> Iterator[tuple[torch.Tensor, st
         kept = [[p for p in all_ if p % NUM_FOLDS != fold or len(all_) == 1] for all_ in places]
         held = [[p for p in all_ if p not in own] for all_, own in zip(places, kept, strict=True)]
         spaces, means = _build([f.part(k) for f, k in zip(facts, kept, strict=True)])
-        # Many facts at a time: each comparison takes all means to fp64.
         for start in range(0, len(facts), FACTS_AT_ONCE):
             span = range(start, min(start + FACTS_AT_ONCE, len(facts)))
             parts = zip(*(facts[index].part(held[index]) for index in span), strict=True)
-            compared = _compare(spaces, means, tuple(torch.cat(part) for part in parts))
+            compared = _compare(spaces, means, tuple(map(torch.cat, parts)))
             rows = compared.split([len(held[index]) for index in span])
             for index, similarities in zip(span, rows, strict=True):
                 if len(similarities) == 0:
@@ -360,9 +363,14 @@ def _try_kinds(facts: Sequence[FactFeatures]) -> Iterator[tuple[torch.Tensor, st
         if len({fact.is_local for fact in kept}) < 2:
             kept = list(facts)  # a kind with a single fact has none to hold out
         spaces, means = _build(_join_kinds(kept))
-        for fact in (fact for fact, own in zip(facts, folds, strict=True) if own == fold):
-            similarities = _compare(spaces, means, fact.features)
-            yield _nearest(similarities, is_local), "local" if fact.is_local else "universal"
+        for kind, name in ((True, "local"), (False, "universal")):
+            held = [
+                f for f, own in zip(facts, folds, strict=True) if (own, f.is_local) == (fold, kind)
+            ]
+            for start in range(0, len(held), FACTS_AT_ONCE):
+                parts = zip(*(f.features for f in held[start : start + FACTS_AT_ONCE]), strict=True)
+                similarities = _compare(spaces, means, tuple(map(torch.cat, parts)))
+                yield _nearest(similarities, is_local), name
 
 
 def _deal(kinds: Sequence[bool]) -> list[int]:

@@ -16,8 +16,9 @@ from fedlora_app.config.schema import GLOBAL, LOCAL, AdaptersConfig
 from fedlora_app.data.records import Record
 from fedlora_app.data.tokens import encode_prompt
 from fedlora_app.demo.civic import DOCUMENT, DURATION, FEE, OFFICE
+from fedlora_app.evaluation import gate as gate_module
 from fedlora_app.evaluation import prompt_features
-from fedlora_app.evaluation.gate import Space, choose_wordings, fit_gate
+from fedlora_app.evaluation.gate import FactFeatures, Space, choose_wordings, fit_gate, separate
 from fedlora_app.evaluation.gate_files import ABOUT_FILE, TENSORS_FILE, load_gate, save_gate
 from fedlora_app.evaluation.gate_report import describe_gate
 from fedlora_app.evaluation.names import EXACT_MATCH
@@ -113,6 +114,21 @@ def test_figures_of_an_entangled_gate_say_how_well_it_separates(adapted, tokeniz
     assert set(figures.metrics()) == {f"gate/{field.name}" for field in dataclasses.fields(figures)}
     assert all(0 <= value <= 1 for value in figures.metrics().values())
     assert figures.opens_for_local > 0.5 < figures.closes_for_unknown
+
+
+@pytest.mark.parametrize("by_fact", [True, False])
+def test_it_is_the_same_gate_however_many_facts_are_compared_at_once(monkeypatch, by_fact):
+    generator = torch.Generator().manual_seed(0)
+    facts = [
+        FactFeatures(number % 2 == 0, tuple(centre + noise))
+        for number, centre in enumerate(torch.randn(9, 2, 1, 8, generator=generator).double())
+        for noise in torch.randn(1, 2, 1 + number % 4, 8, generator=generator).double()
+    ]
+    expected = separate(facts, by_fact)
+    monkeypatch.setattr(gate_module, "FACTS_AT_ONCE", 2)
+    found = separate(facts, by_fact)
+    assert found.figures == expected.figures
+    torch.testing.assert_close(found.coefficients, expected.coefficients, rtol=1e-3, atol=1e-3)
 
 
 def test_what_no_question_was_held_out_for_is_no_figure(adapted, tokenizer):
