@@ -37,7 +37,7 @@ RULE = (
     "answers where coefficients[0] l + coefficients[1] u + coefficients[2] > 0 and l >= floor."
 )
 
-About = Mapping[str, str]
+About = Mapping[str, str | None]
 """What a gate was fitted to: the base model and hashes of the client's data and prompt."""
 
 
@@ -58,7 +58,7 @@ def find_gate(
     Returns:
         None where the client has local or universal questions only.
     """
-    about = describe_origin(loaded.fingerprint, client, files)
+    about = describe_origin(loaded.fingerprint, client, files.hashes)
     if (kept := load_gate(folder, about)) is not None:
         return kept
     records = (files.local.records, files.universal.records)
@@ -70,13 +70,19 @@ def find_gate(
     return gate
 
 
-def describe_origin(fingerprint: str, client: ClientConfig, files: ClientFiles) -> About:
-    """Return what a client's gate is fitted to, on the base model of this fingerprint."""
+def describe_origin(
+    fingerprint: str, client: ClientConfig, hashes: Mapping[str, str | None]
+) -> About:
+    """Return what a client's gate is fitted to, on the base model of this fingerprint.
+
+    Args:
+        hashes: of its data files, as ``ClientFiles.hashes`` and a run's manifest name them.
+    """
     return {
         "base_model": fingerprint,
         "system_prompt": hashlib.sha256(client.system_prompt.encode()).hexdigest(),
-        "local_train": files.local.sha256,
-        "universal_train": files.universal.sha256,
+        "local_train": hashes.get("sha256/local_train"),
+        "universal_train": hashes.get("sha256/universal_train"),
     }
 
 

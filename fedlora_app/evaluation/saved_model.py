@@ -99,10 +99,12 @@ class SavedModel(SavedAdapters):
             return None
         if owner not in self._gates:
             client = config.client(owner)
-            files = load_client_files(config, client, self.root)
             folder = self.run.paths.gate(owner)
-            gate = load_gate(folder, describe_origin(fingerprint, client, files))
+            # Fitted to the data of the run, which may have changed since or be elsewhere.
+            hashes = self.run.manifest["clients"].get(owner, {})
+            gate = load_gate(folder, describe_origin(fingerprint, client, hashes))
             if gate is None:
+                files = load_client_files(config, client, self.root)
                 loaded, model = self.load()
                 gate = find_gate(folder, model, loaded, client, files)
             self._gates[owner] = gate

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdaptersConfig
-from fedlora_app.data.records import Record
+from fedlora_app.data.records import DataError, Record
 from fedlora_app.data.tokens import encode_prompt
 from fedlora_app.demo.civic import DOCUMENT, DURATION, FEE, OFFICE
 from fedlora_app.evaluation import gate as gate_module
@@ -23,11 +24,13 @@ from fedlora_app.evaluation.gate_files import ABOUT_FILE, TENSORS_FILE, load_gat
 from fedlora_app.evaluation.gate_report import describe_gate
 from fedlora_app.evaluation.names import EXACT_MATCH
 from fedlora_app.evaluation.prompt_features import compute_features
+from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.evaluation.scores import Score
 from fedlora_app.evaluation.scoring import Prompt, score_prompts
 from fedlora_app.evaluation.tables import find_failed
 from fedlora_app.model.adapters import activate, attach_adapters, scaled_local
 from fedlora_app.model.base import ModelError
+from fedlora_app.runs.reading import load_run
 
 SYSTEM = "You help."
 LOCAL_RECORDS = [
@@ -382,3 +385,21 @@ def test_a_client_keeps_its_gate_and_reports_its_figures(tiny_project, tmp_path)
         assert metrics["gate/opens_for_local"] >= 0.5
         assert 0 <= metrics["global+local/local/gate_open"] <= 1
         assert "global/local/gate_open" not in metrics
+
+
+def test_a_kept_gate_needs_no_data(tiny_project, tmp_path):
+    """Who asks a finished run may not have what it was trained on, or have it changed since."""
+    project = tmp_path / "project"
+    shutil.copytree(tiny_project, project)
+    config = build_tiny_config(adapters={"gate": "prompt"})
+    run = load_run(Federation(project, tmp_path / "results", config).run())
+    for file in ("ann_local.json", "universal_test.json"):
+        (project / file).unlink()
+    saved = SavedModel(run, 2, project)
+    with saved.answering(saved.own("ann")) as (_, gate):
+        kept = load_file(run.paths.gate("ann") / TENSORS_FILE)
+        assert torch.equal(gate.coefficients, kept["coefficients"])
+    shutil.rmtree(run.paths.gate("ann"))
+    other = SavedModel(run, 2, project)
+    with pytest.raises(DataError, match="ann_local"), other.answering(other.own("ann")):
+        pass
