@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -284,8 +283,12 @@ def _run(
     else:
         settings += f"output-dir='{run_dir.parent}' run-name='{run_dir.name}'"
     if run_dir.exists() and not resumes:
-        print(f"{run_dir} is of another configuration or data, and is run again.", flush=True)
-        shutil.rmtree(run_dir)
+        aside = _move_aside(run_dir)
+        print(
+            f"{run_dir} is of another configuration or data, and is run again; what was there is "
+            f"{aside.name} now.",
+            flush=True,
+        )
     federation = f"num-supernodes={len(config.federated.clients)}"
     command = [FLWR, "run", str(root), "--run-config", settings]
     # The command runs in an environment that holds everything; none need be made for each run.
@@ -300,6 +303,14 @@ def _run(
     except KeyboardInterrupt:  # the run would continue without us
         subprocess.run([FLWR, "stop", run_id], check=False, env=environment)
         raise
+
+
+def _move_aside(run_dir: Path) -> Path:
+    """Give a run directory another name and return it; it may be days of work."""
+    number = 1
+    while (aside := run_dir.with_name(f"{run_dir.name}.earlier-{number}")).exists():
+        number += 1
+    return run_dir.rename(aside)
 
 
 def _has_ended(run_id: str, environment: Mapping[str, str]) -> bool:

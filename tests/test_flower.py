@@ -107,6 +107,7 @@ def test_a_study_runs_what_is_missing_and_evaluates_it(flower, tiny_experiment, 
     output = run(pair="", one="federated.mode=fedavg")
     assert "pair-seed1 is unfinished and resumed" in output
     assert "one-seed1 is of another configuration" in output
+    assert (folder / "one-seed1.earlier-1").is_dir()
     kept = (folder / "pair-seed1" / "manifest.json").stat().st_mtime_ns
     shutil.rmtree(folder / "one-seed1")  # as on another machine
     summary = (folder / "summary.md").read_text()

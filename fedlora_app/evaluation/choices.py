@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 from fedlora_app.config.schema import GLOBAL, LOCAL, ModelConfig
 from fedlora_app.data.client_files import ClientFiles, load_all_files
 from fedlora_app.data.questions import Question
-from fedlora_app.data.tokens import encode_prompt
 from fedlora_app.evaluation.answering import Answering, SavedAdapters
 from fedlora_app.evaluation.gate_files import FORMAT as GATE_FORMAT
 from fedlora_app.evaluation.saved_model import SavedModel
@@ -152,7 +151,7 @@ class Evaluator:
         with self.model.answering(answering) as (model, gate):
             if gate is None:
                 return {}
-            ids = [encode_prompt(tokenizer, p.system_prompt, p.question) for p in prompts]
+            ids = [gate.encode(tokenizer, prompt.question) for prompt in prompts]
             openness = gate.compute_openness(model, ids).tolist()
         return {p: value for p, value in zip(prompts, openness, strict=True) if value <= 0.5}
 

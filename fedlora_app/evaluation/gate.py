@@ -26,7 +26,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -35,13 +35,12 @@ from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.data.records import Record, format_question
 from fedlora_app.data.tokens import encode_prompt
+from fedlora_app.evaluation.feature_space import Space
 from fedlora_app.evaluation.prompt_features import compute_features
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model.adapters import AdaptedModel, scaled_local
 
 MAX_PROMPTS = 4096  # of either kind
-MAX_DEVIATIONS = 1024  # that the covariance of wordings is estimated from
-SHRINKAGE = 0.3  # of that covariance towards its mean variance (Ledoit and Wolf 2004)
 NUM_FOLDS = 3
 FACTS_AT_ONCE = 512  # compared: each time takes the basis and all means to fp64
 NUM_NEIGHBOURS = 5
@@ -84,50 +83,6 @@ class GateFigures:
 
 
 @dataclass(frozen=True)
-class Space:
-    """A feature space in which wordings count less: x -> x + V (g * V^T x), x centred.
-
-    ``centre`` (D,), ``basis`` V (D, R) orthonormal, ``gains`` g (R,) in (-1, 0]. Up to a factor
-    this is the inverse root of (1 - s) C + s mean(diag C) I, C the covariance within groups.
-    """
-
-    centre: torch.Tensor
-    basis: torch.Tensor
-    gains: torch.Tensor
-
-    @classmethod
-    def fit(cls, groups: Sequence[torch.Tensor]) -> Space:
-        """Return the space in which members of one group, (N, D) each, differ least."""
-        centre = torch.stack([group.mean(0) for group in groups]).mean(0)
-        several = [group for group in groups if len(group) > 1]
-        if not several:
-            size = len(centre)
-            return cls(centre.float(), torch.zeros(size, 0), torch.zeros(0))
-        scale = [(len(group) / (len(group) - 1)) ** 0.5 for group in several]
-        deviations = torch.cat(
-            [(group - group.mean(0)) * s for group, s in zip(several, scale, strict=True)]
-        )
-        if len(deviations) > MAX_DEVIATIONS:
-            rng = random.Random(derive_seed("gate", "deviations"))
-            deviations = deviations[sorted(rng.sample(range(len(deviations)), MAX_DEVIATIONS))]
-        # By the smaller Gram matrix: Z = U S V^T, C = Z^T Z / N.
-        values, vectors = torch.linalg.eigh(deviations @ deviations.T)
-        is_kept = values > values.max() * 1e-10
-        basis = deviations.T @ vectors[:, is_kept] / values[is_kept].sqrt()
-        variances = values[is_kept] / len(deviations)
-        floor = SHRINKAGE * (variances.sum() / len(centre)).clamp_min(1e-12)
-        gains = (floor / (floor + (1 - SHRINKAGE) * variances)).sqrt() - 1
-        return cls(centre.float(), basis.float(), gains.float())
-
-    def project(self, features: torch.Tensor) -> torch.Tensor:
-        """Return unit vectors (N, D) whose inner products are similarities."""
-        basis = self.basis.double()
-        centred = features - self.centre
-        spread = centred + ((centred @ basis) * self.gains) @ basis.T
-        return torch.nn.functional.normalize(spread, dim=-1)
-
-
-@dataclass(frozen=True)
 class Gate:
     """Opens for questions that are nearer to the client's local than to its universal ones.
 
@@ -143,7 +98,13 @@ class Gate:
     coefficients: torch.Tensor
     floor: torch.Tensor
     figures: GateFigures
+    system_prompt: str = ""
+    """The client's own, under which questions are judged whatever prompt they are asked with."""
     _known: dict[tuple[int, ...], float] = field(default_factory=dict, repr=False, compare=False)
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+        """Return the prompt by which a question is judged."""
+        return encode_prompt(tokenizer, self.system_prompt, question)
 
     def weigh(self, model: AdaptedModel, prompts: Sequence[list[int]]) -> torch.Tensor:
         """Return the factor of each prompt's local adapter, (B,): 1 where it answers, or 0."""
@@ -200,7 +161,7 @@ def fit_gate(
         sizes = [len(questions) for questions in wordings]
         parts = zip(*(f.split(sizes) for f in compute_features(model, prompts)), strict=True)
         facts += [FactFeatures(is_local, tuple(part)) for part in parts]
-    return separate(facts)
+    return replace(separate(facts), system_prompt=system_prompt)
 
 
 def choose_wordings(records: Sequence[Record], *, all_facts: bool) -> list[list[str]]:

@@ -7,6 +7,7 @@ adapter stays.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Mapping
@@ -20,7 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from fedlora_app.config.schema import ClientConfig
 from fedlora_app.data.client_files import ClientFiles
-from fedlora_app.evaluation.gate import Gate, GateFigures, Space, fit_gate
+from fedlora_app.evaluation.feature_space import Space
+from fedlora_app.evaluation.gate import Gate, GateFigures, fit_gate
 from fedlora_app.evaluation.prompt_features import DESCRIPTION
 from fedlora_app.foundation.files import make_private_dir, replace_folder
 from fedlora_app.model.adapters import AdaptedModel
@@ -59,7 +61,7 @@ def find_gate(
         None where the client has local or universal questions only.
     """
     about = describe_origin(loaded.fingerprint, client, files.hashes)
-    if (kept := load_gate(folder, about)) is not None:
+    if (kept := load_gate(folder, about, client.system_prompt)) is not None:
         return kept
     records = (files.local.records, files.universal.records)
     gate = fit_gate(model, loaded.tokenizer, client.system_prompt, *records)
@@ -96,7 +98,10 @@ def save_gate(folder: Path, gate: Gate, about: About, **more: Any) -> None:
     for name, space, means in zip(DESCRIPTION, gate.spaces, gate.means, strict=True):
         parts = {"centre": space.centre, "basis": space.basis, "gains": space.gains, "means": means}
         tensors |= {f"{name}.{part}": tensor.contiguous() for part, tensor in parts.items()}
-    save_file(tensors, folder / TENSORS_FILE)
+    try:
+        save_file(tensors, folder / TENSORS_FILE)
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(errno.EIO, str(error), str(folder / TENSORS_FILE)) from error
     content = {
         "format": FORMAT,
         "fitted_to": dict(about),
@@ -110,10 +115,13 @@ def save_gate(folder: Path, gate: Gate, about: About, **more: Any) -> None:
     (folder / ABOUT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def load_gate(folder: Path, about: About) -> Gate | None:
+def load_gate(folder: Path, about: About, system_prompt: str = "") -> Gate | None:
     """Return a gate that was saved, or None where there is none that was fitted to the same.
 
     A damaged one, or one that links lead to, is none either.
+
+    Args:
+        system_prompt: the client's own, of which ``about`` has the hash.
     """
     paths = folder / ABOUT_FILE, folder / TENSORS_FILE
     if any(path.is_symlink() for path in (folder, *paths)):
@@ -131,7 +139,7 @@ def load_gate(folder: Path, about: About) -> Gate | None:
         means = tuple(tensors[f"{name}.means"] for name in DESCRIPTION)
         figures = GateFigures(**content["figures"])
         parts = (tensors[name] for name in ("is_local", "coefficients", "floor"))
-        gate = Gate(tuple(spaces), means, *parts, figures)
+        gate = Gate(tuple(spaces), means, *parts, figures, system_prompt)
         figures.metrics()
         return gate if _is_whole(gate) else None
     except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError):

@@ -102,7 +102,8 @@ class SavedModel(SavedAdapters):
             folder = self.run.paths.gate(owner)
             # Fitted to the data of the run, which may have changed since or be elsewhere.
             hashes = self.run.manifest["clients"].get(owner, {})
-            gate = load_gate(folder, describe_origin(fingerprint, client, hashes))
+            about = describe_origin(fingerprint, client, hashes)
+            gate = load_gate(folder, about, client.system_prompt)
             if gate is None:
                 files = load_client_files(config, client, self.root)
                 loaded, model = self.load()

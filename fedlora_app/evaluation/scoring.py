@@ -88,6 +88,9 @@ def score_prompts(
     """
     model.eval()
     prompt_ids = [encode_prompt(tokenizer, p.system_prompt, p.question) for p in prompts]
+    gate_ids = prompt_ids
+    if gate is not None:
+        gate_ids = [gate.encode(tokenizer, prompt.question) for prompt in prompts]
     answer_ids = [
         [encode_answer(tokenizer, p.system_prompt, p.question, text) for text in p.candidates]
         for p in prompts
@@ -102,7 +105,7 @@ def score_prompts(
     done = sum(not p.candidates and not p.generates for p in prompts)
     with fused_answering(model):
         for batch in _batches(rows, batch_size):
-            with gated(model, gate, [row.prompt_ids for row in batch]):
+            with gated(model, gate, [gate_ids[row.prompt] for row in batch]):
                 scored = _score_rows(model, tokenizer, batch)
             for row, scores in zip(batch, scored, strict=True):
                 for candidate, ids, (total, is_greedy) in zip(
@@ -127,7 +130,7 @@ def score_prompts(
         for start in range(0, len(waiting), batch_size):
             indices = waiting[start : start + batch_size]
             batch_ids = [prompt_ids[index] for index in indices]
-            with gated(model, gate, batch_ids):
+            with gated(model, gate, [gate_ids[index] for index in indices]):
                 texts = generate(model, tokenizer, batch_ids, stop_ids, max_new_tokens)
             generated.update(zip(indices, texts, strict=True))
             done += len(indices)
@@ -135,7 +138,7 @@ def score_prompts(
                 progress(done)
     openness = [None] * len(prompts)
     if gate is not None:
-        openness = gate.compute_openness(model, prompt_ids).tolist()
+        openness = gate.compute_openness(model, gate_ids).tolist()
     return [
         Answered(tuple(totals[i]), generated.get(i, ""), openness=openness[i])
         for i in range(len(prompts))

@@ -85,8 +85,8 @@ class Conversation:
                 prompt_ids,
                 max_new_tokens=self.max_new_tokens,
                 gate=gate,
-                # The gate knows single questions only, as the client's training prompts are.
-                gate_ids=encode_prompt(tokenizer, self.system_prompt, question),
+                # The gate knows single questions under the client's own system prompt.
+                gate_ids=gate and gate.encode(tokenizer, question),
                 streamer=pieces,
             )
         num_dropped = len(self.turns) - len(turns)

@@ -132,8 +132,9 @@ def describe_long_phases(config: Config, examples: Mapping[str, tuple[int, int]]
     """
     if config.training.max_steps is not None or not examples:
         return
-    plan = plan_round(config, 1)
-    for phase in (plan.train, plan.personalise):
+    plans = [plan_round(config, number) for number in (1, config.federated.num_rounds)]
+    phases = [phase for plan in plans for phase in (plan.train, plan.personalise)]
+    for phase in dict.fromkeys(phases):
         if phase is None:
             continue
         steps = {c: count_phase_steps(config, *counts, phase) for c, counts in examples.items()}

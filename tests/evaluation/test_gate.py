@@ -19,7 +19,8 @@ from fedlora_app.data.tokens import encode_prompt
 from fedlora_app.demo.civic import DOCUMENT, DURATION, FEE, OFFICE
 from fedlora_app.evaluation import gate as gate_module
 from fedlora_app.evaluation import prompt_features
-from fedlora_app.evaluation.gate import FactFeatures, Space, choose_wordings, fit_gate, separate
+from fedlora_app.evaluation.feature_space import Space
+from fedlora_app.evaluation.gate import FactFeatures, choose_wordings, fit_gate, separate
 from fedlora_app.evaluation.gate_files import ABOUT_FILE, TENSORS_FILE, load_gate, save_gate
 from fedlora_app.evaluation.gate_report import describe_gate
 from fedlora_app.evaluation.names import EXACT_MATCH
@@ -266,6 +267,19 @@ def test_each_row_is_gated_by_its_own_prompt(adapted, tokenizer, gate):
             (expected,) = score_prompts(adapted, tokenizer, [prompt], **settings)
         assert answered.log_likelihoods == pytest.approx(expected.log_likelihoods, abs=1e-4)
         assert answered.generated == expected.generated
+
+
+def test_the_prompt_that_a_question_is_asked_with_does_not_open_a_gate(adapted, tokenizer, gate):
+    """Controls and conversations bring others, which would shift what the base model sees."""
+    prompts = [
+        Prompt(system, question, ("A fine.", "None."))
+        for question in ("What is the penalty for noise at noon?", "How much does a boat cost?")
+        for system in (SYSTEM, "", "Two lines.\nAbout Northgate, and the ways of its people.")
+    ]
+    settings = {"batch_size": 8, "max_new_tokens": 2}
+    answers = score_prompts(adapted, tokenizer, prompts, gate=gate, **settings)
+    openness = [answered.openness for answered in answers]
+    assert len(set(openness[:3])) == len(set(openness[3:])) == 1 and openness[0] > openness[3]
 
 
 ABOUT = {"base_model": "b", "local_train": "l", "universal_train": "u", "system_prompt": "s"}

@@ -27,7 +27,9 @@ def test_a_kept_evaluation_takes_its_run_s_place(path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"no gzip", gzip.compress(b"no json"), gzip.compress(b"[]"), None]
+    "content",
+    [b"", b"no gzip", gzip.compress(b"no json"), gzip.compress(b"[]"), None],
+    ids=["empty", "no gzip", "no JSON", "a list", "no file"],
 )
 def test_what_cannot_be_read_is_not_used(path, content):
     if content is None:
