@@ -385,8 +385,11 @@ def test_the_command_serves_until_it_is_interrupted(runs):
     environment = os.environ | {ROOT_VARIABLE: str(saved.root)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
-            lines = [process.stderr.readline(), process.stderr.readline()]
-            url = lines[-1].split()[1].rstrip(",")
+            lines = []  # a library may have its say between them
+            while "http://" not in "".join(lines[-1:]):
+                lines.append(process.stderr.readline())
+                assert lines[-1], lines
+            url = next(word for word in lines[-1].split() if "http://" in word).rstrip(",")
             answer = httpx.post(f"{url}/chat/completions", json=user(LOCAL), timeout=60).json()
             process.send_signal(signal.SIGINT)
             lines += process.stderr.readlines()
@@ -395,5 +398,5 @@ def test_the_command_serves_until_it_is_interrupted(runs):
             process.kill()
     expected = open_conversation(saved, "ann").ask(LOCAL).text
     assert answer["choices"][0]["message"]["content"] == expected
-    assert lines[0] == "Loading ann's adapters after round 1.\n"
-    assert "without a key; Ctrl-C stops it." in lines[1] and lines[2:] == ["Stopped.\n"]
+    assert "Loading ann's adapters after round 1.\n" in lines and lines[-1] == "Stopped.\n"
+    assert any("without a key; Ctrl-C stops it." in line for line in lines)
