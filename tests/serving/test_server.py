@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +19,6 @@ from conftest import build_tiny_config
 from loopback import Federation, wait_until
 
 from fedlora_app.evaluation.saved_model import SavedModel
-from fedlora_app.foundation.project import ROOT_VARIABLE
 from fedlora_app.runs.reading import load_run
 from fedlora_app.serving import conversation as conversation_module
 from fedlora_app.serving import server as server_module
@@ -380,10 +379,11 @@ def test_a_failure_is_told_without_what_was_said(runs, monkeypatch, capfd):
 
 def test_the_command_serves_until_it_is_interrupted(runs):
     saved = runs("dual", "prompt")
-    command = [sys.executable, "-m", "fedlora_app.cli", "serve", saved.run.path]
+    run = saved.root / "results" / "served"  # a run below a checkout is that checkout's
+    shutil.copytree(saved.run.path, run)
+    command = [sys.executable, "-m", "fedlora_app.cli", "serve", run]
     command += ["--client", "ann", "--port", "0"]
-    environment = os.environ | {ROOT_VARIABLE: str(saved.root)}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             lines = []  # a library may have its say between them
             while "http://" not in "".join(lines[-1:]):
