@@ -155,7 +155,10 @@ def compare(model, tolerance: float = 1e-10, **arguments) -> tuple[Counter, Coun
     return tuple(counts)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "sliding", "gemma3"])
+@pytest.mark.parametrize(
+    "kind",
+    ["llama", "gemma3", *(pytest.param(k, marks=pytest.mark.slow) for k in ("qwen2", "sliding"))],
+)
 @pytest.mark.parametrize("phase", PHASES)
 def test_kept_states_change_no_loss_and_no_weight(kind, phase):
     active, trainable, *first = PHASES[phase]
