@@ -70,8 +70,10 @@ class Results:
         return self.find(client, name, self.saved.own(client, self.scales.get(client, 1.0)))
 
     def foreign(self, client: str) -> list[Answering]:
-        """Return the client's adapters with others' local ones in the place of its own."""
-        return self.saved.foreign(client, self.scales.get(client, 1.0))
+        """Return the client's adapters with others' local ones in its own one's place, if asked."""
+        asked = {cell.answering for cell in self.scores if cell.client == client}
+        foreign = self.saved.foreign(client, self.scales.get(client, 1.0))
+        return [answering for answering in foreign if answering in asked]
 
     @cached_property
     def conflicts(self) -> dict[int, Conflict]:

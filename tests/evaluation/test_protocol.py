@@ -258,6 +258,26 @@ def test_gold_answers_give_every_metric_its_known_value(runs, tiny_project):
         assert verdict["interaction"] == dict.fromkeys(verdict["interaction"], 16.0)
 
 
+def test_the_core_has_the_same_answers_and_no_others(runs, tiny_project, evaluation, tmp_path):
+    run = shutil.copytree(runs(), tmp_path / "run")
+    core = evaluate(run, tiny_project, full=False)
+    assert (core["protocol"], evaluation["protocol"]) == ("core", "full")
+    assert "Only the core" in core["notes"][0] and not core["scales"] and not core["controls"]
+    answerers = {"base", "global", "global+local:own"}
+    assert {row["answered_by"] for row in core["shares"]} == answerers
+    for row in core["shares"]:
+        assert row in evaluation["shares"]
+    for name, figure in core["summary"].items():
+        if not name.startswith("specificity"):
+            assert figure == evaluation["summary"][name]
+    assert core["summary"]["specificity"]["n"] == 0
+    said = [
+        [(row["instruction"], row["generated"], row["correct"]) for row in found["questions"]]
+        for found in (core, evaluation)
+    ]
+    assert said[0] == said[1][: len(said[0])]  # the others are at the chosen scales
+
+
 def test_a_stopped_evaluation_goes_on_where_it_was(runs, tiny_project, evaluated, monkeypatch):
     evaluation, num_all = evaluated
     saved = open_round(load_run(runs()), tiny_project)
