@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fedlora_app.config.rounds import BOTH, Phase, plan_round
+from fedlora_app.config.rounds import BOTH, Phase, RoundPlan, plan_round
 from fedlora_app.config.schema import (
     GLOBAL,
     LOCAL,
@@ -210,8 +210,7 @@ class Client:
         loaded, model = self._prepare(global_state, local_round, local_sha256)
         self.folder.remove_final()
         metrics: Metrics = {}
-        files = self._files[self.client_id]
-        facts = files.hashes | {
+        facts = self._files[self.client_id].hashes | {
             "base_model": loaded.fingerprint,
             "process": f"{os.getpid()}, base model loaded {model_module.num_loads} times",
         }
@@ -222,6 +221,23 @@ class Client:
             metrics |= phase_metrics(plan.personalise, result)
         if LOCAL in plan.evaluated:
             facts["local_adapter"] = self.folder.save_local(model, server_round)
+        is_final = server_round == self.config.federated.num_rounds
+        metrics |= self._evaluate_round(loaded, model, plan, server_round)
+        if is_final:
+            self.folder.remove_global()
+            if LOCAL in plan.evaluated:
+                self.folder.save_final(model)
+        else:
+            facts["global_adapter"] = self.folder.save_global(model, global_state)
+        self.folder.thin(oldest_local_round)
+        return metrics, facts
+
+    def _evaluate_round(
+        self, loaded: LoadedModel, model: AdaptedModel, plan: RoundPlan, server_round: int
+    ) -> Metrics:
+        """Score the question sets with whatever answers after this round, if that is due."""
+        metrics: Metrics = {}
+        files = self._files[self.client_id]
         is_final = server_round == self.config.federated.num_rounds
         interval = self.config.evaluation.interval
         is_due = interval > 0 and (is_final or server_round % interval == 0)
@@ -247,14 +263,7 @@ class Client:
             )
         metrics["evaluation_seconds"] = time.monotonic() - started
         metrics["peak_memory_bytes"] = read_peak_memory(model.device)
-        if is_final:
-            self.folder.remove_global()
-            if LOCAL in plan.evaluated:
-                self.folder.save_final(model)
-        else:
-            facts["global_adapter"] = self.folder.save_global(model, global_state)
-        self.folder.thin(oldest_local_round)
-        return metrics, facts
+        return metrics
 
     def evaluate(self, global_state: AdapterState, local_round: int) -> Metrics:
         """Score the question sets with a round's adapters, without training."""

@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError
 
 from fedlora_app.config.loading import load_config
 from fedlora_app.config.schema import SAFE_NAME, Config, ConfigError, Section
-from fedlora_app.data.client_files import load_all_files
+from fedlora_app.data.client_files import ClientFiles, load_all_files
 from fedlora_app.evaluation.choices import Report, SavedRound, open_round
 from fedlora_app.evaluation.kept import SUFFIX, find_kept, is_of, keep_evaluation
 from fedlora_app.evaluation.names import (
@@ -120,10 +120,10 @@ def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) 
             print(f"{run_dir.name}: kept in {study.kept}", flush=True)
             evaluations[variant].append(evaluation)
             continue
-        if not _is_finished(run := _load_same(run_dir, config, data_root)):
+        if not _is_finished(run := _load_same(run_dir, config, files)):
             overrides = _overrides(study, variant, seed)
             _run(study, root, run_dir, config, overrides, resumes=run is not None)
-            if not _is_finished(_load_same(run_dir, config, data_root)):
+            if not _is_finished(_load_same(run_dir, config, files)):
                 raise RunDirectoryError(
                     f"{run_dir} did not reach its end; its log is above. The same command "
                     "resumes it."
@@ -247,7 +247,7 @@ def _overrides(study: StudyConfig, variant: str, seed: int) -> str:
     return " ".join(filter(None, parts))
 
 
-def _load_same(run_dir: Path, config: Config, data_root: Path) -> SavedRun | None:
+def _load_same(run_dir: Path, config: Config, files: Mapping[str, ClientFiles]) -> SavedRun | None:
     """Return a run if it is of this configuration and of the files as they are now."""
     try:
         run = load_run(run_dir)
@@ -255,8 +255,8 @@ def _load_same(run_dir: Path, config: Config, data_root: Path) -> SavedRun | Non
         return None
     is_same = run.config == config and all(
         run.manifest["clients"][client].get(f"sha256/{name}") == file.sha256
-        for client, files in load_all_files(config, data_root).items()
-        for name, file in files.all.items()
+        for client, own in files.items()
+        for name, file in own.all.items()
     )
     return run if is_same else None
 

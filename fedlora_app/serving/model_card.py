@@ -108,27 +108,39 @@ def _usage(export: Export) -> str:
     return _adapter_usage(export) if export.gate is None else _routed_usage(export)
 
 
-def _adapter_usage(export: Export) -> str:
+def _load_with_peft(export: Export, model: str) -> list[str]:
+    """Return the part on PEFT: how the base model is loaded, and then ``model``."""
     name = portable_name(export.run.manifest["base_model"]["name"])
     revision = base_revision(export.run)
     pinned = f', revision="{revision}"' if revision else ""
-    blocks = [
+    return [
         "With PEFT:",
         f"""```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained("{name}"{pinned})
-model = PeftModel.from_pretrained(base, "path/to/this/folder")
+{model}
 ```""",
     ]
+
+
+def _vllm_base(export: Export) -> str:
+    """Return the base model as vLLM's command names it."""
+    revision = base_revision(export.run)
+    name = portable_name(export.run.manifest["base_model"]["name"])
+    return name + (f" --revision {revision}" if revision else "")
+
+
+def _adapter_usage(export: Export) -> str:
+    loading = 'model = PeftModel.from_pretrained(base, "path/to/this/folder")'
+    blocks = _load_with_peft(export, loading)
     if export.max_lora_rank is not None:
-        pinned = f" --revision {revision}" if revision else ""
         blocks += [
             f"With vLLM, which needs `--max-lora-rank {export.max_lora_rank}` for its rank of "
             f"{export.rank}, and computes in the base model's dtype:",
             f"""```bash
-vllm serve {name}{pinned} --enable-lora --max-lora-rank {export.max_lora_rank} \\
+vllm serve {_vllm_base(export)} --enable-lora --max-lora-rank {export.max_lora_rank} \\
   --lora-modules {export.client}=path/to/this/folder
 ```""",
         ]
@@ -136,20 +148,14 @@ vllm serve {name}{pinned} --enable-lora --max-lora-rank {export.max_lora_rank} \
 
 
 def _routed_usage(export: Export) -> str:
-    name = portable_name(export.run.manifest["base_model"]["name"])
-    revision = base_revision(export.run)
-    pinned = f', revision="{revision}"' if revision else ""
+    folder = "path/to/this/folder"
+    loading = (
+        f'model = PeftModel.from_pretrained(base, "{folder}/{GLOBAL}", adapter_name="{GLOBAL}")\n'
+        f'model.load_adapter("{folder}/{PAIR}", adapter_name="{PAIR}")\n'
+        f'model.set_adapter("{PAIR}")  # or "{GLOBAL}", as the router chooses'
+    )
     blocks = [
-        "With PEFT:",
-        f"""```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained("{name}"{pinned})
-model = PeftModel.from_pretrained(base, "path/to/this/folder/{GLOBAL}", adapter_name="{GLOBAL}")
-model.load_adapter("path/to/this/folder/{PAIR}", adapter_name="{PAIR}")
-model.set_adapter("{PAIR}")  # or "{GLOBAL}", as the router chooses
-```""",
+        *_load_with_peft(export, loading),
         f"`{ROUTER}/{ABOUT_FILE}` says how the router makes features of a question with the base "
         "model, what it compares them with and how it decides: only the last question counts, "
         f"under the system prompt above. `docs/router.py` of fedlora-app does that in less than "
@@ -157,11 +163,11 @@ model.set_adapter("{PAIR}")  # or "{GLOBAL}", as the router chooses
         "to an OpenAI-compatible server of both adapters.",
     ]
     if export.max_lora_rank is not None:
-        pinned = f" --revision {revision}" if revision else ""
+        name = portable_name(export.run.manifest["base_model"]["name"])
         blocks += [
             "With vLLM and that script before it:",
             f"""```bash
-vllm serve {name}{pinned} --port 8001 --generation-config vllm \\
+vllm serve {_vllm_base(export)} --port 8001 --generation-config vllm \\
   --enable-lora --max-loras 2 --max-lora-rank {export.max_lora_rank} \\
   --lora-modules {GLOBAL}=path/to/this/folder/{GLOBAL} {PAIR}=path/to/this/folder/{PAIR}
 python router.py path/to/this/folder/{ROUTER} --base {name} --upstream http://127.0.0.1:8001
