@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdaptersConfig, ConfigError
@@ -20,6 +20,8 @@ class Answering:
     with_global: bool = False
     local: str | None = None
     scale: float = 1.0
+    asks_gate: bool = True
+    """Whether the gate decides for each question, where the run has one."""
 
     @classmethod
     def own(cls, active: Sequence[str], client: str, scale: float = 1.0) -> Answering:
@@ -40,7 +42,14 @@ class Answering:
 
     def has_gate(self, config: AdaptersConfig) -> bool:
         """Return whether a gate weighs the local adapter: only beside the global one."""
-        return config.gate != "none" and self.with_global and self.local is not None
+        is_pair = self.with_global and self.local is not None
+        return config.gate != "none" and self.asks_gate and is_pair
+
+    def behind_gate(self, config: AdaptersConfig) -> dict[bool, Answering]:
+        """Return who answers where the gate opens (True) and where it does not (False)."""
+        if not self.has_gate(config):
+            return dict.fromkeys((True, False), self)
+        return {True: replace(self, asks_gate=False), False: Answering(with_global=True)}
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from fedlora_app.data.client_files import ClientFiles, load_all_files
 from fedlora_app.data.questions import Question
 from fedlora_app.evaluation.answering import Answering, SavedAdapters
 from fedlora_app.evaluation.gate_files import FORMAT as GATE_FORMAT
+from fedlora_app.evaluation.names import OPEN_ABOVE
 from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.evaluation.score_store import ScoreStore
 from fedlora_app.evaluation.scores import Score, score_answer
@@ -95,8 +96,9 @@ class Evaluator:
         """Score every question of every cell, with PMI against an empty question."""
         asked: dict[Answering, dict[Prompt, None]] = defaultdict(dict)
         for cell in cells:
-            prompts = [*_ask(cell), *_ask_nothing(cell)]
-            asked[cell.answering].update(dict.fromkeys(prompts))
+            asked[cell.answering].update(dict.fromkeys(_ask(cell)))
+            for who in self._behind_gate(cell.answering).values():
+                asked[who].update(dict.fromkeys(_ask_nothing(cell)))
         total = sum(map(len, asked.values()))
         done = 0
         for answering, prompts in asked.items():
@@ -153,14 +155,20 @@ class Evaluator:
                 return {}
             ids = [gate.encode(tokenizer, prompt.question) for prompt in prompts]
             openness = gate.compute_openness(model, ids).tolist()
-        return {p: value for p, value in zip(prompts, openness, strict=True) if value <= 0.5}
+        return {p: value for p, value in zip(prompts, openness, strict=True) if value <= OPEN_ABOVE}
+
+    def _behind_gate(self, answering: Answering) -> dict[bool, Answering]:
+        return answering.behind_gate(self.saved.run.config.adapters)
 
     def _collect(self, cell: Cell) -> list[Score]:
         who = self._identify(cell.answering)
-        unconditional: dict[str, float] = {}
-        for prompt in _ask_nothing(cell):
-            values = self.store.get(who, prompt).log_likelihoods
-            unconditional.update(zip(prompt.candidates, values, strict=True))
+        # A candidate's prior is of the adapters that answered the question, not of those that the
+        # gate would have answer none.
+        priors: dict[bool, dict[str, float]] = {True: {}, False: {}}
+        for is_open, behind in self._behind_gate(cell.answering).items():
+            for prompt in _ask_nothing(cell):
+                values = self.store.get(self._identify(behind), prompt).log_likelihoods
+                priors[is_open].update(zip(prompt.candidates, values, strict=True))
         scores = []
         for question, prompt in zip(cell.questions, _ask(cell), strict=True):
             answered = self.store.get(who, prompt)
@@ -168,7 +176,7 @@ class Evaluator:
             sorted_back = Answered(
                 tuple(answered.log_likelihoods[i] for i in order),
                 answered.generated,
-                tuple(unconditional[text] for text in question.candidates),
+                tuple(priors[answered.is_own][text] for text in question.candidates),
                 answered.openness,
             )
             scores.append(score_answer(question, sorted_back))
@@ -180,6 +188,7 @@ class Evaluator:
         parts = [hashes[GLOBAL]] if answering.with_global else []
         if answering.local is not None:
             parts += [hashes[f"{LOCAL}:{answering.local}"], f"{answering.scale:g}"]
+        parts += [] if answering.asks_gate else ["without a gate"]
         return f"{answering.label} {'+'.join(parts)}"
 
 

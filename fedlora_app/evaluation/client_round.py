@@ -30,6 +30,8 @@ from fedlora_app.model.base import LoadedModel
 from fedlora_app.training.phase import PhaseResult
 
 Metrics = dict[str, Any]
+Priors = Mapping[bool, Mapping[str, float]]
+"""A candidate's log-likelihood without a question where the local adapter answers, or not."""
 
 
 def evaluate_client(
@@ -64,19 +66,15 @@ def evaluate_client(
         total=sum(map(len, question_sets.values())),
     )
     num_done = 0
-    candidates = chain.from_iterable(
-        q.candidates for asked in question_sets.values() for q in asked
-    )
     settings = config.evaluation
-    with only_adapters(model, who.adapters):
-        priors = score_without_question(
-            model,
-            loaded.tokenizer,
-            client.system_prompt,
-            candidates,
-            batch_size=settings.batch_size,
-            gate=gate,
-        )
+    priors = _score_priors(
+        model,
+        loaded.tokenizer,
+        list(chain.from_iterable(question_sets.values())),
+        who.behind_gate(config.adapters),
+        client.system_prompt,
+        settings.batch_size,
+    )
     for name, questions in question_sets.items():
 
         def progress(count: int, before: int = num_done) -> None:
@@ -108,6 +106,25 @@ def evaluate_client(
     return metrics
 
 
+def _score_priors(
+    model: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    behind_gate: Mapping[bool, Answering],
+    system_prompt: str,
+    batch_size: int,
+) -> Priors:
+    """Return what PMI divides by: of those that answer where the gate opens, and where not."""
+    candidates = [text for question in questions for text in question.candidates]
+    by_adapters: dict[tuple[str, ...], dict[str, float]] = {}
+    for adapters in {who.adapters: None for who in behind_gate.values()}:
+        with only_adapters(model, adapters):
+            by_adapters[adapters] = score_without_question(
+                model, tokenizer, system_prompt, candidates, batch_size=batch_size
+            )
+    return {is_open: by_adapters[who.adapters] for is_open, who in behind_gate.items()}
+
+
 def evaluate_questions(
     model: AdaptedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -117,7 +134,7 @@ def evaluate_questions(
     system_prompt: str,
     settings: EvaluationConfig,
     gate: Gate | None = None,
-    priors: Mapping[str, float] | None = None,
+    priors: Priors | None = None,
     progress: Progress | None = None,
 ) -> list[Score]:
     """Score every question with the adapters ``active`` (none: the base model alone).
@@ -138,7 +155,10 @@ def evaluate_questions(
         )
     if priors is not None:
         answers = [
-            replace(answered, priors=tuple(priors[text] for text in question.candidates))
+            replace(
+                answered,
+                priors=tuple(priors[answered.is_own][text] for text in question.candidates),
+            )
             for question, answered in zip(questions, answers, strict=True)
         ]
     return [score_answer(q, answered) for q, answered in zip(questions, answers, strict=True)]

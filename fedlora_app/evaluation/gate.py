@@ -36,6 +36,7 @@ from transformers import PreTrainedTokenizerBase
 from fedlora_app.data.records import Record, format_question
 from fedlora_app.data.tokens import encode_prompt
 from fedlora_app.evaluation.feature_space import Space
+from fedlora_app.evaluation.names import OPEN_ABOVE
 from fedlora_app.evaluation.prompt_features import compute_features
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model.adapters import AdaptedModel, scaled_local
@@ -108,7 +109,7 @@ class Gate:
 
     def weigh(self, model: AdaptedModel, prompts: Sequence[list[int]]) -> torch.Tensor:
         """Return the factor of each prompt's local adapter, (B,): 1 where it answers, or 0."""
-        return (self.compute_openness(model, prompts) > 0.5).float()
+        return (self.compute_openness(model, prompts) > OPEN_ABOVE).float()
 
     def compute_openness(self, model: AdaptedModel, prompts: Sequence[list[int]]) -> torch.Tensor:
         """Return how sure the gate is that each prompt is the client's own, (B,) in [0, 1]."""

@@ -15,11 +15,9 @@ from typing import Any
 
 from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.data.questions import UNIVERSAL, UNIVERSAL_UNSEEN
-from fedlora_app.evaluation.names import OWN_SETS, QUESTION_SETS
+from fedlora_app.evaluation.names import OPEN_ABOVE, OWN_SETS, QUESTION_SETS
 from fedlora_app.foundation.percent import format_percent
 
-OPEN_ABOVE = 0.5
-"""The local adapter answers where a gate opens further than this."""
 BAD_BELOW = 0.8
 """A gate separates badly with less than this of any kind on the right side."""
 SEPARATION = {

@@ -37,6 +37,8 @@ QUESTION_SETS = {
     CONFLICT: QuestionSet("conflict", "conflict", True),
 }
 """In the order of tables. Facts that a client never saw are a part of the universal set."""
+OPEN_ABOVE = 0.5
+"""The local adapter answers where a gate opens further than this."""
 ASKED_SETS = (UNIVERSAL, LOCAL_SET, CONFLICT)
 """Those that have a file of their own."""
 OWN_SETS = (LOCAL_SET, CONFLICT)

@@ -11,7 +11,15 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from fedlora_app.data.questions import Question
-from fedlora_app.evaluation.names import ACCURACY, EXACT_MATCH, MEASURES, PER_BYTE, PMI, Measure
+from fedlora_app.evaluation.names import (
+    ACCURACY,
+    EXACT_MATCH,
+    MEASURES,
+    OPEN_ABOVE,
+    PER_BYTE,
+    PMI,
+    Measure,
+)
 
 if TYPE_CHECKING:
     from fedlora_app.evaluation.scoring import Answered
@@ -83,7 +91,7 @@ def summarise(scores: Sequence[Score]) -> dict[str, float]:
     if not scores:
         return {}
     summary: dict[str, float] = {"n": len(scores)}
-    gated = [score.openness > 0.5 for score in scores if score.openness is not None]
+    gated = [score.openness > OPEN_ABOVE for score in scores if score.openness is not None]
     if gated:
         summary["gate_open"] = _sum_mean(gated)
     matched = collect_outcomes(scores, EXACT_MATCH)

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from fedlora_app.data.tokens import Example, encode_answer, encode_prompt
 from fedlora_app.evaluation.gate import Gate, gated
 from fedlora_app.evaluation.generation import decode, find_stop_ids, generate
+from fedlora_app.evaluation.names import OPEN_ABOVE
 from fedlora_app.model.adapters import AdaptedModel
 from fedlora_app.model.fused import fused_answering
 from fedlora_app.training.losses import LOGIT_ROWS, answer_log_likelihoods
@@ -53,6 +54,11 @@ class Answered:
     generated: str
     priors: tuple[float, ...] | None = None
     openness: float | None = None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the local adapter took part, as far as a gate decided it."""
+        return self.openness is None or self.openness > OPEN_ABOVE
 
 
 @dataclass(frozen=True)
@@ -160,16 +166,13 @@ def score_without_question(
     candidates: Iterable[str],
     *,
     batch_size: int,
-    gate: Gate | None = None,
 ) -> dict[str, float]:
     """Return each distinct candidate's log-likelihood without the question, in nats.
 
     Many questions share their candidates, so this costs far less than the questions do.
     """
     prompts = list(ask_nothing(system_prompt, candidates))
-    answers = score_prompts(
-        model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=0, gate=gate
-    )
+    answers = score_prompts(model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=0)
     return {
         text: value
         for prompt, answered in zip(prompts, answers, strict=True)

@@ -25,6 +25,7 @@ from fedlora_app.evaluation.names import (
     EXACT_MATCH,
     KEYWORD,
     MEASURES,
+    OPEN_ABOVE,
     OWN_SETS,
     PER_BYTE,
     PMI,
@@ -310,7 +311,7 @@ def find_failed(
     """
     if score.openness is None or by_global is None or score.outcome(measure) is not False:
         return None
-    is_open = score.openness > 0.5
+    is_open = score.openness > OPEN_ABOVE
     if question_set in OWN_SETS:
         return LOCAL if is_open else "gate"
     return "gate" if is_open and by_global.outcome(measure) else GLOBAL

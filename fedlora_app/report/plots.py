@@ -15,12 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from fedlora_app.evaluation.evaluated_run import group_rows
-from fedlora_app.evaluation.gate_report import OPEN_ABOVE, GatedSet, read_gated_sets
+from fedlora_app.evaluation.gate_report import GatedSet, read_gated_sets
 from fedlora_app.evaluation.names import (
     ANSWERERS,
     ASKED_SETS,
     EXACT_MATCH,
     MEASURES,
+    OPEN_ABOVE,
     QUESTION_SETS,
 )
 from fedlora_app.foundation.percent import format_percent

@@ -14,19 +14,23 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdaptersConfig
+from fedlora_app.data.client_files import build_question_sets
 from fedlora_app.data.records import DataError, Record
 from fedlora_app.data.tokens import encode_prompt
 from fedlora_app.demo.civic import DOCUMENT, DURATION, FEE, OFFICE
 from fedlora_app.evaluation import gate as gate_module
 from fedlora_app.evaluation import prompt_features
+from fedlora_app.evaluation.answering import Answering
+from fedlora_app.evaluation.choices import Cell, Evaluator, open_round, open_store
 from fedlora_app.evaluation.feature_space import Space
 from fedlora_app.evaluation.gate import FactFeatures, choose_wordings, fit_gate, separate
 from fedlora_app.evaluation.gate_files import ABOUT_FILE, TENSORS_FILE, load_gate, save_gate
 from fedlora_app.evaluation.gate_report import describe_gate
-from fedlora_app.evaluation.names import EXACT_MATCH
+from fedlora_app.evaluation.names import EXACT_MATCH, OPEN_ABOVE, PMI
 from fedlora_app.evaluation.prompt_features import compute_features
+from fedlora_app.evaluation.reported import collect_reports
 from fedlora_app.evaluation.saved_model import SavedModel
-from fedlora_app.evaluation.scores import Score
+from fedlora_app.evaluation.scores import Score, collect_outcomes
 from fedlora_app.evaluation.scoring import Prompt, score_prompts
 from fedlora_app.evaluation.tables import find_failed
 from fedlora_app.model.adapters import activate, attach_adapters, scaled_local
@@ -384,15 +388,18 @@ def test_who_a_wrong_answer_is_due_to(question_set, openness, is_right, global_i
     assert find_failed(question_set, score(is_right, openness), shared, EXACT_MATCH) == expected
 
 
-def test_a_client_keeps_its_gate_and_reports_its_figures(tiny_project, tmp_path):
+@pytest.fixture(scope="module")
+def gated_run(tiny_project, tmp_path_factory):
     config = build_tiny_config(adapters={"gate": "prompt"})
-    federation = Federation(tiny_project, tmp_path, config)
-    federation.run()
-    run = tmp_path / "run"
+    return Federation(tiny_project, tmp_path_factory.mktemp("gated"), config).run()
+
+
+def test_a_client_keeps_its_gate_and_reports_its_figures(gated_run):
     for client in ("ann", "bob"):
-        content = json.loads((run / "clients" / client / "gate" / ABOUT_FILE).read_text())
+        folder = gated_run / "clients" / client / "gate"
+        content = json.loads((folder / ABOUT_FILE).read_text())
         assert content["fitted_to"].keys() == ABOUT.keys()
-    history = json.loads((run / "history.json").read_text())
+    history = json.loads((gated_run / "history.json").read_text())
     reported = [e["metrics"] for e in history if e["phase"] == "evaluate" and e["round"] == 2]
     assert len(reported) == 2
     for metrics in reported:
@@ -401,12 +408,37 @@ def test_a_client_keeps_its_gate_and_reports_its_figures(tiny_project, tmp_path)
         assert "global/local/gate_open" not in metrics
 
 
-def test_a_kept_gate_needs_no_data(tiny_project, tmp_path):
+def test_pmi_compares_with_the_adapters_that_answered(gated_run, tiny_project, tmp_path):
+    """Whatever the gate would make of the empty question under which a prior is taken."""
+    saved = open_round(load_run(gated_run), tiny_project)
+    client = saved.run.config.client("ann")
+    sets = build_question_sets(client, saved.files["ann"])
+    evaluator = Evaluator(saved, open_store(saved, tmp_path / "scores"), lambda *_: None)
+    own, alone = saved.own("ann"), Answering(with_global=True)
+    seen = set()
+    for name, questions in sets.items():
+        cells = [
+            Cell("ann", name, who, client.system_prompt, tuple(questions))
+            for who in (own, dataclasses.replace(own, asks_gate=False), alone)
+        ]
+        by_cell = evaluator.evaluate(cells)
+        for gated, pair, shared in zip(*(by_cell[cell] for cell in cells), strict=True):
+            answered_by = pair if gated.openness > OPEN_ABOVE else shared
+            assert gated.value(PMI) == pytest.approx(answered_by.value(PMI), abs=1e-4)
+            seen.add(gated.openness > OPEN_ABOVE)
+        reports = collect_reports(json.loads((gated_run / "history.json").read_text()))
+        values = collect_outcomes(by_cell[cells[0]], PMI)
+        reported = reports["ann"][f"{GLOBAL}+{LOCAL}/{name}/{PMI.reported}"]
+        assert reported == pytest.approx(sum(values) / len(values))
+    assert seen == {True, False}
+
+
+def test_a_kept_gate_needs_no_data(gated_run, tiny_project, tmp_path):
     """Who asks a finished run may not have what it was trained on, or have it changed since."""
     project = tmp_path / "project"
     shutil.copytree(tiny_project, project)
-    config = build_tiny_config(adapters={"gate": "prompt"})
-    run = load_run(Federation(project, tmp_path / "results", config).run())
+    shutil.copytree(gated_run, tmp_path / "run")
+    run = load_run(tmp_path / "run")
     for file in ("ann_local.json", "universal_test.json"):
         (project / file).unlink()
     saved = SavedModel(run, 2, project)
