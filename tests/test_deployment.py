@@ -54,7 +54,7 @@ def test_the_same_app_on_a_superlink_with_two_supernodes(flower, tiny_experiment
             ".",
             "loopback",
             run_config=f"config='{tiny_experiment}' num-rounds=1 run-name='deployed' "
-            f"output-dir='{tmp_path / 'server'}'",
+            f"output-dir='{tmp_path / 'server'}' overrides='adapters.gate=prompt'",
         )
     finally:
         for process in reversed(started):
@@ -68,7 +68,10 @@ def test_the_same_app_on_a_superlink_with_two_supernodes(flower, tiny_experiment
     manifest = json.loads((server / "manifest.json").read_text())
     assert [entry["round"] for entry in manifest["rounds"]] == [0, 1], output + logs
     assert not (server / "clients").exists()  # a client's folder is on the client's side
+    assert not [path for path in server.rglob("*") if "gate" in path.name]
+    assert "gate/opens_for_local" in (server / "history.csv").read_text()
     for client, other in (("ann", "bob"), ("bob", "ann")):
         folder = tmp_path / client / "deployed" / "clients"
         assert (folder / client / "round_001" / "adapter_model.safetensors").exists()
+        assert (folder / client / "gate" / "gate.safetensors").exists()
         assert not (folder / other).exists()

@@ -428,6 +428,27 @@ def test_the_run_directory_holds_what_the_contract_names(finished):
     assert run.stat().st_mode & 0o077 == 0
 
 
+def test_run_config_keys_do_what_they_say(federation, tmp_path):
+    federation.run(
+        "named",
+        **{"mode": "local-only", "num-rounds": 1, "output-dir": str(tmp_path / "elsewhere")},
+        overrides="training.learning_rate=1e-4 adapters.local.rank=3",
+    )
+    config = json.loads((tmp_path / "elsewhere" / "named" / "config.json").read_text())
+    assert config["federated"]["mode"] == "local-only"
+    assert config["federated"]["num_rounds"] == 1
+    assert config["training"]["learning_rate"] == 1e-4
+    assert config["adapters"]["local"]["rank"] == 3
+
+
+def test_all_faults_of_a_run_configuration_are_one_error(federation):
+    with pytest.raises(ConfigError, match="has 2 faults") as caught:
+        federation.run(mode="duel", overrides="training.epoch=1")
+    assert "federated.mode" in str(caught.value)
+    assert "training.epoch: unknown key" in str(caught.value)
+    assert not federation.path.exists()
+
+
 def test_an_existing_run_is_left_alone(finished):
     run = finished.path
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from flower_process import BIN
+from loopback import Federation
+
+from fedlora_app.config.loading import load_config
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +27,8 @@ def test_a_run_started_from_a_foreign_folder(flower, tiny_experiment, tiny_proje
     output = flower.run(
         str(ROOT),
         cwd=tmp_path,
-        run_config=f"config='{tiny_experiment}' run-name='foreign' num-rounds=3",
+        run_config=f"config='{tiny_experiment}' run-name='foreign' num-rounds=3 "
+        "overrides='training.learning_rate=1e-4 adapters.local.rank=3'",
     )
     run = tiny_project / "results" / "foreign"
     assert run.is_dir(), output
@@ -36,24 +40,10 @@ def test_a_run_started_from_a_foreign_folder(flower, tiny_experiment, tiny_proje
     assert (tiny_project / "results" / "latest").resolve() == run
     assert not list(tmp_path.iterdir())
     assert "global + own local" in output and "round 3/3" in output
-    assert output.count("CUDA_VISIBLE_DEVICES is '7'") == 2, output
-
-
-def test_run_config_keys_do_what_they_say(flower, tiny_experiment, tmp_path):
-    output = flower.run(
-        ".",
-        run_config=f"config='{tiny_experiment}' mode='local-only' output-dir='{tmp_path}' "
-        "run-name='named' overrides='training.learning_rate=1e-4 adapters.local.rank=3' "
-        "num-rounds=1",
-    )
-    run = tmp_path / "named"
-    assert run.is_dir(), output
-    config = json.loads((run / "config.json").read_text())
-    assert config["federated"]["mode"] == "local-only"
-    assert config["federated"]["num_rounds"] == 1
-    assert config["training"]["learning_rate"] == 1e-4
+    assert json.loads((run / "config.json").read_text())["training"]["learning_rate"] == 1e-4
     folder = run / "final" / "clients" / "ann"
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 3
+    assert output.count("CUDA_VISIBLE_DEVICES is '7'") == 2, output
 
 
 def test_another_number_of_nodes_stops_with_the_line_that_fixes_it(flower, tiny_experiment):
@@ -65,16 +55,9 @@ def test_another_number_of_nodes_stops_with_the_line_that_fixes_it(flower, tiny_
     assert f"{line}\"config='{tiny_experiment}'\"" in output
 
 
-def test_a_bad_configuration_is_one_clear_error(flower, tiny_experiment):
-    output = flower.run(
-        ".",
-        run_config=f"config='{tiny_experiment}' mode='duel' overrides='training.epoch=1'",
-    )
-    assert "has 2 faults" in output
-    assert "federated.mode" in output and "training.epoch: unknown key" in output
-
-
-def test_a_study_runs_what_is_missing_and_evaluates_it(flower, tiny_experiment, tmp_path):
+def test_a_study_runs_what_is_missing_and_evaluates_it(
+    flower, tiny_experiment, tiny_project, tmp_path
+):
     path = tmp_path / "study.yaml"
     study = {
         "name": "tiny-study",
@@ -82,11 +65,12 @@ def test_a_study_runs_what_is_missing_and_evaluates_it(flower, tiny_experiment, 
         "seeds": [1],
         "overrides": "federated.num_rounds=1",
         "kept": str(tmp_path / "kept"),
+        "variants": {"pair": "", "one": "federated.mode=fedavg"},
     }
+    path.write_text(json.dumps(study))
     folder = tmp_path / "results" / "tiny-study"
 
-    def run(**variants: str) -> str:
-        path.write_text(json.dumps(study | {"variants": variants}))
+    def run() -> str:
         result = subprocess.run(
             [BIN / "fedlora", "study", path, "--output-dir", tmp_path / "results"],
             env=flower.env | {"FEDLORA_PROJECT_DIR": str(ROOT)},
@@ -98,23 +82,24 @@ def test_a_study_runs_what_is_missing_and_evaluates_it(flower, tiny_experiment, 
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout
 
-    assert "| pair | global + own local |" in run(pair="")
-    evaluated = (folder / "pair-seed1" / "evaluation.json").stat().st_mtime_ns
-    shutil.copytree(folder / "pair-seed1", folder / "one-seed1")
-    (tmp_path / "kept" / "pair-seed1.json.gz").unlink()  # else the run would not be looked at
-    manifest = json.loads((folder / "pair-seed1" / "manifest.json").read_text())
-    (folder / "pair-seed1" / "manifest.json").write_text(json.dumps(manifest | {"finished": None}))
-    output = run(pair="", one="federated.mode=fedavg")
+    config = load_config(tiny_experiment, overrides="federated.num_rounds=1 experiment.seed=1")
+    pair = Federation(tiny_project, folder, config).run("pair-seed1")
+    manifest = json.loads((pair / "manifest.json").read_text())
+    (pair / "manifest.json").write_text(json.dumps(manifest | {"finished": None}))
+    shutil.copytree(pair, folder / "one-seed1")
+    output = run()
     assert "pair-seed1 is unfinished and resumed" in output
     assert "one-seed1 is of another configuration" in output
     assert (folder / "one-seed1.earlier-1").is_dir()
-    kept = (folder / "pair-seed1" / "manifest.json").stat().st_mtime_ns
-    shutil.rmtree(folder / "one-seed1")  # as on another machine
-    summary = (folder / "summary.md").read_text()
-    again = run(pair="", one="federated.mode=fedavg")
-    assert again.count("-seed1: kept in") == 2 and not (folder / "one-seed1").exists()
-    assert (folder / "summary.md").read_text() == summary
     assert "| pair | global + own local |" in output and "| one | global alone |" in output
     assert json.loads((folder / "summary.json").read_text())["figures"].keys() == {"pair", "one"}
-    assert (folder / "pair-seed1" / "manifest.json").stat().st_mtime_ns == kept
-    assert (folder / "pair-seed1" / "evaluation.json").stat().st_mtime_ns == evaluated
+    finished = (pair / "manifest.json").stat().st_mtime_ns
+    evaluated = (pair / "evaluation.json").stat().st_mtime_ns
+    shutil.rmtree(folder / "one-seed1")  # as on another machine
+    (tmp_path / "kept" / "pair-seed1.json.gz").unlink()  # and this one must be looked at
+    summary = (folder / "summary.md").read_text()
+    again = run()
+    assert again.count("-seed1: kept in") == 1 and not (folder / "one-seed1").exists()
+    assert (folder / "summary.md").read_text() == summary
+    assert (pair / "manifest.json").stat().st_mtime_ns == finished
+    assert (pair / "evaluation.json").stat().st_mtime_ns == evaluated

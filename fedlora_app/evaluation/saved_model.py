@@ -98,6 +98,7 @@ class SavedModel(SavedAdapters):
         if not who.has_gate(config.adapters):
             return None
         if owner not in self._gates:
+            self._gates.clear()  # one at a time, as of local adapters
             client = config.client(owner)
             folder = self.run.paths.gate(owner)
             # Fitted to the data of the run, which may have changed since or be elsewhere.
