@@ -139,6 +139,12 @@ def evaluate(
         bool | None,
         typer.Option("--full/--core", help="All of the protocol, or its core; as configured."),
     ] = None,
+    semantic: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="A sentence-embedding model that compares answers in meaning too."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the evaluation protocol on a round of a run and write evaluation.json.
@@ -157,7 +163,9 @@ def evaluate(
     saved = open_round(load_run(run_dir), root, server_round)
     _quiet_transformers()
     with show_progress(quiet=as_json) as show:
-        evaluation = evaluate_round(saved, show, full=full, membership=membership)
+        evaluation = evaluate_round(
+            saved, show, full=full, membership=membership, semantic_model=semantic
+        )
     path = saved.run.evaluation_path(saved.server_round)
     page = write_report(run_dir) if saved.server_round == saved.run.last_round else None
     if as_json:

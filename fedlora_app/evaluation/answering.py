@@ -10,6 +10,8 @@ from pathlib import Path
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdaptersConfig, ConfigError
 from fedlora_app.runs.reading import SavedRun
 
+OPEN_ABOVE = 0.5
+"""The local adapter answers where a gate opens further than this."""
 NUM_FOREIGN = 3  # other clients' local adapters tried per client, of however many there are
 
 

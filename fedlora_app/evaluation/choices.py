@@ -12,6 +12,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -19,13 +20,13 @@ from transformers import PreTrainedTokenizerBase
 from fedlora_app.config.schema import GLOBAL, LOCAL, ModelConfig
 from fedlora_app.data.client_files import ClientFiles, load_all_files
 from fedlora_app.data.questions import Question
-from fedlora_app.evaluation.answering import Answering, SavedAdapters
+from fedlora_app.evaluation.answering import OPEN_ABOVE, Answering, SavedAdapters
 from fedlora_app.evaluation.gate_files import FORMAT as GATE_FORMAT
-from fedlora_app.evaluation.names import OPEN_ABOVE
 from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.evaluation.score_store import ScoreStore
 from fedlora_app.evaluation.scores import Score, score_answer
 from fedlora_app.evaluation.scoring import Answered, Prompt, ask_nothing, score_prompts
+from fedlora_app.evaluation.semantic import Embedder
 from fedlora_app.model.base import compute_dtype, describe_device, uses_4bit
 from fedlora_app.runs.reading import SavedRun
 
@@ -45,6 +46,9 @@ class Cell:
     system_prompt: str
     questions: tuple[Question, ...]
     prompt_kind: str = "own"
+
+
+Answers = dict[Cell, list[Answered]]
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,8 @@ class Evaluator:
     saved: SavedRound
     store: ScoreStore
     report: Report
+    embedder: Embedder | None = None
+    """Compares generated answers with the candidates in meaning."""
     model: SavedModel = field(init=False)
 
     def __post_init__(self) -> None:
@@ -104,7 +110,25 @@ class Evaluator:
         for answering, prompts in asked.items():
             self._answer(answering, list(prompts), done, total)
             done += len(prompts)
-        return {cell: self._collect(cell) for cell in cells}
+        answers = {cell: self._collect(cell) for cell in cells}
+        if self.embedder is not None:
+            answers = self._compare_meanings(self.embedder, answers)
+        return {
+            cell: [score_answer(q, a) for q, a in zip(cell.questions, answered, strict=True)]
+            for cell, answered in answers.items()
+        }
+
+    def _compare_meanings(self, embedder: Embedder, answers: Answers) -> Answers:
+        texts = [a.generated for answered in answers.values() for a in answered]
+        texts += [text for cell in answers for q in cell.questions for text in q.candidates]
+        embedder.embed(texts, partial(self.report, "meanings"))
+        return {
+            cell: [
+                replace(a, similarities=embedder.compare(a.generated, q.candidates))
+                for q, a in zip(cell.questions, answered, strict=True)
+            ]
+            for cell, answered in answers.items()
+        }
 
     def _answer(self, answering: Answering, prompts: list[Prompt], done: int, total: int) -> None:
         who = self._identify(answering)
@@ -160,7 +184,7 @@ class Evaluator:
     def _behind_gate(self, answering: Answering) -> dict[bool, Answering]:
         return answering.behind_gate(self.saved.run.config.adapters)
 
-    def _collect(self, cell: Cell) -> list[Score]:
+    def _collect(self, cell: Cell) -> list[Answered]:
         who = self._identify(cell.answering)
         # A candidate's prior is of the adapters that answered the question, not of those that the
         # gate would have answer none.
@@ -169,7 +193,7 @@ class Evaluator:
             for prompt in _ask_nothing(cell):
                 values = self.store.get(self._identify(behind), prompt).log_likelihoods
                 priors[is_open].update(zip(prompt.candidates, values, strict=True))
-        scores = []
+        collected = []
         for question, prompt in zip(cell.questions, _ask(cell), strict=True):
             answered = self.store.get(who, prompt)
             order = [prompt.candidates.index(text) for text in question.candidates]
@@ -179,8 +203,8 @@ class Evaluator:
                 tuple(priors[answered.is_own][text] for text in question.candidates),
                 answered.openness,
             )
-            scores.append(score_answer(question, sorted_back))
-        return scores
+            collected.append(sorted_back)
+        return collected
 
     def _identify(self, answering: Answering) -> str:
         """Return a key that changes with any adapter's bytes and with the scale."""

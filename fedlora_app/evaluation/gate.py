@@ -35,8 +35,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.data.records import Record, format_question
 from fedlora_app.data.tokens import encode_prompt
+from fedlora_app.evaluation.answering import OPEN_ABOVE
 from fedlora_app.evaluation.feature_space import Space
-from fedlora_app.evaluation.names import OPEN_ABOVE
 from fedlora_app.evaluation.prompt_features import compute_features
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model.adapters import AdaptedModel, scaled_local

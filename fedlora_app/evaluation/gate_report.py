@@ -15,7 +15,8 @@ from typing import Any
 
 from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.data.questions import UNIVERSAL, UNIVERSAL_UNSEEN
-from fedlora_app.evaluation.names import OPEN_ABOVE, OWN_SETS, QUESTION_SETS
+from fedlora_app.evaluation.answering import OPEN_ABOVE
+from fedlora_app.evaluation.names import OWN_SETS, QUESTION_SETS
 from fedlora_app.foundation.percent import format_percent
 
 BAD_BELOW = 0.8

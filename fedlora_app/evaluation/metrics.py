@@ -3,7 +3,8 @@
 *Ranking*, the primary measure: the right answer must be more likely than every other candidate,
 by the sum of its tokens' log-likelihoods (raw), per UTF-8 byte, and relative to the answer's
 likelihood without the question (PMI). *Generation*: the greedy answer must equal the right
-one after normalisation; ROUGE-L, and the keyword rule where a record carries keywords.
+one after normalisation; ROUGE-L, the keyword rule where a record carries keywords, and where a
+sentence-embedding model was asked, the candidate that the answer is nearest to in meaning.
 
 A measure is None where it cannot be taken: a ranking without another candidate, a comparison
 without a right answer, the keyword rule without keywords. ``names.MEASURES`` registers them.
@@ -43,6 +44,11 @@ def margin_pmi(question: Question, answered: Answered) -> float | None:
         return None
     pairs = zip(answered.log_likelihoods, answered.priors, strict=True)
     return _margin([value - prior for value, prior in pairs])
+
+
+def margin_semantic(question: Question, answered: Answered) -> float | None:
+    """Return how much nearer in meaning the greedy answer is to the right one than to any other."""
+    return None if answered.similarities is None else _margin(answered.similarities)
 
 
 def exact_match(question: Question, answered: Answered) -> bool | None:

@@ -37,8 +37,6 @@ QUESTION_SETS = {
     CONFLICT: QuestionSet("conflict", "conflict", True),
 }
 """In the order of tables. Facts that a client never saw are a part of the universal set."""
-OPEN_ABOVE = 0.5
-"""The local adapter answers where a gate opens further than this."""
 ASKED_SETS = (UNIVERSAL, LOCAL_SET, CONFLICT)
 """Those that have a file of their own."""
 OWN_SETS = (LOCAL_SET, CONFLICT)
@@ -120,11 +118,20 @@ EXACT_MATCH = Measure(
     reported="exact_match",
     reported_each="exact_match_each",
 )
+SEMANTIC = Measure(
+    "accuracy_semantic",
+    "meant",
+    metrics.margin_semantic,
+    passes_above=0,
+    is_variant=True,
+    suffix="_semantic",
+)
 ROUGE_L = Measure("rouge_l", "ROUGE-L", metrics.rouge_l, is_shown=False)
 KEYWORD = Measure("keyword", "keyword rule", metrics.keyword, passes_above=0, is_shown=False)
 
 MEASURES = {
-    measure.name: measure for measure in (ACCURACY, PER_BYTE, PMI, EXACT_MATCH, ROUGE_L, KEYWORD)
+    measure.name: measure
+    for measure in (ACCURACY, PER_BYTE, PMI, EXACT_MATCH, SEMANTIC, ROUGE_L, KEYWORD)
 }
 """All measures; one more entry is one more measure."""
 

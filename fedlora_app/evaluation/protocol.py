@@ -31,6 +31,7 @@ from fedlora_app.evaluation.gold import GoldReader, find_unreachable_answers
 from fedlora_app.evaluation.membership import collect_suspects, measure_attacks
 from fedlora_app.evaluation.names import leading_measure
 from fedlora_app.evaluation.scoring import score_examples
+from fedlora_app.evaluation.semantic import Embedder
 from fedlora_app.evaluation.summary import Scores
 from fedlora_app.evaluation.tables import build_evaluation, choose_scales
 from fedlora_app.foundation.files import write_json
@@ -40,7 +41,12 @@ NO_IDENTITY = "You are a helpful assistant."
 
 
 def evaluate_round(
-    saved: SavedRound, report: Report, *, full: bool | None = None, membership: bool = False
+    saved: SavedRound,
+    report: Report,
+    *,
+    full: bool | None = None,
+    membership: bool = False,
+    semantic_model: str | None = None,
 ) -> dict[str, Any]:
     """Run the protocol, write ``evaluation.json`` and return what it holds.
 
@@ -48,9 +54,14 @@ def evaluate_round(
         report: called with the progress.
         full: all of the protocol or its core; None: as the run's configuration says.
         membership: also try to tell the members of the training data by the global adapter.
+        semantic_model: a sentence-embedding model that also compares generated answers in meaning.
+
+    Raises:
+        ModelError: a model cannot be loaded.
     """
+    embedder = Embedder.load(semantic_model, saved.root) if semantic_model else None
     store = open_store(saved, saved.run.paths.partial_evaluation)
-    evaluator = Evaluator(saved, store, report)
+    evaluator = Evaluator(saved, store, report, embedder)
     if full is None:
         full = saved.run.config.evaluation.protocol == "full"
     cells = [*swap_cells(saved), *control_cells(saved)] if full else list(core_cells(saved))
@@ -69,7 +80,9 @@ def evaluate_round(
     findings += find_unreachable_answers(config, saved.files, tokenizer, saved.root)
     leading = find_leading(saved, tokenizer)
     warnings = list(map(str, findings))
-    evaluation = build_evaluation(saved, scores, chosen, curves, rows, leading, full, warnings)
+    evaluation = build_evaluation(
+        saved, scores, chosen, curves, rows, leading, full, warnings, semantic_model
+    )
     write_json(saved.run.evaluation_path(saved.server_round), evaluation)
     store.remove()
     return evaluation

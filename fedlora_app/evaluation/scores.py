@@ -11,11 +11,11 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from fedlora_app.data.questions import Question
+from fedlora_app.evaluation.answering import OPEN_ABOVE
 from fedlora_app.evaluation.names import (
     ACCURACY,
     EXACT_MATCH,
     MEASURES,
-    OPEN_ABOVE,
     PER_BYTE,
     PMI,
     Measure,

@@ -15,9 +15,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.data.tokens import Example, encode_answer, encode_prompt
+from fedlora_app.evaluation.answering import OPEN_ABOVE
 from fedlora_app.evaluation.gate import Gate, gated
 from fedlora_app.evaluation.generation import decode, find_stop_ids, generate
-from fedlora_app.evaluation.names import OPEN_ABOVE
 from fedlora_app.model.adapters import AdaptedModel
 from fedlora_app.model.fused import fused_answering
 from fedlora_app.training.losses import LOGIT_ROWS, answer_log_likelihoods
@@ -48,12 +48,15 @@ class Answered:
     nats. ``generated`` is "" where none was wanted. ``priors`` are the candidates'
     log-likelihoods without the question, where they were asked for. ``openness`` in [0, 1] is how
     sure the gate was that the question is the client's own, where there was one.
+    ``similarities`` in [-1, 1] are the generated answer's to the candidates in meaning, where a
+    sentence-embedding model compared them.
     """
 
     log_likelihoods: tuple[float, ...]
     generated: str
     priors: tuple[float, ...] | None = None
     openness: float | None = None
+    similarities: tuple[float, ...] | None = None
 
     @property
     def is_own(self) -> bool:

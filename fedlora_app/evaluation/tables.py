@@ -17,7 +17,7 @@ from fedlora_app.data.questions import (
     UNIVERSAL,
     UNIVERSAL_UNSEEN,
 )
-from fedlora_app.evaluation.answering import Answering
+from fedlora_app.evaluation.answering import OPEN_ABOVE, Answering
 from fedlora_app.evaluation.choices import Cell, SavedRound, describe_precision
 from fedlora_app.evaluation.names import (
     ACCURACY,
@@ -25,10 +25,10 @@ from fedlora_app.evaluation.names import (
     EXACT_MATCH,
     KEYWORD,
     MEASURES,
-    OPEN_ABOVE,
     OWN_SETS,
     PER_BYTE,
     PMI,
+    SEMANTIC,
     Measure,
     relative_label,
     shown_measures,
@@ -63,6 +63,7 @@ def build_evaluation(
     leading: Mapping[str, str],
     is_full: bool = True,
     warnings: Sequence[str] = (),
+    semantic_model: str | None = None,
 ) -> dict[str, Any]:
     """Return the content of ``evaluation.json``.
 
@@ -71,6 +72,7 @@ def build_evaluation(
         curves: figures on the validation questions by scale.
         leading: the measure that each question set is judged by.
         is_full: all of the protocol was run, and not its core alone.
+        semantic_model: what compared meanings, if anything did.
     """
     run, config = saved.run, saved.run.config
     as_trained = dict.fromkeys(saved.clients, 1.0)
@@ -103,6 +105,7 @@ def build_evaluation(
         "conflicts": list(_conflict_rows(results)),
         "membership": membership,
         "protocol": "full" if is_full else "core",
+        "semantic_model": semantic_model,
         "leading": dict(leading),
         "questions": list(_question_rows(saved, scores, [as_trained, chosen], leading)),
         "notes": [*(_notes(saved, chosen) if is_full else [CORE_NOTE]), *_data_notes(saved)],
@@ -286,6 +289,7 @@ def _question_rows(
                         "margin": score.value(ACCURACY),
                         "margin_per_byte": score.value(PER_BYTE),
                         "margin_pmi": score.value(PMI),
+                        "margin_semantic": score.value(SEMANTIC),
                     },
                     "generated": score.generated,
                     "gate": score.openness,

@@ -18,6 +18,7 @@ from fedlora_app.evaluation.names import (
     FIGURES,
     KEYWORD,
     QUESTION_SETS,
+    Measure,
     figure_key,
     relative_label,
     shown_measures,
@@ -31,6 +32,9 @@ LEGEND = """\
 Ranked first: the right answer is the most likely candidate (raw; per byte; relative to its
 likelihood without the question, which says little where answers repeat the question's topic).
 Leakage: global alone minus the base model. Specificity: own minus foreign local adapter."""
+
+SEMANTIC_LEGEND = """\
+Meant: of all candidates the greedy answer is nearest in meaning to the right one, as {} finds."""
 
 MEMBERSHIP_LEGEND = """\
 AUC 0.5 and half of the pairs won: whoever holds the global adapter tells a record that was
@@ -56,6 +60,8 @@ def describe_evaluation(evaluation: Row) -> str:
         heading = f"At the scale chosen on validation questions ({scales})"
         blocks.append(render_table(_figure_table(evaluation["summary_chosen_scale"], heading)))
     blocks.append(LEGEND)
+    if model := evaluation.get("semantic_model"):
+        blocks.append(SEMANTIC_LEGEND.format(model))
     blocks.append(render_table(_swap_table(evaluation["swap_table"])))
     if gated := read_gated_sets(evaluation):
         blocks.append(render_table(_gate_table(list(gated.values()))))
@@ -75,12 +81,12 @@ def describe_evaluation(evaluation: Row) -> str:
 def _figure_table(summary: dict[str, Row], title: str) -> Table:
     table = Table("", title=f"{title}: %, 95 % interval over facts")
     shown = shown_measures(with_variants=True)
-    measures = sorted(shown, key=lambda measure: measure.is_variant)
+    taken = [m for m in shown if any(_find(summary, figure, m) for figure in FIGURES)]
+    measures = sorted(taken, key=lambda measure: measure.is_variant)
     for heading in (*(measure.label for measure in measures), "n/facts"):
         table.add_column(heading, justify="right")
     for key, heading in FIGURES.items():
-        entries = [summary.get(figure_key(key, measure)) for measure in measures]
-        found = [entry if entry and entry["n"] else None for entry in entries]
+        found = [_find(summary, key, measure) for measure in measures]
         if not any(found):
             continue
         cells = [
@@ -96,6 +102,12 @@ def _figure_table(summary: dict[str, Row], title: str) -> Table:
         table.add_row("  its ceiling on gold answers", _interval(summary["keyword_ceiling"]))
         table.add_row("  plain substring rule's ceiling", _interval(plain))
     return table
+
+
+def _find(summary: dict[str, Row], figure: str, measure: Measure) -> Row | None:
+    """Return a figure by a measure, if it could be taken."""
+    entry = summary.get(figure_key(figure, measure))
+    return entry if entry and entry["n"] else None
 
 
 def _swap_table(rows: Iterable[Row]) -> Table:

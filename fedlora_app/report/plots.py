@@ -14,6 +14,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from fedlora_app.evaluation.answering import OPEN_ABOVE
 from fedlora_app.evaluation.evaluated_run import group_rows
 from fedlora_app.evaluation.gate_report import GatedSet, read_gated_sets
 from fedlora_app.evaluation.names import (
@@ -21,7 +22,6 @@ from fedlora_app.evaluation.names import (
     ASKED_SETS,
     EXACT_MATCH,
     MEASURES,
-    OPEN_ABOVE,
     QUESTION_SETS,
 )
 from fedlora_app.foundation.percent import format_percent

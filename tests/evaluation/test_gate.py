@@ -20,13 +20,13 @@ from fedlora_app.data.tokens import encode_prompt
 from fedlora_app.demo.civic import DOCUMENT, DURATION, FEE, OFFICE
 from fedlora_app.evaluation import gate as gate_module
 from fedlora_app.evaluation import prompt_features
-from fedlora_app.evaluation.answering import Answering
+from fedlora_app.evaluation.answering import OPEN_ABOVE, Answering
 from fedlora_app.evaluation.choices import Cell, Evaluator, open_round, open_store
 from fedlora_app.evaluation.feature_space import Space
 from fedlora_app.evaluation.gate import FactFeatures, choose_wordings, fit_gate, separate
 from fedlora_app.evaluation.gate_files import ABOUT_FILE, TENSORS_FILE, load_gate, save_gate
 from fedlora_app.evaluation.gate_report import describe_gate
-from fedlora_app.evaluation.names import EXACT_MATCH, OPEN_ABOVE, PMI
+from fedlora_app.evaluation.names import EXACT_MATCH, PMI
 from fedlora_app.evaluation.prompt_features import compute_features
 from fedlora_app.evaluation.reported import collect_reports
 from fedlora_app.evaluation.saved_model import SavedModel

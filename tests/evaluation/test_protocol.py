@@ -22,6 +22,7 @@ from fedlora_app.evaluation.names import ACCURACY, EXACT_MATCH, PER_BYTE, PMI
 from fedlora_app.evaluation.protocol import evaluate_round
 from fedlora_app.evaluation.reported import collect_reports
 from fedlora_app.evaluation.scores import Score
+from fedlora_app.evaluation.semantic import Embedder
 from fedlora_app.evaluation.shares import read_shares
 from fedlora_app.evaluation.tables import build_evaluation, choose_scales
 from fedlora_app.evaluation.text import describe_evaluation
@@ -232,7 +233,8 @@ def test_gold_answers_give_every_metric_its_known_value(runs, tiny_project):
 
     answering_module = answering
     config = saved.run.config
-    evaluator = Gold(saved, open_store(saved, runs() / "gold"), lambda *_: None)
+    embedder = Embedder.load("model", tiny_project)  # any model can tell a text from another
+    evaluator = Gold(saved, open_store(saved, runs() / "gold"), lambda *_: None, embedder)
     cells = []
     for client in saved.clients:
         sets = build_question_sets(config.client(client), saved.files[client])
@@ -244,9 +246,10 @@ def test_gold_answers_give_every_metric_its_known_value(runs, tiny_project):
     evaluator.store.remove()
     summary = found["summary"]
     for name in ("conflict", "local", "universal", "universal_unseen"):
-        for suffix in ("accuracy", "accuracy_per_byte", "accuracy_pmi", "exact_match"):
+        for suffix in ("accuracy", "accuracy_per_byte", "accuracy_pmi", "accuracy_semantic"):
             assert summary[f"{name}_{suffix}"]["value"] == 1.0, (name, suffix)
-    for suffix in ("", "_per_byte", "_pmi", "_exact_match"):
+        assert summary[f"{name}_exact_match"]["value"] == 1.0
+    for suffix in ("", "_per_byte", "_pmi", "_semantic", "_exact_match"):
         assert summary[f"conflict_pass_rate{suffix}"]["value"] == 1.0
     assert summary["leakage"]["value"] == summary["leakage_exact_match"]["value"] == 0.0
     assert summary["specificity_exact_match"]["value"] == 1.0
@@ -276,6 +279,19 @@ def test_the_core_has_the_same_answers_and_no_others(runs, tiny_project, evaluat
         for found in (core, evaluation)
     ]
     assert said[0] == said[1][: len(said[0])]  # the others are at the chosen scales
+
+
+def test_meanings_are_compared_if_asked_for(runs, tiny_project, evaluation, tmp_path):
+    run = shutil.copytree(runs("fedavg"), tmp_path / "run")
+    found = evaluate(run, tiny_project, full=False, semantic_model="model")
+    assert found["semantic_model"] == "model" and evaluation["semantic_model"] is None
+    rate = found["summary"]["conflict_pass_rate_semantic"]
+    assert rate["n"] and 0 <= rate["value"] <= 1
+    assert evaluation["summary"]["conflict_pass_rate_semantic"]["n"] == 0
+    for row in found["questions"]:
+        assert -2 <= row["scores"]["margin_semantic"] <= 2
+    text, without = map(describe_evaluation, (found, evaluation))
+    assert " meant " in text and "as model finds" in text and " meant " not in without
 
 
 def test_a_stopped_evaluation_goes_on_where_it_was(runs, tiny_project, evaluated, monkeypatch):
