@@ -114,7 +114,7 @@ class Client:
             "unscored_conflicts": count_unscored_conflicts(self._own, files),
         }
         counts |= count_gold_answers(self.config, self._own, files, tokenizer)
-        for name, tokenized in vars(examples).items():
+        for name, tokenized in (("universal", examples.universal), ("local", examples.local)):
             counts[f"{name}_examples"] = len(tokenized.examples)
             counts[f"{name}_truncated"] = tokenized.num_truncated
             counts[f"{name}_dropped"] = tokenized.num_dropped

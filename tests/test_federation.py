@@ -449,6 +449,23 @@ def test_all_faults_of_a_run_configuration_are_one_error(federation):
     assert not federation.path.exists()
 
 
+def test_public_records_hold_the_pair_near_the_global_adapter(finished, tiny_project, tmp_path):
+    """They are read and hashed like the rest, reach the local phase alone, and change it."""
+    public = [{"instruction": f"Say {n}.", "output": f"{n}, as asked."} for n in ("one", "two")]
+    (tiny_project / "public.json").write_text(json.dumps(public))
+    training = finished.config.training.model_dump() | {"local_kl_weight": 5.0, "replay": 0}
+    config = build_tiny_config(training=training, data={"public": "public.json"})
+    run = Federation(tiny_project, tmp_path, config).run()
+    assert server_state(run, 1).keys() == server_state(finished.path, 1).keys()
+    assert equal(server_state(run, 2), server_state(finished.path, 2))
+    penalties = [e["metrics"]["train_local/penalty"] for e in entries(run, "local")]
+    assert len(penalties) == 4 and all(penalty > 0 for penalty in penalties)
+    steps = [e["metrics"]["train_local/num_steps"] for e in entries(run, "local")]
+    assert set(steps) == {3, 4}  # 3 or 4 local records and as many public ones, two a step
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["clients"]["ann"]["sha256/public"]
+
+
 def test_an_existing_run_is_left_alone(finished):
     run = finished.path
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -951,7 +968,7 @@ def test_the_ablation_changes_one_thing_at_a_time_and_no_steps(finished):
     plain = change(run, finished.project, "", steps)
     assert (plain.adapters.gate, plain.training.replay) == ("none", 0)
     for name, overrides in VARIANTS.items():
-        changed = change(run, finished.project, overrides, steps)
+        changed = change(run, finished.project, overrides, steps, "public.json")
         assert (changed == plain) == (name in ("nothing", "rank 2"))  # it has rank 2 anyway
         assert changed.training.max_steps == steps
 

@@ -183,10 +183,16 @@ def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:
             "training.local_kept_share: training.local_weight_decay is set too, and each says what "
             "the other one is. Set one of them to null, or leave it out."
         )
-    if training.get("local_kl_weight") and training.get("replay") == 0:
+    has_kl, has_public = bool(training.get("local_kl_weight")), data.get("public") is not None
+    if has_kl and training.get("replay") == 0 and not has_public:
         yield (
-            "training.local_kl_weight: it acts on replayed records and training.replay is 0. "
-            "Set replay above 0."
+            "training.local_kl_weight: it acts on replayed records and those of data.public, and "
+            "there are none. Set training.replay above 0, or name a file in data.public."
+        )
+    if has_public and not has_kl:
+        yield (
+            "data.public: its records are used by training.local_kl_weight, which is 0. Set it "
+            "above 0, or data.public to null."
         )
     min_clients = federated.get("min_clients")
     if isinstance(min_clients, int) and min_clients > len(clients):

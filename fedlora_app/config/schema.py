@@ -131,8 +131,9 @@ class TrainingConfig(Section):
     """The same as AdamW's weight decay, which does the more the higher the learning rate and the
     more steps there are. null, and no local_kept_share: none."""
     local_kl_weight: float = Field(0.0, ge=0)
-    """Holds the pair near the global adapter alone on replayed universal records: weight of
-    KL(global || global + local) per answer token, in the local phase of mode dual."""
+    """Holds the pair near the global adapter alone on replayed universal records and on those of
+    data.public: weight of KL(global || global + local) per answer token, in the local phase of mode
+    dual."""
     local_orthogonality: float = Field(0.0, ge=0)
     """Holds the two adapters' input subspaces apart: weight of their overlap (0 to 1, mean over
     modules), in the local phase of mode dual."""
@@ -197,6 +198,10 @@ class DataConfig(Section):
     conflict_test: str | None = "data/conflict.json"
     universal_validation: str | None = None
     conflict_validation: str | None = None
+    public: str | None = None
+    """Records of nobody in particular, for training.local_kl_weight: the local phase holds the pair
+    near the global adapter alone on them and does not learn their answers. As many as the client
+    has local records, drawn anew in every round."""
     skip_invalid: bool = False
     """Drop and count invalid records instead of stopping."""
     on_lint_error: Literal["stop", "warn"] = "stop"

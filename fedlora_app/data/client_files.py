@@ -30,13 +30,14 @@ class ClientFiles:
     local: RecordFile
     tests: dict[str, RecordFile]
     validations: dict[str, RecordFile] = field(default_factory=dict)
+    public: RecordFile | None = None
 
     @property
     def all(self) -> dict[str, RecordFile]:
         """Every file under the name of its role."""
         validations = {f"{name}_validation": file for name, file in self.validations.items()}
         named = {"universal_train": self.universal, "local_train": self.local}
-        return named | self.tests | validations
+        return named | self.tests | validations | _present({"public": self.public})
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -50,6 +51,7 @@ class ClientExamples:
 
     universal: TokenizedFile
     local: TokenizedFile
+    public: TokenizedFile | None = None
 
 
 def load_client_files(config: Config, client: ClientConfig, root: Path) -> ClientFiles:
@@ -85,9 +87,10 @@ def load_client_files(config: Config, client: ClientConfig, root: Path) -> Clien
         LOCAL_SET: read(client.local_validation),
         CONFLICT: read(config.data.conflict_validation, load_own_conflicts),
     }
+    public = read(config.data.public)
     if faults or universal is None or local is None:
         raise DataError("\n".join(faults))
-    return ClientFiles(universal, local, _present(tests), _present(validations))
+    return ClientFiles(universal, local, _present(tests), _present(validations), public)
 
 
 def load_all_files(config: Config, root: Path) -> dict[str, ClientFiles]:
@@ -116,18 +119,20 @@ def tokenize_client_files(
     root: Path,
 ) -> ClientExamples:
     """Tokenise a client's training files, or read them from the cache."""
-    universal, local = (
-        tokenize_file(
-            tokenizer,
-            client.system_prompt,
-            file,
-            max_seq_length=config.training.max_seq_length,
-            skip_invalid=config.data.skip_invalid,
-            cache_dir=root / CACHE_DIR,
-        )
-        for file in (files.universal, files.local)
+    named = {"universal": files.universal, "local": files.local, "public": files.public}
+    return ClientExamples(
+        **{
+            name: tokenize_file(
+                tokenizer,
+                client.system_prompt,
+                file,
+                max_seq_length=config.training.max_seq_length,
+                skip_invalid=config.data.skip_invalid,
+                cache_dir=root / CACHE_DIR,
+            )
+            for name, file in _present(named).items()
+        }
     )
-    return ClientExamples(universal, local)
 
 
 def build_question_sets(

@@ -42,6 +42,13 @@ class Example:
     answer_start: int
     is_replayed: bool = False
     """A universal record among the local phase's."""
+    is_public: bool = False
+    """A record that the pair is held near the global adapter on, and whose answer is not learnt."""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the phase is about it."""
+        return not (self.is_replayed or self.is_public)
 
     @property
     def num_answer_tokens(self) -> int:

@@ -1,6 +1,7 @@
 """What keeps the local adapter from spoiling what the global one knows, tried in turn.
 
     python -m fedlora_app.demo.ablation RUN [RUN ...] [--variants NAME ...] [--clients ID ...]
+        [--public FILE]
 
 In the phased schedule the global adapters do not depend on the local ones, so each variant of
 the local phase is trained against the global adapters that a finished run kept, round by round
@@ -50,6 +51,8 @@ VARIANTS = {
     "replay 1, KL 5": "training.replay=1 training.local_kl_weight=5",
     "replay 1, kept share 0.5, KL 1": "training.replay=1 training.local_kept_share=0.5 "
     "training.local_kl_weight=1",
+    "KL 1 on public records": "training.local_kl_weight=1 data.public={public}",
+    "KL 5 on public records": "training.local_kl_weight=5 data.public={public}",
     "orthogonality 30": "training.local_orthogonality=30",
     "rank 2": "adapters.local.rank=2 adapters.local.alpha={alpha_of_2}",
     "half the scale": "adapters.local.alpha={half_alpha}",
@@ -60,19 +63,23 @@ VARIANTS = {
 """What each changes where nothing protects: no gate, no replay, no decay. Steps stay the same."""
 UNPROTECTED = (
     "adapters.gate=none training.replay=0 training.local_kept_share=null "
-    "training.local_weight_decay=null training.local_kl_weight=0 training.local_orthogonality=0"
+    "training.local_weight_decay=null training.local_kl_weight=0 training.local_orthogonality=0 "
+    "data.public=null"
 )
 UPPER = 5 / 6
 """Where the upper layers begin."""
 Figures = dict[str, float]
 
 
-def ablate(run_dir: Path, root: Path, variant: str, clients: Sequence[str] = ()) -> Figures:
+def ablate(
+    run_dir: Path, root: Path, variant: str, clients: Sequence[str] = (), public: str = ""
+) -> Figures:
     """Train clients' local adapters again in another way and return their figures.
 
     Args:
         variant: one of ``VARIANTS``.
         clients: whose; empty: all.
+        public: records that are nobody's, for the variants that use some.
 
     Returns:
         Exact match in [0, 1] under ``<validation or test>/<question set>``, means over the
@@ -91,7 +98,7 @@ def ablate(run_dir: Path, root: Path, variant: str, clients: Sequence[str] = ())
     for client_id in clients or run.config.client_ids:
         run.config.client(client_id)  # raises where there is none
         steps = count_local_steps(run, client_id)
-        config = change(run, root, VARIANTS[variant], steps)
+        config = change(run, root, VARIANTS[variant], steps, public)
         states = states or load_global_states(run_dir, config, root)
         client = Client(config, client_id, work_dir, root)
         retrain(client, states)
@@ -106,7 +113,7 @@ def ablate(run_dir: Path, root: Path, variant: str, clients: Sequence[str] = ())
     return {name: sum(values) / len(values) for name, values in sums.items()}
 
 
-def change(run: SavedRun, root: Path, overrides: str, steps: int) -> Config:
+def change(run: SavedRun, root: Path, overrides: str, steps: int, public: str = "") -> Config:
     """Return the run's configuration with one variant's settings, and ``steps`` in a phase."""
     local = run.config.adapters.local
     num_layers = len(build_empty_model(run.config.model, root).base_model.layers)
@@ -114,6 +121,7 @@ def change(run: SavedRun, root: Path, overrides: str, steps: int) -> Config:
         half_alpha=local.alpha / 2,
         alpha_of_2=2 * local.alpha / local.rank,
         upper_layer=round(UPPER * num_layers),
+        public=public,
     )
     # More epochs than there is room for: the limit on steps ends the phase.
     same = f"training.max_steps={steps} training.local_epochs={steps} evaluation.interval=0"
@@ -190,23 +198,28 @@ def main() -> None:
     """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", help="finished phased runs of mode dual")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="all of them")
+    parser.add_argument("--public", default="", help="records that are nobody's, to take a KL on")
     parser.add_argument("--clients", nargs="+", default=[], help="whose adapters; all of them")
     arguments = parser.parse_args()
+    usable = [name for name, text in VARIANTS.items() if arguments.public or "{public}" not in text]
+    variants = arguments.variants or usable
+    if missing := [name for name in variants if name not in usable]:
+        parser.error(f"{', '.join(missing)}: name a file of records with --public")
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     root = find_project_root()
     path = arguments.runs[0].parent / "ablation.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for variant in arguments.variants:
+    for variant in variants:
         by_run = results.setdefault(variant, {})
         for run_dir in arguments.runs:
             name = ":".join([run_dir.name, *arguments.clients])
             if name not in by_run:
-                by_run[name] = ablate(run_dir, root, variant, arguments.clients)
+                by_run[name] = ablate(run_dir, root, variant, arguments.clients, arguments.public)
                 write_json(path, results)
                 print(f"{variant}, {name}: {by_run[name]}", flush=True)
-    print("\n".join(tabulate({name: results[name] for name in arguments.variants})))
+    print("\n".join(tabulate({name: results[name] for name in variants})))
 
 
 if __name__ == "__main__":

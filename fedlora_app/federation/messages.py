@@ -63,7 +63,8 @@ REGISTRATION_COUNTS = (
 )
 SHA256 = r"[0-9a-f]{64}"
 DECLARED_FACTS = {
-    r"sha256/(universal|local)_train|sha256/(universal|local|conflict)(_validation)?": SHA256,
+    r"sha256/(universal|local)_train|sha256/(universal|local|conflict)(_validation)?"
+    r"|sha256/public": SHA256,
     r"base_model|global_adapter|local_adapter": SHA256,
     r"device": r"[^\n]{1,200}",
     r"process": r"\d+, base model loaded \d+ times",

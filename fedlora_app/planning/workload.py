@@ -156,12 +156,17 @@ def _tokenize(
     config: Config, name: str, tokenizer: PreTrainedTokenizerBase, root: Path
 ) -> ClientExamples:
     client = config.client(name)
-    universal, local = (
-        load_records(root / path, skip_invalid=config.data.skip_invalid)
-        for path in (client.universal_train or config.data.universal_train, client.local_train)
+    universal, local, public = (
+        path and load_records(root / path, skip_invalid=config.data.skip_invalid)
+        for path in (
+            client.universal_train or config.data.universal_train,
+            client.local_train,
+            config.data.public,
+        )
     )
     # A plan needs no question sets, so that they need not be here.
-    return tokenize_client_files(config, client, ClientFiles(universal, local, {}), tokenizer, root)
+    files = ClientFiles(universal, local, {}, public=public)
+    return tokenize_client_files(config, client, files, tokenizer, root)
 
 
 def _passes(selection: Selection, training: TrainingConfig) -> float:

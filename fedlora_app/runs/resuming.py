@@ -211,8 +211,9 @@ def describe_changed_data(config: Config, client: str, changed: list[str]) -> st
     """Return the error for data files that are not those that a client registered with."""
 
     def find_path(role: str) -> str | None:
-        key = role if "_" in role else f"{role}_test"
-        return getattr(config.client(client), key, None) or getattr(config.data, key, None)
+        sections, keys = (config.client(client), config.data), (role, f"{role}_test")
+        paths = (getattr(section, key, None) for key in keys for section in sections)
+        return next(filter(None, paths), None)
 
     listing = ", ".join(f"{role} ({find_path(role)})" for role in changed)
     return (

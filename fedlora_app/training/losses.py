@@ -37,30 +37,36 @@ def compute_losses(
     penalised: TrainingConfig | None,
     kept: KeptStates | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the loss of every answer token, and how far replayed ones are from global alone.
+    """Return the loss of every answer token, and how far others' ones are from global alone.
 
-    That is KL(global || global + local) at every answer token of the replayed examples, or None
-    where it has no weight; the reference is the same model with the local adapter at scale 0. Call
-    it within ``packed_attention``.
+    The latter is KL(global || global + local) at every answer token of the replayed and the public
+    examples, or None where it has no weight; the reference is the same model with the local adapter
+    at scale 0. Public ones have no loss. Call it within ``packed_attention``.
 
     Args:
         kept: fills itself with the examples' states and gives those that it has.
     """
     head = model.get_base_model().get_output_embeddings()
     hidden, targets, counts = _answer_states(model, examples, kept)
-    losses = token_losses(head, hidden, targets)
-    replayed = [example for example in examples if example.is_replayed]
-    if penalised is None or penalised.local_kl_weight == 0 or not replayed:
+    learnt = _find_tokens(counts, [not example.is_public for example in examples])
+    if len(learnt) == len(hidden):
+        losses = token_losses(head, hidden, targets)
+    else:
+        learnt = learnt.to(hidden.device)
+        losses = token_losses(head, hidden[learnt], targets[learnt])
+    others = [example for example in examples if not example.is_own]
+    if penalised is None or penalised.local_kl_weight == 0 or not others:
         return losses, None
     with torch.no_grad(), scaled_local(model, 0.0):
         # The local adapter's layers are those that learn, so that kept states are global alone's.
-        reference, _, _ = _answer_states(model, replayed, kept)
-    kept = [
-        part
-        for part, example in zip(hidden.split(counts), examples, strict=True)
-        if example.is_replayed
-    ]
-    return losses, _token_divergences(head, torch.cat(kept), reference)
+        reference, _, _ = _answer_states(model, others, kept)
+    places = _find_tokens(counts, [not example.is_own for example in examples])
+    return losses, _token_divergences(head, hidden[places.to(hidden.device)], reference)
+
+
+def _find_tokens(counts: Sequence[int], chosen: Sequence[bool]) -> torch.Tensor:
+    """Return the places of the chosen examples' answer tokens among those of all examples."""
+    return torch.tensor(chosen).repeat_interleave(torch.tensor(counts)).nonzero()[:, 0]
 
 
 def token_losses(

@@ -213,18 +213,18 @@ def _accumulate_gradients(
     Returns:
         The mean loss and the mean penalty, which stay on the device until the last micro-batch.
     """
-    num_answer_tokens = sum(example.num_answer_tokens for example in batch)
-    num_replayed = sum(example.num_answer_tokens for example in batch if example.is_replayed)
+    num_answer_tokens = sum(e.num_answer_tokens for e in batch if not e.is_public)
+    num_of_others = sum(example.num_answer_tokens for example in batch if not example.is_own)
     loss = penalty = torch.zeros((), device=model.device)
     for micro_batch in split_into_packs(batch, tokens_per_micro_batch(training)):
         losses, divergences = compute_losses(model, micro_batch, penalised, kept)
-        micro_loss = losses.sum() / num_answer_tokens
+        micro_loss = losses.sum() / max(num_answer_tokens, 1)
         loss = loss + micro_loss.detach()
         if penalised is not None:
             micro_penalty = len(micro_batch) / len(batch) * penalised.local_orthogonality
             micro_penalty = micro_penalty * compute_overlap(model)
             if divergences is not None:
-                weight = penalised.local_kl_weight / num_replayed
+                weight = penalised.local_kl_weight / num_of_others
                 micro_penalty = micro_penalty + weight * divergences.sum()
             penalty = penalty + micro_penalty.detach()
             micro_loss = micro_loss + micro_penalty

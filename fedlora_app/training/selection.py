@@ -74,7 +74,12 @@ def select_examples(
     # A pooled phase replays like a local one: with replay below 1 it sees a part of the universal.
     rng = random.Random(derive_seed(config.experiment.seed, "replay", server_round, client_id))
     replayed = rng.sample(universal, count_replayed(config.training, len(universal), len(local)))
-    return local + [replace(example, is_replayed=True) for example in replayed]
+    beside = [replace(example, is_replayed=True) for example in replayed]
+    if examples.public is not None and phase.trainable == (LOCAL,) and GLOBAL in phase.active:
+        rng = random.Random(derive_seed(config.experiment.seed, "public", server_round, client_id))
+        drawn = rng.choices(examples.public.examples, k=len(local))
+        beside += [replace(example, is_public=True) for example in drawn]
+    return local + beside
 
 
 def take_part(
@@ -89,14 +94,14 @@ def take_part(
     examples, room = selected.examples, selected.num_steps * examples_per_step(config.training)
     if room >= len(examples):
         return examples
-    fixed = [example for example in examples if not example.is_replayed]
-    replayed = [example for example in examples if example.is_replayed]
-    num_replayed = round(room * len(replayed) / len(examples))
-    size = min(room - num_replayed, len(fixed))
+    fixed = [example for example in examples if example.is_own]
+    beside = [example for example in examples if not example.is_own]
+    num_beside = round(room * len(beside) / len(examples))
+    size = min(room - num_beside, len(fixed))
     random.Random(derive_seed(config.experiment.seed, "part", phase.name, client_id)).shuffle(fixed)
     start = (server_round - 1) * size
     part = [fixed[(start + offset) % len(fixed)] for offset in range(size)]
-    return part + replayed[: room - size]
+    return part + beside[: room - size]
 
 
 def count_phase_steps(config: Config, num_universal: int, num_local: int, phase: Phase) -> int:
@@ -107,6 +112,7 @@ def count_phase_steps(config: Config, num_universal: int, num_local: int, phase:
     """
     training = config.training
     num_beside = num_local + count_replayed(training, num_universal, num_local)
+    num_beside += num_local * (config.data.public is not None)
     steps = {
         GLOBAL: count_steps(num_universal, training.global_epochs, training),
         LOCAL: count_steps(num_beside, training.local_epochs, training),

@@ -169,6 +169,11 @@ def test_a_penalty_that_could_not_act_is_a_fault():
     raw = {"training": {"local_kl_weight": 1.0, "replay": 0}, "federated": ONE_CLIENT}
     with pytest.raises(ConfigError, match="local_kl_weight: it acts on replayed records"):
         parse_config(raw)
+    raw["data"] = {"public": "public.json"}
+    assert parse_config(raw).data.public == "public.json"
+    raw["training"] = {}
+    with pytest.raises(ConfigError, match="public: its records are used by training.local_kl_w"):
+        parse_config(raw)
 
 
 def test_trackers_are_known_and_named_once():

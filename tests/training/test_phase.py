@@ -237,6 +237,33 @@ def test_the_kl_penalty_is_the_divergence_on_replayed_records(adapted):
     assert result.penalty == pytest.approx(2.0 * expected, rel=1e-4)
 
 
+def test_public_records_are_held_and_not_learnt(adapted):
+    """The step is that of the own records' loss and of the KL on the public ones."""
+    start = get_state(adapted, LOCAL)
+    examples = build_examples(6)
+    mixed = [replace(e, is_public=index < 3) for index, e in enumerate(examples)]
+    settings = {"local_kl_weight": 2.0, "batch_size": 6, "gradient_accumulation_steps": 1}
+    expected = measure_divergence(adapted, examples[:3])
+    result = train(adapted, mixed, trainable=(LOCAL,), num_steps=1, settings=settings)
+    assert result.penalty == pytest.approx(2.0 * expected, rel=1e-4)
+    set_state(adapted, LOCAL, start)
+    settings["batch_size"] = 3
+    alone = train(adapted, examples[3:], trainable=(LOCAL,), num_steps=1, settings=settings)
+    assert result.train_loss == pytest.approx(alone.train_loss, rel=1e-4)
+
+
+def test_public_records_alone_move_nothing_that_agrees(adapted):
+    """A batch without own records has no loss, and a pair that says what global says no penalty."""
+    state = {
+        k: torch.zeros_like(v) if "lora_B" in k else v for k, v in get_state(adapted, LOCAL).items()
+    }
+    set_state(adapted, LOCAL, state)
+    public = [replace(e, is_public=True) for e in build_examples(4)]
+    settings = {"local_kl_weight": 1.0, "batch_size": 4, "gradient_accumulation_steps": 1}
+    result = train(adapted, public, trainable=(LOCAL,), num_steps=1, settings=settings)
+    assert (result.train_loss, result.penalty) == (0.0, pytest.approx(0.0, abs=1e-6))
+
+
 def test_the_kl_penalty_keeps_the_pair_near_global(adapted):
     start = get_state(adapted, LOCAL)
     examples = mark_replayed(build_examples(8), 4)

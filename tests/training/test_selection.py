@@ -85,6 +85,27 @@ def test_replay_is_limited_by_the_local_records(replay, ratio, replayed):
     assert count_replayed(training, 90, 40) == replayed
 
 
+def test_public_records_are_drawn_anew_beside_the_local_ones_and_by_nobody_else():
+    tokens = ClientExamples(
+        *(TokenizedFile(number(n, first), 0, 0) for n, first in ((3, 0), (5, 100), (40, 200)))
+    )
+    config = build_tiny_config(
+        training={"local_kl_weight": 1.0, "replay": 0}, data={"public": "public.json"}
+    )
+    plan = plan_round(config, 1)
+    drawn = []
+    for server_round in (1, 1, 2):
+        found = select_phase(config, "ann", plan.personalise, server_round, lambda owner: tokens)
+        public = [e.input_ids[0] for e in found.examples if e.is_public]
+        assert all(200 <= n < 240 for n in public) and len(public) == 5
+        assert [e.input_ids[0] for e in found.examples if e.is_own] == list(range(100, 105))
+        assert found.num_steps == 5  # ten examples, two a step
+        drawn.append(public)
+    assert drawn[0] == drawn[1] != drawn[2]
+    found = select_phase(config, "ann", plan.train, 1, lambda owner: tokens)
+    assert not any(example.is_public for example in found.examples)
+
+
 def number(count: int, first: int = 0) -> list[Example]:
     """Return examples of which each can be told from the others."""
     return [Example([first + n] * 4, 2) for n in range(count)]
