@@ -142,7 +142,9 @@ def evaluate(
     semantic: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="A sentence-embedding model that compares answers in meaning too."
+            metavar="MODEL",
+            help="A sentence-embedding model, a hub id or a folder in the project, that compares "
+            "answers in meaning too.",
         ),
     ] = None,
     as_json: AsJson = False,

@@ -118,6 +118,12 @@ class Client:
             counts[f"{name}_examples"] = len(tokenized.examples)
             counts[f"{name}_truncated"] = tokenized.num_truncated
             counts[f"{name}_dropped"] = tokenized.num_dropped
+        if (public := examples.public) and (public.num_truncated or public.num_dropped):
+            print(
+                f"{self.client_id}: {public.num_truncated} public examples were cut and "
+                f"{public.num_dropped} dropped as too long.",
+                flush=True,
+            )
         # The texts of findings quote the data; they are printed here and stay here.
         named = [{k: v for k, v in vars(f).items() if k != "text"} for f in findings]
         about = {"device": describe_device(), "findings": json.dumps(named)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -159,6 +160,19 @@ def tiny_project(tmp_path_factory, tokenizer) -> Path:
         ],
     )
     return project
+
+
+@pytest.fixture(scope="session")
+def embedder_name(tiny_project) -> str:
+    """The tiny model as a sentence-embedding one, in the project: it tells a text from another."""
+    folder = shutil.copytree(tiny_project / "model", tiny_project / "embedder")
+    parts = [("", "models.Transformer"), ("1_Pooling", "models.Pooling")]
+    modules = [{"path": path, "type": f"sentence_transformers.{kind}"} for path, kind in parts]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    pooling = {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": False}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    return folder.name
 
 
 def build_tiny_config(clients: tuple[str, ...] = ("ann", "bob"), **changes) -> Config:

@@ -464,6 +464,15 @@ def test_public_records_hold_the_pair_near_the_global_adapter(finished, tiny_pro
     assert set(steps) == {3, 4}  # 3 or 4 local records and as many public ones, two a step
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["clients"]["ann"]["sha256/public"]
+    asked = build_tiny_config(training=training, data={"public": "universal_test.json"})
+    Federation(tiny_project, tmp_path, asked).run("asked")
+    manifest = json.loads((tmp_path / "asked" / "manifest.json").read_text())
+    findings = manifest["clients"]["ann"]["findings"]
+    assert {"test-in-training"} == {
+        f["rule"]
+        for f in findings
+        if f["file"] == "universal_test.json" and f["severity"] == "error"
+    }
 
 
 def test_an_existing_run_is_left_alone(finished):

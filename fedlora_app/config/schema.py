@@ -198,10 +198,10 @@ class DataConfig(Section):
     conflict_test: str | None = "data/conflict.json"
     universal_validation: str | None = None
     conflict_validation: str | None = None
-    public: str | None = None
-    """Records of nobody in particular, for training.local_kl_weight: the local phase holds the pair
-    near the global adapter alone on them and does not learn their answers. As many as the client
-    has local records, drawn anew in every round."""
+    public: str | None = Field(None, min_length=1)
+    """Records of nobody in particular, for training.local_kl_weight: the local phase of mode dual
+    holds the pair near the global adapter alone on them and does not learn their answers. As many
+    as the client has local records, drawn anew in every round. Other modes take as many steps."""
     skip_invalid: bool = False
     """Drop and count invalid records instead of stopping."""
     on_lint_error: Literal["stop", "warn"] = "stop"

@@ -37,7 +37,12 @@ class ClientFiles:
         """Every file under the name of its role."""
         validations = {f"{name}_validation": file for name, file in self.validations.items()}
         named = {"universal_train": self.universal, "local_train": self.local}
-        return named | self.tests | validations | _present({"public": self.public})
+        return named | self.tests | validations | self.extra
+
+    @property
+    def extra(self) -> dict[str, RecordFile]:
+        """What else its training uses."""
+        return _present({"public": self.public})
 
     @property
     def hashes(self) -> dict[str, str]:

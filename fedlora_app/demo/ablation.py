@@ -27,7 +27,7 @@ from fedlora_app.config.rounds import BOTH, adapters_label
 from fedlora_app.config.schema import GLOBAL, Config, ConfigError
 from fedlora_app.evaluation.client_round import Metrics
 from fedlora_app.evaluation.names import EXACT_MATCH, QUESTION_SETS
-from fedlora_app.foundation.files import write_json
+from fedlora_app.foundation.files import hash_file, write_json
 from fedlora_app.foundation.project import find_project_root
 from fedlora_app.model.adapter_files import load_adapter
 from fedlora_app.model.adapters import AdapterState, attach_adapters
@@ -214,7 +214,8 @@ def main() -> None:
     for variant in variants:
         by_run = results.setdefault(variant, {})
         for run_dir in arguments.runs:
-            name = ":".join([run_dir.name, *arguments.clients])
+            of = [hash_file(Path(arguments.public))[:12]] if "{public}" in VARIANTS[variant] else []
+            name = ":".join([run_dir.name, *arguments.clients, *of])
             if name not in by_run:
                 by_run[name] = ablate(run_dir, root, variant, arguments.clients, arguments.public)
                 write_json(path, results)

@@ -99,7 +99,9 @@ OTHER_PROMPTS = "have other system prompts"
 CONDITIONS: dict[str, Callable[[EvaluatedRun], dict[str, str]]] = {
     "have other clients": lambda run: {"": f"({', '.join(sorted(run.evaluation['files']))})"},
     "have other base models": lambda run: {"": run.base_model},
-    "have other training data": lambda run: run.hashes(("universal_train", "local_train")),
+    "have other training data": lambda run: run.hashes(
+        ("universal_train", "local_train", "public")
+    ),
     OTHER_PROMPTS: lambda run: {
         f"for {client}": prompt for client, prompt in run.evaluation["system_prompts"].items()
     },

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedlora_app.config.schema import Config
+from fedlora_app.config.loading import parse_config
+from fedlora_app.config.schema import Config, ConfigError
 from fedlora_app.data.client_files import ClientFiles
 from fedlora_app.evaluation.tables import FORMAT
 
@@ -33,8 +34,9 @@ def find_kept(
     try:
         content = json.loads(gzip.decompress(path.read_bytes()))
         evaluation = content["evaluation"]
-        is_same = content["config"] == config.dump() and is_of(evaluation, files)
-    except (OSError, EOFError, ValueError, LookupError, TypeError):
+        # Read as a configuration, since an older version's lacks the keys that have come since.
+        is_same = parse_config(content["config"]) == config and is_of(evaluation, files)
+    except (OSError, EOFError, ValueError, LookupError, TypeError, ConfigError):
         return None
     return evaluation if is_same else None
 

@@ -59,7 +59,7 @@ def evaluate_round(
     Raises:
         ModelError: a model cannot be loaded.
     """
-    embedder = Embedder.load(semantic_model, saved.root) if semantic_model else None
+    embedder = Embedder.load(semantic_model, saved.root) if semantic_model is not None else None
     store = open_store(saved, saved.run.paths.partial_evaluation)
     evaluator = Evaluator(saved, store, report, embedder)
     if full is None:

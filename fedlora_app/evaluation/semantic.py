@@ -12,18 +12,24 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from fedlora_app.config.schema import ModelConfig
 from fedlora_app.model.base import choose_device
-from fedlora_app.model.pretrained import ModelError, find_file, from_pretrained
+from fedlora_app.model.pretrained import ModelError, from_pretrained, local_folder
 
 BATCH_SIZE = 64
-POOLING_FILE = "1_Pooling/config.json"
-"""Where sentence-transformers says how a text's tokens become one vector."""
+MAX_TOKENS = 256  # of a text; answers are short
+MODULES_FILE = "modules.json"
+"""Where sentence-transformers says what a model consists of, and in which folder each part lies."""
+MODULES = ("Transformer", "Pooling", "Normalize")
+"""What may be in it. Others, a dense layer for instance, would change what texts are near."""
 POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first"}
+PROBE = "The office opens at nine."
 
 
 @dataclass(frozen=True)
@@ -41,21 +47,52 @@ class Embedder:
         """Return the embedding model of a hub id, or of a folder relative to ``root``.
 
         Raises:
-            ModelError: it is not there, or pools in a way that is not known here.
+            ModelError: it is not there, is damaged, or is no model that can be used here.
         """
+        if not name.strip():
+            raise ModelError("--semantic names no model. Expected a hub id or a folder.")
         config = ModelConfig(name=name, quantization="none")
-        pooling = _read_pooling(config, root)
-        kwargs = {"use_safetensors": True, "dtype": torch.float32}
-        model = from_pretrained(AutoModel, config, root, **kwargs).to(choose_device()).eval()
-        return cls(model, from_pretrained(AutoTokenizer, config, root), pooling)
+        try:
+            model, info = from_pretrained(
+                AutoModel,
+                config,
+                root,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+            tokenizer = from_pretrained(AutoTokenizer, config, root)
+        except ModelError as error:
+            raise ModelError(f"--semantic: {error}".replace("base model", "model")) from error
+        missing = [key for key in info["missing_keys"] if "pooler" not in key]  # it goes unused
+        if missing:
+            raise ModelError(f"{name} lacks the weights {', '.join(sorted(missing)[:3])}.")
+        embedder = cls(model.to(choose_device()).eval(), tokenizer, _read_pooling(config, root))
+        try:
+            embedder.embed([PROBE])
+        except (RuntimeError, ValueError, IndexError, AttributeError, TypeError) as error:
+            raise ModelError(
+                f"{name} embeds no text ({error}). Expected an encoder with its tokenizer."
+            ) from error
+        return embedder
 
     @torch.inference_mode()
-    def embed(self, texts: Sequence[str], progress: Callable[[int, int], None]) -> None:
+    def embed(
+        self,
+        texts: Sequence[str],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
         """Embed the texts that are new, as unit vectors (D,) in fp32."""
-        new = sorted({text for text in texts if text not in self._known}, key=len)
+        new = sorted({text for text in texts if text and text not in self._known}, key=len)
         for start in range(0, len(new), BATCH_SIZE):
             batch = new[start : start + BATCH_SIZE]
-            inputs = self.tokenizer(batch, padding=True, truncation=True, return_tensors="pt")
+            inputs = self.tokenizer(
+                batch,
+                padding=True,
+                truncation=True,
+                max_length=min(MAX_TOKENS, self.tokenizer.model_max_length),
+                return_tensors="pt",
+            )
             inputs = inputs.to(self.model.device)
             hidden = self.model(**inputs).last_hidden_state  # (B, T, D)
             mask = inputs["attention_mask"][..., None].to(hidden.dtype)
@@ -67,20 +104,48 @@ class Embedder:
             progress(start + len(batch), len(new))
 
     def compare(self, text: str, candidates: Sequence[str]) -> tuple[float, ...]:
-        """Return the cosine similarities, in [-1, 1], of a text and candidates, all embedded."""
+        """Return the cosine similarities, in [-1, 1], of a text and candidates, all embedded.
+
+        An empty text is like none of them.
+        """
+        if not text:
+            return (-1.0,) * len(candidates)
         return tuple((self._known[text] @ self._known[other]).item() for other in candidates)
 
 
 def _read_pooling(config: ModelConfig, root: Path) -> str:
-    """Return how the model pools: as it says itself, or by the mean where it says nothing."""
-    path = find_file(config, root, POOLING_FILE)
-    if path is None:
-        return "mean"
-    modes = json.loads(path.read_text(encoding="utf-8"))
+    """Return how the model pools, as it says itself."""
+    modules = _read_json(config, root, MODULES_FILE)
+    if not isinstance(modules, list) or not all(
+        isinstance(module, dict) and {"type", "path"} <= module.keys() for module in modules
+    ):
+        raise ModelError(f"{config.name}: {MODULES_FILE} is not a list of modules.")
+    kinds = {str(module["type"]).rpartition(".")[2]: module["path"] for module in modules}
+    others = [kind for kind in kinds if kind not in MODULES]
+    if others or "Pooling" not in kinds:
+        raise ModelError(
+            f"{config.name} consists of {', '.join(kinds) or 'nothing'}. Expected no other parts "
+            f"than {', '.join(MODULES)}."
+        )
+    modes = _read_json(config, root, f"{kinds['Pooling']}/config.json")
+    modes = modes if isinstance(modes, dict) else {}
     chosen = [mode for mode, is_on in modes.items() if mode.startswith("pooling_mode_") and is_on]
-    if len(chosen) == 1 and chosen[0] in POOLING:
+    if len(chosen) == 1 and modes[chosen[0]] is True and chosen[0] in POOLING:
         return POOLING[chosen[0]]
-    known = ", ".join(POOLING)
     raise ModelError(
-        f"{config.name} pools by {', '.join(chosen) or 'nothing'}. Expected exactly one of {known}."
+        f"{config.name} pools by {', '.join(chosen) or 'nothing'}. Expected exactly one of "
+        f"{', '.join(POOLING)}."
     )
+
+
+def _read_json(config: ModelConfig, root: Path, name: str) -> Any:
+    """Return the content of one of the model's files, downloaded where it is not here."""
+    folder = local_folder(config, root)
+    try:
+        path = folder / name if folder else Path(cached_file(config.name, name))
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(
+            f"{config.name}: {name} cannot be read ({error}). Expected a sentence-embedding model "
+            "as sentence-transformers saves it."
+        ) from None

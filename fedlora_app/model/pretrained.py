@@ -59,11 +59,6 @@ def find_weights(config: ModelConfig, root: Path) -> Path:
     return Path(found).parent
 
 
-def find_file(config: ModelConfig, root: Path, name: str) -> Path | None:
-    """Return a file of the model's folder, or of the hub's cache, if it is there."""
-    return _find_file(config, local_folder(config, root), name)
-
-
 def _refuse_unsafe_folder(config: ModelConfig, folder: Path | None) -> None:
     """Raise ``ModelError`` if the base would bring code or an adapter of its own."""
     for name in () if config.trust_remote_code else ("config.json", "tokenizer_config.json"):
@@ -86,6 +81,7 @@ def _refuse_unsafe_folder(config: ModelConfig, folder: Path | None) -> None:
 
 
 def _find_file(config: ModelConfig, folder: Path | None, name: str) -> Path | None:
+    """Return a file of the model's folder, or of the hub's cache, if it is there."""
     if folder is not None:
         return folder / name if (folder / name).is_file() else None
     try:

@@ -76,6 +76,7 @@ def missing_files(config: Config, root: Path) -> list[str]:
         for client in config.federated.clients
         for path in (client.universal_train or config.data.universal_train, client.local_train)
     ]
+    paths.append(config.data.public)
     return [path for path in dict.fromkeys(paths) if path and not (root / path).is_file()]
 
 

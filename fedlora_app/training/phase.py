@@ -195,10 +195,12 @@ class _Tally:
     num_answer_tokens: int = 0
 
     def add(self, batch: Sequence[Example], loss: float, penalty: float) -> None:
-        self.losses.append(loss)
+        num_learnt = sum(example.num_answer_tokens for example in batch if not example.is_public)
+        if num_learnt:  # a batch of public records alone has no loss
+            self.losses.append(loss)
         self.penalties.append(penalty)
         self.num_tokens += sum(len(example.input_ids) for example in batch)
-        self.num_answer_tokens += sum(example.num_answer_tokens for example in batch)
+        self.num_answer_tokens += num_learnt
 
 
 def _accumulate_gradients(
@@ -208,7 +210,7 @@ def _accumulate_gradients(
     penalised: TrainingConfig | None,
     kept: KeptStates | None,
 ) -> tuple[float, float]:
-    """Add up the gradients of one step, micro-batch by micro-batch, every answer token alike.
+    """Add up the gradients of one step, micro-batch by micro-batch, every learnt token alike.
 
     Returns:
         The mean loss and the mean penalty, which stay on the device until the last micro-batch.

@@ -77,7 +77,8 @@ def select_examples(
     beside = [replace(example, is_replayed=True) for example in replayed]
     if examples.public is not None and phase.trainable == (LOCAL,) and GLOBAL in phase.active:
         rng = random.Random(derive_seed(config.experiment.seed, "public", server_round, client_id))
-        drawn = rng.choices(examples.public.examples, k=len(local))
+        pool = examples.public.examples * math.ceil(len(local) / len(examples.public.examples))
+        drawn = rng.sample(pool, len(local))
         beside += [replace(example, is_public=True) for example in drawn]
     return local + beside
 
@@ -88,20 +89,23 @@ def take_part(
     """Return the examples that a phase gets to in this round.
 
     All, unless training.max_steps is too small for that. Then each round takes up where the last
-    one stopped, in an order of the whole run, so that all are seen in turn. Replayed ones, which
-    every round draws anew, have their share of the steps.
+    one stopped, in an order of the whole run, so that all are seen in turn. Replayed and public
+    ones, which every round draws anew, have their share of the steps.
     """
     examples, room = selected.examples, selected.num_steps * examples_per_step(config.training)
     if room >= len(examples):
         return examples
     fixed = [example for example in examples if example.is_own]
-    beside = [example for example in examples if not example.is_own]
-    num_beside = round(room * len(beside) / len(examples))
-    size = min(room - num_beside, len(fixed))
+    replayed = [example for example in examples if example.is_replayed]
+    public = [example for example in examples if example.is_public]
+    public = public[: round(room * len(public) / len(examples))]
+    room -= len(public)
+    num_replayed = round(room * len(replayed) / (len(fixed) + len(replayed)))
+    size = min(room - num_replayed, len(fixed))
     random.Random(derive_seed(config.experiment.seed, "part", phase.name, client_id)).shuffle(fixed)
     start = (server_round - 1) * size
     part = [fixed[(start + offset) % len(fixed)] for offset in range(size)]
-    return part + beside[: room - size]
+    return part + replayed[: room - size] + public
 
 
 def count_phase_steps(config: Config, num_universal: int, num_local: int, phase: Phase) -> int:

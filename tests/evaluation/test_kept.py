@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,16 @@ def test_a_kept_evaluation_takes_its_run_s_place(path):
     before = path.read_bytes()
     keep_evaluation(path, build_tiny_config(), EVALUATION)
     assert path.read_bytes() == before
+
+
+def test_one_of_a_version_that_had_fewer_settings_is_used(path):
+    content = json.loads(gzip.decompress(path.read_bytes()))
+    del content["config"]["data"]["public"], content["config"]["evaluation"]["interval"]
+    path.write_bytes(gzip.compress(json.dumps(content).encode()))
+    assert find_kept(path, build_tiny_config(), FILES) == EVALUATION
+    content["config"]["training"]["gone"] = 1
+    path.write_bytes(gzip.compress(json.dumps(content).encode()))
+    assert find_kept(path, build_tiny_config(), FILES) is None
 
 
 @pytest.mark.parametrize(

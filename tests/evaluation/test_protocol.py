@@ -211,7 +211,7 @@ def test_a_fine_tuned_copy_stands_beside_the_average_that_it_was_made_from(runs,
     assert before.swaps("ann") == [Answering(), Answering(with_global=True)]
 
 
-def test_gold_answers_give_every_metric_its_known_value(runs, tiny_project):
+def test_gold_answers_give_every_metric_its_known_value(runs, tiny_project, embedder_name):
     """In the place of a model: each client's own adapters say its gold answers, others never."""
     saved = open_round(load_run(runs()), tiny_project)
 
@@ -233,7 +233,7 @@ def test_gold_answers_give_every_metric_its_known_value(runs, tiny_project):
 
     answering_module = answering
     config = saved.run.config
-    embedder = Embedder.load("model", tiny_project)  # any model can tell a text from another
+    embedder = Embedder.load(embedder_name, tiny_project)
     evaluator = Gold(saved, open_store(saved, runs() / "gold"), lambda *_: None, embedder)
     cells = []
     for client in saved.clients:
@@ -281,17 +281,19 @@ def test_the_core_has_the_same_answers_and_no_others(runs, tiny_project, evaluat
     assert said[0] == said[1][: len(said[0])]  # the others are at the chosen scales
 
 
-def test_meanings_are_compared_if_asked_for(runs, tiny_project, evaluation, tmp_path):
+def test_meanings_are_compared_if_asked_for(
+    runs, tiny_project, embedder_name, evaluation, tmp_path
+):
     run = shutil.copytree(runs("fedavg"), tmp_path / "run")
-    found = evaluate(run, tiny_project, full=False, semantic_model="model")
-    assert found["semantic_model"] == "model" and evaluation["semantic_model"] is None
+    found = evaluate(run, tiny_project, full=False, semantic_model=embedder_name)
+    assert found["semantic_model"] == embedder_name and evaluation["semantic_model"] is None
     rate = found["summary"]["conflict_pass_rate_semantic"]
     assert rate["n"] and 0 <= rate["value"] <= 1
     assert evaluation["summary"]["conflict_pass_rate_semantic"]["n"] == 0
     for row in found["questions"]:
         assert -2 <= row["scores"]["margin_semantic"] <= 2
     text, without = map(describe_evaluation, (found, evaluation))
-    assert " meant " in text and "as model finds" in text and " meant " not in without
+    assert " meant " in text and f"as {embedder_name} finds" in text and " meant " not in without
 
 
 def test_a_stopped_evaluation_goes_on_where_it_was(runs, tiny_project, evaluated, monkeypatch):

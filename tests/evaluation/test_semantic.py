@@ -7,61 +7,99 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from fedlora_app.evaluation.semantic import POOLING_FILE, Embedder
+from fedlora_app.evaluation.semantic import MODULES_FILE, Embedder
 from fedlora_app.model.base import ModelError
 
 TEXTS = ["The fee is 5 euros.", "Five euros.", "No.", "The office opens at nine every morning."]
+POOLING_FILE = "1_Pooling/config.json"
 
 
-def embed(embedder, *texts):
-    embedder.embed(texts, lambda done, total: None)
+@pytest.fixture
+def folder(tiny_project, embedder_name, tmp_path):
+    return shutil.copytree(tiny_project / embedder_name, tmp_path / "embedder")
+
+
+def load(folder) -> Embedder:
+    return Embedder.load(str(folder), folder)
+
+
+def embed(embedder, *texts) -> Embedder:
+    embedder.embed(texts)
     return embedder
 
 
-def pooling_folder(tiny_project, tmp_path, **modes):
-    folder = shutil.copytree(tiny_project / "model", tmp_path / "embedder")
-    (folder / POOLING_FILE).parent.mkdir()
-    (folder / POOLING_FILE).write_text(json.dumps({"word_embedding_dimension": 32} | modes))
-    return folder
-
-
-def test_a_text_is_nearest_to_itself(tiny_project):
-    embedder = embed(Embedder.load("model", tiny_project), *TEXTS)
+def test_a_text_is_nearest_to_itself(folder):
+    embedder = embed(load(folder), *TEXTS)
     for text in TEXTS:
         own, *others = embedder.compare(text, [text, *(t for t in TEXTS if t != text)])
         assert own == pytest.approx(1.0, abs=1e-5) and all(-1 <= o < own for o in others)
 
 
-@pytest.mark.parametrize("mode", ["mean", "cls"])
-def test_neighbours_in_a_batch_change_nothing(tiny_project, tmp_path, mode):
-    name = f"pooling_mode_{mode}_token" + ("s" if mode == "mean" else "")
-    folder = pooling_folder(
-        tiny_project, tmp_path, **{name: True, "pooling_mode_max_tokens": False}
-    )
-    together = embed(Embedder.load(str(folder), tiny_project), *TEXTS)
-    alone = Embedder.load(str(folder), tiny_project)
+def test_an_empty_answer_means_nothing(folder):
+    embedder = embed(load(folder), *TEXTS, "")
+    assert embedder.compare("", TEXTS[:2]) == (-1.0, -1.0)
+
+
+@pytest.mark.parametrize("mode", ["mean_tokens", "cls_token"])
+def test_neighbours_in_a_batch_change_nothing(folder, mode):
+    (folder / POOLING_FILE).write_text(json.dumps({f"pooling_mode_{mode}": True}))
+    together = embed(load(folder), *TEXTS)
+    alone = load(folder)
     for text in TEXTS:
         embed(alone, text)
         torch.testing.assert_close(alone._known[text], together._known[text])
     hidden = alone.model(**alone.tokenizer(TEXTS[0], return_tensors="pt")).last_hidden_state[0]
-    expected = hidden.mean(0) if mode == "mean" else hidden[0]
+    expected = hidden.mean(0) if mode == "mean_tokens" else hidden[0]
     torch.testing.assert_close(alone._known[TEXTS[0]], expected / expected.norm())
 
 
-def test_what_is_known_is_not_embedded_again(tiny_project):
-    embedder = embed(Embedder.load("model", tiny_project), *TEXTS)
+def test_what_is_known_is_not_embedded_again(folder):
+    embedder = embed(load(folder), *TEXTS)
     steps = []
     embedder.embed([*TEXTS, "Another one."], lambda *step: steps.append(step))
     assert steps == [(1, 1)]
 
 
-def test_another_pooling_is_refused(tiny_project, tmp_path):
-    folder = pooling_folder(tiny_project, tmp_path, pooling_mode_max_tokens=True)
-    with pytest.raises(ModelError, match="pools by pooling_mode_max_tokens. Expected exactly one"):
-        Embedder.load(str(folder), tiny_project)
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        (POOLING_FILE, None, "1_Pooling/config.json cannot be read"),
+        (POOLING_FILE, b"{", "1_Pooling/config.json cannot be read"),
+        (POOLING_FILE, b"\xff", "1_Pooling/config.json cannot be read"),
+        (POOLING_FILE, b"[1]", "pools by nothing"),
+        (POOLING_FILE, b'{"pooling_mode_max_tokens": true}', "pools by pooling_mode_max_tokens"),
+        (POOLING_FILE, b'{"pooling_mode_cls_token": "false"}', "pools by pooling_mode_cls_token"),
+        (MODULES_FILE, None, "modules.json cannot be read"),
+        (MODULES_FILE, b"{}", "is not a list of modules"),
+        (MODULES_FILE, b"[]", "consists of nothing"),
+        (
+            MODULES_FILE,
+            b'[{"type": "a.Pooling", "path": "p"}, {"type": "a.Dense", "path": "d"}]',
+            "consists of Pooling, Dense. Expected no other parts",
+        ),
+        ("tokenizer.json", b"{", "--semantic: The model in"),
+    ],
+)
+def test_other_models_are_refused(folder, name, content, expected):
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    with pytest.raises(ModelError, match=expected):
+        load(folder)
 
 
-def test_a_model_that_is_not_there_says_what_to_do(tiny_project):
-    with pytest.raises(ModelError, match="hf download some/embedder"):
-        Embedder.load("some/embedder", tiny_project)
+def test_a_model_without_some_of_its_weights_is_refused(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    gone = next(name for name in tensors if "q_proj.weight" in name)
+    save_file({k: v for k, v in tensors.items() if k != gone}, path, {"format": "pt"})
+    with pytest.raises(ModelError, match="lacks the weights .*q_proj.weight"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["", "some/embedder"])
+def test_a_model_that_is_not_there_says_what_to_do(folder, name):
+    with pytest.raises(ModelError, match="hf download some/embedder" if name else "names no model"):
+        Embedder.load(name, folder)

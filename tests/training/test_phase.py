@@ -238,30 +238,42 @@ def test_the_kl_penalty_is_the_divergence_on_replayed_records(adapted):
 
 
 def test_public_records_are_held_and_not_learnt(adapted):
-    """The step is that of the own records' loss and of the KL on the public ones."""
-    start = get_state(adapted, LOCAL)
+    """A step on both is the step on the own records, where the pair says what global does."""
+    state = get_state(adapted, LOCAL)
+    silent = {k: torch.zeros_like(v) if "lora_B" in k else v for k, v in state.items()}
     examples = build_examples(6)
     mixed = [replace(e, is_public=index < 3) for index, e in enumerate(examples)]
-    settings = {"local_kl_weight": 2.0, "batch_size": 6, "gradient_accumulation_steps": 1}
+    found = {}
+    for name, trained in (("mixed", mixed), ("own", examples[3:]), ("all", examples)):
+        set_state(adapted, LOCAL, silent)
+        settings = {"local_kl_weight": 2.0, "batch_size": 6, "gradient_accumulation_steps": 1}
+        result = train(adapted, trained, trainable=(LOCAL,), num_steps=1, settings=settings)
+        found[name] = (result.train_loss, result.num_answer_tokens, get_state(adapted, LOCAL))
+    assert found["mixed"][:2] == pytest.approx(found["own"][:2], rel=1e-5)
+    for key, value in found["mixed"][2].items():
+        torch.testing.assert_close(value, found["own"][2][key])
+    assert any(not torch.equal(v, found["all"][2][k]) for k, v in found["mixed"][2].items())
+
+
+def test_the_kl_penalty_is_the_divergence_on_public_records(adapted):
+    examples = [replace(e, is_public=index < 3) for index, e in enumerate(build_examples(6))]
     expected = measure_divergence(adapted, examples[:3])
-    result = train(adapted, mixed, trainable=(LOCAL,), num_steps=1, settings=settings)
+    settings = {"local_kl_weight": 2.0, "batch_size": 6, "gradient_accumulation_steps": 1}
+    result = train(adapted, examples, trainable=(LOCAL,), num_steps=1, settings=settings)
     assert result.penalty == pytest.approx(2.0 * expected, rel=1e-4)
-    set_state(adapted, LOCAL, start)
-    settings["batch_size"] = 3
-    alone = train(adapted, examples[3:], trainable=(LOCAL,), num_steps=1, settings=settings)
-    assert result.train_loss == pytest.approx(alone.train_loss, rel=1e-4)
 
 
-def test_public_records_alone_move_nothing_that_agrees(adapted):
-    """A batch without own records has no loss, and a pair that says what global says no penalty."""
-    state = {
-        k: torch.zeros_like(v) if "lora_B" in k else v for k, v in get_state(adapted, LOCAL).items()
-    }
-    set_state(adapted, LOCAL, state)
-    public = [replace(e, is_public=True) for e in build_examples(4)]
-    settings = {"local_kl_weight": 1.0, "batch_size": 4, "gradient_accumulation_steps": 1}
-    result = train(adapted, public, trainable=(LOCAL,), num_steps=1, settings=settings)
-    assert (result.train_loss, result.penalty) == (0.0, pytest.approx(0.0, abs=1e-6))
+def test_a_batch_of_public_records_alone_does_not_count_as_a_loss_of_0(adapted):
+    own = build_examples(4)
+    public = [replace(e, is_public=True) for e in own]
+    settings = {"local_kl_weight": 1.0, "batch_size": 1, "gradient_accumulation_steps": 1}
+    settings |= {"learning_rate": 1e-12}
+    losses = [
+        train(adapted, trained, trainable=(LOCAL,), num_steps=len(trained), settings=settings)
+        for trained in (own, own + public)
+    ]
+    assert losses[0].train_loss == pytest.approx(losses[1].train_loss, rel=1e-4)
+    assert losses[1].final_train_loss > 0
 
 
 def test_the_kl_penalty_keeps_the_pair_near_global(adapted):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import product
+from operator import attrgetter
 from typing import get_args
 
 import pytest
 import torch
 from conftest import ALIKE, build_tiny_config
 
-from fedlora_app.config.rounds import Phase, plan_round, training_clients
+from fedlora_app.config.rounds import BOTH, Phase, plan_round, training_clients
 from fedlora_app.config.schema import GLOBAL, LOCAL, Mode
 from fedlora_app.data.client_files import ClientExamples
 from fedlora_app.data.tokens import Example, TokenizedFile
@@ -102,8 +105,48 @@ def test_public_records_are_drawn_anew_beside_the_local_ones_and_by_nobody_else(
         assert found.num_steps == 5  # ten examples, two a step
         drawn.append(public)
     assert drawn[0] == drawn[1] != drawn[2]
-    found = select_phase(config, "ann", plan.train, 1, lambda owner: tokens)
-    assert not any(example.is_public for example in found.examples)
+    for mode, schedule in product(get_args(Mode), ("phased", "joint")):
+        other = build_tiny_config(
+            training={"local_kl_weight": 1.0, "replay": 0, "schedule": schedule},
+            data={"public": "public.json"},
+            federated={"mode": mode},
+            adapters=ALIKE,
+        )
+        for server_round in (1, 2):
+            plan = plan_round(other, server_round)
+            for phase in filter(None, (plan.train, plan.personalise)):
+                found = select_phase(other, "ann", phase, server_round, lambda owner: tokens)
+                holds = phase == Phase(BOTH, (LOCAL,), "local")
+                assert any(e.is_public for e in found.examples) == holds
+
+
+@pytest.mark.parametrize("max_steps", [10, 20, 30, 39])
+def test_limited_rounds_have_each_kinds_share(max_steps):
+    tokens = ClientExamples(*(TokenizedFile(number(40, first), 0, 0) for first in (0, 100, 200)))
+    training = {"local_kl_weight": 1.0, "replay": 1.0, "max_steps": max_steps}
+    config = build_tiny_config(training=training, data={"public": "public.json"})
+    phase = plan_round(config, 1).personalise
+    selected = select_phase(config, "ann", phase, 1, lambda owner: tokens)
+    part = take_part(selected, config, "ann", phase, 1)
+    kinds = [sum(map(has, part)) for has in KINDS]
+    assert sum(kinds) == len(part) == 2 * max_steps
+    assert max(kinds) - min(kinds) <= 1
+
+
+KINDS = (attrgetter("is_own"), attrgetter("is_replayed"), attrgetter("is_public"))
+
+
+def test_as_many_public_records_as_there_are_are_drawn_before_any_comes_again():
+    tokens = ClientExamples(
+        *(TokenizedFile(number(n, f), 0, 0) for n, f in ((3, 0), (5, 9), (2, 50)))
+    )
+    config = build_tiny_config(
+        training={"local_kl_weight": 1.0, "replay": 0}, data={"public": "public.json"}
+    )
+    phase = plan_round(config, 1).personalise
+    found = select_phase(config, "ann", phase, 1, lambda owner: tokens)
+    drawn = Counter(e.input_ids[0] for e in found.examples if e.is_public)
+    assert sorted(drawn.values()) == [2, 3]
 
 
 def number(count: int, first: int = 0) -> list[Example]:

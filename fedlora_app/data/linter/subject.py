@@ -133,7 +133,7 @@ def collect_clients(
     return [
         LintedClient(
             config.client(client_id),
-            wrap_all({UNIVERSAL: own.universal, LOCAL_SET: own.local}),
+            wrap_all({UNIVERSAL: own.universal, LOCAL_SET: own.local} | own.extra),
             wrap_all(own.tests),
             wrap_all(own.validations),
         )
