@@ -50,6 +50,8 @@ from fedlora_app.runs.paths import RunDirectoryError
 from fedlora_app.runs.reading import SavedRun, load_run
 
 FLWR = str(Path(sys.executable).with_name("flwr"))  # of this environment, whatever PATH says
+BASE_ANSWERS = ".base-answers.jsonl"
+"""What the base model answers, which is the same in all runs of a study."""
 POLL_SECONDS = 5.0
 HEADINGS = (*(entry.heading for entry in QUESTION_SETS.values()), PASS_HEADING, LEAKAGE)
 ROWS = {who: label for who, label in ANSWERERS.items() if who != OWN_PAIR}
@@ -128,7 +130,7 @@ def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) 
                     f"{run_dir} did not reach its end; its log is above. The same command "
                     "resumes it."
                 )
-        evaluations[variant].append(_evaluate(run_dir, data_root, report))
+        evaluations[variant].append(_evaluate(run_dir, data_root, report, folder / BASE_ANSWERS))
         if kept:
             keep_evaluation(kept, config, evaluations[variant][-1])
     figures = {name: [measure(entry) for entry in runs] for name, runs in evaluations.items()}
@@ -145,6 +147,7 @@ def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) 
         },
     )
     write_atomically(folder / "summary.md", text + "\n")
+    (folder / BASE_ANSWERS).unlink(missing_ok=True)
     runs = [folder / f"{variant}-seed{seed}" for variant, seed in configs]
     here = [run for run in runs if run.is_dir()]  # and not kept from another machine
     for run in here:
@@ -337,14 +340,14 @@ def _call_flower(command: list[str], environment: Mapping[str, str]) -> dict[str
     return answer
 
 
-def _evaluate(run_dir: Path, root: Path, report: Report) -> dict[str, Any]:
+def _evaluate(run_dir: Path, root: Path, report: Report, base_answers: Path) -> dict[str, Any]:
     """Return a run's evaluation, made again where it is not of its adapters."""
     run = load_run(run_dir)
     saved = open_round(run, root)
     if _is_current(run.evaluation, saved):
         return run.evaluation
     print(f"{run.name}: evaluating", flush=True)
-    return evaluate_round(saved, report)
+    return evaluate_round(saved, report, base_answers=base_answers)
 
 
 def _is_current(evaluation: Mapping[str, Any] | None, saved: SavedRound) -> bool:

@@ -216,8 +216,12 @@ class Evaluator:
         return f"{answering.label} {'+'.join(parts)}"
 
 
-def open_store(saved: SavedRound, path: Path) -> ScoreStore:
-    """Return the scores that a stopped evaluation of this run left, or none."""
+def open_store(saved: SavedRound, path: Path, base_answers: Path | None = None) -> ScoreStore:
+    """Return the scores that a stopped evaluation of this run left, or none.
+
+    Args:
+        base_answers: where runs on the same base, data and settings keep what the base answers.
+    """
     config = saved.run.config
     gate = f"{config.adapters.gate} {GATE_FORMAT}"
     settings = [config.model.model_dump(), config.evaluation.max_new_tokens, gate]
@@ -225,7 +229,7 @@ def open_store(saved: SavedRound, path: Path) -> ScoreStore:
     if config.adapters.gate != "none":  # a gate is fitted to the training prompts
         settings += [(f.universal.sha256, f.local.sha256) for f in saved.files.values()]
     text = json.dumps(settings, sort_keys=True)
-    return ScoreStore(path, hashlib.sha256(text.encode()).hexdigest()[:16])
+    return ScoreStore(path, hashlib.sha256(text.encode()).hexdigest()[:16], base_answers)
 
 
 def _ask(cell: Cell) -> list[Prompt]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -47,6 +48,7 @@ def evaluate_round(
     full: bool | None = None,
     membership: bool = False,
     semantic_model: str | None = None,
+    base_answers: Path | None = None,
 ) -> dict[str, Any]:
     """Run the protocol, write ``evaluation.json`` and return what it holds.
 
@@ -55,12 +57,13 @@ def evaluate_round(
         full: all of the protocol or its core; None: as the run's configuration says.
         membership: also try to tell the members of the training data by the global adapter.
         semantic_model: a sentence-embedding model that also compares generated answers in meaning.
+        base_answers: a file in which other runs find what the base model has answered.
 
     Raises:
         ModelError: a model cannot be loaded.
     """
     embedder = Embedder.load(semantic_model, saved.root) if semantic_model is not None else None
-    store = open_store(saved, saved.run.paths.partial_evaluation)
+    store = open_store(saved, saved.run.paths.partial_evaluation, base_answers)
     evaluator = Evaluator(saved, store, report, embedder)
     if full is None:
         full = saved.run.config.evaluation.protocol == "full"

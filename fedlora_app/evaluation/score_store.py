@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedlora_app.config.rounds import BASE
 from fedlora_app.evaluation.scoring import Answered, Prompt
 
 
@@ -16,15 +17,18 @@ class ScoreStore:
     Args:
         path: JSON Lines beside the run; a last line that a stop has cut is dropped.
         context: what scores depend on beside adapters and prompt; others are ignored.
+        base_answers: a file of the base model's own scores, which other runs have too.
     """
 
-    def __init__(self, path: Path, context: str) -> None:
+    def __init__(self, path: Path, context: str, base_answers: Path | None = None) -> None:
         self._path = path
         self._context = context
+        self._base_answers = base_answers
         self._scores: dict[tuple[str, ...], Answered] = {}
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                self._read(line)
+        for source in filter(None, (base_answers, path)):
+            if source.exists():
+                for line in source.read_text(encoding="utf-8").splitlines():
+                    self._read(line)
 
     def get(self, who: str, prompt: Prompt) -> Answered | None:
         """Return a prompt's score under the adapters ``who``."""
@@ -32,7 +36,8 @@ class ScoreStore:
 
     def add(self, who: str, prompts: Sequence[Prompt], answers: Sequence[Answered]) -> None:
         """Keep scores, in memory and in the file."""
-        with self._path.open("a", encoding="utf-8") as file:
+        shares = self._base_answers is not None and who.strip() == BASE
+        with (self._base_answers if shares else self._path).open("a", encoding="utf-8") as file:
             for prompt, answer in zip(prompts, answers, strict=True):
                 key = _store_key(who, prompt)
                 self._scores[key] = answer
@@ -41,7 +46,7 @@ class ScoreStore:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def remove(self) -> None:
-        """Delete the file: the evaluation is complete."""
+        """Delete the run's own file: the evaluation is complete."""
         self._path.unlink(missing_ok=True)
 
     def _read(self, line: str) -> None:

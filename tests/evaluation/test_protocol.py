@@ -281,6 +281,28 @@ def test_the_core_has_the_same_answers_and_no_others(runs, tiny_project, evaluat
     assert said[0] == said[1][: len(said[0])]  # the others are at the chosen scales
 
 
+def test_runs_can_share_what_the_base_answers(runs, tiny_project, tmp_path, monkeypatch):
+    shared, asked = tmp_path / "base", []
+
+    def watch(model, tokenizer, prompts, **settings):
+        asked.append(len(prompts))
+        return original(model, tokenizer, prompts, **settings)
+
+    original = answering.score_prompts
+    monkeypatch.setattr(answering, "score_prompts", watch)
+    found = []
+    for name, base_answers in (("dual", shared), ("fedavg", shared), ("fedavg", None)):
+        asked.clear()
+        run = shutil.copytree(runs(name), tmp_path / f"{name}-{len(found)}")
+        found.append(
+            (evaluate(run, tiny_project, full=False, base_answers=base_answers), sum(asked))
+        )
+        assert not load_run(run).paths.partial_evaluation.exists()
+    (_, _), (with_shared, few), (alone, many) = found
+    assert few == many - len(shared.read_text().splitlines()) < many
+    assert with_shared["swap_table"] == alone["swap_table"]
+
+
 def test_meanings_are_compared_if_asked_for(
     runs, tiny_project, embedder_name, evaluation, tmp_path
 ):
