@@ -40,6 +40,7 @@ class Files:
     local: RecordFile
     tests: dict[str, RecordFile] = field(default_factory=dict)
     validations: dict[str, RecordFile] = field(default_factory=dict)
+    extra: dict[str, RecordFile] = field(default_factory=dict)
 
 
 def file(name: str, *records: Record | ConflictRecord, num_skipped: int = 0) -> RecordFile:
@@ -519,6 +520,18 @@ def test_the_terminal_is_spared_the_thousandth_line_of_one_kind():
     lines = describe_findings(findings).splitlines()
     assert len(lines) == MAX_LINES_PER_RULE + 2
     assert "30 more" in lines[-2] and lines[-1] == "50 errors"
+
+
+def test_a_public_record_that_is_a_test_question():
+    files = clean()
+    assert rules(check(files)) == set()
+    files.extra["public"] = file("public.json", ask("Is smoking punished?", "It may be."))
+    [finding] = check(files)
+    assert (finding.severity, finding.rule, finding.file) == (
+        *("error", "test-in-training"),
+        "data/local_test.json",
+    )
+    assert "also stands in data/public.json, record 1" in finding.text
 
 
 def test_numbers_of_records_say_when_invalid_ones_are_missing():
