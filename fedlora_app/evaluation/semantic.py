@@ -63,7 +63,9 @@ class Embedder:
             )
             tokenizer = from_pretrained(AutoTokenizer, config, root)
         except ModelError as error:
-            raise ModelError(f"--semantic: {error}".replace("base model", "model")) from error
+            text = str(error).replace("base model", "model")
+            text = text.replace("set model.name to a local folder", "name a local folder")
+            raise ModelError(f"--semantic: {text}") from error
         missing = [key for key in info["missing_keys"] if "pooler" not in key]  # it goes unused
         if missing:
             raise ModelError(f"{name} lacks the weights {', '.join(sorted(missing)[:3])}.")
