@@ -51,7 +51,7 @@ from fedlora_app.runs.reading import SavedRun, load_run
 
 FLWR = str(Path(sys.executable).with_name("flwr"))  # of this environment, whatever PATH says
 BASE_ANSWERS = ".base-answers.jsonl"
-"""What the base model answers, which is the same in all runs of a study."""
+"""What the base model answers, the same in all runs on one base, prompts and settings."""
 POLL_SECONDS = 5.0
 HEADINGS = (*(entry.heading for entry in QUESTION_SETS.values()), PASS_HEADING, LEAKAGE)
 ROWS = {who: label for who, label in ANSWERERS.items() if who != OWN_PAIR}

@@ -93,6 +93,7 @@ def test_a_study_runs_what_is_missing_and_evaluates_it(
     assert (folder / "one-seed1.earlier-1").is_dir()
     assert "| pair | global + own local |" in output and "| one | global alone |" in output
     assert json.loads((folder / "summary.json").read_text())["figures"].keys() == {"pair", "one"}
+    assert not (folder / ".base-answers.jsonl").exists()
     finished = (pair / "manifest.json").stat().st_mtime_ns
     evaluated = (pair / "evaluation.json").stat().st_mtime_ns
     shutil.rmtree(folder / "one-seed1")  # as on another machine

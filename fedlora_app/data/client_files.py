@@ -11,6 +11,7 @@ from fedlora_app.config.schema import ClientConfig, Config
 from fedlora_app.data.questions import (
     CONFLICT,
     LOCAL_SET,
+    PUBLIC,
     UNIVERSAL,
     Question,
     build_conflict_questions,
@@ -42,7 +43,7 @@ class ClientFiles:
     @property
     def extra(self) -> dict[str, RecordFile]:
         """What else its training uses."""
-        return _present({"public": self.public})
+        return _present({PUBLIC: self.public})
 
     @property
     def hashes(self) -> dict[str, str]:

@@ -16,6 +16,7 @@ from fedlora_app.data.similarity import normalise_answer
 
 UNIVERSAL, LOCAL_SET, CONFLICT = "universal", "local", "conflict"
 UNIVERSAL_UNSEEN = "universal_unseen"
+PUBLIC = "public"  # records of nobody, which are not asked
 
 
 @dataclass(frozen=True)

@@ -211,16 +211,19 @@ def main() -> None:
     root = find_project_root()
     path = arguments.runs[0].parent / "ablation.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    shown: dict[str, dict[str, Figures]] = {variant: {} for variant in variants}
     for variant in variants:
-        by_run = results.setdefault(variant, {})
+        is_public = "{public}" in VARIANTS[variant]
+        of = [hash_file(root / arguments.public)[:12]] if is_public else []
         for run_dir in arguments.runs:
-            of = [hash_file(Path(arguments.public))[:12]] if "{public}" in VARIANTS[variant] else []
+            by_run = results.setdefault(variant, {})
             name = ":".join([run_dir.name, *arguments.clients, *of])
             if name not in by_run:
                 by_run[name] = ablate(run_dir, root, variant, arguments.clients, arguments.public)
                 write_json(path, results)
                 print(f"{variant}, {name}: {by_run[name]}", flush=True)
-    print("\n".join(tabulate({name: results[name] for name in variants})))
+            shown[variant][name] = by_run[name]
+    print("\n".join(tabulate(shown)))
 
 
 if __name__ == "__main__":

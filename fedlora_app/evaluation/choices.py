@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -91,6 +92,8 @@ class Evaluator:
     report: Report
     embedder: Embedder | None = None
     """Compares generated answers with the candidates in meaning."""
+    base_store: ScoreStore | None = None
+    """The base model's own scores, where several runs share them."""
     model: SavedModel = field(init=False)
 
     def __post_init__(self) -> None:
@@ -132,7 +135,8 @@ class Evaluator:
 
     def _answer(self, answering: Answering, prompts: list[Prompt], done: int, total: int) -> None:
         who = self._identify(answering)
-        missing = [prompt for prompt in prompts if self.store.get(who, prompt) is None]
+        store = self._store(answering)
+        missing = [prompt for prompt in prompts if store.get(who, prompt) is None]
         done += len(prompts) - len(missing)
         if not missing:
             return
@@ -149,7 +153,7 @@ class Evaluator:
                 replace(answer, openness=openness)
                 for answer, openness in zip(shared, closed.values(), strict=True)
             ]
-            self.store.add(who, list(closed), answers)
+            store.add(who, list(closed), answers)
             missing = [prompt for prompt in missing if prompt not in closed]
             done += len(closed)
         with self.model.answering(answering) as (model, gate):
@@ -168,7 +172,7 @@ class Evaluator:
                     gate=gate,
                     progress=report,
                 )
-                self.store.add(who, chunk, answers)
+                store.add(who, chunk, answers)
 
     def _find_closed(
         self, answering: Answering, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase
@@ -184,6 +188,10 @@ class Evaluator:
     def _behind_gate(self, answering: Answering) -> dict[bool, Answering]:
         return answering.behind_gate(self.saved.run.config.adapters)
 
+    def _store(self, answering: Answering) -> ScoreStore:
+        shares = self.base_store is not None and not answering.adapters
+        return self.base_store if shares else self.store
+
     def _collect(self, cell: Cell) -> list[Answered]:
         who = self._identify(cell.answering)
         # A candidate's prior is of the adapters that answered the question, not of those that the
@@ -191,11 +199,12 @@ class Evaluator:
         priors: dict[bool, dict[str, float]] = {True: {}, False: {}}
         for is_open, behind in self._behind_gate(cell.answering).items():
             for prompt in _ask_nothing(cell):
-                values = self.store.get(self._identify(behind), prompt).log_likelihoods
+                found = self._store(behind).get(self._identify(behind), prompt)
+                values = found.log_likelihoods
                 priors[is_open].update(zip(prompt.candidates, values, strict=True))
         collected = []
         for question, prompt in zip(cell.questions, _ask(cell), strict=True):
-            answered = self.store.get(who, prompt)
+            answered = self._store(cell.answering).get(who, prompt)
             order = [prompt.candidates.index(text) for text in question.candidates]
             sorted_back = Answered(
                 tuple(answered.log_likelihoods[i] for i in order),
@@ -216,20 +225,28 @@ class Evaluator:
         return f"{answering.label} {'+'.join(parts)}"
 
 
-def open_store(saved: SavedRound, path: Path, base_answers: Path | None = None) -> ScoreStore:
-    """Return the scores that a stopped evaluation of this run left, or none.
-
-    Args:
-        base_answers: where runs on the same base, data and settings keep what the base answers.
-    """
+def open_store(saved: SavedRound, path: Path) -> ScoreStore:
+    """Return the scores that a stopped evaluation of this run left, or none."""
     config = saved.run.config
-    gate = f"{config.adapters.gate} {GATE_FORMAT}"
-    settings = [config.model.model_dump(), config.evaluation.max_new_tokens, gate]
-    settings += [saved.run.manifest["base_model"], describe_precision(config.model)]
+    settings: list[Any] = [f"{config.adapters.gate} {GATE_FORMAT}"]
     if config.adapters.gate != "none":  # a gate is fitted to the training prompts
         settings += [(f.universal.sha256, f.local.sha256) for f in saved.files.values()]
+    return ScoreStore(path, _identify_context(saved, settings))
+
+
+def open_base_store(saved: SavedRound, path: Path) -> ScoreStore:
+    """Return what the base model has answered to these or other runs."""
+    return ScoreStore(path, _identify_context(saved, []))
+
+
+def _identify_context(saved: SavedRound, settings: list[Any]) -> str:
+    """Return a key of ``settings`` and of what every score depends on."""
+    config = saved.run.config
+    settings = [*settings, config.model.model_dump(), saved.run.manifest["base_model"]]
+    settings += [config.evaluation.max_new_tokens, config.evaluation.batch_size]
+    settings.append(describe_precision(config.model))
     text = json.dumps(settings, sort_keys=True)
-    return ScoreStore(path, hashlib.sha256(text.encode()).hexdigest()[:16], base_answers)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _ask(cell: Cell) -> list[Prompt]:

@@ -26,6 +26,7 @@ from fedlora_app.evaluation.choices import (
     Evaluator,
     Report,
     SavedRound,
+    open_base_store,
     open_store,
 )
 from fedlora_app.evaluation.gold import GoldReader, find_unreachable_answers
@@ -63,8 +64,9 @@ def evaluate_round(
         ModelError: a model cannot be loaded.
     """
     embedder = Embedder.load(semantic_model, saved.root) if semantic_model is not None else None
-    store = open_store(saved, saved.run.paths.partial_evaluation, base_answers)
-    evaluator = Evaluator(saved, store, report, embedder)
+    store = open_store(saved, saved.run.paths.partial_evaluation)
+    base_store = open_base_store(saved, base_answers) if base_answers is not None else None
+    evaluator = Evaluator(saved, store, report, embedder, base_store)
     if full is None:
         full = saved.run.config.evaluation.protocol == "full"
     cells = [*swap_cells(saved), *control_cells(saved)] if full else list(core_cells(saved))

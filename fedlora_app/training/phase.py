@@ -170,7 +170,7 @@ def train_phase(
             _take_step(optimizer, training.max_grad_norm)
             total.add(batch, loss, penalty)
             if progress is not None:
-                progress(step + 1, num_steps, loss)
+                progress(step + 1, num_steps, total.losses[-1] if total.losses else loss)
     return PhaseResult(
         num_steps=num_steps,
         num_examples=len(examples),

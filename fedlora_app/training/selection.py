@@ -77,8 +77,9 @@ def select_examples(
     beside = [replace(example, is_replayed=True) for example in replayed]
     if examples.public is not None and phase.trainable == (LOCAL,) and GLOBAL in phase.active:
         rng = random.Random(derive_seed(config.experiment.seed, "public", server_round, client_id))
-        pool = examples.public.examples * math.ceil(len(local) / len(examples.public.examples))
-        drawn = rng.sample(pool, len(local))
+        public = examples.public.examples
+        passes = math.ceil(len(local) / len(public))
+        drawn = [e for _ in range(passes) for e in rng.sample(public, len(public))][: len(local)]
         beside += [replace(example, is_public=True) for example in drawn]
     return local + beside
 

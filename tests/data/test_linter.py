@@ -532,6 +532,8 @@ def test_a_public_record_that_is_a_test_question():
         "data/local_test.json",
     )
     assert "also stands in data/public.json, record 1" in finding.text
+    files.extra["public"] = file("public.json", ask("What does a cigarette cost me?", "It varies."))
+    assert rules(check(files)) == {("warning", "public-in-training")}
 
 
 def test_numbers_of_records_say_when_invalid_ones_are_missing():

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from conftest import ALIKE, build_tiny_config
 from loopback import Federation
 
+from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.data.client_files import build_question_sets
 from fedlora_app.data.questions import CONFLICT
 from fedlora_app.evaluation import choices as answering
 from fedlora_app.evaluation import protocol
 from fedlora_app.evaluation.answering import Answering
-from fedlora_app.evaluation.choices import Cell, Evaluator, open_round, open_store
+from fedlora_app.evaluation.choices import (
+    Cell,
+    Evaluator,
+    open_base_store,
+    open_round,
+    open_store,
+)
 from fedlora_app.evaluation.client_round import evaluate_questions
 from fedlora_app.evaluation.evaluated_run import find_leading
 from fedlora_app.evaluation.names import ACCURACY, EXACT_MATCH, PER_BYTE, PMI
 from fedlora_app.evaluation.protocol import evaluate_round
 from fedlora_app.evaluation.reported import collect_reports
 from fedlora_app.evaluation.scores import Score
+from fedlora_app.evaluation.scoring import Answered, Prompt
 from fedlora_app.evaluation.semantic import Embedder
 from fedlora_app.evaluation.shares import read_shares
 from fedlora_app.evaluation.tables import build_evaluation, choose_scales
@@ -299,8 +308,30 @@ def test_runs_can_share_what_the_base_answers(runs, tiny_project, tmp_path, monk
         )
         assert not load_run(run).paths.partial_evaluation.exists()
     (_, _), (with_shared, few), (alone, many) = found
-    assert few == many - len(shared.read_text().splitlines()) < many
+    assert few == many - len(list(filter(None, shared.read_text().split("\n")))) < many
     assert with_shared["swap_table"] == alone["swap_table"]
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "is_shared"),
+    [
+        ("adapters", {"gate": "prompt"}, True),
+        ("training", {"learning_rate": 1e-5}, True),
+        ("evaluation", {"max_new_tokens": 9}, False),
+        ("evaluation", {"batch_size": 3}, False),
+        ("model", {"dtype": "bfloat16"}, False),
+    ],
+)
+def test_what_the_base_answers_depends_on(runs, tiny_project, section, change, is_shared, tmp_path):
+    saved = open_round(load_run(runs()), tiny_project)
+    question = Prompt("You help.", "Why?", ("So.",))
+    open_base_store(saved, tmp_path / "base").add("base ", [question], [Answered((-1.0,), "So.")])
+    raw = saved.run.config.dump()
+    raw[section] |= change
+    other = replace(saved, run=replace(saved.run, config=parse_config(raw)))
+    found = open_base_store(other, tmp_path / "base").get("base ", question)
+    assert (found is not None) == is_shared
+    assert open_store(other, tmp_path / "base").get("base ", question) is None
 
 
 def test_meanings_are_compared_if_asked_for(

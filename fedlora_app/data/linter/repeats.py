@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from fedlora_app.config.schema import Config
 from fedlora_app.data.linter.subject import Finding, LintedClient, LintedFile, Severity
-from fedlora_app.data.questions import CONFLICT
+from fedlora_app.data.questions import CONFLICT, PUBLIC
 from fedlora_app.data.records import ConflictRecord, Record
 from fedlora_app.data.similarity import match_nearly, normalise_question
 
@@ -22,6 +22,10 @@ def find_repeated_questions(client: LintedClient, config: Config) -> Iterator[Fi
     for file in client.tests:
         for chosen in client.validations:
             yield from _compare(file, chosen, "test-in-validation", "warning")
+    learnt = [file for file in client.training if file.kind != PUBLIC]
+    for public in (file for file in client.training if file.kind == PUBLIC):
+        for file in learnt:  # which the penalty would have answered as the global adapter does
+            yield from _compare(public, file, "public-in-training", "warning")
 
 
 def find_duplicates(client: LintedClient, config: Config) -> Iterator[Finding]:
