@@ -129,6 +129,11 @@ def _read_pooling(config: ModelConfig, root: Path) -> str:
             f"{config.name} consists of {', '.join(kinds) or 'nothing'}. Expected no other parts "
             f"than {', '.join(MODULES)}."
         )
+    if kinds.get("Transformer", ""):
+        raise ModelError(
+            f"{config.name} has its transformer in {kinds['Transformer']}. Expected it beside "
+            f"{MODULES_FILE}."
+        )
     modes = _read_json(config, root, f"{kinds['Pooling']}/config.json")
     modes = modes if isinstance(modes, dict) else {}
     chosen = [mode for mode, is_on in modes.items() if mode.startswith("pooling_mode_") and is_on]

@@ -102,7 +102,7 @@ def take_part(
     public = public[: round(room * len(public) / len(examples))]
     room -= len(public)
     num_replayed = round(room * len(replayed) / (len(fixed) + len(replayed)))
-    size = min(room - num_replayed, len(fixed))
+    size = min(max(room - num_replayed, 1), len(fixed))
     random.Random(derive_seed(config.experiment.seed, "part", phase.name, client_id)).shuffle(fixed)
     start = (server_round - 1) * size
     part = [fixed[(start + offset) % len(fixed)] for offset in range(size)]

@@ -79,7 +79,13 @@ def test_what_is_known_is_not_embedded_again(folder):
             b'[{"type": "a.Pooling", "path": "p"}, {"type": "a.Dense", "path": "d"}]',
             "consists of Pooling, Dense. Expected no other parts",
         ),
+        (
+            MODULES_FILE,
+            b'[{"type": "a.Transformer", "path": "0_T"}, {"type": "a.Pooling", "path": "p"}]',
+            "has its transformer in 0_T",
+        ),
         ("tokenizer.json", b"{", "--semantic: The model in"),
+        ("tokenizer.json", None, "--semantic|embeds no text"),
     ],
 )
 def test_other_models_are_refused(folder, name, content, expected):
