@@ -36,7 +36,7 @@ from fedlora_app.foundation.errors import UserError
 from fedlora_app.model.adapters import AdaptedModel, adapter_parameters, attach_adapters
 from fedlora_app.model.device import read_peak_memory, reset_peak_memory
 from fedlora_app.model.host_embedding import move_embedding_to_host
-from fedlora_app.planning.gpus import CARDS, Work, compute_flops, parse_memory
+from fedlora_app.planning.gpus import CARDS, Passes, Work, compute_flops, parse_memory
 from fedlora_app.planning.sizes import measure_sizes
 from fedlora_app.training.activations import MicroBatch, Numerics, read_shape
 from fedlora_app.training.batches import split_into_packs, step_batches, tokens_per_micro_batch
@@ -293,7 +293,7 @@ def _count_flops(
         micro_batches=0,
     )
     shape = read_shape(model.get_base_model().config)
-    return compute_flops(shape, sizes, work, active, learning, recomputes)
+    return compute_flops(shape, sizes, work, active, learning, Passes(recomputes))
 
 
 def _peak_flops(device: torch.device) -> float | None:
