@@ -99,8 +99,11 @@ def _answering_forward(names: tuple[str, ...]) -> Forward:
 
 
 def _join(layer: AdaptedLayer, names: Sequence[str], dtype: torch.dtype) -> Factors:
-    joint_a = torch.cat([layer.lora_A[name].weight for name in names])
-    joint_b = torch.cat([layer.lora_B[name].weight for name in names], dim=1)
+    parts_a = [layer.lora_A[name].weight for name in names]
+    parts_b = [layer.lora_B[name].weight for name in names]
+    joint_a, joint_b = parts_a[0], parts_b[0]
+    if len(names) > 1:
+        joint_a, joint_b = torch.cat(parts_a), torch.cat(parts_b, dim=1)
     return joint_a.to(dtype), joint_b.to(dtype)
 
 

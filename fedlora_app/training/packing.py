@@ -1,9 +1,11 @@
 """Examples laid end to end without padding, and attention that keeps them apart.
 
 A micro-batch is one row of tokens, so that every linear layer works on real tokens only. Positions
-restart with each example. Attention alone needs the examples side by side: it pads them for
-itself, examples of similar length together, so that plain causal attention does without a mask.
-Packing and its contamination: Krell et al. 2021, https://arxiv.org/abs/2107.02027.
+restart with each example. On a GPU, FlashAttention's kernels, which torch brings, take such a row
+and where each example begins. Elsewhere attention needs the examples side by side: it pads them
+for itself, examples of similar length together, so that plain causal attention does without a mask.
+Packing and its contamination: Krell et al. 2021, https://arxiv.org/abs/2107.02027. FlashAttention:
+Dao 2023, https://arxiv.org/abs/2307.08691.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -53,13 +56,34 @@ class Group:
     slots: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class Groups:
-    """All examples of a row of T tokens; ``order`` (T,) puts them by group, ``inverse`` back."""
+    """All examples of a row of T tokens, laid out when attention first asks for it.
 
-    groups: list[Group]
-    order: torch.Tensor
-    inverse: torch.Tensor
+    ``order`` (T,) puts the tokens by group, ``inverse`` back.
+    """
+
+    lengths: list[int]
+    device: torch.device
+
+    @property
+    def groups(self) -> list[Group]:
+        """The examples by width."""
+        return self._layout[0]
+
+    @cached_property
+    def order(self) -> torch.Tensor:
+        """The token that stands at each place once they lie by group."""
+        return _send(self._layout[1], self.device)
+
+    @cached_property
+    def inverse(self) -> torch.Tensor:
+        """Where each token went."""
+        return _send(self._layout[1].argsort(), self.device)
+
+    @cached_property
+    def _layout(self) -> tuple[list[Group], torch.Tensor]:
+        return _lay_out(self.lengths, self.device)
 
     @property
     def sizes(self) -> list[int]:
@@ -103,7 +127,7 @@ def pack(examples: Sequence[Example], device: torch.device) -> PackedBatch:
         name: _send(value, device) if isinstance(value, torch.Tensor) else value
         for name, value in inputs.items()
     }
-    inputs["packed_groups"] = _group([len(example.input_ids) for example in examples], device)
+    inputs["packed_groups"] = Groups([len(example.input_ids) for example in examples], device)
     return PackedBatch(
         inputs,
         _send(torch.tensor(predicting), device),
@@ -162,6 +186,11 @@ def _attend(
             f"The base model's attention asks for {', '.join(unknown)}, which packed examples "
             "cannot be given. Use another base model."
         )
+    if _has_flash(query) and not dropout:
+        window = -1 if sliding_window is None else sliding_window - 1
+        rows = (heads[0].transpose(0, 1) for heads in (query, key, value))
+        starts, longest = settings["cu_seq_lens_q"], settings["max_length_q"]
+        return _FlashAttention.apply(*rows, starts, longest, scaling, window)[None], None
     states = (_by_group(heads, packed_groups) for heads in (query, key, value))
     # On a CPU the backward pass takes three times as long in bf16 as in fp32.
     dtype = torch.float32 if query.device.type == "cpu" else query.dtype
@@ -180,6 +209,66 @@ def _attend(
         attended.append(_Gather.apply(rows, group.slots, group.sources, group.is_real))
     rows = _Gather.apply(torch.cat(attended), packed_groups.inverse, packed_groups.order)
     return rows[None], None
+
+
+def _has_flash(query: torch.Tensor) -> bool:
+    """Return whether torch's FlashAttention kernels take heads (1, H, T, d) like these."""
+    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    is_known = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    return is_known and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+class _FlashAttention(torch.autograd.Function):
+    """Causal attention within each example of one row of tokens, the same bits every time.
+
+    Torch's own backward pass takes the faster kernel, whose sums have no fixed order, wherever
+    ``use_deterministic_algorithms`` only warns.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        starts: torch.Tensor,
+        longest: int,
+        scaling: float | None,
+        window: int,
+    ) -> torch.Tensor:
+        """Heads (T, H, d), keys and values with fewer, ``starts`` (N + 1,); out as queries."""
+        ctx.lengths = (starts, starts, longest, longest, 0.0, True)  # no dropout, causal
+        ctx.settings = {"scale": scaling, "window_size_left": window, "window_size_right": 0}
+        if window < 0:
+            ctx.settings = {"scale": scaling}
+        attended, logsumexp, state, unused, _ = torch.ops.aten._flash_attention_forward(
+            query, key, value, *ctx.lengths, False, **ctx.settings
+        )
+        ctx.save_for_backward(query, key, value, attended, logsumexp, state, unused)
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *tensors, state, unused = ctx.saved_tensors
+        with _strictly_deterministic():
+            gradients = torch.ops.aten._flash_attention_backward(
+                gradient.contiguous(), *tensors, *ctx.lengths, state, unused, **ctx.settings
+            )
+        return *gradients, None, None, None, None
+
+
+@contextmanager
+def _strictly_deterministic() -> Iterator[None]:
+    """Have torch's warning that something is not deterministic be none, where it was asked for."""
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(
+            torch.are_deterministic_algorithms_enabled(), warn_only=only_warns
+        )
 
 
 AttentionInterface.register(ATTENTION, _attend)
@@ -237,7 +326,8 @@ def _window_mask(width: int, window: int | None, device: torch.device) -> torch.
     return ((ages >= 0) & (ages < window))[None, None]
 
 
-def _group(lengths: Sequence[int], device: torch.device) -> Groups:
+def _lay_out(lengths: Sequence[int], device: torch.device) -> tuple[list[Group], torch.Tensor]:
+    """Return examples by width, and the order (T,) of their tokens then, in host memory."""
     starts = [0, *accumulate(lengths)]
     groups, order = [], []
     for members in group_by_width(lengths):
@@ -253,8 +343,7 @@ def _group(lengths: Sequence[int], device: torch.device) -> Groups:
         is_real[slots] = True
         places = (torch.tensor(sources), is_real, torch.tensor(slots))
         groups.append(Group(len(members), width, *(_send(p, device) for p in places)))
-    places = torch.tensor(order)
-    return Groups(groups, _send(places, device), _send(places.argsort(), device))
+    return groups, torch.tensor(order)
 
 
 def _require_separation(base: PreTrainedModel) -> None:
