@@ -120,19 +120,36 @@ def encode_answer(
     """Return the token ids of the answer with the template's end-of-turn mark.
 
     Raises:
+        ModelError: as ``encode_with_answers``.
+    """
+    _, (ids,) = encode_with_answers(tokenizer, system_prompt, question, [answer])
+    return ids
+
+
+def encode_with_answers(
+    tokenizer: PreTrainedTokenizerBase, system_prompt: str, question: str, answers: Sequence[str]
+) -> tuple[list[int], list[list[int]]]:
+    """Return the token ids of a prompt, and of each answer with the template's end-of-turn mark.
+
+    Raises:
         ModelError: the chat template does not continue its own generation prompt, or as
             ``render_prompt``.
     """
     prompt = render_prompt(tokenizer, system_prompt, question)
-    messages = [*_messages(system_prompt, question), {"role": "assistant", "content": answer}]
-    dialogue = _render(tokenizer, messages)
-    if not dialogue.startswith(prompt):
-        raise ModelError(
-            "The model's chat template does not continue its generation prompt with the "
-            "answer, so it is unknown where the answer begins. Use a template of the ChatML kind."
-        )
-    _require_said("answer", answer, dialogue[len(prompt) :])
-    return _encode(tokenizer, dialogue[len(prompt) :].rstrip("\n"))
+    asked = _messages(system_prompt, question)
+    texts = [prompt]
+    for answer in answers:
+        dialogue = _render(tokenizer, [*asked, {"role": "assistant", "content": answer}])
+        if not dialogue.startswith(prompt):
+            raise ModelError(
+                "The model's chat template does not continue its generation prompt with the "
+                "answer, so it is unknown where the answer begins. Use a template of the ChatML "
+                "kind."
+            )
+        _require_said("answer", answer, dialogue[len(prompt) :])
+        texts.append(dialogue[len(prompt) :].rstrip("\n"))
+    prompt_ids, *answer_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return prompt_ids, answer_ids
 
 
 def encode_example(
@@ -140,8 +157,9 @@ def encode_example(
 ) -> Example:
     """Return a whole training dialogue, of whatever length."""
     question = format_question(record)
-    prompt_ids = encode_prompt(tokenizer, system_prompt, question)
-    answer_ids = encode_answer(tokenizer, system_prompt, question, record.output)
+    prompt_ids, (answer_ids,) = encode_with_answers(
+        tokenizer, system_prompt, question, [record.output]
+    )
     return Example(prompt_ids + answer_ids, answer_start=len(prompt_ids))
 
 
@@ -192,8 +210,10 @@ def _end_where_answers_begin(
     as a part of the answer it would be generated, and no answer would equal the right one.
     """
     dialogue = _render(tokenizer, [*messages, {"role": "assistant", "content": PROBE}])
-    pairs = zip(prompt, dialogue, strict=False)
-    num_shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    num_shared = len(prompt)
+    if not dialogue.startswith(prompt):
+        pairs = zip(prompt, dialogue, strict=False)
+        num_shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     before, found, _ = dialogue[num_shared:].partition(PROBE)
     if num_shared == len(prompt):
         return prompt + before if found and before.strip() else prompt

@@ -53,6 +53,7 @@ class GoldReader:
     max_new_tokens: int
     _answers: set[str] = field(init=False, default_factory=set)
     _facts: set[str | None] = field(init=False, default_factory=lambda: {None})
+    _examined: dict[Question, Gold] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Keep the words of the training answers, and the facts that they are about."""
@@ -66,7 +67,11 @@ class GoldReader:
         Raises:
             ModelError: the chat template leaves out an answer.
         """
-        return [self._examine(question) for question in questions if question.answer is not None]
+        asked = [question for question in questions if question.answer is not None]
+        for question in asked:
+            if question not in self._examined:
+                self._examined[question] = self._examine(question)
+        return [self._examined[question] for question in asked]
 
     def count_open(self, questions: Sequence[Question]) -> int:
         """Return how many right answers are open and can be ranked against others."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fedlora_app.data.tokens import Example, encode_answer, encode_prompt
+from fedlora_app.data.tokens import Example, encode_with_answers
 from fedlora_app.evaluation.answering import OPEN_ABOVE
 from fedlora_app.evaluation.gate import Gate, gated
 from fedlora_app.evaluation.generation import decode, find_stop_ids, generate
@@ -96,14 +96,13 @@ def score_prompts(
         gate: decides by the prompt whether the local adapter answers.
     """
     model.eval()
-    prompt_ids = [encode_prompt(tokenizer, p.system_prompt, p.question) for p in prompts]
+    encoded = [
+        encode_with_answers(tokenizer, p.system_prompt, p.question, p.candidates) for p in prompts
+    ]
+    prompt_ids, answer_ids = ([pair[part] for pair in encoded] for part in (0, 1))
     gate_ids = prompt_ids
     if gate is not None:
         gate_ids = [gate.encode(tokenizer, prompt.question) for prompt in prompts]
-    answer_ids = [
-        [encode_answer(tokenizer, p.system_prompt, p.question, text) for text in p.candidates]
-        for p in prompts
-    ]
     totals = [[0.0] * len(p.candidates) for p in prompts]
     greedy: dict[int, list[int]] = {}
     per_row = min(CANDIDATES_PER_ROW, batch_size) if shares_prefix(model) else 1
