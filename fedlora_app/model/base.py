@@ -81,6 +81,8 @@ def load_base_model(config: ModelConfig, root: Path) -> LoadedModel:
 
 def _let_go() -> None:
     """Free the resident model, which refers to itself, so that there are never two in memory."""
+    if not _resident:
+        return
     _resident.clear()
     gc.collect()
     if torch.cuda.is_available():
