@@ -17,14 +17,7 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    TaskType,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
@@ -43,7 +36,11 @@ AdaptedModel = PeftModel
 AdaptedLayer = LoraLayer
 """The base model with its adapters attached and one module of it, for annotations elsewhere."""
 
-_shapes: WeakKeyDictionary[AdaptedModel, dict[str, dict[str, torch.Size]]] = WeakKeyDictionary()
+Parameters = dict[str, torch.nn.Parameter]
+
+_parameters: WeakKeyDictionary[AdaptedModel, dict[str, Parameters]] = WeakKeyDictionary()
+_layers: WeakKeyDictionary[AdaptedModel, list[LoraLayer]] = WeakKeyDictionary()
+"""What is found by walking through all modules of a model once its adapters are attached."""
 
 
 class AdapterError(UserError):
@@ -126,18 +123,14 @@ def build_initial_state(model: AdaptedModel, name: str, seed: int) -> AdapterSta
 
 def state_shapes(model: AdaptedModel, name: str) -> dict[str, torch.Size]:
     """Return the shape of every tensor of an adapter, sorted by key."""
-    known = _shapes.setdefault(model, {})
-    if name not in known:  # PEFT walks through all modules of the base for it
-        parameters = sorted(_parameters(model, name).items())
-        known[name] = {key: tensor.shape for key, tensor in parameters}
-    return dict(known[name])
+    return {key: tensor.shape for key, tensor in sorted(_find_parameters(model, name).items())}
 
 
 def get_state(model: AdaptedModel, name: str) -> AdapterState:
     """Return a copy of an adapter's weights, fp32 on the CPU, sorted by key."""
     return {
         key: tensor.detach().to("cpu", torch.float32, copy=True)
-        for key, tensor in sorted(_parameters(model, name).items())
+        for key, tensor in sorted(_find_parameters(model, name).items())
     }
 
 
@@ -148,7 +141,9 @@ def set_state(model: AdaptedModel, name: str, state: AdapterState) -> None:
         AdapterError: the state's names or shapes are not the adapter's.
     """
     check_state(state, state_shapes(model, name), f'the state for adapter "{name}"')
-    set_peft_model_state_dict(model, state, adapter_name=name)
+    with torch.no_grad():
+        for key, parameter in _find_parameters(model, name).items():
+            parameter.copy_(state[key])
 
 
 def check_state(state: AdapterState, shapes: dict[str, torch.Size], what: str) -> None:
@@ -185,10 +180,9 @@ def activate(model: AdaptedModel, active: Iterable[str], trainable: Iterable[str
     if not active:
         raise ValueError("activate() needs an adapter; use base_only() for none.")
     model.base_model.set_adapter(active)
-    model.requires_grad_(False)
-    for name in trainable:
+    for name in model.peft_config:
         for parameter in adapter_parameters(model, name):
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(name in trainable)
 
 
 @contextmanager
@@ -243,14 +237,14 @@ def base_only(model: AdaptedModel):
 
 def adapter_parameters(model: AdaptedModel, name: str) -> list[torch.nn.Parameter]:
     """Return the live parameters of one adapter."""
-    marks = (f".lora_A.{name}.", f".lora_B.{name}.")
-    return [p for key, p in model.named_parameters() if any(mark in key for mark in marks)]
+    return list(_find_parameters(model, name).values())
 
 
 def lora_layers(model: AdaptedModel, *names: str) -> list[LoraLayer]:
     """Return the modules that hold all of these adapters."""
-    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
-    return [layer for layer in layers if set(names) <= set(layer.scaling)]
+    if model not in _layers:
+        _layers[model] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return [layer for layer in _layers[model] if set(names) <= set(layer.scaling)]
 
 
 def find_first_layer(model: AdaptedModel, names: Iterable[str]) -> int:
@@ -278,9 +272,7 @@ def merge_into_base(base: PreTrainedModel, adapter: PlainAdapter) -> None:
     """
     detach_adapters(base)
     model = get_peft_model(base, adapter.peft_config, adapter_name=PLAIN)
-    shapes = state_shapes(model, PLAIN)
-    check_state(adapter.state, shapes, "the adapter to merge")
-    set_peft_model_state_dict(model, adapter.state, adapter_name=PLAIN)
+    set_state(model, PLAIN, adapter.state)
     embedding = base.get_input_embeddings().weight
     for layer in lora_layers(model, PLAIN):
         weight = layer.get_base_layer().weight
@@ -344,8 +336,18 @@ def _lora_config(base: PreTrainedModel, config: AdapterConfig) -> LoraConfig:
     )
 
 
-def _parameters(model: AdaptedModel, name: str) -> AdapterState:
-    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+def _find_parameters(model: AdaptedModel, name: str) -> Parameters:
+    """Return an adapter's parameters by PEFT's file keys, in the order of the modules."""
+    known = _parameters.setdefault(model, {})
+    if name not in known:
+        marks = {f".{part}.{name}.": f".{part}." for part in ("lora_A", "lora_B")}
+        known[name] = {
+            key.replace(mark, part): parameter
+            for key, parameter in model.named_parameters()
+            for mark, part in marks.items()
+            if mark in key
+        }
+    return known[name]
 
 
 def _first(names: list[str]) -> str:
