@@ -153,6 +153,7 @@ def test_long(monkeypatch):
     require_table(long_run, figures)
 
 
+@pytest.mark.slow  # in CI, unlike the others: who has a card for an hour must not find it broken
 def test_gpu_on_a_cpu():
     gpu = bench("gpu")
     (run, *_) = gpu.choose_runs(None, None)
