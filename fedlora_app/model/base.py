@@ -54,6 +54,9 @@ class LoadedModel:
 
 
 _resident: dict[str, LoadedModel] = {}
+_lingers = False
+"""Whether a model may be in memory that is not resident: one of whoever asked for an unquantised
+one, or what a load that failed has left."""
 num_loads = 0
 
 
@@ -64,10 +67,11 @@ def load_base_model(config: ModelConfig, root: Path) -> LoadedModel:
         ModelError: it is neither a local folder nor in the cache nor downloadable, or its
             quantisation is impossible here, or its embedding cannot lie elsewhere.
     """
-    global num_loads
+    global num_loads, _lingers
     key = config.model_dump_json() + str(root)
     if key not in _resident:
         _let_go()
+        _lingers = True
         tokenizer = load_tokenizer(config, root)
         model = _load(config, root)
         num_loads += 1
@@ -76,15 +80,18 @@ def load_base_model(config: ModelConfig, root: Path) -> LoadedModel:
             tokenizer=tokenizer,
             fingerprint=compute_fingerprint(config, root),
         )
+        _lingers = False
     return _resident[key]
 
 
 def _let_go() -> None:
-    """Free the resident model, which refers to itself, so that there are never two in memory."""
-    if not _resident:
+    """Free the last model, which refers to itself, so that there are never two in memory."""
+    global _lingers
+    if not (_resident or _lingers):
         return
     _resident.clear()
     gc.collect()
+    _lingers = False
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -97,7 +104,9 @@ def load_unquantised_model(config: ModelConfig, root: Path, dtype: torch.dtype) 
     Raises:
         ModelError: it is not there.
     """
+    global _lingers
     _let_go()
+    _lingers = True
     kwargs = {"dtype": dtype, "device_map": {"": "cpu"}, "use_safetensors": True}
     return from_pretrained(AutoModelForCausalLM, config, root, **kwargs).eval()
 

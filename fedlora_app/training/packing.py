@@ -186,11 +186,12 @@ def _attend(
             f"The base model's attention asks for {', '.join(unknown)}, which packed examples "
             "cannot be given. Use another base model."
         )
-    if _has_flash(query) and not dropout:
-        window = -1 if sliding_window is None else sliding_window - 1
+    longest = max(packed_groups.lengths)
+    hides = sliding_window is not None and longest > sliding_window
+    if _has_flash(query) and not (dropout or hides):
         rows = (heads[0].transpose(0, 1) for heads in (query, key, value))
-        starts, longest = settings["cu_seq_lens_q"], settings["max_length_q"]
-        return _FlashAttention.apply(*rows, starts, longest, scaling, window)[None], None
+        starts = settings["cu_seq_lens_q"]
+        return _FlashAttention.apply(*rows, starts, longest, scaling)[None], None
     states = (_by_group(heads, packed_groups) for heads in (query, key, value))
     # On a CPU the backward pass takes three times as long in bf16 as in fp32.
     dtype = torch.float32 if query.device.type == "cpu" else query.dtype
@@ -235,15 +236,12 @@ class _FlashAttention(torch.autograd.Function):
         starts: torch.Tensor,
         longest: int,
         scaling: float | None,
-        window: int,
     ) -> torch.Tensor:
         """Heads (T, H, d), keys and values with fewer, ``starts`` (N + 1,); out as queries."""
         ctx.lengths = (starts, starts, longest, longest, 0.0, True)  # no dropout, causal
-        ctx.settings = {"scale": scaling, "window_size_left": window, "window_size_right": 0}
-        if window < 0:
-            ctx.settings = {"scale": scaling}
+        ctx.scaling = scaling
         attended, logsumexp, state, unused, _ = torch.ops.aten._flash_attention_forward(
-            query, key, value, *ctx.lengths, False, **ctx.settings
+            query, key, value, *ctx.lengths, False, scale=scaling
         )
         ctx.save_for_backward(query, key, value, attended, logsumexp, state, unused)
         return attended
@@ -253,9 +251,9 @@ class _FlashAttention(torch.autograd.Function):
         *tensors, state, unused = ctx.saved_tensors
         with _strictly_deterministic():
             gradients = torch.ops.aten._flash_attention_backward(
-                gradient.contiguous(), *tensors, *ctx.lengths, state, unused, **ctx.settings
+                gradient.contiguous(), *tensors, *ctx.lengths, state, unused, scale=ctx.scaling
             )
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None
 
 
 @contextmanager

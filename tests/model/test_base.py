@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ from fedlora_app.model.base import (
     compute_fingerprint,
     load_base_model,
     load_tokenizer,
+    load_unquantised_model,
 )
 from fedlora_app.model.host_embedding import HostEmbedding
 from fedlora_app.model.quantised_cache import CACHE_VARIABLE, CONTENTS_FILE
@@ -267,6 +269,43 @@ def load_anew(config: ModelConfig, root: Path):
     """Load as another process would."""
     model_module._resident.clear()
     return load_base_model(config, root)
+
+
+class TestOneModelInMemory:
+    """Models refer to themselves, so that only a collection frees them."""
+
+    @pytest.fixture(autouse=True)
+    def _no_chance(self):
+        gc.disable()
+        yield
+        gc.enable()
+
+    def test_what_a_failed_load_left_goes_before_the_next(self, config, tiny_project, monkeypatch):
+        left = []
+
+        def fail(*args):
+            part = build_tiny_model(100)
+            part.forward = part.forward  # a bound method: it refers to itself
+            left.append(weakref.ref(part))
+            raise ModelError("no memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(model_module, "_load", fail)
+            with pytest.raises(ModelError, match="no memory"):
+                load_anew(config, tiny_project)
+        assert left[0]() is not None
+        load_anew(config, tiny_project)
+        assert left[0]() is None
+
+    def test_so_does_an_unquantised_one_that_nobody_holds(self, config, tiny_project):
+        model_module._resident.clear()
+        model = load_unquantised_model(config, tiny_project, torch.float32)
+        model.forward = model.forward
+        left = weakref.ref(model)
+        del model
+        assert left() is not None
+        load_unquantised_model(config, tiny_project, torch.float32)
+        assert left() is None
 
 
 def copies(cache: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from fedlora_app.model.adapters import (
 )
 from fedlora_app.model.base import load_base_model
 from fedlora_app.model.fused import fused_adapters, fused_answering
+from fedlora_app.training import packing
 from fedlora_app.training.losses import compute_losses
 from fedlora_app.training.packing import packed_attention
 from fedlora_app.training.phase import train_phase
@@ -141,3 +142,12 @@ def test_on_a_gpu_two_runs_of_a_phase_agree(model, dtype):
     assert_near(*outcomes, dtype)
     if dtype == "bfloat16":  # whose attention is FlashAttention's
         assert all(map(torch.equal, *outcomes))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_flash_attention_is_the_padded_one(model, dtype, monkeypatch):
+    """In fp32 both are the padded one."""
+    activate(model, BOTH, BOTH)
+    ours = loss_and_gradients(model, [build_examples()])
+    monkeypatch.setattr(packing, "_has_flash", lambda query: False)
+    assert_near(ours, loss_and_gradients(model, [build_examples()]), dtype)
