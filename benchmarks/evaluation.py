@@ -12,7 +12,6 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import transformers
 
 from benchmarks.plain_trainer import build_phase, constant_rate, set_threads
@@ -38,7 +37,6 @@ BATCHED, ALONE = "batched", "one at a time"
 def measure(num_turns: int = 5, num_questions: int = 64, num_steps: int = 60) -> dict[str, Any]:
     """Time both ways in turn on the same prompts, drawn evenly from the question sets."""
     threads = set_threads()
-    datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     config = load_config(ROOT / CONFIG)
     client = config.federated.clients[0]

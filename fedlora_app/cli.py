@@ -113,13 +113,10 @@ def plan(
     No weights are loaded. Example: fedlora plan conf/demo.yaml --gpu-memory 8GB
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported
-    import datasets
-
     from fedlora_app.config.loading import load_config
     from fedlora_app.planning.plan import build_plan
     from fedlora_app.planning.text import describe_plan
 
-    datasets.disable_progress_bars()
     root = find_project_root(str(config.resolve()))
     path = config if config.exists() else root / config
     planned = build_plan(load_config(path, overrides), root, gpu_memory)

@@ -21,7 +21,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import torch
 import transformers
 from flwr.app import Context, Message
@@ -229,5 +228,4 @@ def _set_up_process(config: Config) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # time for what is overwritten
     os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # read by transformers
-    datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()

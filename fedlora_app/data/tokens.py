@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from itertools import takewhile
+from functools import lru_cache
+from itertools import pairwise, takewhile
 from pathlib import Path
 
-from datasets import Dataset, load_from_disk
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.data.records import DataError, Record, RecordFile, format_question
-from fedlora_app.foundation.files import hash_file, make_private_dir, new_folder, write_json
+from fedlora_app.foundation.files import make_private_dir, write_atomically
 from fedlora_app.model.base import ModelError
 
-CACHE_FORMAT = 3
-CONTENTS_FILE = "contents.json"
+CACHE_FORMAT = 4
 PROBE = "It is six months."  # an answer that shows where answers begin
 PROBE_QUESTIONS = ("How long is the probation period?", "Who\nsays <so>, and why")
 """Unlike enough to show whether a template puts the same around every question."""
@@ -179,10 +179,11 @@ def tokenize_file(
     counted with ``skip_invalid``.
     """
     key = _cache_key(tokenizer, system_prompt, file)
-    examples = _load_cached(cache_dir / key)
+    path = cache_dir / f"{key}.safetensors"
+    examples = _load_cached(path)
     if examples is None:
         examples = [encode_example(tokenizer, system_prompt, record) for record in file.records]
-        _save_cached(examples, cache_dir / key)
+        _save_cached(examples, path)
     too_long = [n for n, ex in enumerate(examples, 1) if ex.answer_start >= max_seq_length]
     if too_long and not skip_invalid:
         raise DataError(
@@ -259,7 +260,6 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _cache_key(tokenizer: PreTrainedTokenizerBase, system_prompt: str, file: RecordFile) -> str:
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
     parts = [
         str(CACHE_FORMAT),
         file.sha256,
@@ -267,39 +267,49 @@ def _cache_key(tokenizer: PreTrainedTokenizerBase, system_prompt: str, file: Rec
         system_prompt,
         str(tokenizer.chat_template),
         type(tokenizer).__name__,
-        hashlib.sha256(vocabulary).hexdigest(),
+        _hash_vocabulary(tokenizer),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
-def _load_cached(folder: Path) -> list[Example] | None:
-    """Return what a folder holds, None if there is none; a damaged one is named and removed."""
-    if not folder.is_dir():
+@lru_cache(maxsize=4)  # a quarter of a second with 150,000 tokens, for every file of a message
+def _hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+    return hashlib.sha256(vocabulary).hexdigest()
+
+
+def _load_cached(path: Path) -> list[Example] | None:
+    """Return what a file holds, None if there is none; a damaged one is named and removed."""
+    if not path.exists():
         return None
     try:
-        hashes = json.loads((folder / CONTENTS_FILE).read_text(encoding="utf-8"))
-        changed = [name for name, sha256 in hashes.items() if hash_file(folder / name) != sha256]
-        if changed:
-            raise ValueError(f"{min(changed)} is not what was written")
-        columns = load_from_disk(str(folder), keep_in_memory=True).to_dict()
+        columns = load(path.read_bytes())
+        if bytes(columns.pop("sha256")) != _hash_columns(columns):
+            raise ValueError("it is not what was written")
+        ids, *others = (columns[name].tolist() for name in ("input_ids", "bounds", "answer_starts"))
+        bounds, starts = others
         return [
-            Example(ids, start)
-            for ids, start in zip(columns["input_ids"], columns["answer_start"], strict=True)
+            Example(ids[begin:end], start)
+            for (begin, end), start in zip(pairwise(bounds), starts, strict=True)
         ]
-    except Exception as error:  # pyarrow and datasets raise nearly anything for damaged files
+    except (SafetensorError, KeyError, ValueError) as error:
         reason = error.args[0] if type(error) is ValueError else type(error).__name__
-        print(f"The tokens in {folder} are rebuilt: {reason}.", flush=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        print(f"The tokens in {path} are rebuilt: {reason}.", flush=True)
+        path.unlink()
         return None
 
 
-def _save_cached(examples: list[Example], folder: Path) -> None:
+def _save_cached(examples: list[Example], path: Path) -> None:
+    lengths = [len(example.input_ids) for example in examples]
     columns = {
-        "input_ids": [example.input_ids for example in examples],
-        "answer_start": [example.answer_start for example in examples],
+        "input_ids": np.array([i for ex in examples for i in ex.input_ids], dtype=np.int32),
+        "bounds": np.cumsum([0, *lengths], dtype=np.int64),
+        "answer_starts": np.array([example.answer_start for example in examples], dtype=np.int32),
     }
-    make_private_dir(folder.parent)
-    with suppress(FileExistsError), new_folder(folder) as partial:  # another process was first
-        Dataset.from_dict(columns).save_to_disk(str(partial))
-        hashes = {path.name: hash_file(path) for path in sorted(partial.iterdir())}
-        write_json(partial / CONTENTS_FILE, hashes)
+    columns["sha256"] = np.frombuffer(_hash_columns(columns), dtype=np.uint8)
+    make_private_dir(path.parent)
+    write_atomically(path, save(columns))
+
+
+def _hash_columns(columns: dict[str, np.ndarray]) -> bytes:
+    return hashlib.sha256(b"".join(columns[name].tobytes() for name in sorted(columns))).digest()

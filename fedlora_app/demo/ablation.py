@@ -18,7 +18,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import datasets
 import transformers
 
 from fedlora_app.client import Client
@@ -206,7 +205,6 @@ def main() -> None:
     variants = arguments.variants or usable
     if missing := [name for name in variants if name not in usable]:
         parser.error(f"{', '.join(missing)}: name a file of records with --public")
-    datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     root = find_project_root()
     path = arguments.runs[0].parent / "ablation.json"

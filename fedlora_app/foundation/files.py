@@ -25,13 +25,13 @@ def keep_files_private() -> None:
     os.umask(0o077)
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file's content in one step; a crash leaves the old one."""
-    extend_atomically(path, text, keep=0)
+    extend_atomically(path, content, keep=0)
 
 
-def extend_atomically(path: Path, text: str, keep: int | None = None) -> None:
-    """Write text after the first ``keep`` bytes of a file, or after all of them, in one step.
+def extend_atomically(path: Path, content: str | bytes, keep: int | None = None) -> None:
+    """Write text or bytes after a file's first ``keep`` bytes, or after all of them, in one step.
 
     The file's content passes through a copy on the disk and never through memory.
     """
@@ -46,7 +46,7 @@ def extend_atomically(path: Path, text: str, keep: int | None = None) -> None:
                     if keep is not None:
                         file.truncate(keep)
                         file.seek(keep)
-                file.write(text.encode())
+                file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
