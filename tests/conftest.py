@@ -213,7 +213,7 @@ def build_tiny_config(clients: tuple[str, ...] = ("ann", "bob"), **changes) -> C
             "conflict_test": None if len(clients) < 3 else "conflict.json",
             "on_lint_error": "warn",  # the tiny clients are tested on what they trained on
         },
-        "evaluation": {"batch_size": 64, "max_new_tokens": 3},
+        "evaluation": {"batch_size": 64, "max_new_tokens": 3, "interval": 2},
     }
     for section, values in changes.items():
         raw[section] |= values

@@ -41,7 +41,7 @@ def main() -> None:
         return reply
 
     sys.addaudithook(watch)
-    federation = Federation(project, output_dir, build_tiny_config())
+    federation = Federation(project, output_dir, build_tiny_config(evaluation={"interval": 1}))
     resume = {"resume": "run"} if (output_dir / "run").is_dir() else {}
     federation.run("run", tamper=pass_on, **resume)
     print(counts["file"], counts["message"], flush=True)

@@ -365,7 +365,6 @@ class TestPermissions:
         assert not [path for path in paths if _is_open_to_others(path)]
 
     @pytest.mark.slow
-    @pytest.mark.xdist_group("commands")
     def test_nor_what_the_commands_write(self, commands):
         _, _, run, export = commands
         paths = [*run.rglob("*"), export, *export.rglob("*")]
@@ -378,7 +377,6 @@ class TestNetwork:
     """No connection is made, to telemetry or to anything else, where all files are local."""
 
     @pytest.mark.slow
-    @pytest.mark.xdist_group("commands")
     def test_the_commands_stay_off_the_network(self, commands):
         output, reached, _, _ = commands
         statuses = dict(line.split()[1:] for line in output.splitlines() if "STATUS" in line)

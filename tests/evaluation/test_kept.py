@@ -29,7 +29,7 @@ def test_a_kept_evaluation_takes_its_run_s_place(path):
 
 def test_one_of_a_version_that_had_fewer_settings_is_used(path):
     content = json.loads(gzip.decompress(path.read_bytes()))
-    del content["config"]["data"]["public"], content["config"]["evaluation"]["interval"]
+    del content["config"]["data"]["public"], content["config"]["evaluation"]["protocol"]
     path.write_bytes(gzip.compress(json.dumps(content).encode()))
     assert find_kept(path, build_tiny_config(), FILES) == EVALUATION
     content["config"]["training"]["gone"] = 1

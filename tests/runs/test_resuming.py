@@ -74,6 +74,7 @@ def snapshot(run: Path) -> dict[str, object]:
 
 KINDS = {
     "phased": {},
+    "evaluated": {"evaluation": {"interval": 1}},  # after every round
     "joint": {"training": {"schedule": "joint"}},
     "fedavg": {"federated": {"mode": "fedavg"}},
     "finetuned": {"federated": {"mode": "finetuned"}, "adapters": ALIKE},
@@ -131,7 +132,8 @@ def stopped_run(project, folder, number, config=None):
 @pytest.mark.parametrize(
     ("kind", "number"),
     [
-        *(("phased", number) for number in (3, 5, 8, 10, 12)),
+        *(("phased", number) for number in (3, 5, 12)),
+        *(("evaluated", number) for number in (8, 10)),
         *(pytest.param("phased", number, marks=pytest.mark.slow) for number in (4, 6, 7, 9, 11)),
         *(("joint", number) for number in (9, 11)),
         pytest.param("joint", 6, marks=pytest.mark.slow),

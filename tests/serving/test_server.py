@@ -377,6 +377,7 @@ def test_a_failure_is_told_without_what_was_said(runs, monkeypatch, capfd):
     assert "RuntimeError" in err and "test_server.py" in err and LOCAL not in out + err
 
 
+@pytest.mark.slow
 def test_the_command_serves_until_it_is_interrupted(runs):
     saved = runs("dual", "prompt")
     run = saved.root / "results" / "served"  # a run below a checkout is that checkout's

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.killtest
 
 NUM_KILLS = int(os.getenv("FEDLORA_KILLS", "50"))
 KILLS_PER_RUN = 5
-CHILD = Path(__file__).with_name("killed_run.py")
+CHILD = Path(__file__).parents[1] / "killed_run.py"
 
 
 def start(project: Path, output_dir: Path, kind: str = "none", number: int = 0):
