@@ -398,6 +398,11 @@ def import_(
     input_column: str = "input",
     output_column: str = "output",
     messages_column: str = "messages",
+    turns: Annotated[
+        Literal["refuse", "last", "split"],
+        typer.Option(help="Which questions of a longer conversation become records."),
+    ] = "refuse",
+    encoding: Annotated[str, typer.Option(help="Of JSON and CSV files, such as cp1252.")] = "utf-8",
     keep: Annotated[
         list[str] | None, typer.Option(help="A further column to keep, such as fact.")
     ] = None,
@@ -428,6 +433,8 @@ def import_(
         input_column=input_column,
         output_column=output_column,
         messages_column=messages_column,
+        turns=turns,
+        encoding=encoding,
         keep_columns=tuple(keep or ()),
         client_column=client_column,
         partition=partition,

@@ -1,9 +1,9 @@
 """Alpaca-style records from JSON or JSON Lines, checked, with every fault named.
 
-A training or test record is ``{"instruction", "input", "output"}``; a conflict record has
-``answers: {client id: answer}`` in place of ``output``, or the keyword form
-``evaluation_guide: {"<client id>_keywords": [...]}``, or both. ``fact`` (which rule the
-record is about), ``distractors`` (wrong answers) and ``evaluation_guide`` are optional
+A training or test record is ``{"instruction", "input", "output"}``, of which either of the first
+two may be empty; a conflict record has ``answers: {client id: answer}`` in place of ``output``, or
+the keyword form ``evaluation_guide: {"<client id>_keywords": [...]}``, or both. ``fact`` (which
+rule the record is about), ``distractors`` (wrong answers) and ``evaluation_guide`` are optional
 everywhere. Other fields are kept in the file and ignored.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,18 @@ KEYWORD_SUFFIX = "_keywords"
 MAX_FAULTS_SHOWN = 20
 MAX_KEY_SHOWN = 100
 FIELDS = {"instruction", "input", "output", "answers", "distractors", "fact", "evaluation_guide"}
+WRAPPERS = ("data", "records", "rows", "examples", "items")
+"""Keys of an object that a file's list may stand under."""
+IGNORED = {
+    "history": "what was said before a question is no part of it",
+    "messages": "only instruction, input and output are",
+    "conversations": "only instruction, input and output are",
+    "context": "only instruction, input and output are",
+    "system": "a client has one system prompt, which the experiment names",
+    "tools": "the use of tools is not trained here",
+}
+"""Fields of other formats that change what an answer means, and why they are not read."""
+GZIP_MAGIC = b"\x1f\x8b"
 
 
 class DataError(UserError):
@@ -65,6 +77,8 @@ class RecordFile:
     sha256: str
     records: list[Any]
     num_skipped: int = 0
+    num_ignored: dict[str, int] = field(default_factory=dict)
+    """Records by the fields of ``IGNORED`` that hold something."""
 
 
 T = TypeVar("T", Record, ConflictRecord)
@@ -100,12 +114,14 @@ def _load(path: Path, parse: Callable[[dict[str, Any]], T], skip_invalid: bool) 
     raw_records, sha256 = read_json_records(path)
     records: list[T] = []
     faults: list[str] = []
+    ignored: Counter[str] = Counter()
     for number, raw in enumerate(raw_records, start=1):
         try:
             if not isinstance(raw, dict):
                 raise ValueError(f"is a {type(raw).__name__} and not an object.")
-            _refuse_repeated_keys(raw)
+            refuse_repeated_keys(raw, FIELDS)
             records.append(parse(raw))
+            ignored.update(name for name in IGNORED if raw.get(name))
         except ValueError as error:
             faults.append(f"record {number}: {error}")
     if faults and not skip_invalid:
@@ -118,7 +134,7 @@ def _load(path: Path, parse: Callable[[dict[str, Any]], T], skip_invalid: bool) 
         )
     if not records:
         raise DataError(f"{path} holds no {'valid ' if faults else ''}record.")
-    return RecordFile(path, sha256, records, num_skipped=len(faults))
+    return RecordFile(path, sha256, records, len(faults), dict(ignored))
 
 
 def read_json_records(path: Path) -> tuple[list[Any], str]:
@@ -134,16 +150,27 @@ def read_json_records(path: Path) -> tuple[list[Any], str]:
         raise DataError(f"{str(path)!a} is not a possible file name.") from None
     if is_other:
         raise DataError(f"{path} is not a regular file. Expected JSON or JSON Lines.")
-    sha256 = hashlib.sha256(content).hexdigest()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}).") from None
-    if text.lstrip().startswith("["):
+    return parse_json_records(content, str(path)), hashlib.sha256(content).hexdigest()
+
+
+def parse_json_records(content: bytes, name: str, encoding: str = "utf-8") -> list[Any]:
+    """Return the raw records of a JSON list, which may stand in an object, or of JSON Lines.
+
+    Args:
+        name: of the file, for errors.
+
+    Raises:
+        DataError: it is another kind of file, or in another encoding.
+    """
+    text = decode_text(content, name, encoding)
+    beginning = text.lstrip()[:1]
+    if beginning == "[":
         try:
-            return _parse_json(text), sha256
+            return _parse_json(text)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} is not valid JSON: {error}.") from None
+            raise DataError(f"{name} is not valid JSON: {error}.") from None
+    if beginning == "{" and (records := _unwrap(text)) is not None:
+        return records
     records = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -152,10 +179,38 @@ def read_json_records(path: Path) -> tuple[list[Any], str]:
             records.append(_parse_json(line))
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{path}, line {number} is not valid JSON: {error}. "
+                f"{name}, line {number} is not valid JSON: {error}. "
                 "Expected a JSON list, or one JSON object per line."
             ) from None
-    return records, sha256
+    return records
+
+
+def decode_text(content: bytes, name: str, encoding: str = "utf-8") -> str:
+    """Return a file's text, without a mark of its byte order.
+
+    Raises:
+        DataError: it is not in this encoding.
+    """
+    if content.startswith(GZIP_MAGIC):
+        raise DataError(f"{name} is compressed with gzip. Unpack it: gunzip {name}")
+    try:
+        return content.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{name} is not {encoding.upper()} text (byte {error.start}). Save it as UTF-8 (in "
+            "Excel: CSV UTF-8); an import also takes --encoding, such as cp1252 for Western "
+            "European and gb18030 for Chinese files of Windows."
+        ) from None
+
+
+def _unwrap(text: str) -> list[Any] | None:
+    """Return the list of records in an object that is the whole file, None if there is none."""
+    try:
+        found = _parse_json(text)
+    except (ValueError, RecursionError):  # of several lines, for one
+        return None
+    lists = [found[key] for key in WRAPPERS if isinstance(found.get(key), list)]
+    return lists[0] if len(lists) == 1 else None
 
 
 class _Repeating(dict[str, Any]):
@@ -177,11 +232,19 @@ def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return repeating
 
 
-def _refuse_repeated_keys(raw: dict[str, Any]) -> None:
+def refuse_repeated_keys(raw: dict[str, Any], known: Container[str]) -> None:
+    """Raise where a key of a record stands in the file more than once.
+
+    Args:
+        known: keys that may be named; others could say what may not leave a client.
+
+    Raises:
+        ValueError: naming the key.
+    """
     for value in (raw, raw.get("answers"), raw.get("evaluation_guide")):
         if isinstance(value, _Repeating):
-            known = value.repeated in FIELDS  # others could say what may not leave a client
-            key = f"the key {value.repeated!r}" if known else "a key that has no meaning here"
+            is_known = value.repeated in known
+            key = f"the key {value.repeated!r}" if is_known else "a key that has no meaning here"
             raise ValueError(f"{key} is there more than once.")
 
 
@@ -191,10 +254,11 @@ def parse_record(raw: dict[str, Any]) -> Record:
     Raises:
         ValueError: saying which field is wrong, to be put behind a file's name.
     """
+    instruction, further = _question(raw)
     return Record(
-        instruction=_text(raw, "instruction", required=True),
+        instruction,
         output=_text(raw, "output", required=True),
-        input=_text(raw, "input"),
+        input=further,
         fact=_optional_text(raw, "fact"),
         distractors=_texts(raw, "distractors"),
         keywords=_keywords(raw),
@@ -215,9 +279,10 @@ def _parse_conflict(raw: dict[str, Any], client_ids: list[str]) -> ConflictRecor
                 f'"{name}" names {", ".join(map(repr, unknown))}, which is not a client. '
                 f"Clients: {', '.join(client_ids)}."
             )
+    instruction, further = _question(raw)
     return ConflictRecord(
-        instruction=_text(raw, "instruction", required=True),
-        input=_text(raw, "input"),
+        instruction,
+        input=further,
         output=_text(raw, "output"),
         answers={client: _text(answers, client, required=True) for client in answers},
         keywords=keywords,
@@ -236,6 +301,14 @@ def _keywords(raw: dict[str, Any]) -> dict[str, tuple[str, ...]]:
         for key in guide
         if key.endswith(KEYWORD_SUFFIX)
     }
+
+
+def _question(raw: dict[str, Any]) -> tuple[str, str]:
+    """Return the instruction and the input; the input alone is the instruction."""
+    further, instruction = _text(raw, "input"), raw.get("instruction")
+    if further.strip() and (instruction is None or str(instruction).strip() == ""):
+        return further, ""
+    return _text(raw, "instruction", required=True), further
 
 
 def _text(raw: dict[str, Any], key: str, required: bool = False) -> str:

@@ -458,6 +458,18 @@ def test_shares_of_which_nothing_tells_what_was_never_seen():
     assert lint(config, {"strict": files}, PROJECT) == []
 
 
+def test_fields_of_other_formats_that_are_not_read(tmp_path):
+    path = tmp_path / "train.json"
+    record = {"instruction": "And there?", "output": "A fine.", "system": "", "history": []}
+    told = record | {"history": [["Is smoking punished?", "Yes."]]}
+    path.write_text(json.dumps([record, told, told | {"input": "Here."}, record | {"id": 7}]))
+    files = clean()
+    files.local = load_records(path)
+    [finding] = [finding for finding in check(files) if finding.rule == "ignored-field"]
+    assert finding.severity == "warning" and finding.record is None
+    assert finding.text.startswith('"history" of 2 records is not read: what was said before')
+
+
 def test_answers_in_another_script_than_the_training():
     questions = [ask(f"第{n}个问题是什么？", "罚款。") for n in range(9)]
     files = clean(local=file("t.json", *questions, ask("第十个？", "A fine is due.")))

@@ -24,6 +24,23 @@ def test_json_and_json_lines_read_alike(tmp_path):
     assert one.records[0].fact == "f"
 
 
+@pytest.mark.parametrize("instruction", [{}, {"instruction": ""}, {"instruction": None}])
+def test_the_question_may_stand_in_the_input_alone(tmp_path, instruction):
+    alone = instruction | {"input": "Ask?", "output": "Answer."}
+    [record] = load_records(write(tmp_path / "a.json", [alone])).records
+    assert (record.instruction, record.input) == ("Ask?", "")
+    conflict = instruction | {"input": "Ask?", "answers": {"a": "Yes."}}
+    [record] = load_conflicts(write(tmp_path / "c.json", [conflict]), ["a"]).records
+    assert format_question(record) == "Ask?"
+    with pytest.raises(DataError, match='"instruction" is'):
+        load_records(write(tmp_path / "b.json", [alone | {"input": " "}]))
+
+
+def test_the_list_may_stand_in_an_object(tmp_path):
+    path = write(tmp_path / "a.json", {"about": "x", "data": [GOOD, GOOD]})
+    assert len(load_records(path).records) == 2
+
+
 def test_every_invalid_record_is_named_with_its_field(tmp_path):
     path = write(
         tmp_path / "a.json",
@@ -50,6 +67,7 @@ def test_every_invalid_record_is_named_with_its_field(tmp_path):
         (b"[{]", "is not valid JSON"),
         (b'{"instruction": "a"', "line 1 is not valid JSON"),
         (b"\xff\xfe", "is not UTF-8"),
+        (b"\x1f\x8b\x08\x00", "is compressed with gzip. Unpack it"),
     ],
 )
 def test_broken_files_say_what_is_broken(tmp_path, content, expected):

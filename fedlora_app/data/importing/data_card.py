@@ -70,6 +70,8 @@ class ImportResult:
     """Of the records as they were read."""
     experiment: str
     """YAML for federated.clients and data."""
+    notes: tuple[str, ...] = ()
+    """What was taken for what in the source, and what was left out."""
     warnings: tuple[str, ...] = ()
 
     @property
@@ -89,6 +91,7 @@ def describe_import(result: ImportResult) -> str:
     if len(lines) > MAX_LINES_SHOWN:
         lines[MAX_LINES_SHOWN:] = [f"and {len(lines) - MAX_LINES_SHOWN} more"]
     lines += [f"{count} {what}" for what, count in _list_counts(result) if count]
+    lines += [f"note: {note}" for note in result.notes]
     lines += [f"warning: {warning}" for warning in result.warnings]
     return "\n".join([*lines, f"Written: {result.output_dir}"])
 
@@ -117,7 +120,7 @@ def build_card(result: ImportResult, source: Source, settings: ImportSettings) -
         f"## Splits\n\n{_describe_splits(result, settings)}",
         *(["## Warnings\n\n" + _list_lines(result.warnings)] if result.warnings else []),
         f"## Settings\n\n```yaml\n{_dump(_plain(asdict(settings)))}```",
-        "## In an experiment\n\nThe paths are relative to the project. Give each client its system "
+        "## In an experiment\n\nPaths are relative to the project. Give each client its system "
         f"prompt{_describe_gaps(result)}.\n\n```yaml\n{result.experiment}```",
     ]
     return "\n\n".join(sections) + "\n"
@@ -159,6 +162,7 @@ def _describe_source(result: ImportResult, source: Source) -> str:
     lines += [f"sha256 of {escape(name)}: {digest}" for name, digest in source.sha256.items()]
     lines += [f"sha256 of the records as they were read: {result.sha256}"]
     lines += [f"{count} {what}" for what, count in _list_counts(result)]
+    lines += [escape(note) for note in result.notes]
     return _list_lines(lines)
 
 

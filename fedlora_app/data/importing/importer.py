@@ -36,7 +36,7 @@ from fedlora_app.data.importing.rows import (
 )
 from fedlora_app.data.importing.settings import GROWING, SPLITS, TEXT_FIELDS, ImportSettings
 from fedlora_app.data.importing.source import FILE, HUB, Source, load_source
-from fedlora_app.data.importing.splits import TRAIN, assign_splits, group_questions
+from fedlora_app.data.importing.splits import TRAIN, assign_splits, group_questions, join_groups
 from fedlora_app.data.records import DataError
 from fedlora_app.foundation.files import make_private_dir, replace_folder
 
@@ -65,12 +65,17 @@ def import_data(
     """
     _refuse_taken(output_dir)
     opened = load_source(
-        source, split=settings.split, subset=settings.subset, revision=settings.revision
+        source,
+        split=settings.split,
+        subset=settings.subset,
+        revision=settings.revision,
+        encoding=settings.encoding,
     )
     read = read_records(opened, settings, report)
     distinct = _drop_duplicates(read.records)
     records = _assign_clients(distinct, settings)
     groups = group_questions([record.question for record in records], report)
+    groups = join_groups(groups, [record.row for record in records])
     contradictory = _find_contradictory_groups(records, groups, settings)
     splits = assign_splits(
         groups,
@@ -88,7 +93,7 @@ def import_data(
         files={path: len(content) for path, content in files.items()},
         clients=holdings,
         universal=universal,
-        num_read=len(read.records) + read.num_invalid,
+        num_read=read.num_rows,
         num_invalid=read.num_invalid,
         num_duplicates=len(read.records) - len(distinct),
         num_unassigned=len(distinct) - len(records),
@@ -97,6 +102,7 @@ def import_data(
         largest_group=max(Counter(groups).values()),
         num_contradictions=sum(contradictory.values()),
         sha256=read.sha256,
+        notes=read.notes,
         experiment=build_experiment(list(holdings), files, _name_folder(output_dir, root)),
     )
     result = replace(result, warnings=tuple(_find_warnings(result, opened, settings)))
@@ -127,28 +133,33 @@ def _drop_duplicates(
 def _assign_clients(
     records: list[ImportedRecord], settings: ImportSettings
 ) -> list[ImportedRecord]:
-    """Return the records with their clients, without those that a partition leaves over."""
+    """Return the records with their clients, without those that a partition leaves over.
+
+    The records of a row, which is a conversation then, stay together.
+    """
     if settings.partition is None:
         return records
-    labels = [record.label for record in records]
+    label_of = {record.row: record.label for record in records}
+    labels = list(label_of.values())
     number, seed = settings.num_clients or len(settings.sizes), settings.seed
     if settings.partition == "iid":
-        owners = partition_iid(len(records), number, seed)
+        owners = partition_iid(len(labels), number, seed)
     elif settings.partition == "sizes":
-        owners = partition_sizes(len(records), settings.sizes, seed)
+        owners = partition_sizes(len(labels), settings.sizes, seed)
     elif settings.partition == "label":
         owners = partition_labels(labels, number, settings.labels_per_client, seed)
     elif settings.partition in GROWING:
-        owners = partition_growing(len(records), number, settings.partition, seed)
+        owners = partition_growing(len(labels), number, settings.partition, seed)
     else:
         owners = partition_dirichlet(
             labels, number, settings.dirichlet_alpha, seed, min_records=len(settings.shares)
         )
     digits = len(str(number))
+    owner_of = dict(zip(label_of, owners, strict=True))
     return [
         replace(record, client=f"client-{owner + 1:0{digits}}")
-        for record, owner in zip(records, owners, strict=True)
-        if owner is not None
+        for record in records
+        if (owner := owner_of[record.row]) is not None
     ]
 
 
@@ -287,10 +298,10 @@ def _expected_files(result: ImportResult, split: str, role: str) -> Iterator[tup
 
 
 def _name_folder(output_dir: Path, root: Path | None) -> str:
-    """Return the folder relative to the project; elsewhere its name alone."""
+    """Return the folder relative to the project, or its whole path if it lies elsewhere."""
     project, folder = (root or Path.cwd()).resolve(), output_dir.resolve()
     inside = folder.is_relative_to(project)
-    return folder.relative_to(project).as_posix() if inside else folder.name
+    return (folder.relative_to(project) if inside else folder).as_posix()
 
 
 def _write(output_dir: Path, files: Mapping[str, Sequence[dict[str, Any]]], card: str) -> None:

@@ -15,9 +15,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedlora_app.config.schema import SAFE_NAME
-from fedlora_app.data.importing.settings import SPLITS, TEXT_FIELDS, ImportSettings
+from fedlora_app.data.importing.settings import SPLITS, ImportSettings
+from fedlora_app.data.importing.shapes import (
+    SYSTEM,
+    UNTAUGHT,
+    Shape,
+    choose_shape,
+    count_system_messages,
+    read_exchanges,
+)
 from fedlora_app.data.importing.source import NO_CELL, Source, suggest
-from fedlora_app.data.records import DataError, format_question, parse_record
+from fedlora_app.data.records import DataError, format_question, parse_record, refuse_repeated_keys
 from fedlora_app.data.similarity import normalise_question
 
 Report = Callable[[str, int, int], None]
@@ -44,6 +52,8 @@ class ImportedRecord:
     client: str = ""
     """Id; empty where the record is universal, or a partition has yet to give it away."""
     label: str = ""
+    row: int = 0
+    """Of the source, counted through all tables: a conversation can make several records."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,9 @@ class ImportedRecords:
     """Of the valid records and their clients."""
     client_values: dict[str, str]
     """What stood in the client column, by id."""
+    num_rows: int
+    notes: tuple[str, ...]
+    """What was taken for what, and what was left out."""
 
 
 def read_records(source: Source, settings: ImportSettings, report: Report) -> ImportedRecords:
@@ -66,19 +79,22 @@ def read_records(source: Source, settings: ImportSettings, report: Report) -> Im
     """
     if not any(len(table.rows) for table in source.tables):
         raise DataError(f"{source.name} holds no record.")
-    is_chat = _check_columns(source, settings)
-    tables = [(table.name, table.read(_named_columns(settings))) for table in source.tables]
-    num_rows = sum(len(rows) for _, rows in tables)
+    shape = _check_columns(source, settings)
+    named = {*shape.columns.values(), *_named_columns(settings)}
+    tables = [(table.name, table.read(named)) for table in source.tables]
+    num_rows, num_read = sum(len(rows) for _, rows in tables), 0
     records: list[ImportedRecord] = []
     faults: list[str] = []
     for table, rows in tables:
         for number, row in enumerate(rows, start=1):
             try:
-                records.append(_build_record(row, settings, is_chat))
+                built = _build_records(row, settings, shape)
+                records += [replace(record, row=num_read) for record in built]
             except (ValueError, RecursionError) as error:
                 faults.append(f"{table}, record {number}: {error}")
-            if (len(records) + len(faults)) % REPORT_INTERVAL == 0:
-                report("reading", len(records) + len(faults), num_rows)
+            num_read += 1
+            if num_read % REPORT_INTERVAL == 0:
+                report("reading", num_read, num_rows)
     report("reading", num_rows, num_rows)
     if faults and not settings.skip_invalid:
         raise DataError(_describe_faults(source.name, faults, num_rows))
@@ -94,9 +110,14 @@ def read_records(source: Source, settings: ImportSettings, report: Report) -> Im
     for record in records:
         text = json.dumps([record.client, record.label, record.fields], sort_keys=True)
         digest.update(text.encode() + b"\n")
-    named = [replace(record, client=ids.get(record.client, "")) for record in records]
+    owned = [replace(record, client=ids.get(record.client, "")) for record in records]
     values = {client: value for value, client in ids.items()}
-    return ImportedRecords(named, len(faults), digest.hexdigest(), values)
+    notes = [*shape.notes]
+    if num_told := sum(count_system_messages(rows, shape) for _, rows in tables):
+        notes.append(
+            f"System messages of {num_told} conversations are left out: {UNTAUGHT[SYSTEM]}."
+        )
+    return ImportedRecords(owned, len(faults), digest.hexdigest(), values, num_rows, tuple(notes))
 
 
 def build_client_ids(values: Iterable[str]) -> dict[str, str]:
@@ -141,32 +162,22 @@ def _slugify(value: str) -> str:
 
 
 def _named_columns(settings: ImportSettings) -> dict[str, str]:
-    """Return the columns that the settings name, each with its setting."""
-    named = {settings.messages_column: "messages_column"}
-    for name in ("instruction", "input", "output", "client", "label"):
-        column = getattr(settings, f"{name}_column")
-        if column is not None:
-            named[column] = f"{name}_column"
-    return dict.fromkeys(settings.keep_columns, "keep_columns") | named
+    """Return the columns beside the texts that the settings name, each with its setting."""
+    named = dict.fromkeys(settings.keep_columns, "keep_columns")
+    for setting in ("client_column", "label_column"):
+        if (column := getattr(settings, setting)) is not None:
+            named[column] = setting
+    return named
 
 
-def _check_columns(source: Source, settings: ImportSettings) -> bool:
-    """Return whether records are conversations; refuse a source without a named column."""
+def _check_columns(source: Source, settings: ImportSettings) -> Shape:
+    """Return where the texts are; refuse a source without a named column."""
     known = list(dict.fromkeys(column for table in source.tables for column in table.columns))
-    is_chat = (
-        settings.instruction_column == ImportSettings.instruction_column
-        and settings.instruction_column not in known
-        and settings.messages_column in known
-    )
-    optional = {"messages_column"}
-    if is_chat:
-        optional |= {"instruction_column", "input_column", "output_column"}
-    elif settings.input_column == ImportSettings.input_column:
-        optional |= {"input_column"}
-    faults = [
+    shape, faults = choose_shape(known, settings)
+    faults += [
         f'  {setting}: there is no column "{column}".{suggest(column, known)}'
         for column, setting in _named_columns(settings).items()
-        if column not in known and setting not in optional
+        if column not in known
     ]
     if faults:
         listing = "\n".join(faults)
@@ -175,11 +186,11 @@ def _check_columns(source: Source, settings: ImportSettings) -> bool:
             f"{source.name} lacks columns:\n{listing}\nIts columns: {columns}. Name those that are "
             "meant."
         )
-    return is_chat
+    return shape
 
 
-def _build_record(row: Any, settings: ImportSettings, is_chat: bool) -> ImportedRecord:
-    """Turn a row into a record whose client is still the column's value.
+def _build_records(row: Any, settings: ImportSettings, shape: Shape) -> list[ImportedRecord]:
+    """Turn a row into records whose client is still the column's value.
 
     Raises:
         ValueError: what is wrong with the row.
@@ -190,12 +201,11 @@ def _build_record(row: Any, settings: ImportSettings, is_chat: bool) -> Imported
         raise ValueError(f"has {len(row[None])} cells more than the header.")
     if NO_CELL in row.values():
         raise ValueError(f"has only {sum(v is not NO_CELL for v in row.values())} cells.")
-    texts = (
-        _read_messages(row.get(settings.messages_column)) if is_chat else _read_texts(row, settings)
-    )
+    refuse_repeated_keys(row, row)
+    texts = {column: _to_text(row.get(column)) for column in shape.columns.values()}
+    exchanges = read_exchanges(row | texts, shape, settings.turns)
     kept = {column: _read_kept(row, column) for column in settings.keep_columns}
-    raw = texts | {column: value for column, value in kept.items() if value is not None}
-    record = parse_record(raw)
+    kept = {column: value for column, value in kept.items() if value is not None}
     client = _read_name(row, settings.client_column)
     label = _read_name(row, settings.label_column)
     if settings.has_labels and not label:
@@ -205,33 +215,18 @@ def _build_record(row: Any, settings: ImportSettings, is_chat: bool) -> Imported
             f'"{settings.client_column}" (client_column) is empty, but with role universal every '
             "record is some client's share."
         )
+    return [_build_record(texts | kept, client, label) for texts in exchanges]
+
+
+def _build_record(raw: dict[str, Any], client: str, label: str) -> ImportedRecord:
+    record = parse_record(raw)
     return ImportedRecord(
-        raw,
+        raw | {"instruction": record.instruction, "input": record.input},
         normalise_question(format_question(record)),
         normalise_question(record.output),
         client,
         label,
     )
-
-
-def _read_texts(row: dict[str, Any], settings: ImportSettings) -> dict[str, Any]:
-    texts = {name: _to_text(row.get(getattr(settings, f"{name}_column"))) for name in TEXT_FIELDS}
-    return texts | {"input": texts["input"] or ""}
-
-
-def _read_messages(messages: Any) -> dict[str, str]:
-    """Return the question and the answer of a conversation that has one of each."""
-    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
-        raise ValueError("its messages are not a list of {role, content}.")
-    turns = [turn for turn in messages if turn.get("role") != "system"]
-    roles = [turn.get("role") for turn in turns]
-    if roles != ["user", "assistant"]:
-        raise ValueError(
-            f"is a conversation of {', '.join(map(str, roles)) or 'no turns'}. Expected one turn "
-            "of user and one of assistant."
-        )
-    question, answer = (turn.get("content") for turn in turns)
-    return {"instruction": question, "input": "", "output": answer}
 
 
 def _read_kept(row: dict[str, Any], column: str) -> Any:

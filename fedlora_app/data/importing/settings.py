@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -11,6 +12,8 @@ from fedlora_app.config.schema import ConfigError
 
 Role = Literal["local", "universal"]
 Partition = Literal["iid", "label", "dirichlet", "sizes", "linear", "square", "exponential"]
+
+Turns = Literal["refuse", "last", "split"]
 
 GROWING = ("linear", "square", "exponential")
 """Partitions whose clients have ever more records."""
@@ -41,13 +44,17 @@ class ImportSettings:
     """Configuration of a dataset on the hub."""
     revision: str | None = None
     """Branch, tag or commit of a dataset on the hub."""
+    encoding: str = "utf-8"
+    """Of JSON and CSV files."""
     instruction_column: str = "instruction"
     input_column: str = "input"
     """May be missing while it is the default one."""
     output_column: str = "output"
     messages_column: str = "messages"
-    """Read where there is no "instruction": a list of {role, content} with one question and one
-    answer; system messages are left out."""
+    """Read where there is no "instruction": a list of {role, content} or {from, value}; system
+    messages are left out."""
+    turns: Turns = "refuse"
+    """Of a conversation of several questions: which become records, with what came before."""
     keep_columns: tuple[str, ...] = ()
     """Further columns to keep, such as fact, distractors, evaluation_guide."""
     client_column: str | None = None
@@ -76,8 +83,13 @@ class ImportSettings:
                 faults.append(f"{name}: expected a share from 0 to below 1.")
         if self.validation + self.test >= 1:
             faults.append("validation and test: together they leave nothing to train on.")
-        if self.role not in get_args(Role):
-            faults.append(f"role: {self.role!r} is none of {', '.join(get_args(Role))}.")
+        for name, choices in (("role", get_args(Role)), ("turns", get_args(Turns))):
+            if getattr(self, name) not in choices:
+                faults.append(f"{name}: {getattr(self, name)!r} is none of {', '.join(choices)}.")
+        try:
+            codecs.lookup(self.encoding)
+        except (LookupError, ValueError):
+            faults.append(f"encoding: {self.encoding!r} is not known. Name one such as cp1252.")
         if faults:
             listing = "\n".join(f"  {fault}" for fault in faults)
             raise ConfigError(f"The import cannot be done as asked:\n{listing}")

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import csv
 import difflib
+import gzip
+import io
+import json
 import re
 import sys
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +23,15 @@ from typing import Any, TypeVar
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
-from fedlora_app.data.records import DataError, read_json_records
+from fedlora_app.data.records import DataError, decode_text, parse_json_records
 from fedlora_app.foundation.files import hash_file
 
 NO_CELL = object()  # where a CSV row ends before its header does
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+GZIP = ".gz"
+LISTING = "dataset_info.json"
+"""LLaMA-Factory's list of a folder's data sets; ``datasets`` has another file of that name."""
 
 HUB = "hub dataset"
 FILE = "file"
@@ -74,27 +81,34 @@ class Source:
 
 
 def load_source(
-    name: str, *, split: str | None = None, subset: str | None = None, revision: str | None = None
+    name: str,
+    *,
+    split: str | None = None,
+    subset: str | None = None,
+    revision: str | None = None,
+    encoding: str = "utf-8",
 ) -> Source:
     """Find out what the source is and open it.
 
     Args:
         name: a path; where there is none, a dataset on the hub.
-        split: of a dataset, or the name without ending of a file in a folder; all by default.
+        split: of a dataset, or the name without ending of a file in a folder (its name in a
+            ``dataset_info.json`` there); all by default.
         subset: configuration of a dataset on the hub.
         revision: branch, tag or commit of a dataset on the hub.
+        encoding: of JSON and CSV files.
 
     Raises:
         DataError: there is no such source, or it cannot be read.
     """
     path = Path(name)
     if path.is_file():
-        return Source(name, FILE, [_read_file(path)], {path.name: hash_file(path)})
+        return Source(name, FILE, [_read_file(path, encoding)], {path.name: hash_file(path)})
     if any((path / note).is_file() for note in ("dataset_dict.json", "state.json")):
         return _load_saved(name, split)
     if path.is_dir():
-        return _load_folder(name, split)
-    if HUB_ID.fullmatch(name) and path.suffix.lower() not in READERS:
+        return _load_folder(name, split, encoding)
+    if HUB_ID.fullmatch(name) and not _kind(path):
         return _load_from_hub(name, split, subset, revision)
     raise DataError(
         f"{name} does not exist. Expected a file ({', '.join(READERS)}), a folder of such files or "
@@ -108,20 +122,57 @@ def suggest(name: str, known: Sequence[str]) -> str:
     return f' Did you mean "{matches[0]}"?' if matches else ""
 
 
-def _load_folder(name: str, split: str | None) -> Source:
-    files = sorted(
+def _load_folder(name: str, split: str | None, encoding: str) -> Source:
+    listed = _read_listing(Path(name) / LISTING)
+    if listed:
+        chosen = _select_split(list(listed), str, split, name)
+        files = {key: Path(name) / listed[key]["file_name"] for key in chosen}
+        tables = [_rename(_read_file(f, encoding), key, listed[key]) for key, f in files.items()]
+        return Source(name, "folder", tables, {f.name: hash_file(f) for f in files.values()})
+    found = sorted(
         file
         for file in Path(name).iterdir()
-        if file.is_file() and file.suffix.lower() in READERS and not file.name.startswith(".")
+        if file.is_file() and _kind(file) and not file.name.startswith(".") and file.name != LISTING
     )
-    if not files:
+    if not found:
         raise DataError(
             f"{name} holds no data. Expected {', '.join(READERS)} files in it, or what "
             "save_to_disk of a dataset wrote."
         )
-    files = _select_split(files, lambda file: SHARD.sub("", file.stem), split, name)
-    hashes = {file.name: hash_file(file) for file in files}
-    return Source(name, "folder", [_read_file(file) for file in files], hashes)
+    found = _select_split(found, lambda file: SHARD.sub("", _stem(file)), split, name)
+    hashes = {file.name: hash_file(file) for file in found}
+    return Source(name, "folder", [_read_file(file, encoding) for file in found], hashes)
+
+
+def _read_listing(path: Path) -> dict[str, dict[str, Any]]:
+    """Return a folder's data sets by name, as LLaMA-Factory lists them; none without a list."""
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    entries = listed.items() if isinstance(listed, dict) else ()
+    return {
+        str(name): entry
+        for name, entry in entries
+        if isinstance(entry, dict) and isinstance(entry.get("file_name"), str)
+    }
+
+
+def _rename(table: Table, name: str, entry: dict[str, Any]) -> Table:
+    """Return a listed table whose columns have the names that they are known by here."""
+    columns = entry.get("columns") or {}
+    ours = {"prompt": "instruction", "query": "input", "response": "output"}
+    names = {columns[key]: ours.get(key, key) for key in columns if isinstance(columns[key], str)}
+    if not isinstance(table.rows, Dataset):
+        rows = [
+            {names.get(key, key): value for key, value in row.items()}
+            if isinstance(row, dict)
+            else row
+            for row in table.rows
+        ]
+        return Table(name, rows)
+    known = {old: new for old, new in names.items() if old in table.columns and old != new}
+    return Table(name, table.rows.rename_columns(known))
 
 
 def _load_saved(name: str, split: str | None) -> Source:
@@ -172,53 +223,66 @@ def _select_split(
     return selected
 
 
-def _read_file(path: Path) -> Table:
-    read = READERS.get(path.suffix.lower())
-    if read is None:
+def _kind(path: Path) -> str:
+    """Return the ending by which a file is read, without that of its compression; "" if none is."""
+    ending = (path.with_suffix("") if path.suffix.lower() == GZIP else path).suffix.lower()
+    return ending if ending in READERS else ""
+
+
+def _stem(path: Path) -> str:
+    return path.name[: path.name.lower().rindex(_kind(path))]
+
+
+def _read_file(path: Path, encoding: str) -> Table:
+    kind = _kind(path)
+    if not kind:
         raise DataError(
-            f"{path} is of a kind that cannot be read. Expected {', '.join(READERS)}; save it as "
-            "one of these."
+            f"{path} is of a kind that cannot be read. Expected {', '.join(READERS)}, which may be "
+            f"compressed ({GZIP}); save it as one of these."
         )
-    return Table(path.name, read(path))
+    try:
+        content = path.read_bytes()
+        if path.suffix.lower() == GZIP:
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} cannot be read: {reason}.") from None
+    return Table(path.name, READERS[kind](content, str(path), encoding))
 
 
-def _read_json(path: Path) -> list[Any]:
-    return read_json_records(path)[0]
-
-
-def _read_csv(path: Path) -> list[dict[str, Any]]:
+def _read_csv(content: bytes, name: str, encoding: str) -> list[dict[str, Any]]:
     """Return the rows as texts. What separates them is what the header has most of."""
     csv.field_size_limit(sys.maxsize)
+    file = io.StringIO(decode_text(content, name, encoding), newline="")
+    header = file.readline()
+    file.seek(0)
+    unquoted = re.sub(r'"[^"]*"', "", header)
+    delimiter = max(",;\t", key=unquoted.count)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            header = file.readline()
-            file.seek(0)
-            unquoted = re.sub(r'"[^"]*"', "", header)
-            delimiter = max(",;\t", key=unquoted.count)
-            reader = csv.DictReader(file, delimiter=delimiter, strict=True, restval=NO_CELL)
-            names = Counter(reader.fieldnames or [])
-            rows = list(reader)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}).") from None
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True, restval=NO_CELL)
+        names = Counter(reader.fieldnames or [])
+        rows = list(reader)
     except csv.Error as error:
-        raise DataError(f"{path} is not valid CSV after line {reader.line_num}: {error}.") from None
+        raise DataError(f"{name} is not valid CSV after line {reader.line_num}: {error}.") from None
     repeated = [repr(column) for column, count in names.items() if count > 1]
     if repeated:
-        raise DataError(f"{path} has several columns {', '.join(repeated)}. Rename all but one.")
+        raise DataError(f"{name} has several columns {', '.join(repeated)}. Rename all but one.")
     return rows
 
 
-def _read_parquet(path: Path) -> Dataset:
+def _read_parquet(content: bytes, name: str, encoding: str) -> Dataset:
     with tempfile.TemporaryDirectory() as cache_dir:  # no copy of the data stays elsewhere
+        path = Path(cache_dir, "rows.parquet")
+        path.write_bytes(content)
         try:
             return Dataset.from_parquet(str(path), cache_dir=cache_dir, keep_in_memory=True)
         except (OSError, ValueError, DatasetsError) as error:
-            raise DataError(f"{path} cannot be read as Parquet: {error}") from error
+            raise DataError(f"{name} cannot be read as Parquet: {error}") from error
 
 
-READERS: dict[str, Callable[[Path], Sequence[Any] | Dataset]] = {
-    ".json": _read_json,
-    ".jsonl": _read_json,
+READERS: dict[str, Callable[[bytes, str, str], Sequence[Any] | Dataset]] = {
+    ".json": parse_json_records,
+    ".jsonl": parse_json_records,
     ".csv": _read_csv,
     ".tsv": _read_csv,
     ".parquet": _read_parquet,

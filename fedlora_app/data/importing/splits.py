@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
 from fedlora_app.data.importing.partitions import shuffle
 from fedlora_app.data.similarity import group_nearly
 
@@ -26,6 +29,20 @@ def group_questions(questions: Sequence[str], report: Callable[[str, int, int], 
             report("finding near-duplicates", len(found), num_distinct)
     order: dict[int, int] = {}
     return [order.setdefault(found[question], len(order)) for question in questions]
+
+
+def join_groups(groups: Sequence[int], rows: Sequence[int]) -> list[int]:
+    """Return groups anew, of which those that a row of the source connects are one.
+
+    What a conversation says in one record stands in the question of the next.
+    """
+    first_row = max(groups) + 1
+    ends = (list(groups), [first_row + row for row in rows])
+    size = first_row + max(rows) + 1
+    edges = coo_array(([True] * len(groups), ends), shape=(size, size))
+    _, labels = connected_components(edges, directed=False)
+    order: dict[int, int] = {}
+    return [order.setdefault(labels[group], len(order)) for group in groups]
 
 
 def assign_splits(

@@ -21,6 +21,7 @@ from fedlora_app.data.linter.answers import (
 )
 from fedlora_app.data.linter.coverage import (
     find_foreign_scripts,
+    find_ignored_fields,
     find_missing_sets,
     find_silent_clients,
 )
@@ -56,6 +57,7 @@ CHECKS: tuple[Callable[[LintedClient, Config], Iterator[Finding]], ...] = (
     find_agreed_conflicts,
     find_empty_answers,
     find_right_distractors,
+    find_ignored_fields,
     find_foreign_scripts,
     find_repeated_questions,
     find_duplicates,

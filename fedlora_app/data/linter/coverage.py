@@ -1,4 +1,4 @@
-"""What a set of questions leaves out, and answers in a script that nobody was trained on."""
+"""What files and question sets leave out, and answers in a script that nobody was trained on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from fedlora_app.config.schema import Config
 from fedlora_app.data.linter.subject import Finding, LintedClient, format_count
 from fedlora_app.data.questions import CONFLICT, LOCAL_SET, UNIVERSAL
-from fedlora_app.data.records import ConflictRecord, Record, format_question
+from fedlora_app.data.records import IGNORED, ConflictRecord, Record, format_question
 from fedlora_app.data.similarity import SHORT_HAN_TEXT, dominant_script, most_common
 
 MAX_SCRIPT_SHARE = 0.1
@@ -53,6 +53,17 @@ def find_silent_clients(client: LintedClient, config: Config) -> Iterator[Findin
                 f"{num_records}, which count for the other clients alone. Add its answers."
             )
             yield file.finding("warning", "lacking-client", lacking[0], text)
+
+
+def find_ignored_fields(client: LintedClient, config: Config) -> Iterator[Finding]:
+    """Find records that hold more than is read of them."""
+    for file in (*client.training, *client.question_files):
+        for name, count in sorted(file.source.num_ignored.items()):
+            text = (
+                f'"{name}" of {format_count(count)} is not read: {IGNORED[name]}. fedlora import '
+                "takes what can be taken of such files."
+            )
+            yield file.finding("warning", "ignored-field", None, text)
 
 
 def find_foreign_scripts(client: LintedClient, config: Config) -> Iterator[Finding]:

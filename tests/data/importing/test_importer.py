@@ -15,6 +15,7 @@ from rapidfuzz import fuzz
 
 from fedlora_app.config.loading import parse_config
 from fedlora_app.data.client_files import load_all_files
+from fedlora_app.data.importing.data_card import describe_import, escape
 from fedlora_app.data.importing.importer import import_data
 from fedlora_app.data.importing.settings import ImportSettings
 from fedlora_app.data.linter import lint
@@ -332,6 +333,35 @@ def test_client_values_never_become_paths(rows_path, tmp_path):
     assert "| a-b-c | a b\\|c |" in Path("data/towns/README.md").read_text()
 
 
+def test_what_a_conversation_says_stays_with_one_client_and_split(rows_path, tmp_path):
+    rng = random.Random(0)
+    rows = []
+    for _ in range(40):
+        said = [make_words(rng, 8) for _ in range(6)]
+        roles = ("user", "assistant") * 3
+        turns = [{"role": r, "content": c} for r, c in zip(roles, said, strict=True)]
+        rows.append({"messages": turns})
+    settings = ImportSettings(partition="iid", num_clients=2, turns="split")
+    result = run(write(tmp_path / "chats.json", rows), settings)
+    assert (result.num_read, sum(result.splits.values())) == (40, 120)
+    places = {}
+    for path, records in read().items():
+        for record in records:
+            first = record["instruction"].split("\n")[0].removeprefix("User: ")
+            places.setdefault(first, []).append(path)
+    assert len(places) == 40
+    assert all(len(paths) == 3 and len(set(paths)) == 1 for paths in places.values())
+
+
+def test_notes_are_told_and_stand_in_the_card(rows_path, tmp_path):
+    rows = [{"city": "Ayr", "question": f"rule {n}?", "answer": "No.", "x": 1} for n in range(9)]
+    result = run(write(tmp_path / "few.json", rows))
+    assert '"question" is read as instruction.' in result.notes
+    text, card = describe_import(result), Path("data/towns/README.md").read_text()
+    for note in result.notes:
+        assert f"note: {note}" in text and f"- {escape(note)}" in card
+
+
 def test_only_the_owner_may_read_what_was_written(rows_path):
     run(rows_path)
     folders = [Path("data"), Path("data/towns"), Path("data/towns/Ayr")]
@@ -380,4 +410,4 @@ def test_paths_in_the_card_are_relative_to_the_project(rows_path, tmp_path):
     assert raw["data"]["universal_test"] == "project/data/a/universal_test.json"
     import_data(str(rows_path), tmp_path / "elsewhere", BY_CITY)
     raw = read_experiment("elsewhere", tmp_path)
-    assert raw["data"]["universal_test"] == "elsewhere/universal_test.json"
+    assert raw["data"]["universal_test"] == f"{tmp_path}/elsewhere/universal_test.json"

@@ -3,28 +3,14 @@ from __future__ import annotations
 import re
 
 import pytest
+from importing_rows import read, row, written
 
 from fedlora_app.config.schema import SAFE_NAME, ConfigError
-from fedlora_app.data.importing.rows import build_client_ids, read_records
+from fedlora_app.data.importing.rows import build_client_ids
 from fedlora_app.data.importing.settings import ImportSettings
-from fedlora_app.data.importing.source import Source, Table
 from fedlora_app.data.records import DataError
 
 NAN = float("nan")
-
-
-def row(**fields) -> dict:
-    return {"instruction": "Who mends lamps?", "output": "Ann.", "city": "Ayr"} | fields
-
-
-def read(*rows, **settings):
-    chosen = {"client_column": "city"} | settings
-    source = Source("rows.json", "file", [Table("rows.json", list(rows))])
-    return read_records(source, ImportSettings(**chosen), lambda *_: None)
-
-
-def written(*rows, **settings) -> list[dict]:
-    return [record.fields for record in read(*rows, **settings).records]
 
 
 def test_a_row_becomes_an_alpaca_record_with_its_client():
@@ -59,19 +45,6 @@ def test_other_columns_are_mapped_and_kept():
         "distractors": ["Bob."],
         "evaluation_guide": {"Ayr_keywords": ["Ann"]},
     }
-
-
-def test_conversations_of_one_question_are_read_where_there_is_no_instruction():
-    turns = [("system", "Be kind."), ("user", "Who?"), ("assistant", "Ann.")]
-    messages = [{"role": role, "content": content} for role, content in turns]
-    assert written({"messages": messages, "city": "Ayr"}) == [
-        {"instruction": "Who?", "input": "", "output": "Ann."}
-    ]
-    assert written(row(messages=messages))[0]["instruction"] == "Who mends lamps?"
-    with pytest.raises(DataError, match="a conversation of user, assistant, user, assistant"):
-        read({"messages": messages + messages[1:], "city": "Ayr"})
-    with pytest.raises(DataError, match="its messages are not a list"):
-        read({"messages": "Who?", "city": "Ayr"})
 
 
 def test_missing_columns_are_listed_with_suggestions():

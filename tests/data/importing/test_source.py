@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -53,6 +54,63 @@ def test_cells_of_a_csv_file_stay_the_texts_that_they_are(tmp_path, separator):
     )
     expected = {"instruction": 'Say, "a;b"\nnow?', "output": "NA", "year": "007"}
     assert read(path) == [expected]
+
+
+def test_a_compressed_file_is_what_was_compressed(tmp_path):
+    for path in (write_json(tmp_path / "a.json"), write_lines(tmp_path / "a.jsonl")):
+        packed = path.with_name(path.name + ".gz")
+        packed.write_bytes(gzip.compress(path.read_bytes()))
+        assert read(packed) == ROWS
+        path.unlink()
+    assert read(tmp_path, split="a") == ROWS + ROWS
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(DataError, match="cannot be read"):
+        read(packed)
+
+
+@pytest.mark.parametrize("key", ["data", "records"])
+def test_a_list_may_stand_in_an_object(tmp_path, key):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"version": "1", key: ROWS}, indent=1))
+    assert read(path) == ROWS
+    path.write_text(json.dumps(ROWS[0]))  # one JSON line is no wrapper
+    assert read(path) == ROWS[:1]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"), [("cp1252", "Straße"), ("gb18030", "北京"), ("utf-16", "Straße")]
+)
+def test_another_encoding_is_said_or_taken(tmp_path, encoding, text):
+    path = tmp_path / "a.csv"
+    path.write_bytes(f"instruction,output\nWho?,{text}\n".encode(encoding))
+    with pytest.raises(DataError, match=r"not UTF-8 text.*CSV UTF-8.*--encoding"):
+        load_source(str(path))
+    source = load_source(str(path), encoding=encoding)
+    assert source.tables[0].rows == [{"instruction": "Who?", "output": text}]
+
+
+def test_a_listed_folder_is_read_as_its_list_says(tmp_path):
+    """LLaMA-Factory's folders: their list names files, columns and data sets of the hub."""
+    write_json(tmp_path / "a.json", [{"q": "Who?", "a": "Ann.", "before": []}])
+    write_json(tmp_path / "unlisted.json", [{"x": 1}])
+    Dataset.from_list([{"q": "Who?", "output": "Bob."}]).to_parquet(tmp_path / "b.parquet")
+    columns = {"prompt": "q", "response": "a", "history": "before"}
+    listed = {
+        "first": {"file_name": "a.json", "columns": columns},
+        "second": {"file_name": "b.parquet", "columns": {"prompt": "q"}},
+        "remote": {"hf_hub_url": "owner/name"},
+        "gone": {"file_name": "gone.json"},
+    }
+    write_json(tmp_path / "dataset_info.json", listed)
+    [table] = load_source(str(tmp_path), split="first").tables
+    assert table.name == "first"
+    assert table.rows == [{"instruction": "Who?", "output": "Ann.", "history": []}]
+    [table] = load_source(str(tmp_path), split="second").tables
+    assert table.read(table.columns) == [{"instruction": "Who?", "output": "Bob."}]
+    with pytest.raises(DataError, match=r"gone\.json cannot be read: No such file"):
+        load_source(str(tmp_path))
+    write_json(tmp_path / "dataset_info.json", {"features": {"x": {"dtype": "int64"}}})
+    assert load_source(str(tmp_path), split="unlisted").tables[0].rows == [{"x": 1}]
 
 
 def test_a_folder_of_files_is_read_in_the_order_of_names_and_by_split(tmp_path):
