@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -94,7 +95,10 @@ def encode_prompt(
     earlier: Sequence[Turn] = (),
 ) -> list[int]:
     """Return the token ids of ``render_prompt``."""
-    return _encode(tokenizer, render_prompt(tokenizer, system_prompt, question, earlier))
+    text = render_prompt(tokenizer, system_prompt, question, earlier)
+    said = [message["content"] for message in _messages(system_prompt, question, earlier)]
+    (ids,) = _encode(tokenizer, [(text, said)])
+    return ids
 
 
 def find_prompt_frame(tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> tuple[str, str]:
@@ -136,19 +140,11 @@ def encode_with_answers(
             ``render_prompt``.
     """
     prompt = render_prompt(tokenizer, system_prompt, question)
-    asked = _messages(system_prompt, question)
-    texts = [prompt]
+    texts = [(prompt, [message["content"] for message in _messages(system_prompt, question)])]
     for answer in answers:
-        dialogue = _render(tokenizer, [*asked, {"role": "assistant", "content": answer}])
-        if not dialogue.startswith(prompt):
-            raise ModelError(
-                "The model's chat template does not continue its generation prompt with the "
-                "answer, so it is unknown where the answer begins. Use a template of the ChatML "
-                "kind."
-            )
-        _require_said("answer", answer, dialogue[len(prompt) :])
-        texts.append(dialogue[len(prompt) :].rstrip("\n"))
-    prompt_ids, *answer_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        text = _render_answer(tokenizer, system_prompt, question, prompt, answer)
+        texts.append((text, [answer]))
+    prompt_ids, *answer_ids = _encode(tokenizer, texts)
     return prompt_ids, answer_ids
 
 
@@ -221,6 +217,39 @@ def _end_where_answers_begin(
     return prompt[:num_shared] if found and not before else prompt
 
 
+def _render_answer(
+    tokenizer: PreTrainedTokenizerBase, system_prompt: str, question: str, prompt: str, answer: str
+) -> str:
+    """Return what stands behind a prompt: the answer and the mark that ends it.
+
+    Raises:
+        ModelError: the template does not continue its prompt with the answer, or changes it.
+    """
+    turn = {"role": "assistant", "content": answer}
+    dialogue = _render(tokenizer, [*_messages(system_prompt, question), turn])
+    if system_prompt and not dialogue.startswith(prompt):
+        # Mistral's templates write a system prompt only while the user's turn is the last one.
+        prompt = render_prompt(tokenizer, "", question)
+        dialogue = _render(tokenizer, [*_messages("", question), turn])
+    if not dialogue.startswith(prompt):
+        raise ModelError(
+            "The model's chat template does not continue its generation prompt with the answer, so "
+            "it is unknown where the answer begins. Use a template of the ChatML kind in a copy of "
+            "the model's folder."
+        )
+    text = dialogue[len(prompt) :]
+    _require_said("answer", answer, text)
+    text = text.rstrip("\n")
+    if not text.endswith(answer.strip()):
+        return text
+    if tokenizer.eos_token is None:
+        raise ModelError(
+            "The model's chat template puts no mark behind an answer, and its tokenizer has no "
+            "eos_token, so no answer would ever end. Set eos_token in a copy of the model's folder."
+        )
+    return text + tokenizer.eos_token  # GLM-4's next turn would be the mark
+
+
 def _render(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **settings: bool
 ) -> str:
@@ -255,8 +284,52 @@ def _messages(
     return [{"role": role, "content": content} for role, content in said]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, Sequence[str]]]
+) -> list[list[int]]:
+    """Return the token ids of texts, each with what is said in it, in its order.
+
+    What is said may speak of the template's own marks, and neither ends a turn nor begins one.
+    """
+    marks = _find_marks(tokenizer)
+    plain = [text for text, said in texts if not any(map(marks.search, said))]
+    ids = iter(tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else ())
+    return [
+        _encode_literally(tokenizer, text, said) if any(map(marks.search, said)) else next(ids)
+        for text, said in texts
+    ]
+
+
+def _encode_literally(
+    tokenizer: PreTrainedTokenizerBase, text: str, said: Sequence[str]
+) -> list[int]:
+    """Return a text's token ids, those of what is said without any special token.
+
+    Raises:
+        DataError: what is said is the same as what the template puts around it.
+    """
+    marked = [part.strip() for part in said if _find_marks(tokenizer).search(part)]
+    longest_first = sorted(set(marked), key=len, reverse=True)
+    parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+    if len(parts[1::2]) != len(marked):
+        raise DataError(
+            "A text holds nothing but marks of the model's chat template, such as the end of a "
+            "turn, and cannot be told from them. Remove it."
+        )
+    return [
+        token
+        for number, part in enumerate(parts)
+        for token in tokenizer(
+            part, add_special_tokens=False, split_special_tokens=number % 2 == 1
+        )["input_ids"]
+    ]
+
+
+@lru_cache(maxsize=4)
+def _find_marks(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Return what finds a special token in a text."""
+    marks = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    return re.compile("|".join(map(re.escape, marks)) or r"(?!)")
 
 
 def _cache_key(tokenizer: PreTrainedTokenizerBase, system_prompt: str, file: RecordFile) -> str:

@@ -50,19 +50,24 @@ def generate(
     max_new_tokens: int,
     streamer: BaseStreamer | None = None,
 ) -> list[str]:
-    """Return the greedy answers, padded on the left and masked while batched."""
+    """Return the greedy answers, padded on the left and masked while batched.
+
+    Args:
+        stop_ids: tokens that end an answer, beside those that the model ships.
+    """
+    base = model.get_base_model()
+    shipped = base.generation_config.eos_token_id
+    further = shipped if isinstance(shipped, list) else [shipped]
     generation = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=stop_ids,
+        eos_token_id=sorted({*stop_ids, *further} - {None}),
         pad_token_id=tokenizer.pad_token_id,
     )
     batch = tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt").to(
         model.device
     )
-    output = model.get_base_model().generate(
-        **batch, generation_config=generation, streamer=streamer
-    )
+    output = base.generate(**batch, generation_config=generation, streamer=streamer)
     return [decode(tokenizer, ids) for ids in output[:, batch["input_ids"].shape[1] :]]
 
 

@@ -215,8 +215,9 @@ def _load(config: ModelConfig, root: Path) -> PreTrainedModel:
     model.requires_grad_(False)
     model.eval()
     # generate() fills what a caller leaves open from here, and instruct models ship sampling
-    # settings and repetition penalties, with which "greedy" would not be greedy.
-    model.generation_config = GenerationConfig()
+    # settings and repetition penalties, with which "greedy" would not be greedy. What ends an
+    # answer stays: Phi's <|end|>, for one, is in no other file.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On such CPUs bitsandbytes repacks 4-bit weights for good at the first evaluation,

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, ModelConfig, TrainingConfig
-from fedlora_app.data.tokens import Example
+from fedlora_app.data.tokens import Example, encode_prompt
+from fedlora_app.evaluation.generation import generate
 from fedlora_app.foundation.files import hash_file, lock_folder, write_json
 from fedlora_app.model import base as model_module
 from fedlora_app.model import fingerprint
@@ -196,6 +197,29 @@ def test_a_models_own_sampling_settings_do_not_reach_the_evaluation(config, tiny
     greedy = GenerationConfig(do_sample=False, max_new_tokens=20, pad_token_id=0)
     outputs = [m.generate(ids, generation_config=greedy) for m in (model, plain)]
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("quantization", ["none", "4bit"])
+def test_what_a_model_ships_as_the_end_of_an_answer_ends_it(
+    config, tiny_project, tmp_path, adapters_config, tokenizer, quantization, monkeypatch
+):
+    """As Phi's <|end|>, which neither the template nor the tokenizer calls the end."""
+    shutil.copytree(tiny_project / "model", tmp_path / "model")
+    config = config.model_copy(update={"quantization": quantization})
+
+    def answer():
+        model_module._resident.clear()
+        adapted = attach_adapters(load_base_model(config, tmp_path).model, adapters_config)
+        ids = encode_prompt(tokenizer, "", "Ask?")
+        return generate(adapted, tokenizer, [ids], [tokenizer.eos_token_id], 8)[0]
+
+    whole = answer()
+    second = tokenizer(whole, add_special_tokens=False)["input_ids"][1]
+    GenerationConfig(eos_token_id=[second, 5]).save_pretrained(tmp_path / "model")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))  # not the copy made above
+    cut = answer()
+    assert whole.startswith(cut) and len(tokenizer(cut)["input_ids"]) <= 2 < len(whole)
+    assert answer() == cut  # from the 4-bit copy, where there is one
 
 
 @pytest.mark.parametrize(
