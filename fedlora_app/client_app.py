@@ -40,6 +40,7 @@ from fedlora_app.federation.messages import (
     unpack_state,
 )
 from fedlora_app.federation.ray_pool import watch_workers
+from fedlora_app.foundation.cores import count_cores
 from fedlora_app.foundation.files import keep_files_private
 from fedlora_app.foundation.project import (
     PACKAGE_DIR,
@@ -223,8 +224,7 @@ def _check_package(task: Task) -> None:
 def _set_up_process(config: Config) -> None:
     """Use the whole machine, deterministically; clients are served a few at a time."""
     keep_files_private()
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(max(1, (cpus or 1) // config.federated.clients_at_once))
+    torch.set_num_threads(max(1, count_cores() // config.federated.clients_at_once))
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # time for what is overwritten
     os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # read by transformers

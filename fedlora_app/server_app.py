@@ -22,7 +22,7 @@ from fedlora_app.config.schema import GLOBAL, LOCAL, Config, ConfigError
 from fedlora_app.evaluation.reported import describe_run
 from fedlora_app.federation.grid import PacedGrid
 from fedlora_app.federation.messages import REGISTRATION_ROUND, Task
-from fedlora_app.federation.ray_pool import current_pool
+from fedlora_app.federation.ray_pool import current_pool, require_usable_environment
 from fedlora_app.federation.registration import DECLARED_DEFAULTS, is_simulation, register_clients
 from fedlora_app.federation.replies import Reply
 from fedlora_app.federation.roster import NO_LOCAL
@@ -91,6 +91,8 @@ def main(grid: Grid, context: Context) -> None:
             current_pool,
         )
         stack.enter_context(_show_errors(paced))
+        if is_simulation(paced):
+            require_usable_environment()
         task = build_registration(settings)
         registrations = register_clients(paced, config, task, context.run_config)
         paced.names = {node: client for client, (node, _) in registrations.items()}

@@ -295,7 +295,10 @@ def _run(
     federation = f"num-supernodes={len(config.federated.clients)}"
     command = [FLWR, "run", str(root), "--run-config", settings]
     # The command runs in an environment that holds everything; none need be made for each run.
+    # Flower looks for its other commands on PATH, where cron and editors do not have them.
+    paths = [str(Path(FLWR).parent), *filter(None, [os.environ.get("PATH")])]
     environment = {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"} | os.environ
+    environment["PATH"] = os.pathsep.join(paths)
     started = _call_flower([*command, "--federation-config", federation], environment)
     run_id = str(started["run-id"])
     try:

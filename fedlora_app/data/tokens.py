@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, takewhile
@@ -352,11 +353,13 @@ def _hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _load_cached(path: Path) -> list[Example] | None:
-    """Return what a file holds, None if there is none; a damaged one is named and removed."""
-    if not path.exists():
+    """Return what a file holds, None if it cannot be read; a damaged one is named and removed."""
+    try:
+        content = path.read_bytes()
+    except OSError:
         return None
     try:
-        columns = load(path.read_bytes())
+        columns = load(content)
         if bytes(columns.pop("sha256")) != _hash_columns(columns):
             raise ValueError("it is not what was written")
         ids, *others = (columns[name].tolist() for name in ("input_ids", "bounds", "answer_starts"))
@@ -368,11 +371,13 @@ def _load_cached(path: Path) -> list[Example] | None:
     except (SafetensorError, KeyError, ValueError) as error:
         reason = error.args[0] if type(error) is ValueError else type(error).__name__
         print(f"The tokens in {path} are rebuilt: {reason}.", flush=True)
-        path.unlink()
+        with suppress(OSError):
+            path.unlink()
         return None
 
 
 def _save_cached(examples: list[Example], path: Path) -> None:
+    """Keep examples for other processes; where that is impossible, say so."""
     lengths = [len(example.input_ids) for example in examples]
     columns = {
         "input_ids": np.array([i for ex in examples for i in ex.input_ids], dtype=np.int32),
@@ -380,8 +385,15 @@ def _save_cached(examples: list[Example], path: Path) -> None:
         "answer_starts": np.array([example.answer_start for example in examples], dtype=np.int32),
     }
     columns["sha256"] = np.frombuffer(_hash_columns(columns), dtype=np.uint8)
-    make_private_dir(path.parent)
-    write_atomically(path, save(columns))
+    try:
+        make_private_dir(path.parent)
+        write_atomically(path, save(columns))
+    except OSError as error:  # a full disk, or a folder that cannot be written
+        print(
+            f"Note: the tokens of {len(examples)} records are not kept in {path.parent}: "
+            f"{error.strerror}. Each process makes them anew.",
+            flush=True,
+        )
 
 
 def _hash_columns(columns: dict[str, np.ndarray]) -> bytes:

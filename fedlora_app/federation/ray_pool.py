@@ -19,6 +19,8 @@ from typing import Any
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
+from fedlora_app.foundation.errors import UserError
+
 START_SECONDS = 300.0
 LOST = "its worker process died (killed, out of memory or crashed)"
 POOL_METHODS = {
@@ -39,6 +41,21 @@ class Job:
     context: Any
     started_at: float
     is_lost: bool = False
+
+
+def require_usable_environment() -> None:
+    """Refuse a Python environment that Ray's workers would never start from.
+
+    Raises:
+        UserError: there is a space in its path.
+    """
+    if any(map(str.isspace, sys.executable)):
+        raise UserError(
+            f"The environment in {sys.prefix} cannot be used for a simulation: Ray starts its "
+            "workers by a command that ends at the space in this path, and they would be waited "
+            "for without end. Make an environment in a folder without one; the project may stay "
+            "where it is."
+        )
 
 
 class WatchedPool:

@@ -14,6 +14,7 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError
 
 from fedlora_app.federation import ray_pool as workers
 from fedlora_app.federation.grid import build_message
+from fedlora_app.foundation.errors import UserError
 
 
 class Actor:
@@ -142,3 +143,10 @@ def test_another_pool_than_the_known_one_is_left_alone(monkeypatch, capsys):
     monkeypatch.delattr(raybackend, "BasicActorPool")
     workers.watch_workers()
     assert "no attribute 'BasicActorPool'" in capsys.readouterr().err
+
+
+def test_an_environment_that_no_worker_starts_from_is_refused(monkeypatch):
+    workers.require_usable_environment()
+    monkeypatch.setattr("sys.executable", "/home/ann/my project/.venv/bin/python")
+    with pytest.raises(UserError, match="ends at the space in this path"):
+        workers.require_usable_environment()
