@@ -40,7 +40,7 @@ from fedlora_app.model.base import build_empty_model
 from fedlora_app.runs.console import describe_start
 from fedlora_app.runs.directory import RunDirectory
 from fedlora_app.runs.history import read_history
-from fedlora_app.runs.paths import RunDirectoryError, check_run_name, default_run_name
+from fedlora_app.runs.paths import RunDirectoryError, RunPaths, check_run_name, default_run_name
 from fedlora_app.runs.resuming import (
     FRESH,
     Resumption,
@@ -153,8 +153,10 @@ def run_rounds(
     if resumption is not None:
         after = resumption.after_round
         arrays = _restore(strategy, grid, model, resumption)
-        run.rewind(config, after)
+        run.rewind(config, after, resumption.changes)
         print(f"Resuming after round {after} of {config.federated.num_rounds}.", flush=True)
+        for key, (before, now) in resumption.changes.items():
+            print(f"From here on {key} is {now!r}, and was {before!r}.", flush=True)
     run.trackers = build_trackers(config, run.path)
     if after == FRESH:
         seed = derive_seed(config.experiment.seed, "initial")
@@ -238,24 +240,27 @@ def read_settings(run_config: dict[str, Any]) -> Settings:
     given_rounds, mode = run_config["num-rounds"], run_config["mode"]
     num_rounds = None if given_rounds == 0 and given_rounds is not False else given_rounds
 
-    def load() -> Config:
+    def load(path: Path) -> Config:
         return load_config(
-            root / config_path,
+            path,
             overrides=str(run_config["overrides"]),
             federated__num_rounds=num_rounds,
             federated__mode=None if mode == "" else mode,
         )
 
     if not run_config["resume"]:
-        config = load()
+        config = load(root / config_path)
         require_trackers(config)
         name = check_run_name(str(run_config["run-name"] or default_run_name(config)))
         return Settings(config, root, name, output_dir)
     if run_config["run-name"]:
         raise ConfigError("run-name has no effect with resume: the run keeps its name.")
     resumption = find_resumption(str(run_config["resume"]), places, num_rounds)
-    if ("config", config_path) not in DECLARED_DEFAULTS or run_config["overrides"] or mode:
-        resumption = resumption.with_changes(load(), num_rounds)
+    is_given = ("config", config_path) not in DECLARED_DEFAULTS
+    if is_given or run_config["overrides"] or mode:  # to the run's own, where no other is given
+        own = RunPaths(resumption.saved.path).config
+        given = load(root / config_path if is_given else own)
+        resumption = resumption.with_changes(given, num_rounds)
     require_trackers(resumption.config)
     path = resumption.saved.path
     return Settings(resumption.config, root, path.name, str(path.parent), resumption)

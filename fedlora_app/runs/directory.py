@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -134,7 +135,12 @@ class RunDirectory:
         run._take_lock()
         return run
 
-    def rewind(self, config: Config, after_round: int) -> None:
+    def rewind(
+        self,
+        config: Config,
+        after_round: int,
+        changes: Mapping[str, tuple[Any, Any]] | None = None,
+    ) -> None:
         """Discard what came after a complete round; the other files are rewritten.
 
         The manifest comes first: where this stops, the rest holds more rounds than count, and
@@ -142,12 +148,13 @@ class RunDirectory:
 
         Args:
             after_round: below 0 for none.
+            changes: of the run's settings from here on, what each was and what it is.
         """
         entries = read_rounds(self.path, complete_rounds(self.manifest, after_round))
         for folder in (self.path, self.paths.server, self.paths.final):
             remove_partials(folder)
         rounds = [entry for entry in self.manifest["rounds"] if entry["round"] <= after_round]
-        stop = {"time": _now(), "after_round": after_round}
+        stop = {"time": _now(), "after_round": after_round, "changes": dict(changes or {})}
         resumed = [*self.manifest.get("resumed", []), stop]
         self.manifest |= {"finished": None, "rounds": rounds, "resumed": resumed}
         self._write_manifest()

@@ -25,7 +25,17 @@ from fedlora_app.runs.reading import SavedRun, load_run
 
 FRESH = -1
 """The round after which a run resumes that has not completed a single one."""
-MAY_CHANGE = ("federated.num_rounds", "federated.keep_rounds", "experiment.track")
+NUM_ROUNDS = "federated.num_rounds"
+MAY_CHANGE = (
+    NUM_ROUNDS,
+    *(f"federated.{k}" for k in ("keep_rounds", "client_timeout_seconds", "min_clients")),
+    "federated.clients_at_once",
+    "experiment.track",
+    "training.gradient_checkpointing",
+    *(f"evaluation.{k}" for k in ("batch_size", "max_new_tokens", "interval", "protocol")),
+    "evaluation.local_scales",
+)
+"""Settings that change nothing of what the rounds to come train."""
 DATA_HASH = "sha256/"
 
 
@@ -60,7 +70,7 @@ class Resumption:
         return {entry["client"] for entry in entries if entry["phase"] == "evaluate"}
 
     def with_changes(self, given: Config, num_rounds: int | None) -> Resumption:
-        """Return the resumption with what may change taken from a configuration.
+        """Return the resumption with what may change (``MAY_CHANGE``) taken from a configuration.
 
         Raises:
             ConfigError: something else differs, or a number of rounds that num-rounds does not say.
@@ -72,13 +82,19 @@ class Resumption:
                 f"resume: the run has {self.config.federated.num_rounds} rounds and {rounds} are "
                 f"given. To change them, set num-rounds={rounds} in --run-config."
             )
-        federated = {"keep_rounds": given.federated.keep_rounds}
-        experiment = {"track": given.experiment.track}
-        changes = {
-            "federated": self.config.federated.model_copy(update=federated),
-            "experiment": self.config.experiment.model_copy(update=experiment),
-        }
-        return replace(self, config=self.config.model_copy(update=changes))
+        raw, values = self.config.dump(), given.dump()
+        for section, name in (key.split(".") for key in MAY_CHANGE):
+            raw[section][name] = values[section][name]
+        raw["federated"]["num_rounds"] = self.config.federated.num_rounds
+        return replace(self, config=parse_config(raw))
+
+    @property
+    def changes(self) -> dict[str, tuple[Any, Any]]:
+        """What differs from the run's own settings: by name, what it was and what it is."""
+        dumps = [config.dump() for config in (self.saved.config, self.config)]
+        paths = {key: key.split(".") for key in MAY_CHANGE}
+        values = {k: tuple(d[section][name] for d in dumps) for k, (section, name) in paths.items()}
+        return {key: (before, now) for key, (before, now) in values.items() if before != now}
 
     @property
     def global_sha256(self) -> str:
@@ -181,7 +197,8 @@ def require_same_settings(kept: Config, given: Config) -> None:
         listing = "\n".join(different)
         raise ConfigError(
             f"resume: a run keeps the settings that it began with, and these differ:\n"
-            f"{listing}\nLeave config, mode and overrides out, or start a new run."
+            f"{listing}\nLeave them out, or start a new run. What may change: "
+            f"{', '.join(MAY_CHANGE)}."
         )
 
 

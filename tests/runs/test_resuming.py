@@ -26,6 +26,7 @@ from fedlora_app.runs.directory import RunDirectory
 from fedlora_app.runs.paths import RunDirectoryError
 from fedlora_app.runs.reading import load_run, read_what_is_left
 from fedlora_app.runs.resuming import describe_other_software
+from fedlora_app.server_app import read_settings
 from fedlora_app.strategy import RoundError
 
 MEASURED = re.compile(r"seconds|peak_memory|^bytes_(up|down)$|^time$|^process$")
@@ -194,6 +195,35 @@ def test_what_may_change_is_taken_from_the_settings_that_are_given(stopped_at, t
     federation.run("run", config, resume="run")
     kept = [path.name for path in (tmp_path / "run" / "server").iterdir()]
     assert kept == ["round_002"]
+
+
+def test_what_trains_nothing_may_change_and_stands_in_the_manifest(
+    stopped_at, undisturbed, tmp_path, capsys
+):
+    federation = stopped_at(10)
+    changed = {"evaluation": {"batch_size": 1, "max_new_tokens": 2}}
+    run = federation.run("run", build_tiny_config(**changed), resume="run")
+    [stop] = json.loads((run / "manifest.json").read_text())["resumed"]
+    assert stop["after_round"] == 1
+    assert stop["changes"] == {
+        "evaluation.batch_size": [64, 1],
+        "evaluation.max_new_tokens": [3, 2],
+    }
+    assert "From here on evaluation.batch_size is 1, and was 64." in capsys.readouterr().out
+    hashes = {k: v for k, v in snapshot(run).items() if k.endswith(WEIGHTS_FILE)}
+    assert hashes == {k: v for k, v in undisturbed().items() if k.endswith(WEIGHTS_FILE)}
+
+
+def test_overrides_alone_change_the_runs_own_configuration(stopped_at, tmp_path, root, monkeypatch):
+    stopped_at(10)
+    monkeypatch.chdir(root)
+    given = {"config": "conf/demo.yaml", "num-rounds": 0, "mode": "", "run-name": ""}
+    given |= {"output-dir": str(tmp_path), "resume": "run"}
+    settings = read_settings(given | {"overrides": "evaluation.batch_size=8"})
+    assert settings.config.evaluation.batch_size == 8
+    assert settings.config.training == build_tiny_config().training
+    with pytest.raises(ConfigError, match="training.learning_rate: 0.01 in the run, 1.0 given"):
+        read_settings(given | {"overrides": "training.learning_rate=1.0"})
 
 
 def test_final_adapters_are_never_those_of_a_run_with_fewer_rounds(tiny_project, tmp_path):
