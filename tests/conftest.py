@@ -47,7 +47,7 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory) -> Iterator[None]:
     """No test, nor a process that one starts, writes to the user's cache."""
-    from fedlora_app.model.quantised_cache import CACHE_VARIABLE
+    from fedlora_app.model.kept_hashes import CACHE_VARIABLE
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))

@@ -1,7 +1,7 @@
 """A 4-bit base model as it is in memory, kept on disk so that the next start only reads it.
 
-A copy is whole or absent and is hashed before it is used. Nothing but this project writes to
-the folder, and whatever is there may be deleted at any time.
+A copy is whole or absent, and its bytes are known to be those that were written. Nothing but this
+project writes to the folder, and whatever is there may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,29 +19,19 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fedlora_app.foundation.files import (
-    hash_file,
     lock_folder,
     make_private_dir,
     remove_partials,
     replace_folder,
     write_json,
 )
+from fedlora_app.model.kept_hashes import find_cache_dir, hash_files
 
-CACHE_VARIABLE = "FEDLORA_CACHE"
 CONTENTS_FILE = "contents.json"
 SHARD_SIZE = "1GB"
 """A shard passes through host memory as a whole; several are hashed at once."""
-HASHING_THREADS = 4
 SPARE_DISK_BYTES = 1 << 30
 """What writing a copy leaves free for the run itself."""
-
-
-def find_cache_dir() -> Path:
-    """Return where this user's copies are: $FEDLORA_CACHE, or the usual place for caches."""
-    if named := os.environ.get(CACHE_VARIABLE):
-        return Path(named).expanduser().absolute()
-    usual = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.path.expanduser(usual)).absolute() / "fedlora"
 
 
 @dataclass(frozen=True)
@@ -115,7 +104,7 @@ class QuantisedCopy:
                 _save_pretrained(model, partial)
                 for path in partial.iterdir():
                     path.chmod(0o600)
-                write_json(partial / CONTENTS_FILE, _hash_files(partial.iterdir()))
+                write_json(partial / CONTENTS_FILE, _hash_all(partial.iterdir(), keep=False))
         _say(
             f"The quantised base model was kept in {self.folder} ({_gigabytes(size)}) for the next "
             "start. It may be deleted."
@@ -138,15 +127,14 @@ class QuantisedCopy:
     def _find_fault(self) -> str | None:
         """Return how the folder differs from what was written.
 
-        Every byte is hashed, at a gigabyte a second and core: the same bytes are then read from
-        memory, and a flipped bit in a weight would otherwise show nowhere.
+        Every byte is hashed once per machine, and again where a file is not as it was then.
         """
         try:
             expected = json.loads((self.folder / CONTENTS_FILE).read_text(encoding="utf-8"))
             paths = [path for path in self.folder.iterdir() if path.name != CONTENTS_FILE]
             if not isinstance(expected, dict) or {path.name for path in paths} != set(expected):
                 return "files are missing or too many"
-            found = _hash_files(paths)
+            found = _hash_all(paths)
         except (OSError, ValueError, RecursionError) as error:
             return _first_line(error)
         changed = sorted(name for name in expected if expected[name] != found[name])
@@ -169,11 +157,9 @@ def _save_pretrained(model: PreTrainedModel, folder: Path) -> None:
     vars(model.config).update(before)  # saving turns its dtype into text
 
 
-def _hash_files(paths: Iterable[Path]) -> dict[str, str]:
+def _hash_all(paths: Iterable[Path], *, keep: bool = True) -> dict[str, str]:
     paths = sorted(paths)
-    with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        hashes = list(pool.map(hash_file, paths))
-    return {path.name: digest for path, digest in zip(paths, hashes, strict=True)}
+    return dict(zip((path.name for path in paths), hash_files(paths, keep=keep), strict=True))
 
 
 def _gigabytes(size: int) -> str:

@@ -20,6 +20,7 @@ from fedlora_app.evaluation.generation import generate
 from fedlora_app.foundation.files import hash_file, lock_folder, write_json
 from fedlora_app.model import base as model_module
 from fedlora_app.model import fingerprint
+from fedlora_app.model import kept_hashes as kept
 from fedlora_app.model import quantised_cache as quantised_copy
 from fedlora_app.model.adapters import (
     activate,
@@ -38,7 +39,8 @@ from fedlora_app.model.base import (
     load_unquantised_model,
 )
 from fedlora_app.model.host_embedding import HostEmbedding
-from fedlora_app.model.quantised_cache import CACHE_VARIABLE, CONTENTS_FILE
+from fedlora_app.model.kept_hashes import CACHE_VARIABLE
+from fedlora_app.model.quantised_cache import CONTENTS_FILE
 from fedlora_app.training.phase import train_phase
 
 
@@ -110,7 +112,7 @@ def flip_middle(path: Path) -> None:
 @pytest.fixture
 def kept_hashes(tmp_path, monkeypatch) -> Path:
     """Where hashes of files are kept, also of small ones."""
-    monkeypatch.setattr(fingerprint, "KEPT_FROM_BYTES", 0)
+    monkeypatch.setattr(kept, "KEPT_FROM_BYTES", 0)
     monkeypatch.setattr(fingerprint, "SAID_FROM_BYTES", 1)
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "cache" / "hashes"
@@ -144,10 +146,10 @@ class TestFingerprint:
         shutil.copytree(tiny_project / "model", tmp_path / "model")
         weights = tmp_path / "model" / "model.safetensors"
         read = []
-        monkeypatch.setattr(fingerprint, "hash_file", lambda p: read.append(p) or hash_file(p))
+        monkeypatch.setattr(kept, "hash_file", lambda p: read.append(p) or hash_file(p))
 
         def compute_in_a_new_process() -> str:
-            fingerprint._hash_once.cache_clear()
+            kept._hash_once.cache_clear()
             return compute_fingerprint(config, tmp_path)
 
         first = compute_in_a_new_process()
@@ -445,6 +447,26 @@ class TestQuantisedCopy:
         load_anew(quantised, tiny_project)
         assert sources[-1] == str(copy)
 
+    def test_its_large_files_are_read_once_per_machine(
+        self, quantised, cache, sources, tiny_project, monkeypatch
+    ):
+        monkeypatch.setattr(kept, "KEPT_FROM_BYTES", 1)
+        load_anew(quantised, tiny_project)
+        (copy,) = copies(cache)
+        weights, read = copy / "model.safetensors", []
+        monkeypatch.setattr(kept, "hash_file", lambda p: read.append(p) or hash_file(p))
+
+        def load_in_a_new_process() -> bool:
+            kept._hash_once.cache_clear()
+            read.clear()
+            load_anew(quantised, tiny_project)
+            return weights in read
+
+        assert load_in_a_new_process() and not load_in_a_new_process()
+        os.utime(weights)
+        assert load_in_a_new_process()
+        assert sources[-3:] == [str(copy)] * 3
+
     def test_one_of_other_tensors_is_not_filled_up_with_random_ones(
         self, quantised, cache, tiny_project, capsys
     ):
@@ -484,10 +506,10 @@ class TestQuantisedCopy:
         (cache / ".0.1.partial").mkdir(parents=True)
         with monkeypatch.context() as patch:
 
-            def fail(*_args):
+            def fail(*_args, **_settings):
                 raise OSError(28, "No space left on device")
 
-            patch.setattr(quantised_copy, "_hash_files", fail)
+            patch.setattr(quantised_copy, "_hash_all", fail)
             load_anew(quantised, tiny_project)
         assert "No space left on device" in capsys.readouterr().err
         assert not copies(cache)
