@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib.metadata import version
 from os.path import commonpath
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -35,7 +36,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
-    help="Plan, look at, evaluate, compare, ask, serve and export what flwr run trains.",
 )
 
 RunName = Annotated[
@@ -46,6 +46,22 @@ ServerRound = Annotated[
 ]
 Scale = Annotated[float, typer.Option(help="Of the local adapter (lambda).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"fedlora-app {version('fedlora-app')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _fedlora(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Of fedlora-app."),
+    ] = False,
+) -> None:
+    """Plan, look at, evaluate, compare, ask, serve and export what flwr run trains."""
 
 
 @app.command()
@@ -123,6 +139,45 @@ def plan(
     typer.echo(
         json.dumps(planned.dump(), ensure_ascii=False) if as_json else describe_plan(planned)
     )
+
+
+@app.command()
+def runs(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Where the runs are; the project's results by default.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List runs with their state, mode, rounds and last figures, the newest first.
+
+    Figures are means over clients of what they answer with. Example: fedlora runs
+    """
+    from fedlora_app.evaluation.reported import describe_headline
+    from fedlora_app.runs.paths import list_runs
+    from fedlora_app.runs.reading import read_what_is_left
+
+    place = folder or find_project_root() / "results"
+    found = [read_what_is_left(path) for path in list_runs(place)]
+    rows = [
+        {
+            "run": run.path.relative_to(place).as_posix(),
+            "state": run.state,
+            "mode": run.mode,
+            "round": run.last_round,
+            "rounds": run.num_rounds,
+            "figures": describe_headline(run.history, run.evaluation),
+        }
+        for run in found
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows, ensure_ascii=False))
+        return
+    for row in rows:
+        done = "no round" if row["round"] is None else f"round {row['round']}/{row['rounds']}"
+        typer.echo(f"{row['run']}: {row['mode']}, {row['state']}, {done}")
+        typer.echo(f"    {row['figures'] or 'not evaluated'}")
+    if not rows:
+        typer.echo(f"No runs in {place}. Start one with flwr run.")
 
 
 @app.command()

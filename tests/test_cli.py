@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from contextlib import closing
+from importlib.metadata import version
 
 import pytest
 import yaml
@@ -15,6 +18,7 @@ from loopback import Federation
 
 from fedlora_app import cli as command
 from fedlora_app.cli import app
+from fedlora_app.foundation.files import lock_folder
 from fedlora_app.runs.reading import load_run
 from fedlora_app.study import StudyConfig, load_study, measure, tabulate
 
@@ -140,6 +144,45 @@ def test_help_has_no_colours_where_none_are_wanted(fedlora, monkeypatch):
     command = [sys.executable, "-c", code, "--help"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "\x1b[3" not in result.stdout and "Usage" in result.stdout
+
+
+def test_the_version_is_told(fedlora):
+    status, out, _ = fedlora("--version")
+    assert (status, out) == (0, f"fedlora-app {version('fedlora-app')}\n")
+
+
+def test_runs_are_listed_with_what_they_reached(fedlora, project, tmp_path):
+    shutil.copytree(project / "results", tmp_path / "results", symlinks=True)
+    manifest = tmp_path / "results" / "one" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"finished": "', '"finished": null, "x": "'))
+    for name in ("pair", "one"):
+        (tmp_path / "results" / name / "evaluation.json").unlink(missing_ok=True)
+    lines = fedlora("runs", tmp_path / "results")[1].splitlines()
+    assert sorted(lines[::2]) == [
+        "one: fedavg, stopped, round 1/1",
+        "pair: dual, finished, round 1/1",
+    ]
+    assert all("universal 0." in line and "every client right" in line for line in lines[1::2])
+    with closing(lock_folder(tmp_path / "results" / "one")):
+        out = fedlora("runs", tmp_path / "results", "--json")[1]
+    rows = {row["run"]: row for row in json.loads(out)}
+    assert (rows["one"]["state"], rows["pair"]["state"]) == ("running", "finished")
+    (tmp_path / "none").mkdir()
+    assert fedlora("runs", tmp_path / "none")[1].startswith(f"No runs in {tmp_path}/none.")
+
+
+def test_an_evaluation_leads_the_list(fedlora, project):
+    run = project / "results" / "one"
+    assert fedlora("evaluate", run)[0] == 0
+    [row] = [r for r in json.loads(fedlora("runs", run.parent, "--json")[1]) if r["run"] == "one"]
+    evaluation = load_run(run).evaluation
+    [share] = [
+        r
+        for r in evaluation["shares"]
+        if (r["answered_by"], r["question_set"]) == ("global", "universal")
+    ]
+    value = share[evaluation["leading"]["universal"]]["value"]
+    assert row["figures"].startswith(f"universal {value:.2f}, never seen ")
 
 
 def test_completion_can_be_installed(fedlora):

@@ -53,6 +53,43 @@ def describe_round(
     label = next(iter(_labels(reports)), None)
     if label is None:
         return f"round {server_round}/{num_rounds} not evaluated {time_used})"
+    figures = _describe_figures(reports, label) or "no question sets"
+    return f"round {server_round}/{num_rounds} [{label}] {figures} {time_used})"
+
+
+def describe_headline(
+    history: list[dict[str, Any]], evaluation: Mapping[str, Any] | None = None
+) -> str:
+    """Return the figures of clients' own answers on one line, "" where there are none.
+
+    Args:
+        evaluation: what ``fedlora evaluate`` wrote, if it did; else the run's last figures count.
+    """
+    if evaluation is not None:
+        return _describe_evaluation(evaluation)
+    reports = collect_reports(history)
+    order = list(ANSWERERS)
+    labels = sorted(_labels(reports), key=lambda label: order.index(own_answerer(label)))
+    return _describe_figures(reports, labels[-1]) if labels else ""
+
+
+def _describe_evaluation(evaluation: Mapping[str, Any]) -> str:
+    own, leading = own_answerer(evaluation["answering"]), evaluation["leading"]
+    shares = {r["question_set"]: r for r in evaluation["shares"] if r["answered_by"] == own}
+    parts = [
+        f"{question_set.heading} {shares[name][leading[name]]['value']:.2f}"
+        for name, question_set in QUESTION_SETS.items()
+        if name in shares and shares[name][leading[name]]["value"] is not None
+    ]
+    measure = "_exact_match" if leading.get(CONFLICT) == EXACT_MATCH.name else ""
+    passed = evaluation["summary"].get(f"conflict_pass_rate{measure}") or {"value": None}
+    if passed["value"] is not None:
+        parts.append(f"{PASS_HEADING} {passed['value']:.2f}")
+    return ", ".join(parts)
+
+
+def _describe_figures(reports: Reports, label: str) -> str:
+    """Return the means over clients of each question set, and the conflicts that all get right."""
     parts = []
     for name, question_set in QUESTION_SETS.items():
         leads = find_reported_leading(reports, name)
@@ -63,8 +100,7 @@ def describe_round(
     if passed[0]:
         counts = [f"{sum(found)}/{len(found)}" for found in passed]
         parts.append(f"{PASS_HEADING} {_join(counts, leads)}")
-    figures = ", ".join(parts) or "no question sets"
-    return f"round {server_round}/{num_rounds} [{label}] {figures} {time_used})"
+    return ", ".join(parts)
 
 
 def describe_run(history: list[dict[str, Any]]) -> str:

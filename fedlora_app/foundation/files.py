@@ -169,6 +169,18 @@ def lock_folder(folder: Path) -> IO[str] | None:
     return file
 
 
+def is_locked(folder: Path) -> bool:
+    """Return whether another process holds the folder's lock; nothing is written."""
+    try:
+        with (folder / LOCK_FILE).open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none, or it may not be looked at
+        return False
+    return False
+
+
 def hash_file(path: Path) -> str:
     """Return a file's sha256 in hex."""
     with path.open("rb") as file:

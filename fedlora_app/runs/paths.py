@@ -106,13 +106,18 @@ def find_run(name: str, root: Path) -> Path:
     for place in places:
         if place.is_dir():
             return place.resolve()
-    manifest = RunPaths(Path("*")).manifest.as_posix()
-    found = [*results.glob(manifest), *results.glob(f"*/{manifest}")]
-    runs = [path.parent for path in found if not path.parent.is_symlink()]
-    newest = sorted(runs, key=lambda run: run.stat().st_mtime, reverse=True)[:5]
+    newest = list_runs(results)[:5]
     listing = "".join(f"\n  {run.relative_to(results)}" for run in newest)
     known = f" Newest runs in {results}:{listing}" if newest else " Start one with flwr run first."
     raise RunDirectoryError(f"There is no run {places[0]} and no {places[1]}.{known}")
+
+
+def list_runs(results: Path) -> list[Path]:
+    """Return the run directories in a folder and in those of its studies, the newest first."""
+    manifest = RunPaths(Path("*")).manifest.as_posix()
+    found = [*results.glob(manifest), *results.glob(f"*/{manifest}")]
+    runs = [path.parent for path in found if not path.parent.is_symlink()]
+    return sorted(runs, key=lambda run: (-run.stat().st_mtime, run))
 
 
 def check_run_name(name: str) -> str:

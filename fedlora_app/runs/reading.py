@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from fedlora_app.config.loading import parse_config
 from fedlora_app.config.rounds import RoundPlan, plan_round
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config, ConfigError
-from fedlora_app.foundation.files import WEIGHTS_FILE, hash_file
+from fedlora_app.foundation.files import WEIGHTS_FILE, hash_file, is_locked
 from fedlora_app.foundation.project import ProjectNotFoundError, find_project_root
 from fedlora_app.runs.history import read_history
 from fedlora_app.runs.manifest import (
@@ -207,6 +207,13 @@ class PartialRun:
     def last_round(self) -> int | None:
         """The newest complete round."""
         return max(complete_rounds(self.manifest), default=None)
+
+    @property
+    def state(self) -> str:
+        """Whether the run is "finished", "running" at this moment, or "stopped"."""
+        if self.manifest.get("finished") is not None:
+            return "finished"
+        return "running" if is_locked(self.path) else "stopped"
 
     @property
     def clients(self) -> list[dict[str, Any]]:
