@@ -4,18 +4,15 @@
 the new global adapter and evaluate.
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
+from fedlora_app.foundation.environment import prepare_environment
+
+prepare_environment()  # before torch; Flower imports this module before it starts Ray
+
 import os
-
-# Under Flower's default of 0 GPUs per client Ray hides every GPU from the worker, unless
-# this stands in the environment before Ray starts. Flower imports this module before that.
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-# Packed batches differ in length, so a block of fixed size would not fit the next batch.
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its name before torch 2.9
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-
 import sys
 import traceback
 from collections.abc import Callable
