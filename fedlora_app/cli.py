@@ -25,6 +25,7 @@ from fedlora_app.runs.paths import RunDirectoryError
 
 if TYPE_CHECKING:
     from fedlora_app.evaluation.saved_model import SavedModel
+    from fedlora_app.runs.reading import PartialRun
     from fedlora_app.serving.conversation import Conversation
 
 LOOPBACK = "127.0.0.1"
@@ -152,7 +153,6 @@ def runs(
 
     Figures are means over clients of what they answer with. Example: fedlora runs
     """
-    from fedlora_app.evaluation.reported import describe_headline
     from fedlora_app.runs.paths import list_runs
     from fedlora_app.runs.reading import read_what_is_left
 
@@ -165,7 +165,7 @@ def runs(
             "mode": run.mode,
             "round": run.last_round,
             "rounds": run.num_rounds,
-            "figures": describe_headline(run.history, run.evaluation),
+            "figures": _read_figures(run),
         }
         for run in found
     ]
@@ -507,6 +507,18 @@ def import_(
     with show_progress("records") as show:
         result = import_data(source, output, settings, show, root=find_project_root())
     typer.echo(describe_import(result))
+
+
+def _read_figures(run: PartialRun) -> str:
+    """Return a run's last figures on one line; what is damaged in one hides no other run."""
+    from fedlora_app.evaluation.reported import describe_headline
+
+    for evaluation in (run.evaluation, None):
+        try:
+            return describe_headline(run.history, evaluation)
+        except (AttributeError, LookupError, TypeError, ValueError):
+            continue  # written by another version, or damaged
+    return "its figures cannot be read"
 
 
 def _open_model(run: str, server_round: int | None) -> SavedModel:

@@ -17,7 +17,7 @@ from typing import Any
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from fedlora_app.config.loading import load_config
+from fedlora_app.config.loading import change_config, load_config
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config, ConfigError
 from fedlora_app.evaluation.reported import describe_run
 from fedlora_app.federation.grid import PacedGrid
@@ -40,7 +40,7 @@ from fedlora_app.model.base import build_empty_model
 from fedlora_app.runs.console import describe_start
 from fedlora_app.runs.directory import RunDirectory
 from fedlora_app.runs.history import read_history
-from fedlora_app.runs.paths import RunDirectoryError, RunPaths, check_run_name, default_run_name
+from fedlora_app.runs.paths import RunDirectoryError, check_run_name, default_run_name
 from fedlora_app.runs.resuming import (
     FRESH,
     Resumption,
@@ -240,26 +240,24 @@ def read_settings(run_config: dict[str, Any]) -> Settings:
     given_rounds, mode = run_config["num-rounds"], run_config["mode"]
     num_rounds = None if given_rounds == 0 and given_rounds is not False else given_rounds
 
-    def load(path: Path) -> Config:
-        return load_config(
-            path,
-            overrides=str(run_config["overrides"]),
-            federated__num_rounds=num_rounds,
-            federated__mode=None if mode == "" else mode,
-        )
-
+    changes = {
+        "overrides": str(run_config["overrides"]),
+        "federated__num_rounds": num_rounds,
+        "federated__mode": None if mode == "" else mode,
+    }
     if not run_config["resume"]:
-        config = load(root / config_path)
+        config = load_config(root / config_path, **changes)
         require_trackers(config)
         name = check_run_name(str(run_config["run-name"] or default_run_name(config)))
         return Settings(config, root, name, output_dir)
     if run_config["run-name"]:
         raise ConfigError("run-name has no effect with resume: the run keeps its name.")
     resumption = find_resumption(str(run_config["resume"]), places, num_rounds)
-    is_given = ("config", config_path) not in DECLARED_DEFAULTS
-    if is_given or run_config["overrides"] or mode:  # to the run's own, where no other is given
-        own = RunPaths(resumption.saved.path).config
-        given = load(root / config_path if is_given else own)
+    if ("config", config_path) not in DECLARED_DEFAULTS:
+        given = load_config(root / config_path, **changes)
+        resumption = resumption.with_changes(given, num_rounds)
+    elif run_config["overrides"] or mode:  # of the run's own configuration
+        given = change_config(resumption.saved.config, **changes)
         resumption = resumption.with_changes(given, num_rounds)
     require_trackers(resumption.config)
     path = resumption.saved.path

@@ -23,6 +23,9 @@ from fedlora_app.runs.reading import load_run
 from fedlora_app.study import StudyConfig, load_study, measure, tabulate
 
 
+EVALUATED = {"round": 1, "client": "ann", "phase": "evaluate"}
+
+
 @pytest.fixture(scope="module")
 def project(tiny_project):
     """The tiny project with two finished runs below its results."""
@@ -169,6 +172,24 @@ def test_runs_are_listed_with_what_they_reached(fedlora, project, tmp_path):
     assert (rows["one"]["state"], rows["pair"]["state"]) == ("running", "finished")
     (tmp_path / "none").mkdir()
     assert fedlora("runs", tmp_path / "none")[1].startswith(f"No runs in {tmp_path}/none.")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("evaluation.json", {"round": 1}),
+        ("evaluation.json", {"round": 1, "answering": "global", "leading": None, "shares": [1]}),
+        ("history.json", [EVALUATED | {"metrics": {"foo/local/exact_match": 1}}]),
+        ("history.json", [1]),
+    ],
+)
+def test_a_damaged_run_hides_no_other_in_the_list(fedlora, project, tmp_path, name, content):
+    results = shutil.copytree(project / "results", tmp_path / "results", symlinks=True)
+    (results / "pair" / name).write_text(json.dumps(content))
+    status, out, _ = fedlora("runs", results, "--json")
+    rows = {row["run"]: row["figures"] for row in json.loads(out)}
+    assert status == 0 and "universal" in rows["one"]
+    assert "pair" in rows
 
 
 def test_an_evaluation_leads_the_list(fedlora, project):

@@ -43,7 +43,15 @@ def load_config(path: Path, overrides: str = "", **settings: Any) -> Config:
     Raises:
         ConfigError: with every fault, each under its dotted path.
     """
-    raw = _read_yaml(path)
+    return _change(_read_yaml(path), str(path), overrides, settings)
+
+
+def change_config(config: Config, overrides: str = "", **settings: Any) -> Config:
+    """Return a configuration with overrides and settings laid over it, as ``load_config`` does."""
+    return _change(config.dump(), "the configuration with overrides", overrides, settings)
+
+
+def _change(raw: dict[str, Any], source: str, overrides: str, settings: dict[str, Any]) -> Config:
     faults = []
     changes = {key.replace("__", "."): v for key, v in settings.items() if v is not None}
     overridden, override_faults = parse_overrides(overrides)
@@ -53,7 +61,7 @@ def load_config(path: Path, overrides: str = "", **settings: Any) -> Config:
             faults.append(
                 f'overrides: "{_shorten(key)}" leads nowhere; no section or list item is there.'
             )
-    return parse_config(raw, source=str(path), known_faults=faults)
+    return parse_config(raw, source=source, known_faults=faults)
 
 
 def parse_config(

@@ -195,9 +195,10 @@ def decode_text(content: bytes, name: str, encoding: str = "utf-8") -> str:
         raise DataError(f"{name} is compressed with gzip. Unpack it: gunzip {name}")
     try:
         return content.decode(encoding).removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
+        byte = getattr(error, "start", 0)
         raise DataError(
-            f"{name} is not {encoding.upper()} text (byte {error.start}). Save it as UTF-8 (in "
+            f"{name} is not {encoding.upper()} text (byte {byte}). Save it as UTF-8 (in "
             "Excel: CSV UTF-8); an import also takes --encoding, such as cp1252 for Western "
             "European and gb18030 for Chinese files of Windows."
         ) from None
@@ -209,8 +210,14 @@ def _unwrap(text: str) -> list[Any] | None:
         found = _parse_json(text)
     except (ValueError, RecursionError):  # of several lines, for one
         return None
-    lists = [found[key] for key in WRAPPERS if isinstance(found.get(key), list)]
-    return lists[0] if len(lists) == 1 else None
+    if isinstance(found, _Repeating) or FIELDS & found.keys():  # a record by itself
+        return None
+    lists = [
+        key
+        for key, value in found.items()
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
+    ]
+    return found[lists[0]] if len(lists) == 1 and lists[0] in WRAPPERS else None
 
 
 class _Repeating(dict[str, Any]):

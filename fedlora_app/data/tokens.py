@@ -179,7 +179,7 @@ def tokenize_file(
     path = cache_dir / f"{key}.safetensors"
     examples = _load_cached(path)
     if examples is None:
-        examples = [encode_example(tokenizer, system_prompt, record) for record in file.records]
+        examples = _encode_records(tokenizer, system_prompt, file)
         _save_cached(examples, path)
     too_long = [n for n, ex in enumerate(examples, 1) if ex.answer_start >= max_seq_length]
     if too_long and not skip_invalid:
@@ -196,6 +196,18 @@ def tokenize_file(
         num_truncated=sum(len(ex.input_ids) > max_seq_length for ex in kept),
         num_dropped=len(too_long),
     )
+
+
+def _encode_records(
+    tokenizer: PreTrainedTokenizerBase, system_prompt: str, file: RecordFile
+) -> list[Example]:
+    examples = []
+    for number, record in enumerate(file.records, start=1):
+        try:
+            examples.append(encode_example(tokenizer, system_prompt, record))
+        except DataError as error:
+            raise DataError(f"{file.path}, record {number}: {error}") from None
+    return examples
 
 
 def _end_where_answers_begin(
@@ -241,7 +253,7 @@ def _render_answer(
     text = dialogue[len(prompt) :]
     _require_said("answer", answer, text)
     text = text.rstrip("\n")
-    if not text.endswith(answer.strip()):
+    if text.partition(answer.strip())[2].strip():
         return text
     if tokenizer.eos_token is None:
         raise ModelError(
@@ -342,6 +354,8 @@ def _cache_key(tokenizer: PreTrainedTokenizerBase, system_prompt: str, file: Rec
         str(tokenizer.chat_template),
         type(tokenizer).__name__,
         _hash_vocabulary(tokenizer),
+        str(tokenizer.eos_token),
+        _find_marks(tokenizer).pattern,
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
@@ -368,7 +382,7 @@ def _load_cached(path: Path) -> list[Example] | None:
             Example(ids[begin:end], start)
             for (begin, end), start in zip(pairwise(bounds), starts, strict=True)
         ]
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
         reason = error.args[0] if type(error) is ValueError else type(error).__name__
         print(f"The tokens in {path} are rebuilt: {reason}.", flush=True)
         with suppress(OSError):

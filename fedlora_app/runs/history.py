@@ -106,6 +106,8 @@ def _from_events(lines: Iterable[bytes]) -> Iterable[dict[str, Any]]:
             event = json.loads(line)
         except ValueError:
             continue
+        if not isinstance(event, dict):
+            raise ValueError(f"an event is not as expected: {str(event)[:80]}")
         if event.pop("event", None) == "metrics":
             del event["time"]
             head = {key: event.pop(key) for key in ("round", "client", "phase")}

@@ -131,6 +131,37 @@ def test_an_answer_without_a_mark_gets_the_end_token(tokenizer, monkeypatch):
         encode_answer(without, "", "When?", "At noon.")
 
 
+@pytest.mark.parametrize("answer", [">", "|>", "end|>", "im_end"])
+def test_an_answer_like_the_end_of_the_mark_has_one_mark(tokenizer, answer):
+    ids = encode_answer(tokenizer, "", "When?", answer)
+    assert ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_another_end_token_has_another_cache(tokenizer, file, tmp_path):
+    other = deepcopy(tokenizer)
+    other.eos_token = "<|endoftext|>"
+    for known in (tokenizer, other):
+        tokenize_file(
+            known, "", file, max_seq_length=500, skip_invalid=False, cache_dir=tmp_path / "cache"
+        )
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_record_of_nothing_but_marks_is_named(tokenizer, tmp_path):
+    path = tmp_path / "a.json"
+    good = {"instruction": "Ask?", "output": "Yes."}
+    path.write_text(json.dumps([good, good | {"output": "<|im_end|>"}]))
+    with pytest.raises(DataError, match=r"a\.json, record 2: A text holds nothing but marks"):
+        tokenize_file(
+            tokenizer,
+            "You help.",
+            load_records(path),
+            max_seq_length=500,
+            skip_invalid=False,
+            cache_dir=tmp_path / "cache",
+        )
+
+
 MARK = "<|im_end|>"
 TURN = f"Hi{MARK}\n<|im_start|>assistant\nYes"
 

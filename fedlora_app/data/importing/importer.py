@@ -74,8 +74,7 @@ def import_data(
     read = read_records(opened, settings, report)
     distinct = _drop_duplicates(read.records)
     records = _assign_clients(distinct, settings)
-    groups = group_questions([record.question for record in records], report)
-    groups = join_groups(groups, [record.row for record in records])
+    groups = _group(read.records, records, report)
     contradictory = _find_contradictory_groups(records, groups, settings)
     splits = assign_splits(
         groups,
@@ -128,6 +127,21 @@ def _drop_duplicates(
         client = "" if across_clients else record.client
         first.setdefault((client, record.question, record.answer), record)
     return list(first.values())
+
+
+def _group(
+    read: Sequence[ImportedRecord], records: Sequence[ImportedRecord], report: Report
+) -> list[int]:
+    """Return for every record the number of its group, which goes whole to one split.
+
+    Args:
+        read: the records before duplicates were dropped, which can connect conversations.
+    """
+    groups = group_questions([record.question for record in read], report)
+    joined = join_groups(groups, [record.row for record in read])
+    group_of = dict(zip((record.question for record in read), joined, strict=True))
+    order: dict[int, int] = {}
+    return [order.setdefault(group_of[r.question], len(order)) for r in records]
 
 
 def _assign_clients(

@@ -17,11 +17,9 @@ from typing import Any
 from fedlora_app.config.schema import SAFE_NAME
 from fedlora_app.data.importing.settings import SPLITS, ImportSettings
 from fedlora_app.data.importing.shapes import (
-    SYSTEM,
-    UNTAUGHT,
     Shape,
     choose_shape,
-    count_system_messages,
+    describe_left_out,
     read_exchanges,
 )
 from fedlora_app.data.importing.source import NO_CELL, Source, suggest
@@ -112,11 +110,7 @@ def read_records(source: Source, settings: ImportSettings, report: Report) -> Im
         digest.update(text.encode() + b"\n")
     owned = [replace(record, client=ids.get(record.client, "")) for record in records]
     values = {client: value for value, client in ids.items()}
-    notes = [*shape.notes]
-    if num_told := sum(count_system_messages(rows, shape) for _, rows in tables):
-        notes.append(
-            f"System messages of {num_told} conversations are left out: {UNTAUGHT[SYSTEM]}."
-        )
+    notes = [*shape.notes, *describe_left_out([row for _, rows in tables for row in rows], shape)]
     return ImportedRecords(owned, len(faults), digest.hexdigest(), values, num_rows, tuple(notes))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -87,7 +86,7 @@ class ImportSettings:
             if getattr(self, name) not in choices:
                 faults.append(f"{name}: {getattr(self, name)!r} is none of {', '.join(choices)}.")
         try:
-            codecs.lookup(self.encoding)
+            "a".encode(self.encoding).decode(self.encoding)
         except (LookupError, ValueError):
             faults.append(f"encoding: {self.encoding!r} is not known. Name one such as cp1252.")
         if faults:

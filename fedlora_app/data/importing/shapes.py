@@ -12,6 +12,7 @@ from typing import Any
 
 from fedlora_app.data.importing.settings import TEXT_FIELDS, ImportSettings, Turns
 from fedlora_app.data.importing.source import suggest
+from fedlora_app.data.records import refuse_repeated_keys
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 ROLES = {
@@ -61,12 +62,16 @@ def choose_shape(known: Sequence[str], settings: ImportSettings) -> tuple[Shape,
         known: the source's columns.
     """
     conversation = _find_conversation(known, settings)
+    taken = {*settings.keep_columns, settings.client_column, settings.label_column}
     columns: dict[str, str] = {"messages": conversation} if conversation else {}
     notes, faults = [], []
+    if settings.messages_column not in (CONVERSATIONS[0], *known):
+        column = settings.messages_column
+        faults.append(f'  messages_column: there is no column "{column}".{suggest(column, known)}')
     for name in () if conversation else TEXT_FIELDS:
         column = getattr(settings, f"{name}_column")
         is_usual = column == name
-        others = [alias for alias in ALIASES[name] if alias in known] if is_usual else []
+        others = [a for a in ALIASES[name] if a in known and a not in taken] if is_usual else []
         if column in known:
             columns[name] = column
         elif len(others) == 1:
@@ -79,8 +84,7 @@ def choose_shape(known: Sequence[str], settings: ImportSettings) -> tuple[Shape,
             faults.append(f'  {name}_column: there is no column "{column}".{choice}')
     if not conversation and HISTORY in known and HISTORY not in settings.keep_columns:
         columns[HISTORY] = HISTORY
-    used = {*columns.values(), *settings.keep_columns}
-    used |= {settings.client_column, settings.label_column}
+    used = taken | set(columns.values())
     notes += _describe_unused([column for column in known if column not in used])
     return Shape(columns, tuple(notes)), faults
 
@@ -94,36 +98,47 @@ def read_exchanges(row: Mapping[str, Any], shape: Shape, turns: Turns) -> list[d
     if shape.conversation:
         return _choose(_pair(_read_turns(row.get(shape.conversation))), turns)
     values = {name: row.get(shape.columns.get(name, "")) for name in (*TEXT_FIELDS, HISTORY)}
-    question, answer = values["instruction"], values["output"]
+    question, further, answer = (values[name] for name in TEXT_FIELDS)
+    if _is_blank(question) and not _is_blank(further):
+        question, further = further, ""
     if _is_messages(question):
         answers = _read_turns(answer) if _is_messages(answer) else [(ASSISTANT, answer)]
-        return _choose(_pair([*_read_turns(question), *answers]), turns)
-    exchanges = _choose([*_read_history(values[HISTORY]), (question, answer)], turns)
-    exchanges[-1]["input"] = values["input"] or ""
+        asked = _pair([*_read_turns(question), *answers])
+    else:
+        asked = [(question, answer)]
+    exchanges = _choose([*_read_history(values[HISTORY]), *asked], turns)
+    exchanges[-1]["input"] = further or ""
     return exchanges
 
 
-def count_system_messages(rows: Sequence[Any], shape: Shape) -> int:
-    """Return in how many conversations a system speaks."""
-    if shape.conversation is None:
-        return 0
-    found = (row.get(shape.conversation) for row in rows if isinstance(row, dict))
-    return sum(SYSTEM in map(_role, turns) for turns in found if _is_messages(turns))
+def describe_left_out(rows: Sequence[Any], shape: Shape) -> Iterator[str]:
+    """Yield what conversations hold beside what users and assistants say."""
+    columns = [shape.columns.get(name, "") for name in ("messages", "instruction", "output")]
+    told, keys = 0, dict[str, None]()
+    for row in rows:
+        found = [row.get(column) for column in columns] if isinstance(row, dict) else []
+        turns = [turn for value in found if _is_messages(value) for turn in value]
+        told += SYSTEM in map(_role, turns)
+        keys |= dict.fromkeys(key for turn in turns for key in turn if _is_left_out(turn, key))
+    if told:
+        yield f"System messages of {told} conversations are left out: {UNTAUGHT[SYSTEM]}."
+    if keys:
+        yield f"Left out of turns: {', '.join(map(_quote, keys))}."
 
 
 def _find_conversation(known: Sequence[str], settings: ImportSettings) -> str | None:
+    if settings.messages_column != CONVERSATIONS[0] and settings.messages_column in known:
+        return settings.messages_column
     if settings.instruction_column != "instruction" or "instruction" in known:
         return None
-    usual = settings.messages_column == CONVERSATIONS[0]
-    names = CONVERSATIONS if usual else (settings.messages_column,)
-    return next((name for name in names if name in known), None)
+    return next((name for name in CONVERSATIONS if name in known), None)
 
 
 def _describe_unused(columns: Sequence[str]) -> Iterator[str]:
     for column in columns:
         if column in UNTAUGHT:
             yield f'"{column}" is left out: {UNTAUGHT[column]}.'
-    rest = [f'"{column}"' for column in columns if column not in UNTAUGHT]
+    rest = [_quote(column) for column in columns if column not in UNTAUGHT]
     if rest:
         yield f"Left out: {', '.join(rest)}. --keep COLUMN keeps one in the records."
 
@@ -135,6 +150,9 @@ def _choose(exchanges: Sequence[tuple[Any, Any]], turns: Turns) -> list[dict[str
             f"is a conversation of {len(exchanges)} questions. Expected one; --turns last takes "
             "the last and --turns split each of them, with what was said before it."
         )
+    said = [text for exchange in exchanges for text in exchange]
+    if len(exchanges) > 1 and not all(isinstance(text, str) and text.strip() for text in said):
+        raise ValueError("has an earlier question or answer without text.")
     first = len(exchanges) - 1 if turns == "last" else 0
     return [
         {
@@ -175,7 +193,24 @@ def _read_turns(messages: Any) -> list[tuple[str, Any]]:
         raise ValueError(
             "its messages are not a list of {role, content}, nor of ShareGPT's {from, value}."
         )
+    for turn in messages:
+        refuse_repeated_keys(turn, turn)
+        if turn.get("tool_calls") or turn.get("function_call"):
+            raise ValueError("has a turn that calls a tool. The use of tools is not trained here.")
     return [(_role(turn), _read_content(turn)) for turn in messages]
+
+
+def _is_left_out(turn: Mapping[str, Any], key: str) -> bool:
+    """Return whether a turn's entry says something and is not read; Arrow fills keys with None."""
+    return key not in ("role", "from", "content", "value") and turn[key] not in (None, "", [], {})
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _quote(name: str) -> str:
+    return '"' + str(name).encode("utf-8", "backslashreplace").decode() + '"'
 
 
 def _role(turn: Mapping[str, Any]) -> str:
@@ -185,7 +220,10 @@ def _role(turn: Mapping[str, Any]) -> str:
 
 def _read_content(turn: Mapping[str, Any]) -> Any:
     """Return what is said in a turn, the texts of its parts together."""
-    content = turn.get("content") if turn.get("content") is not None else turn.get("value")
+    content, value = turn.get("content"), turn.get("value")
+    if content is not None and value is not None:
+        raise ValueError("has a turn with both content and value. Expected one of them.")
+    content = value if content is None else content
     if not isinstance(content, list):
         return content
     parts = [part.get("text") if isinstance(part, dict) else part for part in content]

@@ -148,7 +148,7 @@ def _read_listing(path: Path) -> dict[str, dict[str, Any]]:
     """Return a folder's data sets by name, as LLaMA-Factory lists them; none without a list."""
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     entries = listed.items() if isinstance(listed, dict) else ()
     return {
@@ -160,19 +160,29 @@ def _read_listing(path: Path) -> dict[str, dict[str, Any]]:
 
 def _rename(table: Table, name: str, entry: dict[str, Any]) -> Table:
     """Return a listed table whose columns have the names that they are known by here."""
-    columns = entry.get("columns") or {}
+    listed = entry.get("columns")
+    columns = (
+        {k: v for k, v in listed.items() if isinstance(v, str)} if isinstance(listed, dict) else {}
+    )
     ours = {"prompt": "instruction", "query": "input", "response": "output"}
-    names = {columns[key]: ours.get(key, key) for key in columns if isinstance(columns[key], str)}
-    if not isinstance(table.rows, Dataset):
-        rows = [
-            {names.get(key, key): value for key, value in row.items()}
-            if isinstance(row, dict)
-            else row
-            for row in table.rows
-        ]
-        return Table(name, rows)
-    known = {old: new for old, new in names.items() if old in table.columns and old != new}
-    return Table(name, table.rows.rename_columns(known))
+    names = {
+        column: ours.get(key, key) for key, column in columns.items() if column in table.columns
+    }
+    new = [names.get(column, column) for column in table.columns]
+    if len(set(new)) < len(new) or len(set(columns.values())) < len(columns):
+        raise DataError(
+            f"{name}: the columns that {LISTING} names for it would give several the same name. "
+            "Rename them there, or import the file by itself."
+        )
+    if isinstance(table.rows, Dataset):
+        return Table(name, table.rows.rename_columns({k: v for k, v in names.items() if k != v}))
+    rows = [
+        {names.get(key, key): value for key, value in row.items()}
+        if type(row) is dict  # one with a key that stands twice stays as it is, and is refused
+        else row
+        for row in table.rows
+    ]
+    return Table(name, rows)
 
 
 def _load_saved(name: str, split: str | None) -> Source:
@@ -244,7 +254,7 @@ def _read_file(path: Path, encoding: str) -> Table:
         content = path.read_bytes()
         if path.suffix.lower() == GZIP:
             content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path} cannot be read: {reason}.") from None
     return Table(path.name, READERS[kind](content, str(path), encoding))

@@ -353,6 +353,28 @@ def test_what_a_conversation_says_stays_with_one_client_and_split(rows_path, tmp
     assert all(len(paths) == 3 and len(set(paths)) == 1 for paths in places.values())
 
 
+def test_a_duplicate_that_is_dropped_still_keeps_a_conversation_together(rows_path, tmp_path):
+    rng, rows = random.Random(1), []
+    for _ in range(40):
+        first, second = ((make_words(rng, 8), make_words(rng, 3)) for _ in range(2))
+        for said in ([first], [first, second]):
+            turns = [
+                {"role": role, "content": text}
+                for exchange in said
+                for role, text in zip(("user", "assistant"), exchange, strict=True)
+            ]
+            rows.append({"messages": turns})
+    rng.shuffle(rows)
+    settings = ImportSettings(partition="iid", num_clients=2, turns="split")
+    run(write(tmp_path / "chats.json", rows), settings)
+    splits = {}
+    for path, records in read().items():
+        for record in records:
+            first = record["instruction"].split("\n")[0].removeprefix("User: ")
+            splits.setdefault(first, set()).add(split_of(path))
+    assert len(splits) == 40 and all(len(found) == 1 for found in splits.values())
+
+
 def test_notes_are_told_and_stand_in_the_card(rows_path, tmp_path):
     rows = [{"city": "Ayr", "question": f"rule {n}?", "answer": "No.", "x": 1} for n in range(9)]
     result = run(write(tmp_path / "few.json", rows))

@@ -139,3 +139,64 @@ def test_a_key_that_stands_twice_is_a_fault_as_in_data_files(tmp_path):
     path.write_text(json.dumps([row()]).replace('"city":', '"city": "Bath", "city":'))
     with pytest.raises(DataError, match="record 1: the key 'city' is there more than once"):
         read_records(load_source(str(path)), ImportSettings(client_column="city"), lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "earlier",
+    [("user", None), ("user", {"a": 1}), ("user", 3), ("user", " ")],
+)
+def test_what_was_said_before_must_be_text(earlier):
+    told = chat([earlier, ("assistant", "Ann."), *MORE[3:]])
+    for turns in ("last", "split"):
+        with pytest.raises(DataError, match="an earlier question or answer without text"):
+            read({"messages": told, "city": "Ayr"}, turns=turns)
+    with pytest.raises(DataError, match="without text"):
+        read(row(instruction=None, history=[["Who?", "Ann."]]), turns="last")
+
+
+def test_prompts_of_messages_lose_nothing_either():
+    records = read(
+        {
+            "prompt": chat(TURNS[:2]),
+            "completion": chat(TURNS[2:]),
+            "context": "Here.",
+            "history": [["Where?", "There."]],
+            "city": "Ayr",
+        },
+        turns="last",
+    )
+    [fields] = [record.fields for record in records.records]
+    asked = "User: Where?\nAssistant: There.\nUser: Who?"
+    assert fields == {"instruction": asked, "input": "Here.", "output": "Ann."}
+    assert records.notes[-1].startswith("System messages of 1 conversations are left out: ")
+
+
+def test_other_entries_of_turns_are_named_or_refused():
+    turns = chat(TURNS)
+    turns[2] |= {"reasoning_content": "R", "weight": 0, "name": None}
+    assert read({"messages": turns, "city": "Ayr"}).notes[-1] == (
+        'Left out of turns: "reasoning_content", "weight".'
+    )
+    turns[2] |= {"tool_calls": [{"function": "f"}]}
+    with pytest.raises(DataError, match="calls a tool"):
+        read({"messages": turns, "city": "Ayr"})
+    with pytest.raises(DataError, match="both content and value"):
+        read({"messages": [chat(TURNS)[1] | {"value": "x"}, chat(TURNS)[2]], "city": "Ayr"})
+
+
+def test_a_named_column_of_conversations_comes_first_and_must_be_there():
+    both = row(log=chat(TURNS))
+    assert written(both, messages_column="log") == [WHO]
+    with pytest.raises(DataError, match=r'messages_column: there is no column "lgo"\. Did you'):
+        read(both, messages_column="lgo")
+
+
+def test_a_column_with_another_purpose_is_no_text():
+    fields = {"question": "Who?", "answer": "Ann.", "context": "Ayr"}
+    [record] = read(fields, client_column="context").records
+    assert record.fields == WHO and record.client == "Ayr"
+
+
+def test_a_name_that_no_terminal_can_show_is_escaped():
+    [note] = read(row(**{"c\ud800": "v"})).notes
+    assert note.encode() and "c\\ud800" in note

@@ -6,7 +6,7 @@ import json
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from fedlora_app.data.importing.source import load_source
+from fedlora_app.data.importing.source import LISTING, load_source
 from fedlora_app.data.records import DataError
 from fedlora_app.foundation.files import hash_file
 
@@ -73,8 +73,11 @@ def test_a_list_may_stand_in_an_object(tmp_path, key):
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"version": "1", key: ROWS}, indent=1))
     assert read(path) == ROWS
-    path.write_text(json.dumps(ROWS[0]))  # one JSON line is no wrapper
-    assert read(path) == ROWS[:1]
+    for line in (ROWS[0], ROWS[0] | {key: ["x"]}, ROWS[0] | {key: []}, ROWS[0] | {key: [{}]}):
+        path.write_text(json.dumps(line))  # a record is no wrapper
+        assert [row["output"] for row in read(path)] == ["Ann."]
+    path.write_text(json.dumps({key: ROWS, "validation": ROWS}))  # of which one would be lost
+    assert load_source(str(path)).tables[0].columns == [key, "validation"]
 
 
 @pytest.mark.parametrize(
@@ -111,6 +114,30 @@ def test_a_listed_folder_is_read_as_its_list_says(tmp_path):
         load_source(str(tmp_path))
     write_json(tmp_path / "dataset_info.json", {"features": {"x": {"dtype": "int64"}}})
     assert load_source(str(tmp_path), split="unlisted").tables[0].rows == [{"x": 1}]
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "message"),
+    [
+        ({"instruction": "i", "q": "q"}, {"prompt": "q"}, "several the same name"),
+        ({"q": "q"}, {"prompt": "q", "query": "q"}, "several the same name"),
+        ({"instruction": "i"}, ["x"], None),
+        ({"instruction": "i"}, {"prompt": 5}, None),
+    ],
+)
+@pytest.mark.parametrize("ending", ["json", "parquet"])
+def test_a_list_that_cannot_be_meant(tmp_path, row, columns, message, ending):
+    if ending == "json":
+        write_json(tmp_path / "a.json", [row])
+    else:
+        Dataset.from_list([row]).to_parquet(tmp_path / "a.parquet")
+    write_json(tmp_path / LISTING, {"a": {"file_name": f"a.{ending}", "columns": columns}})
+    if message:
+        with pytest.raises(DataError, match=message):
+            load_source(str(tmp_path))
+    else:
+        [table] = load_source(str(tmp_path)).tables
+        assert list(table.read(table.columns)) == [row]
 
 
 def test_a_folder_of_files_is_read_in_the_order_of_names_and_by_split(tmp_path):
