@@ -22,7 +22,6 @@ from fedlora_app.foundation.files import lock_folder
 from fedlora_app.runs.reading import load_run
 from fedlora_app.study import StudyConfig, load_study, measure, tabulate
 
-
 EVALUATED = {"round": 1, "client": "ann", "phase": "evaluate"}
 
 
