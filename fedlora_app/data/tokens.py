@@ -253,7 +253,8 @@ def _render_answer(
     text = dialogue[len(prompt) :]
     _require_said("answer", answer, text)
     text = text.rstrip("\n")
-    if text.partition(answer.strip())[2].strip():
+    said = answer.strip()
+    if (text.partition(said)[2] if said else text).strip():
         return text
     if tokenizer.eos_token is None:
         raise ModelError(

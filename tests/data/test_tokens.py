@@ -131,7 +131,7 @@ def test_an_answer_without_a_mark_gets_the_end_token(tokenizer, monkeypatch):
         encode_answer(without, "", "When?", "At noon.")
 
 
-@pytest.mark.parametrize("answer", [">", "|>", "end|>", "im_end"])
+@pytest.mark.parametrize("answer", [">", "|>", "end|>", "im_end", ""])
 def test_an_answer_like_the_end_of_the_mark_has_one_mark(tokenizer, answer):
     ids = encode_answer(tokenizer, "", "When?", answer)
     assert ids.count(tokenizer.eos_token_id) == 1
