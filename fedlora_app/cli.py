@@ -157,6 +157,8 @@ def runs(
     from fedlora_app.runs.reading import read_what_is_left
 
     place = folder or find_project_root() / "results"
+    if folder is not None and not folder.is_dir():
+        raise RunDirectoryError(f"{folder} is not a folder.")
     found = [read_what_is_left(path) for path in list_runs(place)]
     rows = [
         {

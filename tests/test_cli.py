@@ -169,6 +169,8 @@ def test_runs_are_listed_with_what_they_reached(fedlora, project, tmp_path):
         out = fedlora("runs", tmp_path / "results", "--json")[1]
     rows = {row["run"]: row for row in json.loads(out)}
     assert (rows["one"]["state"], rows["pair"]["state"]) == ("running", "finished")
+    status, _, err = fedlora("runs", tmp_path / "none")
+    assert status == 2 and "none is not a folder." in err
     (tmp_path / "none").mkdir()
     assert fedlora("runs", tmp_path / "none")[1].startswith(f"No runs in {tmp_path}/none.")
 

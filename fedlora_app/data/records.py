@@ -25,15 +25,21 @@ MAX_KEY_SHOWN = 100
 FIELDS = {"instruction", "input", "output", "answers", "distractors", "fact", "evaluation_guide"}
 WRAPPERS = ("data", "records", "rows", "examples", "items")
 """Keys of an object that a file's list may stand under."""
-IGNORED = {
+UNTAUGHT = {
+    "system": "a client has one system prompt, which the experiment names",
+    "tools": "the use of tools is not trained here",
+    "functions": "the use of tools is not trained here",
+    "images": "only text is trained on here",
+    "rejected": "an answer that is not wanted is not trained on here",
+}
+"""Fields of other formats that change what an answer means, and why nothing is made of them."""
+IGNORED = UNTAUGHT | {
     "history": "what was said before a question is no part of it",
     "messages": "only instruction, input and output are",
     "conversations": "only instruction, input and output are",
     "context": "only instruction, input and output are",
-    "system": "a client has one system prompt, which the experiment names",
-    "tools": "the use of tools is not trained here",
 }
-"""Fields of other formats that change what an answer means, and why they are not read."""
+"""Fields that a data file may have and that are not read; an import makes something of the last."""
 GZIP_MAGIC = b"\x1f\x8b"
 
 

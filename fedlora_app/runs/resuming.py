@@ -25,11 +25,9 @@ from fedlora_app.runs.reading import SavedRun, load_run
 
 FRESH = -1
 """The round after which a run resumes that has not completed a single one."""
-NUM_ROUNDS = "federated.num_rounds"
 MAY_CHANGE = (
-    NUM_ROUNDS,
-    *(f"federated.{k}" for k in ("keep_rounds", "client_timeout_seconds", "min_clients")),
-    "federated.clients_at_once",
+    *(f"federated.{k}" for k in ("num_rounds", "keep_rounds", "min_clients", "clients_at_once")),
+    "federated.client_timeout_seconds",
     "experiment.track",
     "training.gradient_checkpointing",
     *(f"evaluation.{k}" for k in ("batch_size", "max_new_tokens", "interval", "protocol")),

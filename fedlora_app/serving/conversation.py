@@ -72,6 +72,7 @@ class Conversation:
 
         Raises:
             QuestionError: it is empty, or too long, even without what may be forgotten.
+            DataError: it is nothing but marks of the chat template.
         """
         if not question.strip():
             raise QuestionError("The question is empty.")

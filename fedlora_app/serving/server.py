@@ -30,6 +30,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from fedlora_app.data.records import DataError
 from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.model.base import ModelError
@@ -105,7 +106,7 @@ class Desk:
             with suppress(_Abandoned):
                 try:
                     tell(talk.ask(question, tell))
-                except (QuestionError, ModelError) as error:
+                except (QuestionError, DataError, ModelError) as error:
                     code = "context_length_exceeded" if isinstance(error, TooLongError) else None
                     tell(ApiError(400, str(error), "messages", code))
                 except _Abandoned:

@@ -200,6 +200,7 @@ def chat(*roles: str) -> dict:
         (chat("user", "user"), 400, "messages", '"user" last'),
         (chat("user", "system", "user"), 400, "messages", "comes first"),
         (chat("system"), 400, "messages", '"user" last'),
+        (user("<|im_end|>"), 400, "messages", "nothing but marks of the model's chat template"),
         (chat("tool"), 400, "messages.0.role", "should be 'system'"),
         (user([{"type": "image_url", "image_url": "x"}]), 400, None, "messages.0.content"),
         (user("?") | {"messages": []}, 400, "messages", "at least 1 item"),

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedlora_app.data.importing.settings import TEXT_FIELDS, ImportSettings, Turns
 from fedlora_app.data.importing.source import suggest
-from fedlora_app.data.records import refuse_repeated_keys
+from fedlora_app.data.records import UNTAUGHT, refuse_repeated_keys
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 ROLES = {
@@ -31,14 +31,6 @@ ALIASES = {
 """Columns that are taken where the usual one is missing and just one of them is there."""
 HISTORY = "history"
 """The turns before a row's question, as Alpaca's and LLaMA-Factory's files have them."""
-UNTAUGHT = {
-    SYSTEM: "a client has one system prompt, which the experiment names",
-    "tools": "the use of tools is not trained here",
-    "functions": "the use of tools is not trained here",
-    "images": "only text is trained on here",
-    "rejected": "an answer that is not wanted is not trained on here",
-}
-"""Columns that change what an answer means, and why they are left out."""
 
 
 @dataclass(frozen=True)
