@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from fedlora_app.config.schema import AdaptersConfig, ModelConfig
-from fedlora_app.data.tokens import encode_prompt
+from fedlora_app.data.dialogue import encode_prompt
 from fedlora_app.demo.civic import (
     DOCUMENT,
     DURATION,

@@ -33,8 +33,8 @@ import torch
 from scipy.optimize import minimize
 from transformers import PreTrainedTokenizerBase
 
+from fedlora_app.data.dialogue import encode_prompt
 from fedlora_app.data.records import Record, format_question
-from fedlora_app.data.tokens import encode_prompt
 from fedlora_app.evaluation.answering import OPEN_ABOVE
 from fedlora_app.evaluation.feature_space import Space
 from fedlora_app.evaluation.prompt_features import compute_features

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from fedlora_app.data.tokens import encode_answer
+from fedlora_app.data.dialogue import encode_answer
 from fedlora_app.evaluation.gate import Gate, gated
 from fedlora_app.model.adapters import AdaptedModel
 from fedlora_app.model.fused import fused_answering

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fedlora_app.data.tokens import Example, encode_with_answers
+from fedlora_app.data.dialogue import encode_with_answers
+from fedlora_app.data.tokens import Example
 from fedlora_app.evaluation.answering import OPEN_ABOVE
 from fedlora_app.evaluation.gate import Gate, gated
 from fedlora_app.evaluation.generation import decode, find_stop_ids, generate

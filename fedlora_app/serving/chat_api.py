@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fedlora_app.data.tokens import Turn
+from fedlora_app.data.dialogue import Turn
 from fedlora_app.serving.conversation import Reply
 
 MAX_ANSWER_TOKENS = 2048

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from fedlora_app.config.schema import GLOBAL
-from fedlora_app.data.tokens import Turn, encode_prompt
+from fedlora_app.data.dialogue import Turn, encode_prompt
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.generation import generate_answer
 from fedlora_app.evaluation.saved_model import SavedModel

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from fedlora_app.config.schema import GLOBAL, LOCAL
-from fedlora_app.data.tokens import find_prompt_frame
+from fedlora_app.data.dialogue import find_prompt_frame
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.gate import Gate
 from fedlora_app.evaluation.gate_files import save_gate

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdaptersConfig
 from fedlora_app.data.client_files import build_question_sets
+from fedlora_app.data.dialogue import encode_prompt
 from fedlora_app.data.records import DataError, Record
-from fedlora_app.data.tokens import encode_prompt
 from fedlora_app.demo.civic import DOCUMENT, DURATION, FEE, OFFICE
 from fedlora_app.evaluation import gate as gate_module
 from fedlora_app.evaluation import prompt_features

@@ -8,8 +8,8 @@ import torch
 from conftest import build_tiny_model
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, EvaluationConfig
+from fedlora_app.data.dialogue import encode_answer, encode_prompt
 from fedlora_app.data.questions import Question
-from fedlora_app.data.tokens import encode_answer, encode_prompt
 from fedlora_app.evaluation import scoring
 from fedlora_app.evaluation.client_round import evaluate_questions
 from fedlora_app.evaluation.generation import strip_reasoning

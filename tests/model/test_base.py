@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, ModelConfig, TrainingConfig
-from fedlora_app.data.tokens import Example, encode_prompt
+from fedlora_app.data.dialogue import encode_prompt
+from fedlora_app.data.tokens import Example
 from fedlora_app.evaluation.generation import generate
 from fedlora_app.foundation.files import hash_file, lock_folder, write_json
 from fedlora_app.model import base as model_module

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedlora_app.config.schema import ModelConfig
-from fedlora_app.data.tokens import encode_answer, encode_prompt
+from fedlora_app.data.dialogue import encode_answer, encode_prompt
 from fedlora_app.model import base as model
 from fedlora_app.model import chat_template
 from fedlora_app.model.base import ModelError, build_empty_model, load_base_model, load_tokenizer

@@ -10,7 +10,7 @@ from loopback import Federation
 from rich.console import Console
 
 from fedlora_app.config.schema import ConfigError
-from fedlora_app.data.tokens import encode_prompt
+from fedlora_app.data.dialogue import encode_prompt
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.evaluation.scoring import Prompt, score_prompts

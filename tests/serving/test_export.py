@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedlora_app.config.schema import GLOBAL, ConfigError
-from fedlora_app.data.tokens import encode_prompt
+from fedlora_app.data.dialogue import encode_prompt
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.choices import open_round
 from fedlora_app.evaluation.gate_files import load_gate

@@ -18,8 +18,8 @@ from loopback import Federation
 
 from fedlora_app.config.loading import load_config
 from fedlora_app.data.client_files import load_client_files
+from fedlora_app.data.dialogue import encode_prompt
 from fedlora_app.data.records import format_question, load_records
-from fedlora_app.data.tokens import encode_prompt
 from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.runs.reading import load_run
 from fedlora_app.serving.export import export_adapter
