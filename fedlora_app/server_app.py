@@ -34,6 +34,7 @@ from fedlora_app.model.adapters import (
     AdaptedModel,
     attach_adapters,
     build_initial_state,
+    describe_adapted,
     state_shapes,
 )
 from fedlora_app.model.base import build_empty_model
@@ -110,6 +111,8 @@ def main(grid: Grid, context: Context) -> None:
         stack.enter_context(_explain_disk_errors(run))
         shapes = {name: state_shapes(model, name) for name in (GLOBAL, LOCAL)}
         print(describe_start(config, shapes, reports), flush=True)
+        if note := describe_adapted(model):
+            print(note, flush=True)
         strategy = GlobalAdapterFedAvg(
             config,
             nodes={client: node for client, (node, _) in registrations.items()},

@@ -30,7 +30,7 @@ from fedlora_app.foundation.files import hash_file, write_json
 from fedlora_app.foundation.project import find_project_root
 from fedlora_app.model.adapter_files import load_adapter
 from fedlora_app.model.adapters import AdapterState, attach_adapters
-from fedlora_app.model.base import build_empty_model
+from fedlora_app.model.base import build_empty_model, decoder_layers
 from fedlora_app.runs.history import read_history
 from fedlora_app.runs.paths import RunPaths
 from fedlora_app.runs.reading import SavedRun, load_run
@@ -115,7 +115,7 @@ def ablate(
 def change(run: SavedRun, root: Path, overrides: str, steps: int, public: str = "") -> Config:
     """Return the run's configuration with one variant's settings, and ``steps`` in a phase."""
     local = run.config.adapters.local
-    num_layers = len(build_empty_model(run.config.model, root).base_model.layers)
+    num_layers = len(decoder_layers(build_empty_model(run.config.model, root)))
     settings = overrides.format(
         half_alpha=local.alpha / 2,
         alpha_of_2=2 * local.alpha / local.rank,

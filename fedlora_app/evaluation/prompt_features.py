@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fedlora_app.model.adapters import AdaptedModel, base_only
-from fedlora_app.model.base import ModelError
+from fedlora_app.model.base import ModelError, decoder_layers
 
 BATCH_SIZE = 32
 MAX_BATCH_TOKENS = 16_384  # padding included
@@ -36,8 +36,8 @@ def compute_features(
     model: AdaptedModel, prompts: Sequence[list[int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return both features of each prompt, (B, D) each, fp64 on the CPU."""
-    inner = model.get_base_model().base_model
-    layers = _find_layers(inner)
+    base = model.get_base_model()
+    layers = _find_layers(base)
     states: list[torch.Tensor] = []
 
     def keep(module: torch.nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
@@ -53,7 +53,7 @@ def compute_features(
                 longest = len(prompts[indices[-1]])
                 rows = [prompts[i] + [0] * (longest - len(prompts[i])) for i in indices]
                 input_ids = torch.tensor(rows, device=model.device)  # (B, T), padded on the right
-                final = inner(input_ids=input_ids, use_cache=False).last_hidden_state
+                final = base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
                 (between,) = states
                 states.clear()
                 for row, index in enumerate(indices):
@@ -66,19 +66,18 @@ def compute_features(
     return torch.stack([middle[i] for i in places]), torch.stack([last[i] for i in places])
 
 
-def _find_layers(inner: PreTrainedModel) -> torch.nn.ModuleList:
-    """Return the decoder layers, whatever a model calls them and wherever they are.
+def _find_layers(base: PreTrainedModel) -> list[torch.nn.Module]:
+    """Return the decoder layers.
 
     Raises:
         ModelError: there is no list of as many modules as the model has layers.
     """
-    count = inner.config.get_text_config().num_hidden_layers
-    for module in inner.modules():  # outer ones first
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return module
+    if layers := decoder_layers(base):
+        return layers
     raise ModelError(
-        f"adapters.gate: the base model, {type(inner).__name__}, has no list of its {count} "
-        "decoder layers that a gate could be fitted to. Set it to none."
+        f"adapters.gate: the base model, {type(base.base_model).__name__}, has no list of its "
+        f"{base.config.get_text_config().num_hidden_layers} decoder layers that a gate could be "
+        "fitted to. Set it to none."
     )
 
 

@@ -20,12 +20,19 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import PreTrainedModel
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdapterConfig, AdaptersConfig
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model.base import LoadedModel, decoder_layers
+from fedlora_app.model.targets import (
+    choose_modules,
+    describe_experts,
+    find_linear,
+    find_target_faults,
+)
 
 MAX_SHOWN_CHARS = 200
 PLAIN = "default"
@@ -79,11 +86,24 @@ def attach_adapters(base: PreTrainedModel, config: AdaptersConfig) -> AdaptedMod
             than are to be left out.
     """
     detach_adapters(base)
-    _check_targets(base, config)
+    taken = _find_taken(base)
+    if faults := find_target_faults(base, config, taken):
+        raise AdapterError("\n".join(faults))
     # Both before the first adapter renames the linear layers.
-    for_global, for_local = (_lora_config(base, c) for c in (config.global_, config.local))
-    model = get_peft_model(base, for_global, adapter_name=GLOBAL)
-    model.add_adapter(LOCAL, for_local)
+    for_global, for_local = (
+        _lora_config(adapter, choose_modules(base, adapter, taken))
+        for adapter in (config.global_, config.local)
+    )
+    try:
+        model = get_peft_model(base, for_global, adapter_name=GLOBAL)
+        model.add_adapter(LOCAL, for_local)
+    except ValueError as error:  # which layers of a family PEFT does not serve, only PEFT knows
+        detach_adapters(base)
+        raise AdapterError(
+            f"PEFT has no adapters for this base model: {error} Choose others by "
+            "adapters.global.target_modules and adapters.local.target_modules, or use another "
+            "base model."
+        ) from error
     model.requires_grad_(False)
     return model
 
@@ -262,6 +282,13 @@ def find_first_layer(model: AdaptedModel, names: Iterable[str]) -> int:
     return min((inside.get(module, 0) for module in those), default=len(layers))
 
 
+def describe_adapted(model: AdaptedModel) -> str | None:
+    """Return where adapters are and where not, None unless the base is a mixture of experts."""
+    base = model.get_base_model()
+    names = [name for name, module in base.named_modules() if isinstance(module, LoraLayer)]
+    return describe_experts(base, names)
+
+
 def merge_into_base(base: PreTrainedModel, adapter: PlainAdapter) -> None:
     """Add what an adapter adds to the base model's weights, and leave nothing else on it.
 
@@ -286,53 +313,30 @@ def merge_into_base(base: PreTrainedModel, adapter: PlainAdapter) -> None:
     detach_adapters(base)
 
 
-def _check_targets(base: PreTrainedModel, config: AdaptersConfig) -> None:
-    linear = _linear_names(base)
-    num_layers = len(decoder_layers(base))
-    faults = []
-    for section, adapter in ((GLOBAL, config.global_), (LOCAL, config.local)):
-        targets = adapter.target_modules
-        unknown = [] if targets == "all-linear" else sorted(set(targets) - linear)
-        if unknown or not targets:
-            faults.append(
-                f"adapters.{section}.target_modules: {unknown or 'an empty list'} names no linear "
-                f"module of the base model. It has: {', '.join(sorted(linear))}."
-            )
-        if 0 < adapter.first_layer >= num_layers:
-            faults.append(
-                f"adapters.{section}.first_layer: {adapter.first_layer} leaves no layer for the "
-                f"adapter. The base model has {num_layers} decoder layers, counted from 0, so that "
-                f"{max(0, num_layers - 1)} is the most."
-            )
-    if faults:
-        raise AdapterError("\n".join(faults))
+def _find_taken(base: PreTrainedModel) -> set[str]:
+    """Return the modules whose names PEFT takes for a mixture's experts.
+
+    These were modules of such names in earlier versions of transformers, so that no adapter on
+    dense or shared layers called the same could be loaded by PEFT.
+    """
+    names = find_linear(base)
+    config = LoraConfig(target_modules=names)
+    try:
+        convert_peft_config_for_transformers(config, base, None)
+    except ValueError:  # it misses some of the experts' names
+        families = {".gate_proj", ".up_proj", ".down_proj", ".w1", ".w2", ".w3"}
+        return {name for name in names if any(map(name.endswith, families))}
+    return set(names) - set(config.target_modules)
 
 
-def _linear_names(module: torch.nn.Module) -> set[str]:
-    """Return the last part of the names of a module's linear layers."""
-    return {
-        name.rsplit(".", 1)[-1]
-        for name, part in module.named_modules()
-        if isinstance(part, torch.nn.Linear)
-    }
-
-
-def _lora_config(base: PreTrainedModel, config: AdapterConfig) -> LoraConfig:
-    targets, layers = config.target_modules, decoder_layers(base)
-    chosen: dict[str, object] = {}
-    if config.first_layer > 0:
-        indices = list(range(config.first_layer, len(layers)))
-        chosen = {"layers_to_transform": indices, "layers_pattern": "layers"}
-        if targets == "all-linear":  # of which PEFT chooses no layers
-            targets = sorted(set().union(*map(_linear_names, layers[config.first_layer :])))
+def _lora_config(config: AdapterConfig, names: list[str]) -> LoraConfig:
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=targets,
+        target_modules=names,
         bias="none",
-        **chosen,
     )
 
 

@@ -143,7 +143,9 @@ def build_empty_model(config: ModelConfig, root: Path) -> PreTrainedModel:
 
 def decoder_layers(base: PreTrainedModel) -> list[torch.nn.Module]:
     """Return a model's decoder layers from the lowest up; none where it has no such list."""
-    return list(getattr(base.base_model, "layers", ()))
+    count = base.config.get_text_config().num_hidden_layers
+    lists = (m for m in base.base_model.modules() if isinstance(m, torch.nn.ModuleList))
+    return list(next((found for found in lists if len(found) == count), ()))  # outer ones first
 
 
 def choose_device() -> torch.device:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from fedlora_app.config.schema import TrainingConfig
-from fedlora_app.model.base import ModelError
+from fedlora_app.model.base import ModelError, decoder_layers
 
 COMPILERS = ("c++", "g++", "clang++")
 COMPILED = "_fedlora_compiled"
@@ -75,7 +75,7 @@ def compiled_layers(base: PreTrainedModel) -> Iterator[None]:
 
     What has been compiled is kept as long as the model, for the phases that follow.
     """
-    layers = list(base.base_model.layers)
+    layers = decoder_layers(base)
     for layer in layers:
         if COMPILED not in layer.__dict__:
             layer.__dict__[COMPILED] = _compile_forward(layer)
