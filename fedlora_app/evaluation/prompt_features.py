@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fedlora_app.model.adapters import AdaptedModel, base_only
-from fedlora_app.model.base import ModelError, decoder_layers
+from fedlora_app.model.base import ModelError, decoder_layers, find_decoder
 
 BATCH_SIZE = 32
 MAX_BATCH_TOKENS = 16_384  # padding included
@@ -37,7 +37,7 @@ def compute_features(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return both features of each prompt, (B, D) each, fp64 on the CPU."""
     base = model.get_base_model()
-    layers = _find_layers(base)
+    layers, decoder = _find_layers(base), find_decoder(base)
     states: list[torch.Tensor] = []
 
     def keep(module: torch.nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
@@ -53,7 +53,7 @@ def compute_features(
                 longest = len(prompts[indices[-1]])
                 rows = [prompts[i] + [0] * (longest - len(prompts[i])) for i in indices]
                 input_ids = torch.tensor(rows, device=model.device)  # (B, T), padded on the right
-                final = base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+                final = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
                 (between,) = states
                 states.clear()
                 for row, index in enumerate(indices):
@@ -75,7 +75,7 @@ def _find_layers(base: PreTrainedModel) -> list[torch.nn.Module]:
     if layers := decoder_layers(base):
         return layers
     raise ModelError(
-        f"adapters.gate: the base model, {type(base.base_model).__name__}, has no list of its "
+        f"adapters.gate: the base model, {type(base).__name__}, has no list of its "
         f"{base.config.get_text_config().num_hidden_layers} decoder layers that a gate could be "
         "fitted to. Set it to none."
     )

@@ -20,7 +20,9 @@ from fedlora_app.evaluation.answering import OPEN_ABOVE
 from fedlora_app.evaluation.gate import Gate, gated
 from fedlora_app.evaluation.generation import decode, find_stop_ids, generate
 from fedlora_app.model.adapters import AdaptedModel
+from fedlora_app.model.base import find_decoder
 from fedlora_app.model.fused import fused_answering
+from fedlora_app.model.head import Head, find_head
 from fedlora_app.training.losses import LOGIT_ROWS, answer_log_likelihoods
 
 CANDIDATES_PER_ROW = 16
@@ -283,11 +285,9 @@ def _score_rows(
         additive = torch.zeros(mask.shape, dtype=inner.dtype)
         additive.masked_fill_(~mask, torch.finfo(inner.dtype).min)
         arguments |= {"position_ids": positions.to(device), "attention_mask": additive.to(device)}
-    hidden = inner.base_model(**arguments).last_hidden_state.flatten(0, 1)  # (B * T, D)
+    hidden = find_decoder(inner)(**arguments).last_hidden_state.flatten(0, 1)  # (B * T, D)
     chosen = hidden[torch.tensor(predicting, device=device)]
-    scored = _score_tokens(
-        inner.get_output_embeddings(), chosen, torch.tensor(targets, device=device)
-    )
+    scored = _score_tokens(find_head(inner), chosen, torch.tensor(targets, device=device))
     per_candidate = iter(zip(*(part.split(counts) for part in scored), strict=True))
     return [
         [
@@ -299,7 +299,7 @@ def _score_rows(
 
 
 def _score_tokens(
-    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor
+    head: Head, hidden: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each target's log-probability and whether it is the first choice.
 

@@ -141,10 +141,18 @@ def build_empty_model(config: ModelConfig, root: Path) -> PreTrainedModel:
         )
 
 
+def find_decoder(base: PreTrainedModel) -> torch.nn.Module:
+    """Return the part of a model that makes hidden states of tokens: all but its output layer."""
+    inner = base.base_model
+    if inner is base:  # Llama 4 calls it otherwise than it says
+        inner = next(part for part in base.children() if isinstance(part, PreTrainedModel))
+    return inner
+
+
 def decoder_layers(base: PreTrainedModel) -> list[torch.nn.Module]:
     """Return a model's decoder layers from the lowest up; none where it has no such list."""
     count = base.config.get_text_config().num_hidden_layers
-    lists = (m for m in base.base_model.modules() if isinstance(m, torch.nn.ModuleList))
+    lists = (m for m in base.modules() if isinstance(m, torch.nn.ModuleList))
     return list(next((found for found in lists if len(found) == count), ()))  # outer ones first
 
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from fedlora_app.config.schema import TrainingConfig
 from fedlora_app.data.tokens import Example
 from fedlora_app.model.adapters import AdaptedModel, scaled_local
+from fedlora_app.model.head import Head, find_head
 from fedlora_app.training.kept_states import KeptStates
 from fedlora_app.training.packing import compute_hidden_states, pack, packed_attention
 
@@ -27,7 +28,7 @@ def answer_log_likelihoods(model: AdaptedModel, examples: Sequence[Example]) -> 
     """Return each example's log-likelihoods, one per answer token, fp32."""
     with packed_attention(model.get_base_model()):
         hidden, targets, counts = _answer_states(model, examples)
-    losses = token_losses(model.get_base_model().get_output_embeddings(), hidden, targets)
+    losses = token_losses(find_head(model.get_base_model()), hidden, targets)
     return list((-losses).split(counts))
 
 
@@ -46,7 +47,7 @@ def compute_losses(
     Args:
         kept: fills itself with the examples' states and gives those that it has.
     """
-    head = model.get_base_model().get_output_embeddings()
+    head = find_head(model.get_base_model())
     hidden, targets, counts = _answer_states(model, examples, kept)
     learnt = _find_tokens(counts, [not example.is_public for example in examples])
     if len(learnt) == len(hidden):
@@ -69,9 +70,7 @@ def _find_tokens(counts: Sequence[int], chosen: Sequence[bool]) -> torch.Tensor:
     return torch.tensor(chosen).repeat_interleave(torch.tensor(counts)).nonzero()[:, 0]
 
 
-def token_losses(
-    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
+def token_losses(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the cross-entropy of every position, fp32, holding few rows of logits at a time.
 
     Args:
@@ -121,9 +120,7 @@ class _FrozenHeadLosses(torch.autograd.Function):
         return (weights[:, None] * gradients).to(gradients.dtype), None, None, None
 
 
-def _token_divergences(
-    head: torch.nn.Module, hidden: torch.Tensor, reference: torch.Tensor
-) -> torch.Tensor:
+def _token_divergences(head: Head, hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Return KL(reference || model) at every position, fp32, few rows of logits at a time."""
 
     def divergences(rows: torch.Tensor, reference_rows: torch.Tensor) -> torch.Tensor:
