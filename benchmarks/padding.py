@@ -42,6 +42,7 @@ from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.data.tokens import Example
 from fedlora_app.model.adapters import AdaptedModel, activate, adapter_parameters
 from fedlora_app.model.fused import fused_adapters
+from fedlora_app.training.layout import pack
 from fedlora_app.training.losses import compute_losses, token_losses
 from fedlora_app.training.packing import packed_attention
 
@@ -189,7 +190,7 @@ class _Padded:
 def _packed_loss(model: AdaptedModel, examples: Sequence[Example]) -> float:
     activate(model, BOTH)
     with torch.no_grad(), packed_attention(model.get_base_model()):
-        return compute_losses(model, examples, None)[0].mean().item()
+        return compute_losses(model, examples, None, pack)[0].mean().item()
 
 
 def _pad(

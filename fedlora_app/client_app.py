@@ -51,7 +51,7 @@ from fedlora_app.model.base import ModelError
 from fedlora_app.model.device import is_out_of_memory
 from fedlora_app.runs.client_folder import LostGlobalError
 from fedlora_app.runs.paths import RunDirectoryError, check_run_name
-from fedlora_app.training.packing import PackingError
+from fedlora_app.training.attention import PackingError
 from fedlora_app.training.phase import TrainingError
 
 if "flwr.simulation.app" in sys.modules:

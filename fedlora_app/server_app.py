@@ -51,6 +51,7 @@ from fedlora_app.runs.resuming import (
 )
 from fedlora_app.runs.tracking import build_trackers, require_trackers
 from fedlora_app.strategy import GlobalAdapterFedAvg
+from fedlora_app.training.packing import require_separable
 
 app = ServerApp()
 
@@ -85,6 +86,9 @@ def main(grid: Grid, context: Context) -> None:
             run = RunDirectory.reopen(settings.run_dir, resumption.saved.manifest)
             stack.enter_context(closing(run))
         model = attach_adapters(build_empty_model(config.model, settings.root), config.adapters)
+        if config.training.packing:
+            base_config, trusts = model.get_base_model().config, config.model.trust_remote_code
+            require_separable(base_config, trust_remote_code=trusts)
         paced = PacedGrid(
             grid,
             config.federated.clients_at_once,

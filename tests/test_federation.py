@@ -1018,7 +1018,7 @@ def test_a_client_without_memory_begins_again_with_smaller_batches(
     finished, federation, monkeypatch, capsys
 ):
     """The steps see the same examples; only their sums are taken in smaller parts."""
-    from fedlora_app.training import phase as training
+    from fedlora_app.training import batches as training
 
     original, length = training.split_into_packs, federation.config.training.max_seq_length
 

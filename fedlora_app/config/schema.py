@@ -142,7 +142,8 @@ class TrainingConfig(Section):
     """auto: on where the activations would not fit into the memory that is free."""
     packing: bool = True
     """Examples are laid end to end without padding, batch_size * max_seq_length tokens at a time.
-    false: one example at a time, for base models whose layers are not plain attention."""
+    false: batch_size examples at a time, padded, through the model's own attention, for base models
+    whose layers are not plain attention."""
     fused_adapters: Literal["auto", True, False] = "auto"
     """Adapters that answer together are computed as one of their joint rank, in the base's dtype.
     auto: wherever there is no dropout, which is where it is exact."""

@@ -16,14 +16,14 @@ from fedlora_app.data.tokens import Example
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.planning.gpus import Work
 from fedlora_app.training.activations import MicroBatch
+from fedlora_app.training.attention import group_by_width
 from fedlora_app.training.batches import (
     count_steps,
     epoch_batches,
     largest_micro_batch,
-    split_into_packs,
+    split_step,
     tokens_per_micro_batch,
 )
-from fedlora_app.training.packing import group_by_width
 from fedlora_app.training.selection import Selection, select_phase
 
 ASSUMED_ANSWER_SHARE = 0.5
@@ -104,7 +104,7 @@ def measure_work(part: ClientPhase, training: TrainingConfig) -> PhaseWork:
     answers = sum(example.num_answer_tokens for example in examples)
     num_packs = sum(1 for _ in _packs(examples, training))
     passes = _passes(part.selection, training)
-    room = tokens_per_micro_batch(training) or max(lengths)
+    room = tokens_per_micro_batch(training)
     return PhaseWork(
         client=part.client,
         phase=part.phase.name,
@@ -118,7 +118,7 @@ def measure_work(part: ClientPhase, training: TrainingConfig) -> PhaseWork:
         steps=steps,
         packing_fill=sum(lengths) / (num_packs * room),
         work=Work(
-            tokens=round(passes * sum(lengths)),
+            tokens=round(passes * _count_computed(examples, training)),
             answer_tokens=round(passes * answers),
             attention_pairs=round(passes * sum(length * length for length in lengths)),
             micro_batches=round(passes * num_packs),
@@ -141,14 +141,13 @@ def find_largest(
     if batches:
         most = max(batch.phase_tokens for batch in batches)
         return replace(max(batches, key=lambda b: b.num_tokens), phase_tokens=most)
-    tokens = tokens_per_micro_batch(training) or training.max_seq_length
+    tokens = tokens_per_micro_batch(training)
     return MicroBatch(tokens, round(ASSUMED_ANSWER_SHARE * tokens))
 
 
 def assumed_work(training: TrainingConfig) -> Work:
     """Return one micro-batch of examples that are all as long as they may be."""
-    count = training.batch_size if training.packing else 1
-    tokens = count * training.max_seq_length
+    tokens = tokens_per_micro_batch(training)
     pairs = tokens * training.max_seq_length
     return Work(tokens, round(ASSUMED_ANSWER_SHARE * tokens), pairs, 1)
 
@@ -177,11 +176,19 @@ def _passes(selection: Selection, training: TrainingConfig) -> float:
 def _packs(examples: Sequence[Example], training: TrainingConfig) -> Iterator[list[Example]]:
     """Yield the micro-batches of one epoch in some order of the examples."""
     for step in epoch_batches(examples, training, derive_seed(0, "plan")):
-        yield from split_into_packs(step, tokens_per_micro_batch(training))
+        yield from split_step(step, training)
+
+
+def _count_computed(examples: Sequence[Example], training: TrainingConfig) -> int:
+    """Return the tokens of one epoch that go through the linear layers, padding included."""
+    packs = ([len(example.input_ids) for example in p] for p in _packs(examples, training))
+    return sum(sum(p) if training.packing else len(p) * max(p) for p in packs)
 
 
 def _padding(examples: Sequence[Example], training: TrainingConfig) -> float:
     """Return attention's padded tokens for each real one, on average."""
+    if not training.packing:
+        return 1.0  # which its tokens hold already
     padded = tokens = 0
     for pack in _packs(examples, training):
         lengths = [len(example.input_ids) for example in pack]

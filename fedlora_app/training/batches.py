@@ -22,15 +22,17 @@ def count_steps(num_examples: int, epochs: int, training: TrainingConfig) -> int
     return epochs * math.ceil(num_examples / examples_per_step(training))
 
 
-def tokens_per_micro_batch(training: TrainingConfig) -> int | None:
+def tokens_per_micro_batch(training: TrainingConfig) -> int:
     """Return how many tokens go through the model at once: as many as a full padded batch has."""
-    return training.batch_size * training.max_seq_length if training.packing else None
+    return training.batch_size * training.max_seq_length
 
 
 def largest_micro_batch(lengths: Iterable[int], training: TrainingConfig) -> int:
     """Return the most tokens that a micro-batch of examples of these lengths can hold."""
     longest = sorted(lengths, reverse=True)[: examples_per_step(training)]
-    return min(sum(longest), tokens_per_micro_batch(training) or longest[0])
+    if not training.packing:
+        return longest[0] * min(training.batch_size, len(longest))
+    return min(sum(longest), tokens_per_micro_batch(training))
 
 
 def step_batches(
@@ -55,14 +57,20 @@ def epoch_batches(
         yield order[start : start + examples_per_step(training)]
 
 
-def split_into_packs(examples: Sequence[Example], max_tokens: int | None) -> list[list[Example]]:
+def split_step(examples: Sequence[Example], training: TrainingConfig) -> list[list[Example]]:
+    """Return one step's examples as micro-batches, packed or of similar length."""
+    if training.packing:
+        return split_into_packs(examples, tokens_per_micro_batch(training))
+    ordered = sorted(examples, key=lambda ex: -len(ex.input_ids))
+    size = training.batch_size
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def split_into_packs(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
     """Return groups of at most ``max_tokens`` tokens, the longest examples first (first fit).
 
-    Args:
-        max_tokens: a longer example has a group of its own; None gives each one its own.
+    A longer example has a group of its own.
     """
-    if max_tokens is None:
-        return [[example] for example in examples]
     packs: list[list[Example]] = []
     room: list[int] = []
     for example in sorted(examples, key=lambda ex: -len(ex.input_ids)):

@@ -19,15 +19,14 @@ from fedlora_app.data.tokens import Example
 from fedlora_app.model.adapters import AdaptedModel, scaled_local
 from fedlora_app.model.head import Head, find_head
 from fedlora_app.training.kept_states import KeptStates
-from fedlora_app.training.packing import compute_hidden_states, pack, packed_attention
+from fedlora_app.training.layout import Layout, compute_hidden_states, pad
 
 LOGIT_ROWS = 256  # 156 MB in fp32 with a vocabulary of 152,064
 
 
 def answer_log_likelihoods(model: AdaptedModel, examples: Sequence[Example]) -> list[torch.Tensor]:
     """Return each example's log-likelihoods, one per answer token, fp32."""
-    with packed_attention(model.get_base_model()):
-        hidden, targets, counts = _answer_states(model, examples)
+    hidden, targets, counts = _answer_states(model, examples, pad)
     losses = token_losses(find_head(model.get_base_model()), hidden, targets)
     return list((-losses).split(counts))
 
@@ -36,19 +35,21 @@ def compute_losses(
     model: AdaptedModel,
     examples: Sequence[Example],
     penalised: TrainingConfig | None,
+    lay_out: Layout,
     kept: KeptStates | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the loss of every answer token, and how far others' ones are from global alone.
 
     The latter is KL(global || global + local) at every answer token of the replayed and the public
     examples, or None where it has no weight; the reference is the same model with the local adapter
-    at scale 0. Public ones have no loss. Call it within ``packed_attention``.
+    at scale 0. Public ones have no loss.
 
     Args:
+        lay_out: how the examples lie; ``pack`` within ``packed_attention`` only.
         kept: fills itself with the examples' states and gives those that it has.
     """
     head = find_head(model.get_base_model())
-    hidden, targets, counts = _answer_states(model, examples, kept)
+    hidden, targets, counts = _answer_states(model, examples, lay_out, kept)
     learnt = _find_tokens(counts, [not example.is_public for example in examples])
     if len(learnt) == len(hidden):
         losses = token_losses(head, hidden, targets)
@@ -60,7 +61,7 @@ def compute_losses(
         return losses, None
     with torch.no_grad(), scaled_local(model, 0.0):
         # The local adapter's layers are those that learn, so that kept states are global alone's.
-        reference, _, _ = _answer_states(model, others, kept)
+        reference, _, _ = _answer_states(model, others, lay_out, kept)
     places = _find_tokens(counts, [not example.is_own for example in examples])
     return losses, _token_divergences(head, hidden[places.to(hidden.device)], reference)
 
@@ -136,10 +137,13 @@ def _token_divergences(head: Head, hidden: torch.Tensor, reference: torch.Tensor
 
 
 def _answer_states(
-    model: AdaptedModel, examples: Sequence[Example], kept: KeptStates | None = None
+    model: AdaptedModel,
+    examples: Sequence[Example],
+    lay_out: Layout,
+    kept: KeptStates | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Return the hidden states that predict answer tokens (N, D), those (N,), and their counts."""
-    batch = pack(examples, model.device)
+    batch = lay_out(examples, model.device)
     if kept is None:
         hidden = compute_hidden_states(model.get_base_model(), batch)
     else:

@@ -24,17 +24,18 @@ from fedlora_app.model.device import read_free_memory, read_peak_memory, reset_p
 from fedlora_app.model.fused import can_fuse_adapters, fused_adapters
 from fedlora_app.model.kernels import apply_liger_kernels, compiled_layers
 from fedlora_app.training.activations import MicroBatch, Numerics, PlanError
+from fedlora_app.training.attention import ATTENTION
 from fedlora_app.training.batches import (
     examples_per_step,
     largest_micro_batch,
-    split_into_packs,
+    split_step,
     step_batches,
-    tokens_per_micro_batch,
 )
 from fedlora_app.training.kept_states import KeptStates, keeping_states
+from fedlora_app.training.layout import choose_layout
 from fedlora_app.training.losses import compute_losses
 from fedlora_app.training.optimizer import fresh_optimizer
-from fedlora_app.training.packing import ATTENTION, packed_attention
+from fedlora_app.training.packing import packed_attention, using_attention
 from fedlora_app.training.phase_memory import predict_step_bytes
 from fedlora_app.training.schedule import schedule_factor
 
@@ -218,8 +219,9 @@ def _accumulate_gradients(
     num_answer_tokens = sum(e.num_answer_tokens for e in batch if not e.is_public)
     num_of_others = sum(example.num_answer_tokens for example in batch if not example.is_own)
     loss = penalty = torch.zeros((), device=model.device)
-    for micro_batch in split_into_packs(batch, tokens_per_micro_batch(training)):
-        losses, divergences = compute_losses(model, micro_batch, penalised, kept)
+    lay_out = choose_layout(training)
+    for micro_batch in split_step(batch, training):
+        losses, divergences = compute_losses(model, micro_batch, penalised, lay_out, kept)
         micro_loss = losses.sum() / max(num_answer_tokens, 1)
         loss = loss + micro_loss.detach()
         if penalised is not None:
@@ -260,7 +262,10 @@ def _training_forward(
             stack.enter_context(fused_adapters(model, active))
         if training.compile:
             stack.enter_context(compiled_layers(base))
-        stack.enter_context(packed_attention(base, implementation))
+        if training.packing:
+            stack.enter_context(packed_attention(base, implementation))
+        elif training.attention != "sdpa":
+            stack.enter_context(using_attention(base, training.attention))
         model.train()
         yield
 

@@ -19,7 +19,8 @@ from fedlora_app.model.adapters import (
 )
 from fedlora_app.model.base import load_base_model
 from fedlora_app.model.fused import fused_adapters, fused_answering
-from fedlora_app.training import packing
+from fedlora_app.training import attention
+from fedlora_app.training.layout import pack
 from fedlora_app.training.losses import compute_losses
 from fedlora_app.training.packing import packed_attention
 from fedlora_app.training.phase import train_phase
@@ -68,7 +69,7 @@ def assert_near(ours, theirs, dtype) -> None:
 def loss_and_gradients(model, packs) -> list[torch.Tensor]:
     model.zero_grad()
     with packed_attention(model.get_base_model()):
-        total = sum(compute_losses(model, examples, None)[0].sum() for examples in packs)
+        total = sum(compute_losses(model, examples, None, pack)[0].sum() for examples in packs)
     total.backward()
     return [total.detach(), *(p.grad.clone() for n in BOTH for p in adapter_parameters(model, n))]
 
@@ -149,5 +150,5 @@ def test_on_a_gpu_flash_attention_is_the_padded_one(model, dtype, monkeypatch):
     """In fp32 both are the padded one."""
     activate(model, BOTH, BOTH)
     ours = loss_and_gradients(model, [build_examples()])
-    monkeypatch.setattr(packing, "_has_flash", lambda query: False)
+    monkeypatch.setattr(attention, "_has_flash", lambda query: False)
     assert_near(ours, loss_and_gradients(model, [build_examples()]), dtype)

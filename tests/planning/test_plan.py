@@ -44,6 +44,8 @@ from fedlora_app.planning.sizes import measure_sizes
 from fedlora_app.planning.text import describe_plan, format_size
 from fedlora_app.training import packing
 from fedlora_app.training.activations import MicroBatch, Numerics, PlanError, read_shape
+from fedlora_app.training.attention import ATTENTION
+from fedlora_app.training.layout import compute_hidden_states, pack
 from fedlora_app.training.losses import token_losses
 from fedlora_app.training.phase import train_phase
 from fedlora_app.training.phase_memory import adapter_sizes, predict_phase, predict_step_bytes
@@ -236,7 +238,7 @@ def fake_7b() -> Iterator[tuple[Qwen2ForCausalLM, object, FakeTensorMode]]:
                     )
             for key, value in list(module._buffers.items()):
                 module._buffers[key] = torch.zeros(value.shape, dtype=value.dtype)
-    packing._trusted[base] = {packing.ATTENTION}
+    packing._trusted[base] = {ATTENTION}
     yield base, adapted, mode
 
 
@@ -251,14 +253,14 @@ def adapter_modules(adapted) -> set[torch.nn.Module]:
 def test_the_peak_of_a_step_of_7b(fake_7b, seven_b_sizes, lengths, checkpointing):
     base, adapted, mode = fake_7b
     examples = examples_of(lengths)
-    batch = packing.pack(examples, torch.device("cpu"))
+    batch = pack(examples, torch.device("cpu"))
     activate(adapted, BOTH, (LOCAL,))
     if checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
     adapted.train()
     runs = (mode, packing.packed_attention(base), fused_adapters(adapted, BOTH))
     with runs[0], runs[1], runs[2], LiveMemory() as memory:
-        hidden = packing.compute_hidden_states(base, batch).index_select(0, batch.predicting)
+        hidden = compute_hidden_states(base, batch).index_select(0, batch.predicting)
         token_losses(base.lm_head, hidden, batch.targets).sum().backward()
     answers = sum(example.num_answer_tokens for example in examples)
     predicted = predict_phase(

@@ -16,8 +16,9 @@ from fedlora_app.config.schema import GLOBAL, LOCAL, Mode
 from fedlora_app.data.client_files import ClientExamples
 from fedlora_app.data.tokens import Example, TokenizedFile
 from fedlora_app.planning.workload import ClientPhase, measure_work
+from fedlora_app.training.attention import group_by_width
 from fedlora_app.training.batches import split_into_packs, step_batches, tokens_per_micro_batch
-from fedlora_app.training.packing import group_by_width, pack
+from fedlora_app.training.layout import pack
 from fedlora_app.training.selection import (
     count_replayed,
     data_owners,

@@ -42,9 +42,11 @@ from fedlora_app.model.fused import can_fuse_adapters, fused_adapters
 from fedlora_app.training import losses as losses_module
 from fedlora_app.training import packing
 from fedlora_app.training.activations import CHUNK_ROWS
+from fedlora_app.training.attention import PackingError
 from fedlora_app.training.batches import split_into_packs
+from fedlora_app.training.layout import pack
 from fedlora_app.training.losses import compute_losses, token_losses
-from fedlora_app.training.packing import PackingError, pack, packed_attention
+from fedlora_app.training.packing import packed_attention
 from fedlora_app.training.phase import TrainingError, settle_checkpointing, train_phase
 
 BOTH = (GLOBAL, LOCAL)
@@ -94,7 +96,7 @@ def model(request, adapters_config):
 def loss_and_gradients(model, packs) -> tuple[torch.Tensor, list[torch.Tensor]]:
     model.zero_grad()
     with packed_attention(model.get_base_model()):
-        total = sum(compute_losses(model, examples, None)[0].sum() for examples in packs)
+        total = sum(compute_losses(model, examples, None, pack)[0].sum() for examples in packs)
     total.backward()
     return total.detach(), [p.grad.clone() for n in BOTH for p in adapter_parameters(model, n)]
 
@@ -136,7 +138,6 @@ def test_packs_hold_every_example_once_and_no_more_than_they_may():
     sizes = [sum(len(e.input_ids) for e in p) for p in packs]
     assert max(sizes) <= 64 and sum(sizes) / (64 * len(packs)) > 0.95
     assert split_into_packs(examples, 64) == packs
-    assert split_into_packs(examples[:3], None) == [[example] for example in examples[:3]]
     assert split_into_packs(build_examples([100]), 64) == [build_examples([100])]
 
 
@@ -156,7 +157,7 @@ def test_a_model_that_mixes_packed_examples_is_refused(monkeypatch):
         return hidden
 
     monkeypatch.setattr(base.model, "forward", lambda **kwargs: mix(None, **kwargs))
-    with pytest.raises(PackingError, match="training.packing to false"), packed_attention(base):
+    with pytest.raises(PackingError, match="training.packing: false"), packed_attention(base):
         pass
     assert base.config._attn_implementation == "sdpa"
 
@@ -168,13 +169,13 @@ def test_built_in_packing_is_what_the_check_would_have_caught():
     try:
         packing.compute_hidden_states = lambda base, batch: base.base_model(
             batch.inputs["input_ids"], use_cache=True
-        ).last_hidden_state[0]
-        with pytest.raises(PackingError):
-            packing._require_separation(base)
+        ).last_hidden_state.flatten(0, 1)
+        with pytest.raises(PackingError, match="something else for examples"):
+            packing._require_separation(base, "sdpa")
     finally:
         packing.compute_hidden_states = original
     with packed_attention(base):
-        packing._require_separation(base)
+        packing._require_separation(base, "sdpa")
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -258,7 +259,7 @@ def test_adapters_stay_fp32_and_compute_in_the_dtype_of_the_base():
     with fused_adapters(model, BOTH):
         layer.base_layer.register_forward_hook(lambda _, args, out: seen.append(out.dtype))
         with packed_attention(model.get_base_model()):
-            compute_losses(model, build_examples(LENGTHS), None)[0].sum().backward()
+            compute_losses(model, build_examples(LENGTHS), None, pack)[0].sum().backward()
     parameters = [p for name in BOTH for p in adapter_parameters(model, name)]
     assert {p.dtype for p in parameters} == {p.grad.dtype for p in parameters} == {torch.float32}
     assert set(seen) == {torch.bfloat16}
@@ -431,7 +432,10 @@ def test_attention_that_packing_cannot_give_is_refused():
     settings = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
     layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     base = Gemma2ForCausalLM(Gemma2Config(**settings, **layers)).eval()
-    with pytest.raises(PackingError, match="asks for softcap"), packed_attention(base):
+    with (
+        pytest.raises(PackingError, match="asks for a bound on its scores.*packing: false"),
+        packed_attention(base),
+    ):
         pass
 
 
