@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -39,7 +38,7 @@ from fedlora_app.evaluation.answering import OPEN_ABOVE
 from fedlora_app.evaluation.feature_space import Space
 from fedlora_app.evaluation.prompt_features import compute_features
 from fedlora_app.foundation.seeds import derive_seed
-from fedlora_app.model.adapters import AdaptedModel, scaled_local
+from fedlora_app.model.adapters import AdaptedModel
 
 MAX_PROMPTS = 4096  # of either kind
 NUM_FOLDS = 3
@@ -190,14 +189,19 @@ def choose_wordings(records: Sequence[Record], *, all_facts: bool) -> list[list[
     return chosen
 
 
-def gated(
+def split_by_gate(
     model: AdaptedModel, gate: Gate | None, prompts: Sequence[list[int]]
-) -> AbstractContextManager[None]:
-    """Return a context in which each row's local adapter answers or not, by its prompt."""
+) -> list[tuple[float, list[int]]]:
+    """Return the factor of the local adapter with the places of the prompts that it is for.
+
+    Prompts that different adapters answer never share a forward pass: a mixture of experts mixes
+    the rows of a batch, so that a factor for each row could not follow them.
+    """
     if gate is None:
-        return nullcontext()
-    weights = gate.weigh(model, prompts).to(model.device)
-    return scaled_local(model, weights[:, None, None])  # over (B, T, D)
+        return [(1.0, list(range(len(prompts))))]
+    factors = gate.weigh(model, prompts).tolist()
+    split = [(f, [i for i, own in enumerate(factors) if own == f]) for f in (0.0, 1.0)]
+    return [(factor, places) for factor, places in split if places]
 
 
 def separate(facts: Sequence[FactFeatures], by_fact: bool | None = None) -> Gate:

@@ -10,8 +10,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from fedlora_app.data.dialogue import encode_answer
-from fedlora_app.evaluation.gate import Gate, gated
-from fedlora_app.model.adapters import AdaptedModel
+from fedlora_app.evaluation.gate import Gate, split_by_gate
+from fedlora_app.model.adapters import AdaptedModel, scaled_local
 from fedlora_app.model.fused import fused_answering
 
 REASONING = re.compile(r"\A\s*(?:(?:<think>)?.*?</think>|<think>.*)", re.DOTALL)
@@ -37,7 +37,8 @@ def generate_answer(
     """
     model.eval()
     stop_ids = find_stop_ids(tokenizer)
-    with fused_answering(model), gated(model, gate, [gate_ids or prompt_ids]):
+    ((factor, _),) = split_by_gate(model, gate, [gate_ids or prompt_ids])
+    with fused_answering(model), scaled_local(model, factor):
         (text,) = generate(model, tokenizer, [prompt_ids], stop_ids, max_new_tokens, streamer)
     return text
 

@@ -8,25 +8,31 @@ greedy answer, and only the other prompts are generated for.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedlora_app.data.dialogue import encode_with_answers
 from fedlora_app.data.tokens import Example
 from fedlora_app.evaluation.answering import OPEN_ABOVE
-from fedlora_app.evaluation.gate import Gate, gated
+from fedlora_app.evaluation.gate import Gate, split_by_gate
 from fedlora_app.evaluation.generation import decode, find_stop_ids, generate
-from fedlora_app.model.adapters import AdaptedModel
+from fedlora_app.model.adapters import AdaptedModel, scaled_local
 from fedlora_app.model.base import find_decoder
+from fedlora_app.model.device import is_out_of_memory
 from fedlora_app.model.fused import fused_answering
 from fedlora_app.model.head import Head, find_head
 from fedlora_app.training.losses import LOGIT_ROWS, answer_log_likelihoods
 
 CANDIDATES_PER_ROW = 16
 MAX_BATCH_TOKENS = 16_384  # padding included; the attention mask grows with a row's square
+
+TOLERANCE = 0.05  # of a likelihood; bf16 stays below it, and a prompt that is not seen far above
+
+_sharing: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
 
 Progress = Callable[[int], None]
 """Called with the number of prompts that are done."""
@@ -115,21 +121,24 @@ def score_prompts(
         rows_left[row.prompt] += 1
     done = sum(not p.candidates and not p.generates for p in prompts)
     with fused_answering(model):
-        for batch in _batches(rows, batch_size):
-            with gated(model, gate, [gate_ids[row.prompt] for row in batch]):
-                scored = _score_rows(model, tokenizer, batch)
-            for row, scores in zip(batch, scored, strict=True):
-                for candidate, ids, (total, is_greedy) in zip(
-                    row.candidates, row.answer_ids, scores, strict=True
-                ):
-                    totals[row.prompt][candidate] = total
-                    if is_greedy and len(ids) <= max_new_tokens:
-                        greedy[row.prompt] = ids
-                rows_left[row.prompt] -= 1
-                is_answered = row.prompt in greedy or not prompts[row.prompt].generates
-                done += rows_left[row.prompt] == 0 and is_answered
-            if progress is not None:
-                progress(done)
+        by_gate = split_by_gate(model, gate, gate_ids)
+        for factor, places in by_gate:
+            chosen = set(places)
+            for batch in _batches([row for row in rows if row.prompt in chosen], batch_size):
+                with scaled_local(model, factor):
+                    scored = _score_rows(model, batch)
+                for row, scores in zip(batch, scored, strict=True):
+                    for candidate, ids, (total, is_greedy) in zip(
+                        row.candidates, row.answer_ids, scores, strict=True
+                    ):
+                        totals[row.prompt][candidate] = total
+                        if is_greedy and len(ids) <= max_new_tokens:
+                            greedy[row.prompt] = ids
+                    rows_left[row.prompt] -= 1
+                    is_answered = row.prompt in greedy or not prompts[row.prompt].generates
+                    done += rows_left[row.prompt] == 0 and is_answered
+                if progress is not None:
+                    progress(done)
         waiting = [i for i, p in enumerate(prompts) if p.generates and i not in greedy]
         generated = {i: decode(tokenizer, ids) for i, ids in greedy.items() if prompts[i].generates}
         waiting.sort(key=lambda index: len(prompt_ids[index]))
@@ -138,15 +147,18 @@ def score_prompts(
             if waiting
             else []
         )
-        for start in range(0, len(waiting), batch_size):
-            indices = waiting[start : start + batch_size]
-            batch_ids = [prompt_ids[index] for index in indices]
-            with gated(model, gate, [gate_ids[index] for index in indices]):
-                texts = generate(model, tokenizer, batch_ids, stop_ids, max_new_tokens)
-            generated.update(zip(indices, texts, strict=True))
-            done += len(indices)
-            if progress is not None:
-                progress(done)
+        for factor, places in by_gate:
+            chosen = set(places)
+            those = [index for index in waiting if index in chosen]
+            for start in range(0, len(those), batch_size):
+                indices = those[start : start + batch_size]
+                batch_ids = [prompt_ids[index] for index in indices]
+                with scaled_local(model, factor):
+                    texts = generate(model, tokenizer, batch_ids, stop_ids, max_new_tokens)
+                generated.update(zip(indices, texts, strict=True))
+                done += len(indices)
+                if progress is not None:
+                    progress(done)
     openness = [None] * len(prompts)
     if gate is not None:
         openness = gate.compute_openness(model, gate_ids).tolist()
@@ -212,14 +224,34 @@ def score_examples(
 def shares_prefix(model: AdaptedModel) -> bool:
     """Return whether this model computes the same where candidates share their prompt.
 
-    It takes an attention that follows a given mask, over everything before it.
+    It takes an attention that follows a given mask, over everything before it, and positions that
+    follow those that are given; a model without a window is tried out once.
     """
     config = model.get_base_model().config
     layers = getattr(config, "layer_types", None)
     if layers is None:
         layers = ["sliding_attention" if getattr(config, "sliding_window", None) else ""]
     attends_fully = all(layer in ("", "full_attention") for layer in layers)
-    return attends_fully and config._attn_implementation in ("sdpa", "eager")
+    if not attends_fully or config._attn_implementation not in ("sdpa", "eager"):
+        return False
+    base = model.get_base_model()
+    if base not in _sharing:
+        _sharing[base] = _try_sharing(model)
+    return _sharing[base]
+
+
+def _try_sharing(model: AdaptedModel) -> bool:
+    """Return whether candidates score the same behind one prompt as each behind its own."""
+    prompt, answers = [1, 2, 0], [[2, 1], [0, 2, 1]]
+    try:
+        (shared,) = _score_rows(model, [_Row(0, prompt, [0, 1], answers)])
+        alone = _score_rows(model, [_Row(0, prompt, [0], [answer]) for answer in answers])
+    except (TypeError, ValueError, RuntimeError) as error:  # a forward pass that knows no such mask
+        if is_out_of_memory(error):
+            raise
+        return False
+    pairs = zip(shared, alone, strict=True)
+    return all(abs(one - other) <= TOLERANCE * abs(other) for (one, _), [(other, _)] in pairs)
 
 
 def _build_rows(
@@ -248,13 +280,11 @@ def _batches(rows: Sequence[_Row], batch_size: int) -> Iterator[list[_Row]]:
         yield batch
 
 
-def _score_rows(
-    model: AdaptedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[_Row]
-) -> list[list[tuple[float, bool]]]:
+def _score_rows(model: AdaptedModel, rows: Sequence[_Row]) -> list[list[tuple[float, bool]]]:
     """Return each candidate's log-likelihood and whether it is the greedy answer."""
     inner = model.get_base_model()
     length = max(row.length for row in rows)
-    input_ids = torch.full((len(rows), length), tokenizer.pad_token_id)  # (B, T)
+    input_ids = torch.zeros((len(rows), length), dtype=torch.long)  # (B, T)
     positions = torch.zeros((len(rows), length), dtype=torch.long)
     mask = torch.zeros((len(rows), 1, length, length), dtype=torch.bool)  # (B, 1, T, T)
     predicting: list[int] = []  # flat positions whose next token belongs to a candidate

@@ -217,12 +217,8 @@ def only_adapters(model: AdaptedModel, names: Iterable[str]) -> Iterator[None]:
 
 
 @contextmanager
-def scaled_local(model: AdaptedModel, factor: float | torch.Tensor) -> Iterator[None]:
-    """Multiply what the local adapter adds by ``factor`` (lambda) while the block runs.
-
-    Args:
-        factor: a number, or one for each row of the batch as (B, 1, 1).
-    """
+def scaled_local(model: AdaptedModel, factor: float) -> Iterator[None]:
+    """Multiply what the local adapter adds by ``factor`` (lambda) while the block runs."""
     layers = lora_layers(model, LOCAL)
     before = [layer.scaling[LOCAL] for layer in layers]
     for layer, scaling in zip(layers, before, strict=True):

@@ -118,11 +118,11 @@ def _add(
     joint_a, joint_b = factors
     inner = functional.linear(inputs, joint_a)  # (..., r)
     scalings = [layer.scaling[name] for name in names]
-    if all(isinstance(scaling, (int, float)) for scaling in scalings) and len(set(scalings)) == 1:
+    if len(set(scalings)) == 1:
         scale = scalings[0]
-    else:  # numbers, or one for each row of the batch as (B, 1, 1)
+    else:
         shares = inner.split([layer.lora_A[name].out_features for name in names], dim=-1)
         scaled = [share * scaling for share, scaling in zip(shares, scalings, strict=True)]
-        inner, scale = torch.cat(scaled, dim=-1).to(inputs.dtype), 1.0
+        inner, scale = torch.cat(scaled, dim=-1), 1.0
     added = torch.addmm(outputs.flatten(0, -2), inner.flatten(0, -2), joint_b.T, alpha=scale)
     return added.view(outputs.shape)

@@ -92,6 +92,7 @@ def test_packed_and_separate_rows_agree(adapted, tokenizer, monkeypatch):
 
 def test_a_row_holds_many_candidates(adapted, tokenizer, monkeypatch):
     """The prompt is computed once for all of its candidates."""
+    assert shares_prefix(adapted)  # tried out before the lengths are counted
     lengths = []
     inner = adapted.get_base_model().base_model
     forward = inner.forward
