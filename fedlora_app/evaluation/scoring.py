@@ -30,7 +30,8 @@ from fedlora_app.training.losses import LOGIT_ROWS, answer_log_likelihoods
 CANDIDATES_PER_ROW = 16
 MAX_BATCH_TOKENS = 16_384  # padding included; the attention mask grows with a row's square
 
-TOLERANCE = 0.05  # of a likelihood; bf16 stays below it, and a prompt that is not seen far above
+TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 0.02}
+"""Of likelihoods that are the same but for rounding."""
 
 _sharing: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
 
@@ -242,7 +243,8 @@ def shares_prefix(model: AdaptedModel) -> bool:
 
 def _try_sharing(model: AdaptedModel) -> bool:
     """Return whether candidates score the same behind one prompt as each behind its own."""
-    prompt, answers = [1, 2, 0], [[2, 1], [0, 2, 1]]
+    prompt, answers = [1, 2, 0, 1], [[0, 1, 2] * 8, [2, 0, 1]]  # far behind another one
+    tolerance = TOLERANCES.get(model.get_base_model().dtype, TOLERANCES[torch.bfloat16])
     try:
         (shared,) = _score_rows(model, [_Row(0, prompt, [0, 1], answers)])
         alone = _score_rows(model, [_Row(0, prompt, [0], [answer]) for answer in answers])
@@ -251,7 +253,7 @@ def _try_sharing(model: AdaptedModel) -> bool:
             raise
         return False
     pairs = zip(shared, alone, strict=True)
-    return all(abs(one - other) <= TOLERANCE * abs(other) for (one, _), [(other, _)] in pairs)
+    return all(abs(one - other) <= tolerance * abs(other) for (one, _), [(other, _)] in pairs)
 
 
 def _build_rows(

@@ -21,6 +21,7 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 """From states (N, D) to logits (N, V)."""
 
 NUM_PROBES = 4
+LARGE = 100  # so that a bound on logits shows
 TOLERANCE = 1e-3  # of logits, relative; the same product in the same dtype differs by nothing
 
 _is_plain: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
@@ -99,6 +100,6 @@ def _try_out(base: PreTrainedModel) -> bool:
     places = torch.arange(
         NUM_PROBES * head.in_features, device=head.weight.device, dtype=torch.float32
     )
-    states = places.view(NUM_PROBES, -1).sin().to(base.dtype)
+    states = LARGE * places.view(NUM_PROBES, -1).sin().to(base.dtype)
     plain, own = head(states).float(), _ForwardHead(base)(states).float()
     return bool((own - plain).norm() <= TOLERANCE * plain.norm())

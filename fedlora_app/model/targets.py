@@ -20,7 +20,11 @@ ALL = "all-linear"
 
 def find_linear(base: PreTrainedModel) -> list[str]:
     """Return the full names of the modules that can have an adapter, in the model's order."""
-    return [name for name, module in base.named_modules() if _is_plain(module)]
+    modules = dict(base.named_modules())
+    mixers = [name for name, module in modules.items() if hasattr(module, "ssm_state_size")]
+    # Mamba's kernels take the weights of this layer, and would pass its adapters by.
+    passed_by = {f"{name}.out_proj" for name in mixers}
+    return [n for n, module in modules.items() if n not in passed_by and _is_plain(module)]
 
 
 def choose_modules(
