@@ -56,7 +56,7 @@ EXPERTS_BARE = "no adapters on the experts"
 SHARED_TOO = "no adapters on the experts but on the shared one"
 WINDOWS = "sliding windows"
 LINEAR_ATTENTION = "linear attention"
-STATE_SPACE = "state-space layers"
+STATE_SPACE = "state-space layers, without adapters on their `out_proj`"
 LLAMA4 = {
     **{"attention_chunk_size": WINDOW, "layer_types": ["chunked_attention", "full_attention"]},
     "intermediate_size_mlp": 64,
@@ -64,6 +64,14 @@ LLAMA4 = {
 ERNIE = {
     **{"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, **HEAD},
     "moe_layer_start_index": 1,
+}
+
+
+MIXTURES = {
+    *("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "llama4_text", "mixtral"),
+    *("phimoe", "olmoe", "granitemoe", "granitemoeshared", "granitemoehybrid", "glm4_moe"),
+    *("gpt_oss", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "hunyuan_v1_moe", "lfm2_moe"),
+    "minimax_m2",
 }
 
 
@@ -80,6 +88,11 @@ class Family:
     adapted: tuple[str, ...] = ALL
     """The modules that ``all-linear`` stands for."""
     remark: str = ""
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a part of its layers is no linear layer."""
+        return self.kind in MIXTURES
 
 
 def build_config(family: Family, vocab_size: int) -> PretrainedConfig:
@@ -116,7 +129,7 @@ FAMILIES = [
     ),
     Family(
         "qwen3_5_text",
-        "Qwen 3.5",
+        "Qwen 3.5, text only",
         LINEAR | HEAD,
         False,
         (*ALL, *GATED, "out_proj"),
@@ -124,16 +137,18 @@ FAMILIES = [
     ),
     Family(
         "qwen3_5_moe_text",
-        "Qwen 3.5 MoE",
+        "Qwen 3.5 MoE, text only",
         FOUR | SHARED | LINEAR | HEAD,
         False,
         (*ALL, *GATED, "out_proj", "shared_expert_gate"),
         LINEAR_ATTENTION,
     ),
     Family("llama", "Llama 2, 3, SmolLM 2, Yi, Vicuna"),
-    Family("llama4_text", "Llama 4", LOCAL | HEAD | LLAMA4, remark=SHARED_TOO + "; chunks"),
+    Family(
+        "llama4_text", "Llama 4, text only", LOCAL | HEAD | LLAMA4, remark=SHARED_TOO + "; chunks"
+    ),
     Family("mistral", "Mistral 7B, Nemo, Zephyr", {"sliding_window": WINDOW}, remark=WINDOWS),
-    Family("ministral", "Ministral 8B", HALF_SLIDING | HEAD, remark=WINDOWS),
+    Family("ministral", "Ministral", HALF_SLIDING | HEAD, remark=WINDOWS),
     Family("ministral3", "Ministral 3", HEAD),
     Family(
         "mixtral",
@@ -150,10 +165,10 @@ FAMILIES = [
         False,
         remark="scores and logits are bent by a tanh",
     ),
-    Family("gemma3_text", "Gemma 3", HALF_SLIDING | HEAD, remark=WINDOWS),
+    Family("gemma3_text", "Gemma 3, text only", HALF_SLIDING | HEAD, remark=WINDOWS),
     Family(
         "gemma4_text",
-        "Gemma 4",
+        "Gemma 4, text only",
         HALF_SLIDING | HEAD | PER_LAYER | {"global_head_dim": 8},
         adapted=(
             *ALL,
@@ -234,9 +249,7 @@ FAMILIES = [
         "attention has sinks; no adapters on the experts",
     ),
     Family("deepseek_v2", "DeepSeek V2", DEEPSEEK, adapted=LATENT, remark=EXPERTS_BARE),
-    Family(
-        "deepseek_v3", "DeepSeek V3, R1, Kimi K2", DEEPSEEK, adapted=LATENT, remark=EXPERTS_BARE
-    ),
+    Family("deepseek_v3", "DeepSeek V3, R1", DEEPSEEK, adapted=LATENT, remark=EXPERTS_BARE),
     Family(
         "falcon",
         "Falcon",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 
 import pytest
 import torch
-from families import FAMILIES, Family, build_base, build_config
+from conftest import ROOT, build_tiny_config
+from families import ATTENTION, FAMILIES, Family, build_base, build_config
+from loopback import Federation
 from peft import PeftModel
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdaptersConfig, TrainingConfig
@@ -24,6 +28,7 @@ from fedlora_app.model.adapters import (
     attach_adapters,
     base_only,
     build_initial_state,
+    describe_adapted,
     get_state,
     lora_layers,
     merge_into_base,
@@ -42,6 +47,7 @@ FAST = {"qwen2", "llama", "qwen3_moe", "gemma2", "gpt_oss", "cohere2"}
 ADAPTERS = AdaptersConfig.model_validate(
     {"global": {"rank": 4, "alpha": 8}, "local": {"rank": 2, "alpha": 4}}
 )
+KINDS = {family.kind: family for family in FAMILIES}
 PROMPTS = [
     Prompt("You are ann.", "Where?", ("Here.", "At the office of the old harbour.")),
     Prompt("You are ann.", "How long is the probation period?", ("Six months.",)),
@@ -102,6 +108,7 @@ def test_a_base_model_of_each_family(family, tokenizer, tmp_path):
     model = attach_adapters(base, ADAPTERS)
     names = {name for name, module in base.named_modules() if module in set(lora_layers(model))}
     assert {name.rsplit(".", 1)[-1] for name in names} == set(family.adapted)
+    assert (describe_adapted(model) is not None) == family.has_experts
     fill_adapters(model)
     examples = build_examples(len(tokenizer))
     check_losses(family, model, examples)
@@ -219,3 +226,55 @@ def check_export(family: Family, model: AdaptedModel, examples: list[Example], t
     merged = build_base(family, vocab_size)
     merge_into_base(merged, PlainAdapter(pair, 6, targets))
     assert_near(own_logits(merged, ids), expected)
+
+
+def build_federation(kind: str, tiny_project, tokenizer, tmp_path, **training) -> Federation:
+    """A project of two clients whose base model is of another family."""
+    project = shutil.copytree(tiny_project, tmp_path / "project")
+    build_base(KINDS[kind], len(tokenizer)).save_pretrained(project / "model")
+    config = build_tiny_config(training=training, federated={"num_rounds": 1})
+    return Federation(project, tmp_path / "results", config)
+
+
+def test_a_base_that_cannot_be_packed_for_is_refused_before_any_client_is_asked(
+    tiny_project, tokenizer, tmp_path
+):
+    federation = build_federation("gemma2", tiny_project, tokenizer, tmp_path)
+    with pytest.raises(PackingError, match="bound on its scores.*Set training.packing: false"):
+        federation.run()
+    assert not federation.grids[0].sent and not federation.path.exists()
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "qwen3_moe"])
+def test_a_run_on_another_family(kind, tiny_project, tokenizer, tmp_path, capsys):
+    packs = KINDS[kind].packs
+    federation = build_federation(kind, tiny_project, tokenizer, tmp_path, packing=packs)
+    run = federation.run()
+    losses = [
+        event["metrics"]["train_global/train_loss"]
+        for event in json.loads((run / "history.json").read_text())
+        if event["phase"] == "global"
+    ]
+    assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
+    told = (
+        "The base model has experts (mlp.experts). Adapters are on k_proj, o_proj, q_proj, v_proj;"
+    )
+    assert (told in capsys.readouterr().out) == (kind == "qwen3_moe")
+
+
+def describe_row(family: Family) -> str:
+    """A family's row of the table in the documentation."""
+    adapted = "all linear layers"
+    if family.adapted == ATTENTION:
+        adapted = "attention"
+    elif family.has_experts:
+        adapted = ", ".join(f"`{name}`" for name in sorted(family.adapted))
+    packs = "on" if family.packs else "**off**"
+    return f"| `{family.kind}` | {family.models} | {packs} | {adapted} | {family.remark} |"
+
+
+def test_the_documentation_s_table_is_what_was_tried():
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    table = text.partition("## Base models")[2]
+    rows = [line for line in table.splitlines() if line.startswith("| `")][1:]  # of a header
+    assert rows == [describe_row(family) for family in FAMILIES]

@@ -19,6 +19,7 @@ from fedlora_app.training.layout import compute_hidden_states, pack, pad
 TOLERANCE = 0.05  # of hidden states, relative; other kernels and bf16 stay well below it
 PROBES = (Example([1, 2, 0, 2], 1), Example([0, 1, 2], 1))
 
+_separable: set[str] = set()
 _trusted: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
@@ -54,6 +55,9 @@ def require_separable(config: PretrainedConfig, *, trust_remote_code: bool = Fal
     A model without memory runs two examples: every layer has to ask attention, for nothing that
     packed examples cannot be given. What only numbers show is seen before the first step.
     """
+    about = config.to_json_string()
+    if about in _separable:
+        return
     batch = pack(PROBES, torch.device("cpu"))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         base = AutoModelForCausalLM.from_config(
@@ -73,6 +77,7 @@ def require_separable(config: PretrainedConfig, *, trust_remote_code: bool = Fal
             "The base model has layers that look at other tokens by other means than attention, "
             f"and would mix packed examples. {WAY_OUT}"
         )
+    _separable.add(about)
 
 
 def _require_separation(base: PreTrainedModel, own: str) -> None:
