@@ -48,7 +48,7 @@ from fedlora_app.foundation.project import (
 )
 from fedlora_app.model.adapters import AdapterError, AdapterState
 from fedlora_app.model.base import ModelError
-from fedlora_app.model.device import is_out_of_memory
+from fedlora_app.model.device import has_spoilt_process, is_out_of_memory
 from fedlora_app.runs.client_folder import LostGlobalError
 from fedlora_app.runs.paths import RunDirectoryError, check_run_name
 from fedlora_app.training.attention import PackingError
@@ -153,7 +153,8 @@ def _answer(message: Message, context: Context, handle: Handler) -> Message:
         print(f"{client_id}: asking for the global adapter again. {error}", flush=True)
         return build_need_reply(message, client_id, task.server_round)
     except EXPLAINED_ERRORS as error:
-        return build_error_reply(message, client_id, str(error))
+        is_spoilt = has_spoilt_process(error)
+        return build_error_reply(message, client_id, str(error), process_is_spoilt=is_spoilt)
     except OSError as error:
         what = f"{error.strerror or type(error).__name__}: {error.filename or 'a file'}"
         return build_error_reply(message, client_id, what)
@@ -163,7 +164,10 @@ def _answer(message: Message, context: Context, handle: Handler) -> Message:
             return build_error_reply(message, client_id, why + "plan")
         traceback.print_exc()  # here and not in the reply: its text may hold anything
         why = f"{type(error).__name__} in {type(error).__module__}; this client's log has the rest"
-        return build_error_reply(message, client_id, why)
+        is_spoilt = has_spoilt_process(error)
+        if is_spoilt:
+            why += ". CUDA is lost to this process, so the next client gets a new one"
+        return build_error_reply(message, client_id, why, process_is_spoilt=is_spoilt)
 
 
 def identify_client(context: Context, config: Config) -> str:

@@ -29,6 +29,7 @@ UPDATE_RECORD = "global-update"
 TASK_RECORD = "task"
 METRIC_RECORD = "metrics"
 ABOUT_RECORD = "about"
+SPOILT = "process-is-spoilt"
 WIRE_BYTES = {"float32": 4, "uint16": 2}
 MAX_ARRAY_HEADER_BYTES = 4096
 MAX_ERROR_CHARS = 10_000
@@ -229,10 +230,25 @@ def build_need_reply(message: Message, client_id: str, server_round: int) -> Mes
     return build_reply(message, client_id, server_round, {}, {"needs": "global adapter"})
 
 
-def build_error_reply(message: Message, client_id: str, why: str) -> Message:
-    """Return a reply that says why the client could not do its task."""
+def build_error_reply(
+    message: Message, client_id: str, why: str, *, process_is_spoilt: bool = False
+) -> Message:
+    """Return a reply that says why the client could not do its task.
+
+    Args:
+        process_is_spoilt: whatever else this process does on its GPU would fail too.
+    """
     about = {"client-id": client_id, "error": why[:MAX_ERROR_CHARS]}
+    if process_is_spoilt:
+        about[SPOILT] = True
     return Message(RecordDict({ABOUT_RECORD: ConfigRecord(about)}), reply_to=message)
+
+
+def ends_worker(reply: Message) -> bool:
+    """Return whether the process that sent a reply must not get another message."""
+    if reply.has_error():
+        return False
+    return bool(reply.content.config_records.get(ABOUT_RECORD, ConfigRecord()).get(SPOILT))
 
 
 def is_possible(name: str, value: Any) -> bool:

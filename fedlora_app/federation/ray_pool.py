@@ -1,9 +1,10 @@
-"""What a simulation needs when one of Ray's workers dies or hangs.
+"""What a simulation needs when one of Ray's workers dies, hangs, never begins or is spoilt.
 
 Flower puts the actor of a dead worker back into its pool, where every later client fails on
-it, and waits without a limit for one that hangs. Here such an actor is replaced, and a hung
-one can be stopped. The pool is Flower's own and internal: where it looks otherwise, Flower's
-behaviour remains, with a note. Deployments have no pool.
+it, and waits without a limit for one that hangs or has no process yet. Here a dead actor is
+replaced, as is one whose GPU context is beyond repair; a hung one can be stopped, and one that
+never begins is given up. The pool is Flower's own and internal: where it looks otherwise,
+Flower's behaviour remains, with a note. Deployments have no pool.
 """
 
 from __future__ import annotations
@@ -19,10 +20,16 @@ from typing import Any
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
+from fedlora_app.federation.messages import ends_worker
 from fedlora_app.foundation.errors import UserError
 
 START_SECONDS = 300.0
 LOST = "its worker process died (killed, out of memory or crashed)"
+NEVER_BEGAN = (
+    "Ray had no worker process for it within {seconds:g} seconds. The newest raylet.out and "
+    "python-core-worker-*.log in {logs} say why; often something else uses the machine's memory "
+    "or processors, or a firewall is between its own ports"
+)
 POOL_METHODS = {
     "submit": ["self", "actor_fn", "job"],
     "fetch_result_and_return_actor_to_pool": ["self", "future"],
@@ -40,6 +47,8 @@ class Job:
     message: Message
     context: Any
     started_at: float
+    begun: Any
+    """Ray's promise of the actor's process."""
     is_lost: bool = False
 
 
@@ -73,23 +82,30 @@ class WatchedPool:
         """Give a message to an idle actor."""
         app_fn, message, _, context = job
         with self._jobs_lock:
+            begun = self.pool[-1].__ray_ready__.remote()  # of the actor that is taken now
             future = super().submit(actor_fn, job)
-            self._jobs[future] = Job(app_fn, message, context, time.monotonic())
+            self._jobs[future] = Job(app_fn, message, context, time.monotonic(), begun)
         return future
 
     def fetch_result_and_return_actor_to_pool(self, future: Any) -> tuple[Message, Any]:
         """Return a client's reply; an error says so if its worker was lost."""
-        from ray.exceptions import RayError, RayTaskError  # only a simulation needs Ray
+        import ray  # only a simulation needs it
+        from ray.exceptions import RayError, RayTaskError
 
         job = self._jobs[future]
+        if not ray.wait([job.begun], timeout=START_SECONDS)[0]:
+            self.add_actor_back_to_pool(future)  # a new one would not begin either
+            return _fail(job, NEVER_BEGAN.format(seconds=START_SECONDS, logs=_find_logs()))
         try:
-            return super().fetch_result_and_return_actor_to_pool(future)
+            _, reply, context = ray.get(future)  # as Flower does, but for the look at the reply
+            job.is_lost |= ends_worker(reply)
         except RayError as error:
             if isinstance(error, RayTaskError):  # raised by the client; its worker lives
                 raise
             job.is_lost = True
-            self.add_actor_back_to_pool(future)
-            return Message(Error(ErrorCode.UNKNOWN, LOST), reply_to=job.message), job.context
+            reply, context = _fail(job, LOST)
+        self.add_actor_back_to_pool(future)
+        return reply, context
 
     def add_actor_back_to_pool(self, future: Any) -> None:
         """Return an actor to the pool, or a new one in its place."""
@@ -166,6 +182,20 @@ def _print_workers_lines_as_they_are() -> None:
             dispatcher.add_handler("ray_print_logs", plain)
     except (ImportError, AttributeError):  # another Ray: the lines keep their prefix
         return
+
+
+def _fail(job: Job, why: str) -> tuple[Message, Any]:
+    return Message(Error(ErrorCode.UNKNOWN, why), reply_to=job.message), job.context
+
+
+def _find_logs() -> str:
+    """Return the folder of Ray's logs."""
+    try:
+        from ray._private.worker import global_worker
+
+        return global_worker.node.get_logs_dir_path()
+    except (ImportError, AttributeError):  # another Ray
+        return "/tmp/ray/session_latest/logs"
 
 
 def _import_app(actor: Any, app_fn: Any) -> None:

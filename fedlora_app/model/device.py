@@ -36,6 +36,19 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
+def has_spoilt_process(error: BaseException) -> bool:
+    """Return whether every later use of the GPU by this process would fail as well.
+
+    So it is after an illegal access, a failed assertion in a kernel or a memory fault of the
+    card: CUDA's context is lost with them, and only a new process gets another one.
+    """
+    if isinstance(error, Exception) and is_out_of_memory(error):
+        return False
+    seen = isinstance(error, torch.AcceleratorError) or "CUDA error: " in str(error)
+    linked = error.__cause__ or error.__context__
+    return seen or (linked is not None and has_spoilt_process(linked))
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Begin a new stretch; on a CPU there is nothing that could be reset."""
     if device.type == "cuda":

@@ -14,6 +14,8 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError
 
 from fedlora_app.federation import ray_pool as workers
 from fedlora_app.federation.grid import build_message
+from fedlora_app.federation.messages import MessageError, build_error_reply
+from fedlora_app.federation.replies import read_reply
 from fedlora_app.foundation.errors import UserError
 
 
@@ -27,7 +29,11 @@ class Actor:
     def __ray_call__(self):
         return self
 
-    def remote(self, function, app_fn):
+    @property
+    def __ray_ready__(self):
+        return self
+
+    def remote(self, function=lambda *_: None, app_fn=None):
         function(self, app_fn)
         return ("ready", None)
 
@@ -57,6 +63,8 @@ def pool(monkeypatch):
             raise ActorDiedError()
         return "0", *pool.answer
 
+    pool.begins = True
+    monkeypatch.setattr(ray, "wait", lambda promises, timeout: (promises[: pool.begins], []))
     monkeypatch.setattr(ray, "get", get)
     monkeypatch.setattr(ray, "kill", lambda actor: actor.is_dead.set())
     return pool
@@ -106,6 +114,27 @@ def test_an_actor_that_answers_while_it_is_killed_does_not_come_back(pool):
     assert pool.stop("m0")
     pool.fetch_result_and_return_actor_to_pool(future)
     assert pool.pool != [actor]
+
+
+def test_a_worker_whose_gpu_context_is_lost_gets_no_other_message(pool):
+    [actor] = pool.pool
+    message, future = submit(pool)
+    reply = build_error_reply(message, "strict", "AcceleratorError", process_is_spoilt=True)
+    pool.answer = (reply, "new context")
+    assert pool.fetch_result_and_return_actor_to_pool(future) == pool.answer
+    assert actor.is_dead.is_set() and len(pool.pool) == 1 and pool.pool != [actor]
+    with pytest.raises(MessageError, match="strict: AcceleratorError"):
+        read_reply(reply, "strict", 1)
+
+
+def test_a_worker_that_never_begins_is_given_up_and_the_logs_are_named(pool):
+    [actor] = pool.pool
+    _, future = submit(pool)
+    pool.begins = False
+    reply, context = pool.fetch_result_and_return_actor_to_pool(future)
+    assert "Ray had no worker process for it within 300 seconds" in reply.error.reason
+    assert "logs say why" in reply.error.reason and context == "context"
+    assert pool.pool == [actor] and pool.started_at("m0") is None
 
 
 def test_an_exception_of_the_client_is_flowers_matter(pool):

@@ -18,6 +18,7 @@ from fedlora_app.model.adapters import (
     set_state,
 )
 from fedlora_app.model.base import load_base_model
+from fedlora_app.model.device import has_spoilt_process
 from fedlora_app.model.fused import fused_adapters, fused_answering
 from fedlora_app.training import attention
 from fedlora_app.training.layout import pack
@@ -152,3 +153,19 @@ def test_on_a_gpu_flash_attention_is_the_padded_one(model, dtype, monkeypatch):
     ours = loss_and_gradients(model, [build_examples()])
     monkeypatch.setattr(attention, "_has_flash", lambda query: False)
     assert_near(ours, loss_and_gradients(model, [build_examples()]), dtype)
+
+
+def test_a_lost_cuda_context_is_told_from_memory_that_ran_out():
+    def raised(error: Exception, cause: Exception | None = None) -> Exception:
+        try:
+            raise error from cause
+        except type(error) as caught:
+            return caught
+
+    lost = torch.AcceleratorError("CUDA error: device-side assert triggered")
+    assert has_spoilt_process(lost)
+    assert has_spoilt_process(raised(ValueError("the model cannot be read"), lost))
+    assert has_spoilt_process(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not has_spoilt_process(torch.AcceleratorError("CUDA error: out of memory"))
+    assert not has_spoilt_process(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not has_spoilt_process(ValueError("shapes differ"))
