@@ -47,7 +47,8 @@ from fedlora_app.foundation.project import (
     is_unpacked_bundle,
 )
 from fedlora_app.model.adapters import AdapterError, AdapterState
-from fedlora_app.model.base import ModelError
+from fedlora_app.model.base import ModelError, choose_device
+from fedlora_app.model.cards import CardError
 from fedlora_app.model.device import has_spoilt_process, is_out_of_memory
 from fedlora_app.runs.client_folder import LostGlobalError
 from fedlora_app.runs.paths import RunDirectoryError, check_run_name
@@ -66,6 +67,7 @@ app = ClientApp()
 PACKAGE_SHA256 = hash_package()  # of the code that this process runs, even if the files change
 EXPLAINED_ERRORS = (
     AdapterError,
+    CardError,
     ConfigError,
     DataError,
     MessageError,
@@ -148,6 +150,9 @@ def _answer(message: Message, context: Context, handle: Handler) -> Message:
         run_dir = root / output_dir / check_run_name(task.run_name)
         client = Client(config, client_id, run_dir, root)
         client.folder.require_own()
+        # By Flower's number too: this machine may have two runs of one name in two projects.
+        run = f"{task.run_name}, flwr's {message.metadata.run_id}"
+        choose_device(run, may_share=config.federated.share_gpu)
         return handle(client, task, message)
     except LostGlobalError as error:
         print(f"{client_id}: asking for the global adapter again. {error}", flush=True)

@@ -45,6 +45,7 @@ from fedlora_app.evaluation.statistics import Estimate, average_estimates, over_
 from fedlora_app.foundation.files import write_atomically, write_json
 from fedlora_app.foundation.percent import PLUS_MINUS, format_percent
 from fedlora_app.foundation.project import find_project_root
+from fedlora_app.model.base import release_base_model
 from fedlora_app.report.page import REPORT_FILE, write_comparison, write_report
 from fedlora_app.runs.paths import RunDirectoryError
 from fedlora_app.runs.reading import SavedRun, load_run
@@ -350,7 +351,10 @@ def _evaluate(run_dir: Path, root: Path, report: Report, base_answers: Path) -> 
     if _is_current(run.evaluation, saved):
         return run.evaluation
     print(f"{run.name}: evaluating", flush=True)
-    return evaluate_round(saved, report, base_answers=base_answers)
+    try:
+        return evaluate_round(saved, report, base_answers=base_answers)
+    finally:
+        release_base_model()  # the next run has one of its own, on the same card
 
 
 def _is_current(evaluation: Mapping[str, Any] | None, saved: SavedRound) -> bool:

@@ -175,6 +175,9 @@ class FederatedConfig(Section):
     num_rounds: int = Field(5, ge=1)
     aggregation: Literal["fedavg"] = "fedavg"
     clients_at_once: int = Field(1, ge=1)
+    """Each has a base model of its own, on a GPU of its own as far as there are enough."""
+    share_gpu: bool = False
+    """Train on a GPU where another run trains too, instead of refusing."""
     client_timeout_seconds: float | None = Field(None, gt=0)
     """A client that has not answered by then has failed in this round. null: no limit."""
     keep_rounds: int | None = Field(None, ge=1)

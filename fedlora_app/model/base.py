@@ -25,7 +25,9 @@ from transformers import (
 )
 
 from fedlora_app.config.schema import ModelConfig, TrainingConfig
+from fedlora_app.model.cards import claim_card, list_neighbours, release_card
 from fedlora_app.model.chat_template import find_template_fault
+from fedlora_app.model.device import is_out_of_memory
 from fedlora_app.model.fingerprint import fingerprint_model, fingerprint_weights
 from fedlora_app.model.host_embedding import SHARED_WEIGHTS, move_embedding_to_host
 from fedlora_app.model.pretrained import (
@@ -82,6 +84,12 @@ def load_base_model(config: ModelConfig, root: Path) -> LoadedModel:
         )
         _lingers = False
     return _resident[key]
+
+
+def release_base_model() -> None:
+    """Free the process's base model and its card, for another process's."""
+    _let_go()
+    release_card()
 
 
 def _let_go() -> None:
@@ -156,9 +164,23 @@ def decoder_layers(base: PreTrainedModel) -> list[torch.nn.Module]:
     return list(next((found for found in lists if len(found) == count), ()))  # outer ones first
 
 
-def choose_device() -> torch.device:
-    """Return the GPU if this process sees one, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+def choose_device(run: str = "", *, may_share: bool = False) -> torch.device:
+    """Return this process's GPU if it sees any, else the CPU.
+
+    Args:
+        run: the run that trains here, and takes a card that no other run has.
+        may_share: it may also be one that another run has.
+
+    Raises:
+        CardError: another run trains on every card.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    cards = [str(torch.cuda.get_device_properties(index).uuid) for index in range(count)]
+    device = torch.device("cuda", claim_card(cards, run, may_share=may_share))
+    torch.cuda.set_device(device)
+    return device
 
 
 def describe_device() -> str:
@@ -167,7 +189,7 @@ def describe_device() -> str:
         visible = os.getenv("CUDA_VISIBLE_DEVICES")
         hint = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
         return f"CPU, {torch.get_num_threads()} threads{hint}"
-    properties = torch.cuda.get_device_properties(0)
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
 
 
@@ -218,10 +240,16 @@ def _explain_embedding(config: ModelConfig, reason: str) -> str:
 def _load(config: ModelConfig, root: Path) -> PreTrainedModel:
     device = choose_device()
     kwargs: dict[str, Any] = {"dtype": compute_dtype(config), "device_map": {"": device}}
-    if uses_4bit(config):
-        model = _load_quantised(config, root, kwargs)
-    else:
-        model = from_pretrained(AutoModelForCausalLM, config, root, use_safetensors=True, **kwargs)
+    try:
+        if uses_4bit(config):
+            model = _load_quantised(config, root, kwargs)
+        else:
+            kwargs["use_safetensors"] = True
+            model = from_pretrained(AutoModelForCausalLM, config, root, **kwargs)
+    except ModelError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ModelError(_explain_size(config)) from None
     model.requires_grad_(False)
     model.eval()
     # generate() fills what a caller leaves open from here, and instruct models ship sampling
@@ -239,6 +267,16 @@ def _load(config: ModelConfig, root: Path) -> PreTrainedModel:
         except ValueError as error:
             raise ModelError(_explain_embedding(config, str(error))) from None
     return model
+
+
+def _explain_size(config: ModelConfig) -> str:
+    neighbours = " and ".join(list_neighbours())
+    mend = "Choose" if uses_4bit(config) else "Set model.quantization: 4bit, or choose"
+    return (
+        f"{config.name} does not fit into the memory of {describe_device()}"
+        f"{', which it shares with ' + neighbours if neighbours else ''}. A base model lies on one "
+        f"card as a whole. {mend} a smaller model; fedlora plan CONFIG says what it needs."
+    )
 
 
 def _load_quantised(config: ModelConfig, root: Path, kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -29,11 +29,13 @@ def read_free_memory(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error of torch or its libraries means that a GPU's memory was too small."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error, or its cause, means that a GPU's memory was too small."""
+    if isinstance(error, torch.OutOfMemoryError) or any(
         text in str(error) for text in ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-    )
+    ):
+        return True
+    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
 
 
 def has_spoilt_process(error: BaseException) -> bool:
@@ -42,7 +44,7 @@ def has_spoilt_process(error: BaseException) -> bool:
     So it is after an illegal access, a failed assertion in a kernel or a memory fault of the
     card: CUDA's context is lost with them, and only a new process gets another one.
     """
-    if isinstance(error, Exception) and is_out_of_memory(error):
+    if is_out_of_memory(error):
         return False
     seen = isinstance(error, torch.AcceleratorError) or "CUDA error: " in str(error)
     linked = error.__cause__ or error.__context__

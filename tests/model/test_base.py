@@ -12,7 +12,7 @@ import torch
 from conftest import build_tiny_config, build_tiny_model
 from loopback import Federation
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2ForCausalLM
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, ModelConfig, TrainingConfig
 from fedlora_app.data.dialogue import encode_prompt
@@ -56,6 +56,15 @@ def test_the_base_is_loaded_once_and_frozen(config, tiny_project):
     first, second = load_base_model(config, tiny_project), load_base_model(config, tiny_project)
     assert first is second and model_module.num_loads == loads + 1
     assert not any(parameter.requires_grad for parameter in first.model.parameters())
+
+
+def test_a_model_that_a_card_cannot_hold_is_said_to_be_too_large(config, tiny_project, monkeypatch):
+    def overflow(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 130.00 MiB")
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "__init__", overflow)
+    with pytest.raises(ModelError, match="does not fit into the memory of .* quantization: 4bit"):
+        model_module._load(config, tiny_project)
 
 
 def test_the_dtype_is_what_the_configuration_says(config, tiny_project):
