@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -12,6 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:
+    raise ImportError(
+        "fedlora-app runs on Linux and macOS. On Windows use it within WSL2 (wsl --install, then "
+        "as on Linux), which is what Flower recommends for its simulations too."
+    ) from None
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 """What holds the tensors in a PEFT folder."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,9 @@ def test_an_error_in_a_partial_folder_names_the_file_s_final_place(tmp_path):
     with pytest.raises(FileNotFoundError) as caught, new_folder(folder):
         (tmp_path / "elsewhere").read_text()
     assert caught.value.filename == str(tmp_path / "elsewhere")
+
+
+def test_windows_is_told_where_it_works():
+    code = "import sys; sys.modules['fcntl'] = None; import fedlora_app.foundation.files"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "On Windows use it within WSL2" in done.stderr.splitlines()[-1]
