@@ -56,8 +56,8 @@ class PlainTrainer:
         self._clock = _StepClock()
         rows = [
             {
-                "input_ids": ex.input_ids,
-                "labels": [IGNORED] * ex.answer_start + ex.input_ids[ex.answer_start :],
+                "input_ids": list(ex.input_ids),
+                "labels": [IGNORED] * ex.answer_start + list(ex.input_ids[ex.answer_start :]),
             }
             for ex in examples
         ]

@@ -99,7 +99,7 @@ def test_a_system_prompt_that_only_the_last_turn_has(tokenizer, monkeypatch, sys
     text = tokenizer.decode(example.input_ids)
     assert system in text and text.endswith("When?[/INST] At noon.<|im_end|>")
     prompt_ids = encode_prompt(tokenizer, system, "When?")
-    assert example.input_ids[: example.answer_start] == prompt_ids
+    assert list(example.input_ids[: example.answer_start]) == prompt_ids
 
 
 def test_an_answer_without_a_mark_gets_the_end_token(tokenizer, monkeypatch):

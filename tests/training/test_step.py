@@ -274,8 +274,9 @@ class Rows(Dataset):
 
     def __getitem__(self, index):
         example = self.rows[index]
-        labels = [-100] * example.answer_start + example.input_ids[example.answer_start :]
-        return {"input_ids": example.input_ids, "labels": labels}
+        ids = list(example.input_ids)
+        labels = [-100] * example.answer_start + ids[example.answer_start :]
+        return {"input_ids": ids, "labels": labels}
 
 
 def pad(rows: list[dict]) -> dict[str, torch.Tensor]:
