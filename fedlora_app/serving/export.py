@@ -37,6 +37,7 @@ from fedlora_app.model.base import (
     load_tokenizer,
     load_unquantised_model,
 )
+from fedlora_app.model.pretrained import local_folder
 from fedlora_app.serving.exported import (
     PAIR,
     ROUTER,
@@ -239,8 +240,7 @@ def _write_adapter(
 ) -> None:
     adapter = _combine_saved(saved, sources)
     state = {key: tensor.to(DTYPES[dtype]) for key, tensor in adapter.state.items()}
-    name = portable_name(saved.run.config.model.name)
-    save_plain_adapter(folder, replace(adapter, state=state), name)
+    save_plain_adapter(folder, replace(adapter, state=state), _loadable_name(saved))
 
 
 def _write_router(folder: Path, saved: SavedModel, client_id: str, gate: Gate) -> None:
@@ -259,6 +259,15 @@ def _write_router(folder: Path, saved: SavedModel, client_id: str, gate: Gate) -
         text_before_question=before,
         text_after_question=after,
     )
+
+
+def _loadable_name(saved: SavedModel) -> str:
+    """Return the base model by a name under which PEFT finds it, whatever folder it is called in.
+
+    The other files name no folder of this machine.
+    """
+    folder = local_folder(saved.run.config.model, saved.root)
+    return str(folder.resolve()) if folder is not None else saved.run.config.model.name
 
 
 def _module(key: str) -> str:

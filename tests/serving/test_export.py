@@ -7,13 +7,14 @@ import os
 import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import ALIKE, build_tiny_config, build_tiny_model
 from loopback import Federation
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -286,7 +287,20 @@ def read_all(folder) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def test_the_same_run_gives_the_same_bytes_and_no_path(runs, tiny_project, tmp_path):
+def assert_no_path(files: dict[str, bytes], *places: Path) -> None:
+    others = [text for name, text in files.items() if Path(name).name != "adapter_config.json"]
+    assert not any(str(place).encode() in text for place in places for text in others)
+
+
+def test_an_export_is_loaded_from_anywhere_with_its_base(runs, tmp_path, monkeypatch):
+    export_adapter(runs(), "ann", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    loaded = AutoPeftModelForCausalLM.from_pretrained("out")
+    assert loaded.peft_config["default"].r > 0
+
+
+def test_the_same_run_gives_the_same_bytes_and_one_path(runs, tiny_project, tmp_path):
+    """That of a base model that is a folder here, by which PEFT loads it from anywhere."""
     saved = runs()
     results = {}
     for name in "ab":
@@ -295,12 +309,11 @@ def test_the_same_run_gives_the_same_bytes_and_no_path(runs, tiny_project, tmp_p
     for kind in ("adapter", "merged"):
         first, second = (read_all(tmp_path / name / kind) for name in "ab")
         assert first == second
-        for place in (tmp_path, tiny_project, saved.run.path.parent):
-            assert not any(str(place).encode() in content for content in first.values())
+        assert_no_path(first, tmp_path, tiny_project, saved.run.path.parent)
     names = sorted(path.name for path in (tmp_path / "a" / "adapter").iterdir())
     assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     config = json.loads((tmp_path / "a" / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "model"
+    assert config["base_model_name_or_path"] == str(tiny_project / "model")
     for folder in ("a", "a/adapter", "a/merged"):
         assert os.stat(tmp_path / folder).st_mode & 0o777 == 0o700
     assert results["a"].folder == tmp_path / "a" / "adapter"
@@ -549,8 +562,7 @@ def test_a_router_s_card_says_how_to_use_it_and_that_it_is_private(runs, tmp_pat
         export_adapter(saved, "ann", tmp_path / name)
     first, second = (read_all(tmp_path / name) for name in "ab")
     assert first == second
-    for place in (tmp_path, saved.root, saved.run.path.parent):
-        assert not any(str(place).encode() in content for content in first.values())
+    assert_no_path(first, tmp_path, saved.root, saved.run.path.parent)
     card = first["README.md"].decode()
     facts = ["**Private**, but for `global/`", "client's own questions", "--max-lora-rank 8"]
     facts += ['adapter_name="pair"', "docs/router.py", "| pair/ | rank 6, alpha 6, float32 |"]
