@@ -28,8 +28,8 @@ def check(
     from fedlora_app.data.client_files import load_all_files
     from fedlora_app.data.linter import describe_findings, lint
     from fedlora_app.evaluation.gold import find_unreachable_answers
-    from fedlora_app.model.base import load_tokenizer
     from fedlora_app.model.pretrained import ModelError
+    from fedlora_app.model.tokenizer import load_tokenizer
     from fedlora_app.training.decay import describe_decay
     from fedlora_app.training.selection import describe_long_phases
 

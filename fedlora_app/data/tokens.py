@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.data.records import DataError, Record, RecordFile, format_question
 from fedlora_app.foundation.files import make_private_dir, write_atomically
-from fedlora_app.model.base import ModelError
+from fedlora_app.model.pretrained import ModelError
 
 CACHE_FORMAT = 4
 PROBE = "It is six months."  # an answer that shows where answers begin

@@ -25,7 +25,7 @@ from fedlora_app.data.linter.subject import Finding, LintedFile, collect_clients
 from fedlora_app.data.questions import Question
 from fedlora_app.data.similarity import normalise_answer
 from fedlora_app.data.tokens import encode_answer
-from fedlora_app.evaluation.generation import decode
+from fedlora_app.evaluation.decoding import decode
 from fedlora_app.evaluation.metrics import matches_exactly, split_words
 from fedlora_app.evaluation.names import ASKED_SETS
 

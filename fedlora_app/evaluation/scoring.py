@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.data.tokens import Example, encode_with_answers
 from fedlora_app.evaluation.answering import OPEN_ABOVE
+from fedlora_app.evaluation.decoding import decode
 from fedlora_app.evaluation.gate import Gate, gated
-from fedlora_app.evaluation.generation import decode, find_stop_ids, generate
+from fedlora_app.evaluation.generation import find_stop_ids, generate
 from fedlora_app.model.adapters import AdaptedModel
 from fedlora_app.model.fused import fused_answering
 from fedlora_app.training.losses import LOGIT_ROWS, answer_log_likelihoods

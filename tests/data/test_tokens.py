@@ -17,7 +17,7 @@ from fedlora_app.data.tokens import (
     render_prompt,
     tokenize_file,
 )
-from fedlora_app.evaluation.generation import decode
+from fedlora_app.evaluation.decoding import decode
 from fedlora_app.model.base import ModelError
 
 RECORD = Record("How much is a passport?", "The fee for a passport is 30 dollars.")
