@@ -33,7 +33,7 @@ from fedlora_app.data.client_files import (
     load_client_files,
     tokenize_client_files,
 )
-from fedlora_app.data.linter import Finding, describe_findings, lint
+from fedlora_app.data.linter import Finding, lint, summarise_findings
 from fedlora_app.data.records import DataError
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.client_round import Metrics, evaluate_client, phase_metrics
@@ -72,6 +72,10 @@ from fedlora_app.training.phase import (
     use_less_memory,
 )
 from fedlora_app.training.selection import data_owners, select_phase, take_part
+
+_SAID: set[tuple[Path, str]] = set()
+"""What this process has printed of a run's data. In a simulation it serves one client after
+another, and files that they share would be told again by each."""
 
 
 @dataclass(frozen=True)
@@ -304,8 +308,10 @@ class Client:
         own = {self.client_id: files}
         findings = lint(self.config, own, self.root)
         findings += find_unreachable_answers(self.config, own, tokenizer, self.root)
-        if findings:
-            print(f"{self.client_id}:\n{describe_findings(findings)}", flush=True)
+        said = {(self.run_dir, line): line for line in summarise_findings(findings)}
+        if new := [line for key, line in said.items() if key not in _SAID]:
+            print("\n".join([f"{self.client_id}:", *new]), flush=True)
+            _SAID.update(said)
         errors = [finding for finding in findings if finding.severity == "error"]
         if errors and self.config.data.on_lint_error == "stop":
             places = ", ".join(dict.fromkeys(f"{f.file}: {f.rule}" for f in errors))

@@ -17,6 +17,9 @@ from fedlora_app.foundation.terminal import show_progress
 def check(
     config: ConfigPath,
     overrides: Annotated[str, typer.Option(help='As in run-config: "training.replay=0.5".')] = "",
+    every: Annotated[
+        bool, typer.Option("--all", help="A line for every finding, and not one for each kind.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check a configuration, its data and its question sets, without the model's weights.
@@ -56,7 +59,7 @@ def check(
             *describe_long_phases(experiment, counts),
         ):
             typer.echo(line)
-        typer.echo(describe_findings(findings))
+        typer.echo(describe_findings(findings, every=every))
     if unchecked:
         typer.echo(unchecked, err=True)
     if any(finding.severity == "error" for finding in findings):

@@ -37,6 +37,7 @@ from fedlora_app.data.importing.rows import (
 from fedlora_app.data.importing.settings import GROWING, SPLITS, TEXT_FIELDS, ImportSettings
 from fedlora_app.data.importing.source import FILE, HUB, Source, load_source
 from fedlora_app.data.importing.splits import TRAIN, assign_splits, group_questions, join_groups
+from fedlora_app.data.keywords import split_words
 from fedlora_app.data.records import DataError
 from fedlora_app.foundation.files import make_private_dir, replace_folder
 
@@ -252,7 +253,7 @@ def _count_holdings(
             value=values.get(client, ""),
             splits=dict(Counter(split for _, split in own)),
             num_questions=len({record.question for record, _ in own}),
-            answer_words=statistics.fmean(len(r.fields["output"].split()) for r, _ in own),
+            answer_words=statistics.fmean(len(split_words(r.fields["output"])) for r, _ in own),
             labels=dict(Counter(record.label for record, _ in own if record.label)),
         )
         for client, own in sorted(held.items())
