@@ -10,10 +10,10 @@ import sys
 import click
 import typer
 
-from fedlora_app.cli import data, experiment, runs  # noqa: F401
+from fedlora_app.cli import data, experiment, training  # noqa: F401
 
 # isort: split
-from fedlora_app.cli import model  # noqa: F401, last in what --help lists
+from fedlora_app.cli import model, runs  # noqa: F401, after them in what --help lists
 from fedlora_app.cli.root import app
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import keep_files_private

@@ -26,43 +26,32 @@ def check(
 
     The model's tokenizer is used where it is on this machine. Example: fedlora check conf/demo.yaml
     """
-    os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported
+    _look_at_nothing_remote()
     from fedlora_app.config.loading import load_config
-    from fedlora_app.data.client_files import load_all_files
-    from fedlora_app.data.linter import describe_findings, lint
-    from fedlora_app.evaluation.gold import find_unreachable_answers
-    from fedlora_app.model.pretrained import ModelError
-    from fedlora_app.model.tokenizer import load_tokenizer
+    from fedlora_app.data.linter import describe_findings
+    from fedlora_app.preflight import inspect_experiment
     from fedlora_app.training.decay import describe_decay
     from fedlora_app.training.selection import describe_long_phases
 
     path, root = find_config(config)
     experiment = load_config(path, overrides)
-    files = load_all_files(experiment, root)
-    findings = lint(experiment, files, root)
-    unchecked = ""
-    try:
-        tokenizer = load_tokenizer(experiment.model, root)
-        findings += find_unreachable_answers(experiment, files, tokenizer, root)
-    except ModelError as error:
-        unchecked = (
-            "Not checked, because the model's tokenizer cannot be used here: whether answers are "
-            f"longer than evaluation.max_new_tokens, or changed by the chat template. {error}"
-        )
+    found = inspect_experiment(experiment, root)
     if as_json:
-        typer.echo(json.dumps([vars(finding) for finding in findings], ensure_ascii=False))
+        typer.echo(json.dumps([vars(finding) for finding in found.findings], ensure_ascii=False))
     else:
         typer.echo(f"{path}: the configuration and {len(experiment.client_ids)} clients' data.")
-        counts = {c: (len(f.universal.records), len(f.local.records)) for c, f in files.items()}
+        counts = {
+            c: (len(f.universal.records), len(f.local.records)) for c, f in found.files.items()
+        }
         for line in (
             *describe_decay(experiment, counts),
             *describe_long_phases(experiment, counts),
         ):
             typer.echo(line)
-        typer.echo(describe_findings(findings, every=every))
-    if unchecked:
-        typer.echo(unchecked, err=True)
-    if any(finding.severity == "error" for finding in findings):
+        typer.echo(describe_findings(found.findings, every=every))
+    if found.note:
+        typer.echo(found.note, err=True)
+    if found.has_errors:
         raise typer.Exit(2)
 
 
@@ -79,7 +68,7 @@ def plan(
 
     No weights are loaded. Example: fedlora plan conf/demo.yaml --gpu-memory 8GB
     """
-    os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported
+    _look_at_nothing_remote()
     from fedlora_app.config.loading import load_config
     from fedlora_app.planning.plan import build_plan
     from fedlora_app.planning.text import describe_plan
@@ -109,3 +98,9 @@ def study(
     with show_progress() as show:
         text = run_study(load_study(path), root, (root / output_dir).resolve(), show)
     typer.echo(text)
+
+
+def _look_at_nothing_remote() -> None:
+    """Keep the hub's client, once it is imported, from asking for anything."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is not there
