@@ -124,6 +124,7 @@ def _follow(log: LogReader, run_id: str, environment: dict[str, str]) -> None:
         command,
         env=environment | {"PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # that it begins, each time
         text=True,
         errors="replace",
         start_new_session=True,
