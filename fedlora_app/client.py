@@ -33,7 +33,7 @@ from fedlora_app.data.client_files import (
     load_client_files,
     tokenize_client_files,
 )
-from fedlora_app.data.linter import Finding, describe_findings, lint
+from fedlora_app.data.linter import Finding, lint, summarise_findings
 from fedlora_app.data.records import DataError
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.client_round import Metrics, evaluate_client, phase_metrics
@@ -73,6 +73,10 @@ from fedlora_app.training.phase import (
 )
 from fedlora_app.training.selection import data_owners, select_phase, take_part
 
+_SAID: set[tuple[Path, str]] = set()
+"""What this process has printed of a run's data. In a simulation it serves one client after
+another, and files that they share would be told again by each."""
+
 
 @dataclass(frozen=True)
 class Client:
@@ -97,17 +101,7 @@ class Client:
         Returns:
             Counts of examples, and facts: the device and the data files' hashes.
         """
-        faults = self._impossible_settings(resumes)
-        for client_id in data_owners(self.config, self.client_id):
-            try:
-                load_client_files(self.config, self.config.client(client_id), self.root)
-            except DataError as error:
-                faults.append(str(error))
-        if faults:
-            raise ConfigError("\n".join(faults))
-        files = load_client_files(self.config, self._own, self.root)
-        tokenizer = load_tokenizer(self.config.model, self.root)
-        findings = self._lint(files, tokenizer)
+        files, tokenizer, findings = self._check_everything(resumes)
         examples = tokenize_client_files(self.config, self._own, files, tokenizer, self.root)
         counts = {
             "skipped_records": sum(file.num_skipped for file in files.all.values()),
@@ -299,21 +293,53 @@ class Client:
             )
         return faults
 
-    def _lint(self, files: ClientFiles, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
-        """Print what is wrong with the question sets; raise where that is an error."""
+    def _check_everything(
+        self, resumes: bool
+    ) -> tuple[ClientFiles, PreTrainedTokenizerBase, list[Finding]]:
+        """Return this client's files and tokenizer, and what is to be known about its questions.
+
+        Raises:
+            ConfigError: with all that is wrong with settings, files, base model and questions.
+        """
+        faults, files, tokenizer = self._impossible_settings(resumes), {}, None
+        for owner in self._owners:
+            try:
+                files[owner] = load_client_files(self.config, self.config.client(owner), self.root)
+            except DataError as error:
+                faults.append(str(error))
+        try:
+            tokenizer = load_tokenizer(self.config.model, self.root)
+        except ModelError as error:
+            faults.append(str(error))
+        own, findings = files.get(self.client_id), []
+        if own is not None:
+            findings = self._lint(own, tokenizer)
+            faults += self._describe_lint_errors(findings)
+        if faults:
+            raise ConfigError("\n".join(faults))
+        return own, tokenizer, findings
+
+    def _lint(self, files: ClientFiles, tokenizer: PreTrainedTokenizerBase | None) -> list[Finding]:
+        """Return what is wrong with the question sets, and print it."""
         own = {self.client_id: files}
         findings = lint(self.config, own, self.root)
-        findings += find_unreachable_answers(self.config, own, tokenizer, self.root)
-        if findings:
-            print(f"{self.client_id}:\n{describe_findings(findings)}", flush=True)
-        errors = [finding for finding in findings if finding.severity == "error"]
-        if errors and self.config.data.on_lint_error == "stop":
-            places = ", ".join(dict.fromkeys(f"{f.file}: {f.rule}" for f in errors))
-            raise DataError(
-                f"{self.client_id}: {len(errors)} errors in the question sets ({places}). See "
-                "them with: fedlora check CONFIG. Fix them, or set data.on_lint_error: warn."
-            )
+        if tokenizer is not None:
+            findings += find_unreachable_answers(self.config, own, tokenizer, self.root)
+        said = {(self.run_dir, line): line for line in summarise_findings(findings)}
+        if new := [line for key, line in said.items() if key not in _SAID]:
+            print("\n".join([f"{self.client_id}:", *new]), flush=True)
+            _SAID.update(said)
         return findings
+
+    def _describe_lint_errors(self, findings: list[Finding]) -> list[str]:
+        errors = [finding for finding in findings if finding.severity == "error"]
+        if not errors or self.config.data.on_lint_error != "stop":
+            return []
+        places = ", ".join(dict.fromkeys(f"{f.file}: {f.rule}" for f in errors))
+        return [
+            f"{len(errors)} errors in the question sets ({places}). See "
+            "them with: fedlora check CONFIG. Fix them, or set data.on_lint_error: warn."
+        ]
 
     @property
     def folder(self) -> ClientFolder:
@@ -327,11 +353,16 @@ class Client:
     @cached_property
     def _files(self) -> dict[str, ClientFiles]:
         """The data that this client works with, read once: the hashes are of what was used."""
-        owners = dict.fromkeys([*data_owners(self.config, self.client_id), self.client_id])
         return {
             owner: load_client_files(self.config, self.config.client(owner), self.root)
-            for owner in owners
+            for owner in self._owners
         }
+
+    @property
+    def _owners(self) -> list[str]:
+        """Whose data this client works with; its own are among them."""
+        owners = [*data_owners(self.config, self.client_id), self.client_id]
+        return list(dict.fromkeys(owners))
 
     def _prepare(
         self, global_state: AdapterState, local_round: int, local_sha256: str = ""

@@ -10,66 +10,50 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from fedlora_app.config.loading import change_config, load_config
-from fedlora_app.config.schema import GLOBAL, LOCAL, Config, ConfigError
+from fedlora_app.config.schema import GLOBAL, LOCAL, Config
 from fedlora_app.evaluation.reported import describe_run
 from fedlora_app.federation.grid import PacedGrid
 from fedlora_app.federation.messages import REGISTRATION_ROUND, Task
 from fedlora_app.federation.ray_pool import current_pool, require_usable_environment
-from fedlora_app.federation.registration import DECLARED_DEFAULTS, is_simulation, register_clients
+from fedlora_app.federation.registration import is_simulation, register_clients
 from fedlora_app.federation.replies import Reply
 from fedlora_app.federation.roster import NO_LOCAL
 from fedlora_app.foundation.files import keep_files_private
-from fedlora_app.foundation.project import find_project_root, hash_package
+from fedlora_app.foundation.project import hash_package
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model.adapter_files import load_adapter
 from fedlora_app.model.adapters import (
     AdaptedModel,
+    AdapterError,
     attach_adapters,
     build_initial_state,
     describe_adapted,
     state_shapes,
 )
-from fedlora_app.model.base import build_empty_model
+from fedlora_app.model.base import ModelError, build_empty_model
 from fedlora_app.runs.console import describe_start
 from fedlora_app.runs.directory import RunDirectory
 from fedlora_app.runs.history import read_history
-from fedlora_app.runs.paths import RunDirectoryError, check_run_name, default_run_name
+from fedlora_app.runs.paths import RunDirectoryError
 from fedlora_app.runs.resuming import (
     FRESH,
     Resumption,
     describe_other_software,
-    find_resumption,
     require_same_data,
 )
-from fedlora_app.runs.tracking import build_trackers, require_trackers
+from fedlora_app.runs.settings import Settings, read_settings
+from fedlora_app.runs.tracking import build_trackers
 from fedlora_app.strategy import GlobalAdapterFedAvg
+from fedlora_app.training.attention import PackingError
 from fedlora_app.training.packing import require_separable
 
 app = ServerApp()
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What ``flwr run . --run-config`` decides, with the project it was resolved in."""
-
-    config: Config
-    root: Path
-    run_name: str
-    output_dir: str
-    resumption: Resumption | None = None
-
-    @property
-    def run_dir(self) -> Path:
-        """Absolute path of the run directory."""
-        return resolve_output_dir(self.root, self.output_dir) / self.run_name
 
 
 @app.main()
@@ -85,10 +69,7 @@ def main(grid: Grid, context: Context) -> None:
         if resumption is not None:  # nobody else may write in it from here on
             run = RunDirectory.reopen(settings.run_dir, resumption.saved.manifest)
             stack.enter_context(closing(run))
-        model = attach_adapters(build_empty_model(config.model, settings.root), config.adapters)
-        if config.training.packing:
-            base_config, trusts = model.get_base_model().config, config.model.trust_remote_code
-            require_separable(base_config, trust_remote_code=trusts)
+        model, faults = build_shapes(settings)
         paced = PacedGrid(
             grid,
             config.federated.clients_at_once,
@@ -99,7 +80,7 @@ def main(grid: Grid, context: Context) -> None:
         if is_simulation(paced):
             require_usable_environment()
         task = build_registration(settings)
-        registrations = register_clients(paced, config, task, context.run_config)
+        registrations = register_clients(paced, config, task, context.run_config, faults)
         paced.names = {node: client for client, (node, _) in registrations.items()}
         reports = {
             client: _read_report(reply) for client, (_, reply) in sorted(registrations.items())
@@ -129,6 +110,20 @@ def main(grid: Grid, context: Context) -> None:
         run.finish()
     print(describe_end(read_history(run.path), config), flush=True)
     print(f"Run directory: {run.path}\nReport: {report_run(run.path)}", flush=True)
+
+
+def build_shapes(settings: Settings) -> tuple[AdaptedModel | None, list[str]]:
+    """Return the base model with its adapters, without weights; or None, and why there is none."""
+    config = settings.config
+    try:
+        empty = build_empty_model(config.model, settings.root)
+        model = attach_adapters(empty, config.adapters)
+        if config.training.packing:
+            trusts = config.model.trust_remote_code
+            require_separable(empty.config, trust_remote_code=trusts)
+        return model, []
+    except (ModelError, AdapterError, PackingError) as error:
+        return None, [str(error)]
 
 
 def build_registration(settings: Settings) -> Task:
@@ -232,50 +227,6 @@ def describe_end(history: list[dict[str, Any]], config: Config) -> str:
         f"{table}\nTo see what one averaged adapter makes of the same work, add mode='fedavg' to "
         "--run-config."
     )
-
-
-def read_settings(run_config: dict[str, Any]) -> Settings:
-    """Resolve the run configuration into settings.
-
-    Raises:
-        ConfigError, RunDirectoryError, ProjectNotFoundError: before anything is written.
-    """
-    config_path = str(run_config["config"])
-    root = find_project_root(config_path)
-    output_dir = str(run_config["output-dir"])
-    places = [resolve_output_dir(root, output_dir), root]
-    given_rounds, mode = run_config["num-rounds"], run_config["mode"]
-    num_rounds = None if given_rounds == 0 and given_rounds is not False else given_rounds
-
-    changes = {
-        "overrides": str(run_config["overrides"]),
-        "federated__num_rounds": num_rounds,
-        "federated__mode": None if mode == "" else mode,
-    }
-    if not run_config["resume"]:
-        config = load_config(root / config_path, **changes)
-        require_trackers(config)
-        name = check_run_name(str(run_config["run-name"] or default_run_name(config)))
-        return Settings(config, root, name, output_dir)
-    if run_config["run-name"]:
-        raise ConfigError("run-name has no effect with resume: the run keeps its name.")
-    resumption = find_resumption(str(run_config["resume"]), places, num_rounds)
-    if ("config", config_path) not in DECLARED_DEFAULTS:
-        given = load_config(root / config_path, **changes)
-        resumption = resumption.with_changes(given, num_rounds)
-    elif run_config["overrides"] or mode:  # of the run's own configuration
-        given = change_config(resumption.saved.config, **changes)
-        resumption = resumption.with_changes(given, num_rounds)
-    require_trackers(resumption.config)
-    path = resumption.saved.path
-    return Settings(resumption.config, root, path.name, str(path.parent), resumption)
-
-
-def resolve_output_dir(root: Path, output_dir: str) -> Path:
-    """Return the absolute folder that run directories go to."""
-    if not output_dir.strip():
-        raise ConfigError("output-dir is empty. Name a folder; the default is results.")
-    return (root / Path(output_dir).expanduser()).resolve()
 
 
 def _read_report(reply: Reply) -> dict[str, Any]:

@@ -9,11 +9,6 @@ intervals: Student's t over the seeds, and the runs' own.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,15 +40,14 @@ from fedlora_app.evaluation.statistics import Estimate, average_estimates, over_
 from fedlora_app.foundation.files import write_atomically, write_json
 from fedlora_app.foundation.percent import PLUS_MINUS, format_percent
 from fedlora_app.foundation.project import find_project_root
+from fedlora_app.launch import RunFailedError, run_with_flower
 from fedlora_app.model.base import release_base_model
 from fedlora_app.report.page import REPORT_FILE, write_comparison, write_report
 from fedlora_app.runs.paths import RunDirectoryError
 from fedlora_app.runs.reading import SavedRun, load_run
 
-FLWR = str(Path(sys.executable).with_name("flwr"))  # of this environment, whatever PATH says
 BASE_ANSWERS = ".base-answers.jsonl"
 """What the base model answers, the same in all runs on one base, prompts and settings."""
-POLL_SECONDS = 5.0
 HEADINGS = (*(entry.heading for entry in QUESTION_SETS.values()), PASS_HEADING, LEAKAGE)
 ROWS = {who: label for who, label in ANSWERERS.items() if who != OWN_PAIR}
 ROWS |= {OWN_PAIR: ANSWERERS[OWN_PAIR], "chosen": "  ... at the chosen scale"}
@@ -279,13 +273,12 @@ def _run(
     resumes: bool,
 ) -> None:
     """Start one run with Flower, or resume it, and wait for it."""
-    quoted = overrides.replace("'", '"')
-    settings = f"config='{root / study.config}' overrides='{quoted}' "
+    settings = {"config": root / study.config, "overrides": overrides}
     if resumes:
         print(f"{run_dir} is unfinished and resumed.", flush=True)
-        settings += f"resume='{run_dir}'"
+        settings |= {"resume": run_dir}
     else:
-        settings += f"output-dir='{run_dir.parent}' run-name='{run_dir.name}'"
+        settings |= {"output-dir": run_dir.parent, "run-name": run_dir.name}
     if run_dir.exists() and not resumes:
         aside = _move_aside(run_dir)
         print(
@@ -293,23 +286,12 @@ def _run(
             f"{aside.name} now.",
             flush=True,
         )
-    federation = f"num-supernodes={len(config.federated.clients)}"
-    command = [FLWR, "run", str(root), "--run-config", settings]
-    # The command runs in an environment that holds everything; none need be made for each run.
-    # Flower looks for its other commands on PATH, where cron and editors do not have them.
-    paths = [str(Path(FLWR).parent), *filter(None, [os.environ.get("PATH")])]
-    environment = {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"} | os.environ
-    environment["PATH"] = os.pathsep.join(paths)
-    started = _call_flower([*command, "--federation-config", federation], environment)
-    run_id = str(started["run-id"])
     try:
-        # The log's stream may end before a run in which nothing is printed for some minutes.
-        subprocess.run([FLWR, "log", run_id, "--stream"], check=False, env=environment)
-        while not _has_ended(run_id, environment):
-            time.sleep(POLL_SECONDS)
-    except KeyboardInterrupt:  # the run would continue without us
-        subprocess.run([FLWR, "stop", run_id], check=False, env=environment)
-        raise
+        run_with_flower(root, settings, len(config.federated.clients))
+    except RunFailedError as error:
+        raise RunDirectoryError(
+            f"{run_dir} did not reach its end: {error} The same command resumes it."
+        ) from None
 
 
 def _move_aside(run_dir: Path) -> Path:
@@ -318,30 +300,6 @@ def _move_aside(run_dir: Path) -> Path:
     while (aside := run_dir.with_name(f"{run_dir.name}.earlier-{number}")).exists():
         number += 1
     return run_dir.rename(aside)
-
-
-def _has_ended(run_id: str, environment: Mapping[str, str]) -> bool:
-    found = _call_flower([FLWR, "list", "--run-id", run_id], environment)
-    return all(run["status"].startswith("finished") for run in found["runs"])
-
-
-def _call_flower(command: list[str], environment: Mapping[str, str]) -> dict[str, Any]:
-    """Return what one of Flower's commands answers in JSON."""
-    done = subprocess.run(
-        [*command, "--format", "json"],
-        check=False,
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        answer = json.loads(done.stdout)
-    except ValueError:
-        answer = {}
-    if not answer.get("success"):
-        reason = answer.get("error-message") or done.stdout.strip() or "no reason given"
-        raise RunDirectoryError(f"flwr {command[1]} failed: {reason}")
-    return answer
 
 
 def _evaluate(run_dir: Path, root: Path, report: Report, base_answers: Path) -> dict[str, Any]:

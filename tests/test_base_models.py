@@ -16,7 +16,8 @@ from peft import PeftModel
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdaptersConfig, TrainingConfig
 from fedlora_app.data.dialogue import encode_answer, encode_prompt
 from fedlora_app.data.tokens import Example
-from fedlora_app.evaluation.generation import decode, find_stop_ids
+from fedlora_app.evaluation.decoding import decode
+from fedlora_app.evaluation.generation import find_stop_ids
 from fedlora_app.evaluation.prompt_features import compute_features
 from fedlora_app.evaluation.scoring import Prompt, score_prompts
 from fedlora_app.model.adapter_files import save_adapter, save_plain_adapter

@@ -121,7 +121,47 @@ def test_check_counts_answers_that_cannot_match_where_there_is_a_tokenizer(fedlo
     assert "144 of 144 right answers are longer than evaluation.max_new_tokens = 8" in out
     status, out, err = fedlora("check", demo, "--overrides", "model.name=nobody/nothing")
     assert status == 0 and "No findings." in out
-    assert err.startswith("Not checked") and 'The base model "nobody/nothing" was not found' in err
+    assert "nobody/nothing is not on this machine. Run: hf download nobody/nothing" in err
+    assert "Not checked without its tokenizer" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/no/such/model", "model.name: /no/such/model does not exist. There is no folder /no;"),
+        ("data/demo/base_mode", f"Did you mean {ROOT}/data/demo/base_model?"),
+        ("data/demo", "data/demo holds no config.json, so it is no base model."),
+    ],
+)
+def test_check_finds_a_base_model_that_is_not_there_beside_data_that_are_not(
+    fedlora, name, message
+):
+    faults = f"model.name={name} data.conflict_test=data/demo/conflict_tset.json"
+    status, _, err = fedlora("check", ROOT / "conf" / "demo.yaml", "--overrides", faults)
+    assert status == 2 and message in err
+    assert "data.conflict_test: " in err and "Did you mean" in err
+
+
+def test_check_needs_no_torch():
+    code = """
+import sys
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+
+def without_torch(name, path=None, target=None):
+    return None if name.partition(".")[0] == "torch" else find(name, path, target)
+
+PathFinder.find_spec = without_torch
+sys.argv = ["fedlora", "check", sys.argv[1]]
+from fedlora_app.cli import main
+
+main()
+"""
+    command = [sys.executable, "-c", code, str(ROOT / "conf" / "demo.yaml")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.endswith("No findings.\n")
 
 
 def test_every_command_has_help_with_an_example(fedlora):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from fedlora_app.config.schema import ClientConfig, Config
+from fedlora_app.config.schema import ClientConfig, Config, DataConfig
 from fedlora_app.data.questions import (
     CONFLICT,
     LOCAL_SET,
@@ -19,6 +19,7 @@ from fedlora_app.data.questions import (
 )
 from fedlora_app.data.records import DataError, RecordFile, load_conflicts, load_records
 from fedlora_app.data.tokens import TokenizedFile, tokenize_file
+from fedlora_app.foundation.nearest import describe_nearest
 
 CACHE_DIR = Path(".cache", "tokens")
 
@@ -66,55 +67,68 @@ def load_client_files(config: Config, client: ClientConfig, root: Path) -> Clien
     Raises:
         DataError: with the faults of every file together.
     """
-    faults: list[str] = []
-    skip = config.data.skip_invalid
-
-    def read(path: str | None, load=load_records) -> RecordFile | None:
-        if path is None:
-            return None
-        try:
-            return load(root / path, skip_invalid=skip)
-        except DataError as error:
-            faults.append(str(error))
-            return None
-
-    def load_own_conflicts(path: Path, skip_invalid: bool) -> RecordFile:
-        return load_conflicts(path, config.client_ids, skip_invalid=skip_invalid)
-
-    universal = read(client.universal_train or config.data.universal_train)
-    local = read(client.local_train)
-    tests = {
-        UNIVERSAL: read(config.data.universal_test),
-        LOCAL_SET: read(client.local_test),
-        CONFLICT: read(config.data.conflict_test, load_own_conflicts),
-    }
-    validations = {
-        UNIVERSAL: read(config.data.universal_validation),
-        LOCAL_SET: read(client.local_validation),
-        CONFLICT: read(config.data.conflict_validation, load_own_conflicts),
-    }
-    public = read(config.data.public)
-    if faults or universal is None or local is None:
+    files, faults = _load_files(config, client, root)
+    if files is None:
         raise DataError("\n".join(faults))
-    return ClientFiles(universal, local, _present(tests), _present(validations), public)
+    return files
 
 
 def load_all_files(config: Config, root: Path) -> dict[str, ClientFiles]:
     """Read and check every client's files, where one machine holds them all.
 
     Raises:
-        DataError: with the faults of every client together.
+        DataError: with the faults of every client together; what a missing file may have been
+            meant to be is named, which a client never tells a server.
     """
-    faults: dict[str, None] = {}
-    files: dict[str, ClientFiles] = {}
+    all_faults: dict[str, None] = {}
+    found: dict[str, ClientFiles] = {}
     for client_id in config.client_ids:
+        files, faults = _load_files(config, config.client(client_id), root, names_nearest=True)
+        all_faults |= dict.fromkeys(faults)
+        if files is not None:
+            found[client_id] = files
+    if all_faults:
+        raise DataError("\n".join(all_faults))
+    return found
+
+
+def _load_files(
+    config: Config, client: ClientConfig, root: Path, *, names_nearest: bool = False
+) -> tuple[ClientFiles | None, list[str]]:
+    """Return a client's files, None where there are faults, and what is wrong with each."""
+    faults: list[str] = []
+    data, skip = config.data, config.data.skip_invalid
+
+    def load_own_conflicts(path: Path, skip_invalid: bool) -> RecordFile:
+        return load_conflicts(path, config.client_ids, skip_invalid=skip_invalid)
+
+    def read(section: DataConfig | ClientConfig, key: str, load=load_records) -> RecordFile | None:
+        if (name := getattr(section, key)) is None:
+            return None
         try:
-            files[client_id] = load_client_files(config, config.client(client_id), root)
+            return load(root / name, skip_invalid=skip)
         except DataError as error:
-            faults[str(error)] = None
-    if faults:
-        raise DataError("\n".join(faults))
-    return files
+            place = "data" if section is data else f"federated.clients.{client.id}"
+            nearest = describe_nearest(root / name) if names_nearest else ""
+            faults.append(f"{place}.{key}: {error}{nearest}")
+            return None
+
+    universal = read(client if client.universal_train else data, "universal_train")
+    local = read(client, "local_train")
+    tests = {
+        UNIVERSAL: read(data, "universal_test"),
+        LOCAL_SET: read(client, "local_test"),
+        CONFLICT: read(data, "conflict_test", load_own_conflicts),
+    }
+    validations = {
+        UNIVERSAL: read(data, "universal_validation"),
+        LOCAL_SET: read(client, "local_validation"),
+        CONFLICT: read(data, "conflict_validation", load_own_conflicts),
+    }
+    public = read(data, "public")
+    if faults or universal is None or local is None:
+        return None, faults
+    return ClientFiles(universal, local, _present(tests), _present(validations), public), []
 
 
 def tokenize_client_files(

@@ -104,6 +104,20 @@ def continues_word(character: str) -> bool:
     return unicodedata.category(character)[0] in "LMN" and not UNSPACED.match(character)
 
 
+def split_words(text: str) -> list[str]:
+    """Return the words of a text, case folded; scripts without spaces by the character."""
+    words: list[str] = []
+    is_open = False
+    for character in unicodedata.normalize("NFKC", text).casefold():
+        continues = continues_word(character)
+        if continues and is_open:
+            words[-1] += character
+        elif continues or UNSPACED.match(character):
+            words.append(character)
+        is_open = continues
+    return words
+
+
 def _occurrences(text: str, word: str) -> Iterator[tuple[int, int]]:
     """Yield where a keyword stands for itself and not as a part of another word."""
     start = text.find(word) if word else -1

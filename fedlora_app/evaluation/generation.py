@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from fedlora_app.data.dialogue import encode_answer
+from fedlora_app.evaluation.decoding import decode
 from fedlora_app.evaluation.gate import Gate, split_by_gate
 from fedlora_app.model.adapters import AdaptedModel, scaled_local
 from fedlora_app.model.fused import fused_answering
-
-REASONING = re.compile(r"\A\s*(?:(?:<think>)?.*?</think>|<think>.*)", re.DOTALL)
 
 
 @torch.inference_mode()
@@ -78,13 +74,3 @@ def find_stop_ids(
     """Return the tokens that end an answer: the template's end-of-turn mark, and end of text."""
     end_of_turn = encode_answer(tokenizer, system_prompt, question, "x")[-1]
     return sorted({end_of_turn, tokenizer.eos_token_id} - {None})
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Return an answer's text, without the reasoning before it."""
-    return strip_reasoning(tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def strip_reasoning(text: str) -> str:
-    """Return what follows a block of thoughts, "" where it was cut off inside of one."""
-    return REASONING.sub("", text).strip()

@@ -22,11 +22,12 @@ from transformers import PreTrainedTokenizerBase
 from fedlora_app.config.schema import ClientConfig, Config
 from fedlora_app.data.client_files import ClientFiles, build_question_sets
 from fedlora_app.data.dialogue import encode_answer
+from fedlora_app.data.keywords import split_words
 from fedlora_app.data.linter.subject import Finding, LintedFile, collect_clients
 from fedlora_app.data.questions import Question
 from fedlora_app.data.similarity import normalise_answer
-from fedlora_app.evaluation.generation import decode
-from fedlora_app.evaluation.metrics import matches_exactly, split_words
+from fedlora_app.evaluation.decoding import decode
+from fedlora_app.evaluation.metrics import matches_exactly
 from fedlora_app.evaluation.names import ASKED_SETS
 
 LONG_WORDS, SHORT_WORDS = 30, 4

@@ -12,12 +12,11 @@ without a right answer, the keyword rule without keywords. ``names.MEASURES`` re
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
-from fedlora_app.data.keywords import UNSPACED, continues_word, passes_keyword_rule
+from fedlora_app.data.keywords import passes_keyword_rule, split_words
 from fedlora_app.data.questions import Question
 from fedlora_app.data.similarity import normalise_answer
 
@@ -81,20 +80,6 @@ def compute_rouge_l(generated: str, answer: str) -> float:
     words of their own; rouge-score's own tokenizer would drop them.
     """
     return _rouge().score(answer, generated)["rougeL"].fmeasure
-
-
-def split_words(text: str) -> list[str]:
-    """Return the words of a text, case folded; scripts without spaces by the character."""
-    words: list[str] = []
-    is_open = False
-    for character in unicodedata.normalize("NFKC", text).casefold():
-        continues = continues_word(character)
-        if continues and is_open:
-            words[-1] += character
-        elif continues or UNSPACED.match(character):
-            words.append(character)
-        is_open = continues
-    return words
 
 
 class _WordTokenizer:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config
 from fedlora_app.data.client_files import ClientFiles, build_question_sets
-from fedlora_app.data.linter import lint
+from fedlora_app.data.linter import lint, summarise_findings
 from fedlora_app.data.questions import CONFLICT, LOCAL_SET, UNIVERSAL, UNIVERSAL_UNSEEN, Question
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.choices import (
@@ -84,7 +84,7 @@ def evaluate_round(
     findings = lint(config, saved.files, saved.root)
     findings += find_unreachable_answers(config, saved.files, tokenizer, saved.root)
     leading = find_leading(saved, tokenizer)
-    warnings = list(map(str, findings))
+    warnings = summarise_findings(findings)
     evaluation = build_evaluation(
         saved, scores, chosen, curves, rows, leading, full, warnings, semantic_model
     )

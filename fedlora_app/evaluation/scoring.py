@@ -18,8 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fedlora_app.data.dialogue import encode_with_answers
 from fedlora_app.data.tokens import Example
 from fedlora_app.evaluation.answering import OPEN_ABOVE
+from fedlora_app.evaluation.decoding import decode
 from fedlora_app.evaluation.gate import Gate, split_by_gate
-from fedlora_app.evaluation.generation import decode, find_stop_ids, generate
+from fedlora_app.evaluation.generation import find_stop_ids, generate
 from fedlora_app.model.adapters import AdaptedModel, scaled_local
 from fedlora_app.model.base import find_decoder
 from fedlora_app.model.device import is_out_of_memory

@@ -7,13 +7,14 @@ and a node that restarts in the middle of a run is a new one to Flower, and regi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
+from fedlora_app.config.run_config import format_run_config
 from fedlora_app.config.schema import Config, ConfigError
 from fedlora_app.federation.grid import PacedGrid, build_message
 from fedlora_app.federation.messages import (
@@ -32,20 +33,32 @@ from fedlora_app.federation.replies import (
 )
 from fedlora_app.federation.roster import Roster
 
-DECLARED_DEFAULTS = {("config", "conf/demo.yaml"), ("output-dir", "results")}  # pyproject.toml
 CONNECT_REPORT_SECONDS = 30.0
 
 
 def register_clients(
-    grid: PacedGrid, config: Config, task: Task, run_config: dict[str, Any]
+    grid: PacedGrid,
+    config: Config,
+    task: Task,
+    run_config: dict[str, Any],
+    known_faults: Sequence[str] = (),
 ) -> dict[str, tuple[int, Reply]]:
     """Have every node register; return each client's node and report.
 
+    Args:
+        known_faults: why the run cannot start whatever the clients say. A simulation asks them all
+            the same, so that everything is known at once; SuperNodes are not waited for.
+
     Raises:
         ConfigError: too many or too few nodes, or two nodes that are one client.
-        MessageError: with what every client found wrong, together.
+        MessageError: with what the server and every client found wrong, together.
     """
-    node_ids = wait_for_nodes(grid, len(config.federated.clients), run_config)
+    if known_faults and not is_simulation(grid):
+        raise _refuse(known_faults)
+    try:
+        node_ids = wait_for_nodes(grid, len(config.federated.clients), run_config)
+    except ConfigError as error:
+        raise ConfigError("\n".join([*known_faults, str(error)])) from None
     content = build_task_content(task)
     messages = (build_message(content, MessageType.QUERY, node) for node in node_ids)
     registered: dict[str, tuple[int, Reply]] = {}
@@ -61,10 +74,21 @@ def register_clients(
             )
         registered[reply.client_id] = (message.metadata.src_node_id, reply)
 
-    if faults := collect_faults(grid, messages, read):
-        listing = "\n".join(sorted(set(faults)))
-        raise MessageError(f"The run cannot start:\n{listing}")
+    faults = [_leave_out(known_faults, f) for f in collect_faults(grid, messages, read)]
+    if faults or known_faults:
+        raise _refuse([*known_faults, *sorted(set(filter(None, faults)))])
     return registered
+
+
+def _refuse(faults: Iterable[str]) -> MessageError:
+    return MessageError("\n".join(["The run cannot start:", *faults]))
+
+
+def _leave_out(known_faults: Iterable[str], fault: str) -> str:
+    """Return what a client found wrong without what the server found wrong itself."""
+    for known in known_faults:
+        fault = fault.replace(known, "").strip()
+    return "" if fault.endswith(":") else fault  # nothing but whose it was
 
 
 def verify_clients(
@@ -162,10 +186,6 @@ def is_simulation(grid: PacedGrid) -> bool:
 
 def command_for(num_nodes: int, run_config: dict[str, Any]) -> str:
     """Return the same run's command line with the right number of nodes."""
-    given = " ".join(
-        f"{key}={value}" if isinstance(value, int) else f"{key}='{value}'"
-        for key, value in run_config.items()
-        if value not in ("", 0) and (key, value) not in DECLARED_DEFAULTS
-    )
+    given = format_run_config(run_config)
     settings = f' --run-config "{given}"' if given else ""
     return f'flwr run . --stream --federation-config "num-supernodes={num_nodes}"{settings}'

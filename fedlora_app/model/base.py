@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
@@ -26,7 +25,6 @@ from transformers import (
 
 from fedlora_app.config.schema import ModelConfig, TrainingConfig
 from fedlora_app.model.cards import claim_card, list_neighbours, release_card
-from fedlora_app.model.chat_template import find_template_fault
 from fedlora_app.model.device import is_out_of_memory
 from fedlora_app.model.fingerprint import fingerprint_model, fingerprint_weights
 from fedlora_app.model.host_embedding import SHARED_WEIGHTS, move_embedding_to_host
@@ -38,6 +36,7 @@ from fedlora_app.model.pretrained import (
     local_folder,
 )
 from fedlora_app.model.quantised_cache import QuantisedCopy
+from fedlora_app.model.tokenizer import load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -117,27 +116,6 @@ def load_unquantised_model(config: ModelConfig, root: Path, dtype: torch.dtype) 
     _lingers = True
     kwargs = {"dtype": dtype, "device_map": {"": "cpu"}, "use_safetensors": True}
     return from_pretrained(AutoModelForCausalLM, config, root, **kwargs).eval()
-
-
-def load_tokenizer(config: ModelConfig, root: Path) -> PreTrainedTokenizerBase:
-    """Return the model's tokenizer, which must bring a chat template."""
-    tokenizer = from_pretrained(AutoTokenizer, config, root)
-    templates = tokenizer.chat_template
-    template = templates.get("default") if isinstance(templates, dict) else templates
-    if not template:
-        raise ModelError(
-            f"{config.name} has no chat template. Expected an instruct model, such as "
-            "Qwen/Qwen2.5-7B-Instruct."
-        )
-    fault = find_template_fault(template, tokenizer.special_tokens_map)
-    if fault is not None:
-        raise ModelError(
-            f"The chat template of {config.name} {fault}. Use another model, or fix the template "
-            "in a copy of its folder."
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def build_empty_model(config: ModelConfig, root: Path) -> PreTrainedModel:

@@ -3,36 +3,57 @@
 from __future__ import annotations
 
 import json
-import os
+import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from httpx import HTTPError
+from huggingface_hub import constants, get_session
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
 
 from fedlora_app.config.schema import ModelConfig
 from fedlora_app.foundation.errors import UserError
+from fedlora_app.foundation.nearest import describe_nearest
+
+HUB_TIMEOUT_SECONDS = 10.0
+HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?", re.ASCII)
+WEIGHT_FILES = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
 
 
 class ModelError(UserError):
     """The base model cannot be loaded; the message says what to download or to name."""
 
 
+class ModelNotHereError(ModelError):
+    """The base model is one of the hub's, and is not in the cache of this machine."""
+
+
 def from_pretrained(factory: Any, config: ModelConfig, root: Path, **kwargs: Any) -> Any:
     """Call ``factory.from_pretrained`` on a folder or a hub id, with one clear error."""
     folder = local_folder(config, root)
+    if folder is None and names_folder(config, root):
+        raise ModelError(_describe_missing_folder(root / config.name))
     _refuse_unsafe_folder(config, folder)
     try:
         loaded = factory.from_pretrained(
             str(folder or config.name),
             revision=None if folder else config.revision,
             trust_remote_code=config.trust_remote_code,  # False, unlike None, never asks
-            local_files_only=folder is not None,
+            local_files_only=folder is not None or not can_reach_hub(),
             **kwargs,
         )
     except Exception as error:  # a damaged folder makes transformers raise almost anything
         _refuse_unsafe_folder(config, folder)
-        raise ModelError(_explain(config, root, folder, error)) from error
+        text = _explain(config, root, folder, error)
+        if folder is None and isinstance(error, OSError):  # of which the causes say nothing more
+            is_here = _find_file(config, None, "config.json") is not None
+            raise (ModelError if is_here else ModelNotHereError)(text) from None
+        raise ModelError(text) from error
     if folder is None:
         _refuse_unsafe_folder(config, folder)  # its files may have come only now
     return loaded
@@ -47,6 +68,34 @@ def local_folder(config: ModelConfig, root: Path) -> Path | None:
     """Return the model's folder if ``model.name`` is one."""
     folder = root / config.name  # an absolute name stays absolute
     return folder if (folder / "config.json").exists() else None
+
+
+def names_folder(config: ModelConfig, root: Path) -> bool:
+    """Return whether ``model.name`` can only be a folder, be it there or not."""
+    first, *rest = Path(config.name).parts
+    is_hub_id = HUB_ID.fullmatch(config.name) and first not in (".", "..")
+    return not is_hub_id or (root / config.name).is_dir() or bool(rest and (root / first).is_dir())
+
+
+def has_weights(config: ModelConfig, root: Path) -> bool:
+    """Return whether the model's weights, or their index, are on this machine."""
+    folder = local_folder(config, root)
+    return any(_find_file(config, folder, name) is not None for name in WEIGHT_FILES)
+
+
+@cache
+def can_reach_hub() -> bool:
+    """Return whether the model hub answers, asked once per process.
+
+    Without an answer transformers would try five times for each file, and say so each time.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_SECONDS)
+    except (HTTPError, OSError):
+        return False
+    return True
 
 
 def find_weights(config: ModelConfig, root: Path) -> Path:
@@ -91,6 +140,14 @@ def _find_file(config: ModelConfig, folder: Path | None, name: str) -> Path | No
     return Path(found) if found else None
 
 
+def _describe_missing_folder(folder: Path) -> str:
+    if folder.is_dir():
+        return f"model.name: {folder} holds no config.json, so it is no base model."
+    if folder.exists():
+        return f"model.name: {folder} is a file. Name the folder of a base model."
+    return f"model.name: {folder} does not exist.{describe_nearest(folder)}"
+
+
 def _explain(config: ModelConfig, root: Path, folder: Path | None, error: Exception) -> str:
     lines = (line.strip() for line in str(error).splitlines() if line.strip())
     reason = next(lines, type(error).__name__)
@@ -98,10 +155,15 @@ def _explain(config: ModelConfig, root: Path, folder: Path | None, error: Except
         return f"The base model in {folder} cannot be loaded: {reason}"
     if not isinstance(error, OSError):
         return f'The base model "{config.name}" cannot be loaded: {reason}'
-    offline = " (HF_HUB_OFFLINE is set)" if os.getenv("HF_HUB_OFFLINE") == "1" else ""
+    if constants.HF_HUB_OFFLINE:
+        hub = "the model hub is not asked (HF_HUB_OFFLINE is set)"
+    elif not can_reach_hub():
+        hub = f"{constants.ENDPOINT} cannot be reached"
+    else:
+        hub = f"the model hub gave: {reason}"
     return (
         f'The base model "{config.name}" was not found: {root / config.name} is not a folder with '
-        f"a config.json, and the model hub gave{offline}: {reason}\n"
+        f"a config.json, it is not in the hub's cache, and {hub}\n"
         f'With a network, run "hf download {config.name}" first; without one, set model.name '
         "to a local folder that holds the model."
     )

@@ -130,24 +130,31 @@ def _show_data(run: PartialRun, plotter: Plotter) -> Section:
     ]
     headings = ("client", "universal examples", "local examples", "device")
     section.tables.append(Table(headings, rows, "What the clients trained on"))
-    found = [
-        (client, finding.get("severity"), finding.get("rule"), finding.get("file"), record)
-        for client, report in sorted(reported.items())
-        for finding in report.get("findings") or []
-        for record in [finding.get("record", "")]
-    ]
-    if found:
-        headings = ("client", "severity", "rule", "file", "record")
-        section.tables.append(
-            Table(headings, found, "Findings at registration; fedlora check CONFIG quotes records")
-        )
+    found = _merge_findings(reported)
     warnings = list((run.evaluation or {}).get("warnings", []))
-    if warnings:
+    if warnings:  # which say what registration found, in words
         rows = [(warning,) for warning in warnings]
-        section.tables.append(Table(("warning",), rows, "Findings at the evaluation"))
+        section.tables.append(Table(("finding",), rows, "Findings about the question sets"))
+    elif found:
+        headings = ("severity", "rule", "file", "clients", "number", "first record")
+        title = "Findings at registration; fedlora check CONFIG quotes records"
+        section.tables.append(Table(headings, found, title))
     if not found and not warnings:
         section.text.append("fedlora check found nothing wrong with the question sets.")
     return section
+
+
+def _merge_findings(reported: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """Return a row for each rule and file, which several clients may have reported."""
+    merged: dict[tuple[str, ...], dict[str, list[Any]]] = {}
+    for client, report in sorted(reported.items()):
+        for finding in report.get("findings") or []:
+            place = tuple(str(finding.get(key) or "") for key in ("severity", "rule", "file"))
+            merged.setdefault(place, {}).setdefault(client, []).append(finding.get("record"))
+    return [
+        (*place, ", ".join(by), max(map(len, by.values())), next(iter(by.values()))[0] or "")
+        for place, by in merged.items()
+    ]
 
 
 def _show_provenance(run: PartialRun, plotter: Plotter) -> Section:

@@ -13,7 +13,7 @@ from fedlora_app.data.dialogue import (
 )
 from fedlora_app.data.records import DataError, Record
 from fedlora_app.data.tokens import encode_example
-from fedlora_app.evaluation.generation import decode
+from fedlora_app.evaluation.decoding import decode
 from fedlora_app.model.base import ModelError
 
 RECORD = Record("How much is a passport?", "The fee for a passport is 30 dollars.")

@@ -14,7 +14,6 @@ from conftest import ROOT
 from fedlora_app.config.loading import load_config, parse_config
 from fedlora_app.data.client_files import load_client_files
 from fedlora_app.data.linter import (
-    MAX_LINES_PER_RULE,
     Finding,
     describe_findings,
     keyword_ceiling,
@@ -72,8 +71,13 @@ def clean(**tests: RecordFile) -> Files:
     )
 
 
+TINY = {"small-test", "untrained-answers"}
+"""What is wrong with most sets of one or two questions here, and has tests of its own."""
+
+
 def check(files: Files, prompt: str = "You help.", client: str = "strict") -> list[Finding]:
-    return lint(experiment(prompt), {client: files}, PROJECT)
+    findings = lint(experiment(prompt), {client: files}, PROJECT)
+    return [finding for finding in findings if finding.rule not in TINY]
 
 
 def rules(findings: list[Finding]) -> set[tuple[str, str]]:
@@ -295,8 +299,9 @@ def test_records_with_keywords_and_an_output_only(tmp_path):
     assert keyword_ceiling(own.records, "strict") == (1, 4)
     assert keyword_ceiling(own.records, "service") == (1, 4)
     findings = lint(experiment(), {"strict": clean(conflict=conflicts)}, tmp_path)
-    assert rules(findings) == {("warning", "keyword-ceiling")}
-    assert "2 of 4" in findings[0].text and findings[0].file == "records.json"
+    [finding] = [finding for finding in findings if finding.rule not in TINY]
+    assert finding.rule == "keyword-ceiling"
+    assert "2 of 4" in finding.text and finding.file == "records.json"
     findings = lint(experiment(), {"strict": clean(local=own)}, tmp_path)
     assert rules(findings) >= {("warning", "keyword-ceiling")}
 
@@ -382,7 +387,7 @@ def test_answers_that_their_length_gives_away(right, wrong, expected):
     assert rules(findings) == ({("warning", "telling-length")} if expected else set())
     if expected:
         [finding] = findings
-        assert f"pick the {expected}" in finding.text and "n = 10" in finding.text
+        assert f"picks the {expected}" in finding.text and "n = 10" in finding.text
         assert "100 %" in finding.text and "25 %" in finding.text
 
 
@@ -395,7 +400,7 @@ def test_equal_lengths_few_facts_and_paraphrases_give_nothing_away():
 def test_length_counts_bytes():
     records = [rivals("三三三三", "three3", question=f"Case {n}?") for n in range(20)]
     findings = check(clean(local=file("t.json", *records)))
-    assert any('"pick the longest' in finding.text for finding in findings)
+    assert any("picks the longest" in finding.text for finding in findings)
 
 
 def test_what_nobody_asks():
@@ -449,13 +454,18 @@ def test_shares_of_which_nothing_tells_what_was_never_seen():
     ]
     config = parse_config({"federated": {"clients": clients}})
     files = clean()
-    [finding] = lint(config, {"strict": files}, PROJECT)
+
+    def find() -> list[Finding]:
+        found = lint(config, {"strict": files}, PROJECT)
+        return [finding for finding in found if finding.rule not in TINY]
+
+    [finding] = find()
     assert finding.rule == "missing-facts" and "training records of client strict" in finding.text
     files.universal = file("u.json", ask("Which quay?", "At the pier.", fact="ferry"))
-    [finding] = lint(config, {"strict": files}, PROJECT)
+    [finding] = find()
     assert finding.text.startswith('no record has a "fact"')
     files.tests["universal"] = file("t.json", ask("Where?", "At the pier.", fact="ferry"))
-    assert lint(config, {"strict": files}, PROJECT) == []
+    assert find() == []
 
 
 def test_fields_of_other_formats_that_are_not_read(tmp_path):
@@ -514,7 +524,7 @@ def test_a_shared_file_is_reported_once_and_errors_come_first():
     shared = file("u.json", ask("Is it cold?", "Yes."), ask("Is it cold?", "No."))
     twice = file("a.json", ask("Smoking?", "A fine."), ask("Smoking?", "A fine."))
     files = {client: clean(universal=shared, local=twice) for client in ("strict", "service")}
-    findings = lint(experiment(), files, PROJECT)
+    findings = [f for f in lint(experiment(), files, PROJECT) if f.rule not in TINY]
     assert [str(finding).split(":")[:2] for finding in findings] == [
         ["error", " data/u.json, record 2"],
         ["warning", " data/a.json, record 2"],
@@ -523,15 +533,70 @@ def test_a_shared_file_is_reported_once_and_errors_come_first():
     assert lint(experiment(), files)[0].file == "/project/data/u.json"
 
 
-def test_the_terminal_is_spared_the_thousandth_line_of_one_kind():
+def test_the_terminal_has_one_line_for_each_kind():
     records = [ask(f"Case {n}?", "Yes.") for n in range(50)]
     files = clean(local=file("t.json", *records))
     files.local = file("train.json", *records)
     findings = check(files)
     assert len(findings) == 50
-    lines = describe_findings(findings).splitlines()
-    assert len(lines) == MAX_LINES_PER_RULE + 2
-    assert "30 more" in lines[-2] and lines[-1] == "50 errors"
+    kind, total = describe_findings(findings).splitlines()
+    assert kind == f"{findings[0]} And 49 more (test-in-training)."
+    assert total == "50 errors; fedlora check CONFIG --all lists each"
+    files.tests["universal"] = file("u.json", records[0])
+    kind, _ = describe_findings(check(files)).splitlines()
+    assert kind.endswith("And 50 more in 2 files (test-in-training).")
+    *lines, total = describe_findings(findings, every=True).splitlines()
+    assert lines == list(map(str, findings)) and total == "50 errors"
+
+
+def test_answers_that_nobody_trains_on():
+    tested = [ask(f"Case {n}?", f"Answer {n}.", fact=f"fact {n}") for n in range(12)]
+    conflict = ConflictRecord("Smoking?", answers={"strict": "Jail.", "service": "A talk."})
+    files = clean(local=file("t.json", *tested), conflict=file("c.json", conflict))
+    trained = [ask("How about 1?", "ANSWER 1"), ask("And 2?", "It is 2.", fact="fact 2")]
+    files.local = file("train.json", *trained, ask("Smoking, please?", "Jail."))
+    found = lint(experiment(), {"strict": files}, PROJECT)
+    [finding] = [finding for finding in found if finding.rule == "untrained-answers"]
+    assert (finding.file, finding.record) == ("data/t.json", 1)
+    assert "10 of 12 right answers (client strict)" in finding.text
+    assert "two or more wordings" in finding.text and "--fact-column" in finding.text
+    files.tests["local"] = file("t.json", *tested[1:3])
+    assert "untrained-answers" not in {f.rule for f in lint(experiment(), {"strict": files})}
+    files.extra["public"] = file("p.json", ask("Case 5?", "Answer 5."))  # which is not learnt
+    files.tests["local"] = file("t.json", tested[5])
+    assert "untrained-answers" in {f.rule for f in lint(experiment(), {"strict": files})}
+
+
+@pytest.mark.parametrize(("num_facts", "is_small"), [(1, True), (9, True), (10, False)])
+def test_a_test_of_few_facts(num_facts, is_small):
+    files = clean(local=lengths(num_facts, 5, (5,), repeats=3))
+    found = [f for f in lint(experiment(), {"strict": files}, PROJECT) if f.rule == "small-test"]
+    assert [f.file for f in found if f.file.endswith("/t.json")] == ["data/t.json"] * is_small
+    if is_small:
+        texts = {
+            1: "asks about 1 fact (client strict): one",
+            9: "about 9 facts (client strict): one",
+        }
+        assert texts[num_facts] in str(found)
+
+
+def test_words_that_any_chinese_answer_may_have_tell_nothing():
+    rng = random.Random(0)
+    verbs = [
+        "可以在网上办理",
+        "需要到窗口办理",
+        "一个工作日内完成",
+        "可以为用户预约",
+        "由助手提供帮助",
+    ]
+    records = [
+        ask(f"第{n}项业务如何处理？", f"{rng.choice(verbs)}，编号{n}。", fact=f"业务: {n}")
+        for n in range(49)
+    ]
+    files = clean(local=file("t.json", *records))
+    files.local = file("train.json", ask("停车呢？", "可以在网上办理。"))
+    prompt = "你是一个乐于助人的助手，可以为用户提供帮助。"
+    assert "telling-prompt" not in {finding.rule for finding in check(files, prompt=prompt)}
 
 
 def test_a_public_record_that_is_a_test_question():

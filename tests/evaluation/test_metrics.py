@@ -7,7 +7,7 @@ import pytest
 from rouge_score.tokenizers import DefaultTokenizer
 
 from fedlora_app.config.schema import EvaluationConfig
-from fedlora_app.data.keywords import passes_keyword_rule
+from fedlora_app.data.keywords import passes_keyword_rule, split_words
 from fedlora_app.data.questions import (
     Question,
     build_conflict_questions,
@@ -15,7 +15,7 @@ from fedlora_app.data.questions import (
 )
 from fedlora_app.data.records import ConflictRecord, Record
 from fedlora_app.evaluation.client_round import evaluate_questions
-from fedlora_app.evaluation.metrics import compute_rouge_l, matches_exactly, split_words
+from fedlora_app.evaluation.metrics import compute_rouge_l, matches_exactly
 from fedlora_app.evaluation.names import ACCURACY, EXACT_MATCH, KEYWORD, PER_BYTE, PMI, ROUGE_L
 from fedlora_app.evaluation.scores import compute_interaction, score_answer, summarise
 from fedlora_app.evaluation.scoring import Answered

@@ -12,7 +12,7 @@ from fedlora_app.data.dialogue import encode_answer, encode_prompt
 from fedlora_app.data.questions import Question
 from fedlora_app.evaluation import scoring
 from fedlora_app.evaluation.client_round import evaluate_questions
-from fedlora_app.evaluation.generation import strip_reasoning
+from fedlora_app.evaluation.decoding import strip_reasoning
 from fedlora_app.evaluation.names import ACCURACY
 from fedlora_app.evaluation.scoring import Prompt, score_prompts, shares_prefix
 from fedlora_app.model.adapters import activate, attach_adapters, base_only

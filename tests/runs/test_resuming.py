@@ -26,7 +26,7 @@ from fedlora_app.runs.directory import RunDirectory
 from fedlora_app.runs.paths import RunDirectoryError
 from fedlora_app.runs.reading import load_run, read_what_is_left
 from fedlora_app.runs.resuming import describe_other_software
-from fedlora_app.server_app import read_settings
+from fedlora_app.runs.settings import read_settings
 from fedlora_app.strategy import RoundError
 
 MEASURED = re.compile(r"seconds|peak_memory|^bytes_(up|down)$|^time$|^process$")

@@ -22,8 +22,9 @@ from fedlora_app.config.schema import GLOBAL, ConfigError
 from fedlora_app.data.dialogue import encode_prompt
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.choices import open_round
+from fedlora_app.evaluation.decoding import decode
 from fedlora_app.evaluation.gate_files import load_gate
-from fedlora_app.evaluation.generation import decode, find_stop_ids
+from fedlora_app.evaluation.generation import find_stop_ids
 from fedlora_app.evaluation.protocol import evaluate_round
 from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.model import base as model_module

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from huggingface_hub import DatasetCardData
 
+from fedlora_app.data.importing.experiment import EXPERIMENT_FILE
 from fedlora_app.data.importing.settings import SPLITS, ImportSettings
 from fedlora_app.data.importing.source import Source
 from fedlora_app.data.similarity import NEAR_DUPLICATE_RATIO
@@ -23,8 +24,6 @@ MARKUP = re.compile(r"([\\`*_{}\[\]()#+!|<>&~$])")
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 LARGEST_SIZE = "n>1M"
 UNIVERSAL = "(universal)"  # which no client can be called
-FILL_IN = "FILL_IN"  # where an experiment needs a file that the import does not have
-SYSTEM_PROMPT = "You are a helpful assistant."
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class ImportResult:
     sha256: str
     """Of the records as they were read."""
     experiment: str
-    """YAML for federated.clients and data."""
+    """The YAML that trains on it."""
     notes: tuple[str, ...] = ()
     """What was taken for what in the source, and what was left out."""
     warnings: tuple[str, ...] = ()
@@ -120,32 +119,10 @@ def build_card(result: ImportResult, source: Source, settings: ImportSettings) -
         f"## Splits\n\n{_describe_splits(result, settings)}",
         *(["## Warnings\n\n" + _list_lines(result.warnings)] if result.warnings else []),
         f"## Settings\n\n```yaml\n{_dump(_plain(asdict(settings)))}```",
-        "## In an experiment\n\nPaths are relative to the project. Give each client its system "
-        f"prompt{_describe_gaps(result)}.\n\n```yaml\n{result.experiment}```",
+        f"## In an experiment\n\n{EXPERIMENT_FILE}, beside this file, trains on these data as it "
+        "is. Give each client its system prompt there.",
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def build_experiment(clients: Sequence[str], files: Iterable[str], folder: str) -> str:
-    """Return the YAML of an experiment's clients and data, with gaps where a file is needed."""
-    known = set(files)
-
-    def name(path: str) -> str | None:
-        return f"{folder}/{path}" if path in known else None
-
-    sections: dict[str, Any] = {"federated": {"clients": []}, "data": {}}
-    has_own_shares = f"{clients[0]}/universal_train.json" in known
-    for client in clients:
-        entry = {"id": client, "system_prompt": SYSTEM_PROMPT}
-        entry["local_train"] = name(f"{client}/local_train.json") or f"{FILL_IN}/{client}.json"
-        for key in ("local_test", "local_validation", "universal_train"):
-            entry |= {key: path} if (path := name(f"{client}/{key}.json")) else {}
-        sections["federated"]["clients"].append(entry)
-    universal = None if has_own_shares else f"{FILL_IN}/universal_train.json"
-    sections["data"]["universal_train"] = name("universal_train.json") or universal
-    for key in ("universal_test", "conflict_test", "universal_validation", "conflict_validation"):
-        sections["data"][key] = name(f"{key}.json")
-    return _dump(sections)
 
 
 def escape(text: str) -> str:
@@ -242,11 +219,6 @@ def _describe_splits(result: ImportResult, settings: ImportSettings) -> str:
         "answers are for training only. A question of the test (or validation) split that clients "
         "answer differently also stands, with all their answers, in the conflict file."
     )
-
-
-def _describe_gaps(result: ImportResult) -> str:
-    gap = f", and put your own files where it says {FILL_IN}"
-    return gap if FILL_IN in result.experiment else ""
 
 
 def _list_lines(lines: Iterable[str]) -> str:

@@ -9,18 +9,17 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedlora_app.data.importing.data_card import (
-    FILL_IN,
     Holding,
     ImportResult,
     build_card,
-    build_experiment,
 )
+from fedlora_app.data.importing.experiment import EXPERIMENT_FILE, Base, build_experiment
 from fedlora_app.data.importing.partitions import (
     partition_dirichlet,
     partition_growing,
@@ -28,6 +27,7 @@ from fedlora_app.data.importing.partitions import (
     partition_labels,
     partition_sizes,
 )
+from fedlora_app.data.importing.remarks import find_warnings
 from fedlora_app.data.importing.rows import (
     CONFLICT_FILES,
     ImportedRecord,
@@ -35,13 +35,17 @@ from fedlora_app.data.importing.rows import (
     read_records,
 )
 from fedlora_app.data.importing.settings import GROWING, SPLITS, TEXT_FIELDS, ImportSettings
-from fedlora_app.data.importing.source import FILE, HUB, Source, load_source
-from fedlora_app.data.importing.splits import TRAIN, assign_splits, group_questions, join_groups
+from fedlora_app.data.importing.source import load_source
+from fedlora_app.data.importing.splits import (
+    assign_splits,
+    choose_taught,
+    group_questions,
+    join_groups,
+    name_file,
+)
+from fedlora_app.data.keywords import split_words
 from fedlora_app.data.records import DataError
 from fedlora_app.foundation.files import make_private_dir, replace_folder
-
-MAX_NAMES_SHOWN = 10
-MAX_SHARE_GAP = 0.05  # between a split's realised and its asked-for share
 
 
 def import_data(
@@ -51,14 +55,18 @@ def import_data(
     report: Report = lambda what, done, total: None,
     *,
     root: Path | None = None,
+    model: str = "",
+    gpu_bytes: int | None = None,
 ) -> ImportResult:
-    """Read, check, divide and split a data set, and write it with its data card.
+    """Read, check, divide and split a data set, and write it with its data card and experiment.
 
     Args:
         source: a file, a folder or a dataset on the hub; the card has it as it is given here.
         output_dir: a new or empty folder; only its owner will be able to read it.
         report: called with what is being done, how far it is, and of how much.
-        root: the project that paths in the card are relative to; the working directory by default.
+        root: the project that paths are relative to; the working directory by default.
+        model: the experiment's base model; empty: what suits the device and the language.
+        gpu_bytes: memory of this machine's GPU, None where there is none.
 
     Raises:
         DataError: the source or its records are wrong, or the folder is taken.
@@ -76,12 +84,13 @@ def import_data(
     records = _assign_clients(distinct, settings)
     groups = _group(read.records, records, report)
     contradictory = _find_contradictory_groups(records, groups, settings)
+    facts = [_name_fact(record, settings) for record in records]
     splits = assign_splits(
         groups,
         [record.client for record in records],
         settings.shares,
         seed=settings.seed,
-        train_only=frozenset(contradictory),
+        train_only=choose_taught(groups, facts, contradictory, settings.seed),
         shared=settings.role == "universal",
     )
     files = _build_files(records, splits, settings)
@@ -102,10 +111,20 @@ def import_data(
         num_contradictions=sum(contradictory.values()),
         sha256=read.sha256,
         notes=read.notes,
-        experiment=build_experiment(list(holdings), files, _name_folder(output_dir, root)),
+        experiment=build_experiment(
+            list(holdings),
+            files,
+            _name_folder(output_dir, root),
+            Base(model, gpu_bytes, root or Path.cwd()),
+        ),
     )
-    result = replace(result, warnings=tuple(_find_warnings(result, opened, settings)))
-    _write(output_dir, files, build_card(result, opened, settings))
+    result = replace(result, warnings=tuple(find_warnings(result, opened, settings)))
+    texts = {
+        "README.md": build_card(result, opened, settings),
+        EXPERIMENT_FILE: result.experiment,
+        ".gitignore": "# Nobody's data belong into a project's history.\n*\n",
+    }
+    _write(output_dir, files, texts)
     return result
 
 
@@ -177,6 +196,12 @@ def _assign_clients(
     ]
 
 
+def _name_fact(record: ImportedRecord, settings: ImportSettings) -> tuple[str, str] | None:
+    """Return whose fact a record is a wording of, and which; None where no column says so."""
+    fact = record.fields.get("fact") if settings.fact_column is not None else None
+    return (record.client, fact) if fact else None
+
+
 def _find_contradictory_groups(
     records: Sequence[ImportedRecord], groups: Sequence[int], settings: ImportSettings
 ) -> Counter[int]:
@@ -199,7 +224,7 @@ def _build_files(
     """Return the records of every file by its path, in the order of the source."""
     contents: dict[str, list[ImportedRecord]] = defaultdict(list)
     for record, split in zip(records, splits, strict=True):
-        contents[_path(record.client, split, settings.role)].append(record)
+        contents[name_file(record.client, split, settings.role)].append(record)
     files = {
         path: [r.fields for r in _drop_duplicates(contents[path], across_clients=True)]
         for path in sorted(contents)
@@ -210,13 +235,6 @@ def _build_files(
             conflicts = _find_conflicts(held)
             files |= {f"conflict_{split}.json": conflicts} if conflicts else {}
     return files
-
-
-def _path(client: str, split: str, role: str) -> str:
-    if client and role == "local":
-        return f"{client}/local_{split}.json"
-    folder = f"{client}/" if client and split == TRAIN else ""
-    return f"{folder}universal_{split}.json"
 
 
 def _find_conflicts(records: Iterable[ImportedRecord]) -> list[dict[str, Any]]:
@@ -252,7 +270,7 @@ def _count_holdings(
             value=values.get(client, ""),
             splits=dict(Counter(split for _, split in own)),
             num_questions=len({record.question for record, _ in own}),
-            answer_words=statistics.fmean(len(r.fields["output"].split()) for r, _ in own),
+            answer_words=statistics.fmean(len(split_words(r.fields["output"])) for r, _ in own),
             labels=dict(Counter(record.label for record, _ in own if record.label)),
         )
         for client, own in sorted(held.items())
@@ -266,51 +284,6 @@ def _count_groups(records: Sequence[ImportedRecord], groups: Sequence[int]) -> i
     return sum(len(members) > 1 for members in questions.values())
 
 
-def _find_warnings(result: ImportResult, source: Source, settings: ImportSettings) -> Iterator[str]:
-    idle = [*settings.idle]
-    idle += [n for n in ("subset", "revision") if getattr(settings, n) and source.kind != HUB]
-    idle += ["split"] if settings.split and source.kind == FILE else []
-    yield from (f"{name} has no effect here." for name in idle)
-    total = sum(result.splits.values())
-    for split, share in settings.shares.items():
-        found = result.splits[split] / total
-        if found and abs(found - share) > MAX_SHARE_GAP:
-            yield (
-                f"{split} has {100 * found:.0f} % of the records and not {100 * share:.0f} %: too "
-                "few groups of near-duplicates could be moved."
-            )
-        without = [
-            holder
-            for holder, path in _expected_files(result, split, settings.role)
-            if path not in result.files
-        ]
-        if without:
-            more = len(without) - MAX_NAMES_SHOWN
-            yield (
-                f"{split} has no records of {', '.join(without[:MAX_NAMES_SHOWN])}"
-                f"{f' and {more} more' if more > 0 else ''}: their groups of near-duplicates were "
-                "needed in other splits."
-            )
-    if FILL_IN in result.experiment:
-        missing = "universal" if settings.role == "local" else "local"
-        yield (
-            f"There are no {missing} records here, which an experiment needs as well. Import them "
-            f"into another folder, and name their files where the card says {FILL_IN}; fedlora "
-            "check tells which of their questions are asked here too."
-        )
-
-
-def _expected_files(result: ImportResult, split: str, role: str) -> Iterator[tuple[str, str]]:
-    """Yield whose files of a split there should be, and their paths."""
-    if role == "universal" and split != TRAIN:
-        yield "all clients", _path("", split, role)
-        return
-    for client in result.clients:
-        yield client, _path(client, split, role)
-    if result.universal is not None:
-        yield "universal data", _path("", split, role)
-
-
 def _name_folder(output_dir: Path, root: Path | None) -> str:
     """Return the folder relative to the project, or its whole path if it lies elsewhere."""
     project, folder = (root or Path.cwd()).resolve(), output_dir.resolve()
@@ -318,7 +291,9 @@ def _name_folder(output_dir: Path, root: Path | None) -> str:
     return (folder.relative_to(project) if inside else folder).as_posix()
 
 
-def _write(output_dir: Path, files: Mapping[str, Sequence[dict[str, Any]]], card: str) -> None:
+def _write(
+    output_dir: Path, files: Mapping[str, Sequence[dict[str, Any]]], texts: Mapping[str, str]
+) -> None:
     folder = output_dir.resolve()
     make_private_dir(folder.parent)
     with replace_folder(folder) as partial:
@@ -327,5 +302,6 @@ def _write(output_dir: Path, files: Mapping[str, Sequence[dict[str, Any]]], card
             make_private_dir((partial / path).parent)
             text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
             (partial / path).write_text(text, encoding="utf-8")
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
         _refuse_taken(output_dir)  # by somebody else, meanwhile

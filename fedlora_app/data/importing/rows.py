@@ -158,7 +158,7 @@ def _slugify(value: str) -> str:
 def _named_columns(settings: ImportSettings) -> dict[str, str]:
     """Return the columns beside the texts that the settings name, each with its setting."""
     named = dict.fromkeys(settings.keep_columns, "keep_columns")
-    for setting in ("client_column", "label_column"):
+    for setting in ("client_column", "label_column", "fact_column"):
         if (column := getattr(settings, setting)) is not None:
             named[column] = setting
     return named
@@ -200,6 +200,8 @@ def _build_records(row: Any, settings: ImportSettings, shape: Shape) -> list[Imp
     exchanges = read_exchanges(row | texts, shape, settings.turns)
     kept = {column: _read_kept(row, column) for column in settings.keep_columns}
     kept = {column: value for column, value in kept.items() if value is not None}
+    if fact := _read_name(row, settings.fact_column):
+        kept["fact"] = fact
     client = _read_name(row, settings.client_column)
     label = _read_name(row, settings.label_column)
     if settings.has_labels and not label:

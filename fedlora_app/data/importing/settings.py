@@ -56,6 +56,9 @@ class ImportSettings:
     """Of a conversation of several questions: which become records, with what came before."""
     keep_columns: tuple[str, ...] = ()
     """Further columns to keep, such as fact, distractors, evaluation_guide."""
+    fact_column: str | None = None
+    """Its values say which fact a row is a wording of: they are kept as "fact", and of every fact a
+    client trains on one wording at least."""
     client_column: str | None = None
     """Its values become client ids; rows where it is empty are universal data."""
     partition: Partition | None = None
@@ -118,6 +121,8 @@ class ImportSettings:
         for column in self.keep_columns:
             if column in TEXT_FIELDS:
                 yield f'keep_columns: "{column}" is written anyway, from {column}_column.'
+        if self.fact_column is not None and "fact" in self.keep_columns:
+            yield 'keep_columns: "fact" is written anyway, from fact_column.'
 
     def _find_client_faults(self) -> Iterator[str]:
         known = get_args(Partition)

@@ -55,6 +55,7 @@ def choose_shape(known: Sequence[str], settings: ImportSettings) -> tuple[Shape,
     """
     conversation = _find_conversation(known, settings)
     taken = {*settings.keep_columns, settings.client_column, settings.label_column}
+    taken.add(settings.fact_column)
     columns: dict[str, str] = {"messages": conversation} if conversation else {}
     notes, faults = [], []
     if settings.messages_column not in (CONVERSATIONS[0], *known):

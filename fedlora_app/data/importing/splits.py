@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -14,6 +14,14 @@ from fedlora_app.data.similarity import group_nearly
 TRAIN = "train"
 REPAIR_ORDER = ("train", "test", "validation")  # who gets a group where there are too few
 REPORT_INTERVAL = 500  # groups
+
+
+def name_file(client: str, split: str, role: str) -> str:
+    """Return where a client's records of a split go; "" is the client of universal records."""
+    if client and role == "local":
+        return f"{client}/local_{split}.json"
+    folder = f"{client}/" if client and split == TRAIN else ""
+    return f"{folder}universal_{split}.json"
 
 
 def group_questions(questions: Sequence[str], report: Callable[[str, int, int], None]) -> list[int]:
@@ -43,6 +51,32 @@ def join_groups(groups: Sequence[int], rows: Sequence[int]) -> list[int]:
     _, labels = connected_components(edges, directed=False)
     order: dict[int, int] = {}
     return [order.setdefault(labels[group], len(order)) for group in groups]
+
+
+def choose_taught(
+    groups: Sequence[int],
+    facts: Sequence[tuple[str, str] | None],
+    train_only: Collection[int],
+    seed: int,
+) -> frozenset[int]:
+    """Return the groups that must be trained on, with one wording of every fact among them.
+
+    A test question about what nobody trains on has an answer that nobody can learn.
+
+    Args:
+        facts: the owner and the fact of each record; None where it names none.
+        train_only: groups that are among them anyway.
+    """
+    groups_of: dict[tuple[str, str], dict[int, None]] = defaultdict(dict)
+    for group, fact in zip(groups, facts, strict=True):
+        if fact is not None:
+            groups_of[fact][group] = None
+    chosen, names = set(train_only), list(groups_of)
+    for index in shuffle(len(names), seed, "wordings"):
+        wordings = list(groups_of[names[index]])
+        if chosen.isdisjoint(wordings):
+            chosen.add(wordings[shuffle(len(wordings), seed, f"wordings {index}")[0]])
+    return frozenset(chosen)
 
 
 def assign_splits(

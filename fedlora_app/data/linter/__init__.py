@@ -43,16 +43,25 @@ from fedlora_app.data.linter.subject import (
     collect_clients,
     format_count,
 )
+from fedlora_app.data.linter.support import find_small_sets, find_untrained_answers
 
 if TYPE_CHECKING:
     from fedlora_app.data.client_files import ClientFiles
 
-__all__ = ["CHECKS", "Finding", "describe_findings", "keyword_ceiling", "lint"]
+__all__ = [
+    "CHECKS",
+    "Finding",
+    "describe_findings",
+    "keyword_ceiling",
+    "lint",
+    "summarise_findings",
+]
 
-MAX_LINES_PER_RULE = 20  # of one file; further findings are counted only
 CHECKS: tuple[Callable[[LintedClient, Config], Iterator[Finding]], ...] = (
     find_missing_sets,
     find_missing_facts,
+    find_untrained_answers,
+    find_small_sets,
     find_silent_clients,
     find_agreed_conflicts,
     find_empty_answers,
@@ -92,19 +101,29 @@ def lint(
     )
 
 
-def describe_findings(findings: Sequence[Finding]) -> str:
-    """Return the findings for a terminal, one line each, and how many there are."""
+def describe_findings(findings: Sequence[Finding], *, every: bool = False) -> str:
+    """Return the findings for a terminal, and how many there are.
+
+    Args:
+        every: a line each, and not one of each kind as ``summarise_findings`` has it.
+    """
     if not findings:
         return "No findings."
-    groups: dict[tuple[str, str, str], list[Finding]] = defaultdict(list)
-    for finding in findings:
-        groups[finding.severity, finding.file, finding.rule].append(finding)
-    lines = []
-    for (severity, file, rule), group in groups.items():
-        lines += map(str, group[:MAX_LINES_PER_RULE])
-        if len(group) > MAX_LINES_PER_RULE:
-            more = len(group) - MAX_LINES_PER_RULE
-            lines.append(f"{severity}: {file}: {more} more of this kind ({rule}).")
+    lines = list(map(str, findings)) if every else summarise_findings(findings)
     counts = Counter(finding.severity for finding in findings)
     parts = (format_count(counts[name], name) for name in ("error", "warning") if counts[name])
-    return "\n".join([*lines, ", ".join(parts)])
+    more = "" if len(lines) == len(findings) else "; fedlora check CONFIG --all lists each"
+    return "\n".join([*lines, ", ".join(parts) + more])
+
+
+def summarise_findings(findings: Sequence[Finding]) -> list[str]:
+    """Return one line for each kind of finding: the first of it, and how many more there are."""
+    groups: dict[tuple[str, str], list[Finding]] = defaultdict(list)
+    for finding in findings:
+        groups[finding.severity, finding.rule].append(finding)
+    lines = []
+    for (_, rule), (first, *rest) in groups.items():
+        files = len({finding.file for finding in (first, *rest)})
+        places = f" in {files} files" if files > 1 else ""
+        lines.append(f"{first} And {len(rest)} more{places} ({rule})." if rest else str(first))
+    return lines

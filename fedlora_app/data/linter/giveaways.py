@@ -15,6 +15,7 @@ from fedlora_app.data.questions import Question
 from fedlora_app.data.similarity import content_words
 
 MIN_PROMPT_SHARE = 0.05
+CLEARLY_MORE = 2  # times as often
 LENGTH_P_VALUE = 0.001
 MIN_LENGTH_CLUSTERS = 10
 
@@ -23,20 +24,21 @@ def find_telling_prompts(client: LintedClient, config: Config) -> Iterator[Findi
     """Find words of the right answers that the client's system prompt already says."""
     prompt = content_words(client.config.system_prompt)
     for file, questions in client.question_sets.items():
+        frequent = _find_frequent_words(questions, prompt)
         words: Counter[str] = Counter()
         num_told = 0
         for question in questions:
             right, *wrong = _candidate_words(question)
-            telling = (right & prompt) - content_words(question.text)
+            telling = (right & frequent) - content_words(question.text)
             telling -= set.intersection(set(right), *wrong)
             words.update(telling)
             num_told += bool(telling)
         if num_told and num_told >= MIN_PROMPT_SHARE * len(questions):
             text = (
-                f"the system prompt of client {client.config.id} says {list_words(words)}, which "
-                f"tells the right answer from others in {num_told} of {len(questions)} questions "
-                f"({format_percent(num_told, len(questions))}). Take it out of the prompt, so "
-                "that the answers come from what was trained."
+                f"the system prompt of client {client.config.id} contains {list_words(words)}, as "
+                f"do the right answers and not the wrong ones in {num_told} of {len(questions)} "
+                f"questions ({format_percent(num_told, len(questions))}), so they can be answered "
+                "without any training. Leave these words out of the prompt."
             )
             yield file.finding("warning", "telling-prompt", None, text)
 
@@ -54,9 +56,10 @@ def find_telling_questions(client: LintedClient, config: Config) -> Iterator[Fin
                 positions.append(question.record)
         if positions:
             text = (
-                f"{len(positions)} of {len(questions)} questions{client.whose(file)} hold a word "
-                f"that of all candidates only the right one has: {list_words(words)}. Give these "
-                "records distractors on the same matter."
+                f"{len(positions)} of {len(questions)} questions{client.whose(file)} contain a "
+                f"word that is in the right answer and in no wrong one: {list_words(words)}. So "
+                'the question alone tells the answer. Give these records "distractors" (wrong '
+                "answers) about the same matter."
             )
             yield file.finding("warning", "telling-question", positions[0], text)
 
@@ -79,12 +82,34 @@ def find_telling_lengths(client: LintedClient, config: Config) -> Iterator[Findi
             test = stats.binomtest(num_right, num_clusters, chance, alternative="greater")
             if test.pvalue < LENGTH_P_VALUE:
                 text = (
-                    f'"pick the {name} candidate"{client.whose(file)} is right for '
+                    f"who always picks the {name} candidate{client.whose(file)} is right for "
                     f"{100 * statistics.fmean(hits):.0f} % of {num_clusters} facts (n = "
-                    f"{len(asked)} questions), against {100 * chance:.0f} % by chance. Give the "
-                    "records distractors of the same length."
+                    f"{len(asked)} questions); chance is {100 * chance:.0f} %. Give the records "
+                    '"distractors" (wrong answers) of the same length.'
                 )
                 yield file.finding("warning", "telling-length", None, text)
+
+
+def _find_frequent_words(questions: Sequence[Question], words: frozenset[str]) -> frozenset[str]:
+    """Return the words that right answers have clearly more often than wrong ones.
+
+    What any answer may say ("can", "office"; of Chinese also pairs of characters that are no word)
+    tells nothing, wherever it happens to stand in a right answer alone.
+    """
+    rights: Counter[str] = Counter()
+    wrongs: Counter[str] = Counter()
+    num_wrong = 0
+    for question in questions:
+        right, *wrong = _candidate_words(question)
+        rights.update(right & words)
+        num_wrong += len(wrong)
+        for candidate in wrong:
+            wrongs.update(candidate & words)
+    return frozenset(
+        word
+        for word, count in rights.items()
+        if count * num_wrong > CLEARLY_MORE * wrongs[word] * len(questions)
+    )
 
 
 def _candidate_words(question: Question) -> list[frozenset[str]]:

@@ -9,15 +9,16 @@ from fedlora_app.data.importing.data_card import (
     Holding,
     ImportResult,
     build_card,
-    build_experiment,
     describe_import,
     escape,
 )
+from fedlora_app.data.importing.experiment import Base, build_experiment
 from fedlora_app.data.importing.settings import ImportSettings
 from fedlora_app.data.importing.source import Source, Table
 
 HOSTILE = "a|b\n# <script>alert(1)</script> [x](http://y) `z` \x1b[31m\u202e*"
 SETTINGS = ImportSettings(client_column="city")
+RECORDS = [{"instruction": "What is the fee?", "input": "", "output": "Two dollars."}]
 FILES = {"ann/local_train.json": 8, "ann/local_test.json": 1, "universal_train.json": 5}
 
 
@@ -36,7 +37,7 @@ def build_result(**changes) -> ImportResult:
         "largest_group": 3,
         "num_contradictions": 4,
         "sha256": "ab12",
-        "experiment": build_experiment(["ann"], FILES, "data/towns"),
+        "experiment": "model: {name: x}",
     }
     return ImportResult(**values | changes)
 
@@ -102,25 +103,27 @@ def test_labels_are_listed_by_client():
     assert "## Labels" not in build(build_result())
 
 
-def test_the_experiment_has_gaps_where_files_are_missing():
-    def read(files: list[str]) -> dict:
-        raw = yaml.safe_load(build_experiment(["ann"], files, "d"))
+def test_the_experiment_stands_in_for_what_is_missing():
+    def read(*files: str) -> dict:
+        raw = yaml.safe_load(build_experiment(["ann"], dict.fromkeys(files, RECORDS), "d", Base()))
         return parse_config(raw).dump()
 
-    local = read(["ann/local_train.json", "ann/local_test.json"])
+    local = read("ann/local_train.json", "ann/local_test.json")
     [client] = local["federated"]["clients"]
     assert client["local_test"] == "d/ann/local_test.json"
     assert client["local_validation"] is None
-    assert local["data"]["universal_train"] == "FILL_IN/universal_train.json"
+    assert local["federated"]["mode"] == "local-only"  # so that nothing of its own is shared
+    assert client["universal_train"] == client["local_train"] == "d/ann/local_train.json"
     assert local["data"]["universal_test"] is None
-    shares = read(["ann/universal_train.json", "universal_test.json"])
+    shares = read("ann/universal_train.json", "universal_test.json")
     [client] = shares["federated"]["clients"]
-    assert client["local_train"] == "FILL_IN/ann.json"
-    assert client["universal_train"] == "d/ann/universal_train.json"
+    assert shares["federated"]["mode"] == "fedavg"
+    assert client["local_train"] == client["universal_train"] == "d/ann/universal_train.json"
     assert shares["data"]["universal_train"] is None
     assert shares["data"]["universal_test"] == "d/universal_test.json"
-    assert "where it says FILL_IN" in build(build_result(experiment="FILL_IN"))
-    assert "FILL_IN" not in build(build_result())
+    both = read("ann/local_train.json", "universal_train.json")
+    assert both["federated"]["mode"] == "dual"
+    assert both["data"]["universal_train"] == "d/universal_train.json"
 
 
 def test_what_was_imported_is_told_in_a_few_lines():

@@ -225,18 +225,17 @@ def test_every_format_writes_the_same_files(rows_path, tmp_path):
 
 
 def read_experiment(folder: str, root: Path) -> dict:
-    card = (root / folder / "README.md").read_text()
-    return yaml.safe_load(card.rsplit("```yaml\n", 1)[1].split("```")[0])
+    return yaml.safe_load((root / folder / "experiment.yaml").read_text())
 
 
 def find_errors(raw: dict, root: Path) -> list[str]:
     """Return what the linter calls an error, and every question, also nearly, in two splits."""
-    config = parse_config({"model": {"name": "model"}, **raw})
+    config = parse_config(raw)
     findings = lint(config, load_all_files(config, root))
     return [f.text for f in findings if f.severity == "error" or "-in-" in f.rule]
 
 
-def test_the_cards_experiment_loads_and_has_no_fault(rows_path):
+def test_the_experiment_loads_and_has_no_fault(rows_path):
     run(rows_path)
     raw = read_experiment("data/towns", Path.cwd())
     assert len(raw["federated"]["clients"]) == 3
@@ -254,8 +253,10 @@ def test_local_and_universal_imports_make_one_experiment(rows_path, tmp_path):
     for client, share in zip(
         raw["federated"]["clients"], other["federated"]["clients"], strict=True
     ):
-        assert share["local_train"].startswith("FILL_IN/")
+        assert share["local_train"] == share["universal_train"]  # until there is something
+        assert client["universal_train"] == client["local_train"]
         client["universal_train"] = share["universal_train"]
+    assert (raw["federated"].pop("mode"), other["federated"]["mode"]) == ("local-only", "fedavg")
     for key in ("universal_train", "universal_test", "universal_validation"):
         raw["data"][key] = other["data"][key]
     assert find_errors(raw, Path.cwd()) == []
@@ -273,9 +274,85 @@ def test_shares_of_a_partition_make_a_sound_experiment(rows_path):
     settings = ImportSettings(partition="iid", num_clients=3, role="universal")
     run(rows_path, settings)
     raw = read_experiment("data/towns", Path.cwd())
-    for client in raw["federated"]["clients"]:
-        client["local_train"] = client["universal_train"]
     assert find_errors(raw, Path.cwd()) == []
+
+
+@pytest.mark.parametrize(("wordings", "num_untrained"), [(1, 2), (3, 0)])
+def test_of_every_fact_a_wording_is_trained_on(rows_path, tmp_path, wordings, num_untrained):
+    rng = random.Random(0)
+    rows = [
+        {
+            "city": city,
+            "topic": f"fact {n}",
+            "instruction": make_words(rng, 8),
+            "output": f"{n} {city}",
+        }
+        for city in (*CITIES, "")
+        for n in range(12)
+        for _ in range(wordings)
+    ]
+    named = {} if wordings == 1 else {"fact_column": "topic"}
+    run(write(tmp_path / "facts.json", rows), ImportSettings(client_column="city", **named))
+    files = read()
+    config = parse_config(read_experiment("data/towns", Path.cwd()))
+    findings = lint(config, load_all_files(config, Path.cwd()), Path.cwd())
+    untrained = [f for f in findings if f.rule == "untrained-answers" and "_test" in f.file]
+    assert bool(untrained) == bool(num_untrained)
+    assert sum(map(len, files.values())) == len(rows)
+    if wordings == 3:
+        assert {len(files[f"{city}/local_test.json"]) for city in CITIES} <= {3, 4, 5}
+        taught = {record["fact"] for record in files["Ayr/local_train.json"]}
+        assert taught == {f"fact {n}" for n in range(12)}
+
+
+def test_facts_of_one_wording_are_for_training_only(rows_path, tmp_path):
+    rows = [
+        {"city": city, "topic": f"{city} {n}", "instruction": f"Rule {n} {city}?", "output": "Yes."}
+        for city in CITIES
+        for n in range(12)
+    ]
+    settings = ImportSettings(client_column="city", fact_column="topic")
+    result = run(write(tmp_path / "facts.json", rows), settings)
+    assert result.splits == {"train": 36, "validation": 0, "test": 0}
+    assert any("test has no records of Ayr" in warning for warning in result.warnings)
+
+
+def test_the_experiment_s_base_suits_device_and_language(rows_path, tmp_path):
+    def import_for(name: str, source: str | Path, **given) -> dict:
+        import_data(str(source), Path(name), BY_CITY, **given)
+        return read_experiment(name, Path.cwd())
+
+    gib = 2**30
+    assert import_for("a", rows_path)["model"]["name"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    small = import_for("b", rows_path, gpu_bytes=4 * gib)
+    assert small["model"]["name"] == "Qwen/Qwen2.5-0.5B-Instruct"
+    narrow, wide = (import_for(str(n), rows_path, gpu_bytes=n * gib) for n in (8, 24))
+    assert narrow["model"] == {"name": "Qwen/Qwen2.5-7B-Instruct", "embedding_device": "cpu"}
+    assert narrow["training"]["batch_size"] == 1 and wide["training"]["batch_size"] == 2
+    chinese = [{**row, "output": f"罚款{n}元"} for n, row in enumerate(ROWS)]
+    asked = import_for("c", write(tmp_path / "zh.json", chinese))
+    assert asked["model"]["name"] == "Qwen/Qwen2.5-0.5B-Instruct"
+    named = import_for("d", rows_path, model="someone/some-1.5B-instruct")
+    assert named["model"]["name"] == "someone/some-1.5B-instruct"
+    assert named["training"]["learning_rate"] == 5e-4
+    text = Path("c/experiment.yaml").read_text().replace("\n  # ", " ")
+    assert "fedlora train c/experiment.yaml" in text and "With a GPU of 8 GB or more" in text
+
+
+def test_what_is_imported_stays_out_of_git(rows_path):
+    run(rows_path)
+    assert Path("data/towns/.gitignore").read_text().endswith("\n*\n")
+
+
+def test_a_column_that_makes_many_clients_is_remarked(rows_path, tmp_path):
+    rows = [
+        {"topic": f"topic {n % 27}", "instruction": f"What of {n}?", "output": f"{n}."}
+        for n in range(100)
+    ]
+    settings = ImportSettings(client_column="topic")
+    result = run(write(tmp_path / "topics.json", rows), settings)
+    [warning] = [w for w in result.warnings if "27 clients" in w]
+    assert warning.startswith('the column "topic" makes 27 clients, most with')
 
 
 def test_duplicates_are_dropped_and_contradictions_are_only_trained_on(rows_path, tmp_path):

@@ -1,0 +1,42 @@
+"""``fedlora``, the command: a module a noun.
+
+Exit status 0 only if it did what was asked; 2 for what the user can fix.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+import typer
+
+from fedlora_app.cli import data, experiment, training  # noqa: F401
+
+# isort: split
+from fedlora_app.cli import model, runs  # noqa: F401, after them in what --help lists
+from fedlora_app.cli.root import app
+from fedlora_app.foundation.errors import UserError
+from fedlora_app.foundation.files import keep_files_private
+
+INTERRUPTED = 130  # what Typer makes of Ctrl-C
+CONTINUED = {"evaluate", "study"}  # commands that resume where they stopped
+
+
+def main() -> None:
+    """Run the command; what the user can fix ends in one message and status 2."""
+    keep_files_private()
+    try:
+        status = app(standalone_mode=False) or 0
+        if status == INTERRUPTED:
+            kept = " What is done is kept; the same command resumes here."
+            typer.echo(f"Stopped.{kept * bool(CONTINUED & set(sys.argv))}", err=True)
+        sys.exit(status)
+    except click.ClickException as error:  # a mistyped command or option
+        error.show()
+        sys.exit(error.exit_code)
+    except UserError as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        typer.echo(f"Error: {error.filename or 'The disk'}: {error.strerror}.", err=True)
+        sys.exit(2)

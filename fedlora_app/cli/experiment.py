@@ -1,0 +1,106 @@
+"""Commands on an experiment's YAML: check and plan it, and run a study of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedlora_app.cli.root import AsJson, ConfigPath, app, find_config, quiet_transformers
+from fedlora_app.foundation.terminal import show_progress
+
+
+@app.command()
+def check(
+    config: ConfigPath,
+    overrides: Annotated[str, typer.Option(help='As in run-config: "training.replay=0.5".')] = "",
+    every: Annotated[
+        bool, typer.Option("--all", help="A line for every finding, and not one for each kind.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check a configuration, its data and its question sets, without the model's weights.
+
+    The model's tokenizer is used where it is on this machine. Example: fedlora check conf/demo.yaml
+    """
+    _look_at_nothing_remote()
+    from fedlora_app.config.loading import load_config
+    from fedlora_app.data.linter import describe_findings
+    from fedlora_app.preflight import inspect_experiment
+    from fedlora_app.training.decay import describe_decay
+    from fedlora_app.training.selection import describe_long_phases
+
+    path, root = find_config(config)
+    experiment = load_config(path, overrides)
+    found = inspect_experiment(experiment, root)
+    if as_json:
+        typer.echo(json.dumps([vars(finding) for finding in found.findings], ensure_ascii=False))
+    else:
+        typer.echo(f"{path}: the configuration and {len(experiment.client_ids)} clients' data.")
+        counts = {
+            c: (len(f.universal.records), len(f.local.records)) for c, f in found.files.items()
+        }
+        for line in (
+            *describe_decay(experiment, counts),
+            *describe_long_phases(experiment, counts),
+        ):
+            typer.echo(line)
+        typer.echo(describe_findings(found.findings, every=every))
+    if found.note:
+        typer.echo(found.note, err=True)
+    if found.has_errors:
+        raise typer.Exit(2)
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    gpu_memory: Annotated[
+        str, typer.Option(help="24GB or 7.5GiB. Default: this machine's GPU, or 24GB.")
+    ] = "",
+    overrides: Annotated[str, typer.Option(help='As in run-config: "training.batch_size=2".')] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Predict a run's memory, bytes per round and time, and say what would make it fit.
+
+    No weights are loaded. Example: fedlora plan conf/demo.yaml --gpu-memory 8GB
+    """
+    _look_at_nothing_remote()
+    from fedlora_app.config.loading import load_config
+    from fedlora_app.planning.plan import build_plan
+    from fedlora_app.planning.text import describe_plan
+
+    path, root = find_config(config)
+    planned = build_plan(load_config(path, overrides), root, gpu_memory)
+    typer.echo(
+        json.dumps(planned.dump(), ensure_ascii=False) if as_json else describe_plan(planned)
+    )
+
+
+@app.command()
+def study(
+    config: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's YAML.")],
+    output_dir: Annotated[
+        Path, typer.Option(help="Where its folder goes, relative to the project.")
+    ] = Path("results"),
+) -> None:
+    """Run and evaluate every variant and seed of a study, and write one summary table.
+
+    What is finished is not repeated. Example: fedlora study conf/study-demo.yaml
+    """
+    from fedlora_app.study import load_study, run_study
+
+    path, root = find_config(config)
+    quiet_transformers()
+    with show_progress() as show:
+        text = run_study(load_study(path), root, (root / output_dir).resolve(), show)
+    typer.echo(text)
+
+
+def _look_at_nothing_remote() -> None:
+    """Keep the hub's client, once it is imported, from asking for anything."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is not there

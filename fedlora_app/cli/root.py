@@ -1,0 +1,77 @@
+"""The command itself, and what several of its commands share.
+
+Modules beside this one hold the commands; what a command needs it imports when it is called, so
+that ``fedlora --help`` is there at once.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedlora_app.foundation.project import find_project_root
+
+if TYPE_CHECKING:
+    from fedlora_app.evaluation.saved_model import SavedModel
+
+app = typer.Typer(
+    name="fedlora",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The experiment's YAML.")]
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help='A run directory, its name below results, or "latest".')
+]
+ServerRound = Annotated[
+    int | None, typer.Option("--round", min=0, help="A complete round; the last by default.")
+]
+Scale = Annotated[float, typer.Option(help="Of the local adapter (lambda).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"fedlora-app {version('fedlora-app')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _fedlora(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Of fedlora-app."),
+    ] = False,
+) -> None:
+    """Plan, look at, evaluate, compare, ask, serve and export what flwr run trains."""
+
+
+def find_config(config: Path) -> tuple[Path, Path]:
+    """Return a YAML's path, which may be relative to the project, and the project's root."""
+    root = find_project_root(str(config.resolve()))
+    return config if config.exists() else root / config, root
+
+
+def open_model(run: str, server_round: int | None) -> SavedModel:
+    """Return a run's adapters, to be asked or exported; nothing is loaded yet."""
+    from fedlora_app.evaluation.saved_model import SavedModel
+    from fedlora_app.runs.paths import find_run
+    from fedlora_app.runs.reading import load_run
+
+    quiet_transformers()
+    run_dir = find_run(run, find_project_root())
+    found = load_run(run_dir)
+    chosen = found.last_round if server_round is None else server_round
+    return SavedModel(found, chosen, find_project_root(str(run_dir / "config.json")))
+
+
+def quiet_transformers() -> None:
+    """Leave out its own progress bars; ours say what is going on."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()

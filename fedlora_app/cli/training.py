@@ -1,0 +1,71 @@
+"""The command that trains: ``flwr run`` with a check before it and an exit status after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedlora_app.cli.root import app, find_config
+
+if TYPE_CHECKING:
+    from fedlora_app.runs.settings import Settings
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="The experiment's YAML.")
+    ] = None,
+    mode: Annotated[str, typer.Option(help="In the place of federated.mode.")] = "",
+    rounds: Annotated[
+        int, typer.Option(min=0, help="In the place of federated.num_rounds.", show_default=False)
+    ] = 0,
+    name: Annotated[str, typer.Option(help="Of the run directory.")] = "",
+    output_dir: Annotated[str, typer.Option(help="Relative to the project.")] = "results",
+    resume: Annotated[
+        str, typer.Option(metavar="RUN", help="Go on with a stopped run; CONFIG may be left out.")
+    ] = "",
+    overrides: Annotated[str, typer.Option(help='As "training.learning_rate=1e-4".')] = "",
+) -> None:
+    """Check an experiment and run it with Flower, one SuperNode a client, and show its log.
+
+    As flwr run . --stream does, but for the end: status 2 if the run failed, and one sentence.
+    Ctrl-C stops the run; what is done is kept. Example: fedlora train conf/demo.yaml
+    """
+    if config is None and not resume:
+        raise typer.BadParameter("Name an experiment's YAML, or with --resume a run.")
+    from fedlora_app.foundation.project import find_project_root
+    from fedlora_app.launch import run_with_flower
+    from fedlora_app.preflight import require_sound
+    from fedlora_app.runs.settings import read_settings
+
+    given = "" if config is None else str(find_config(config)[0].resolve())
+    run_config = {
+        "config": given or "conf/demo.yaml",
+        "mode": mode,
+        "num-rounds": rounds,
+        "output-dir": output_dir,
+        "run-name": name,
+        "resume": resume,
+        "overrides": overrides,
+    }
+    settings = read_settings(run_config)
+    require_sound(settings.config, settings.root)
+    run_config["run-name"] = "" if resume else settings.run_name  # so that its name is known here
+    code = find_project_root()  # the checkout whose code runs
+    try:
+        run_with_flower(code, run_config, len(settings.config.federated.clients), typer.echo)
+    except KeyboardInterrupt:
+        typer.echo(_describe_resuming(settings), err=True)
+        raise
+
+
+def _describe_resuming(settings: Settings) -> str:
+    """Return what is left of a run that was stopped, and the command that goes on with it."""
+    from fedlora_app.runs.paths import RunPaths
+
+    if not RunPaths(settings.run_dir).manifest.exists():
+        return "The run had not begun; nothing is kept."
+    return f"What is done is kept. To go on: fedlora train --resume {settings.run_dir}"
