@@ -6,6 +6,7 @@ Exit status 0 only if it did what was asked; 2 for what the user can fix.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import click
 import typer
@@ -17,6 +18,7 @@ from fedlora_app.cli import model, runs  # noqa: F401, after them in what --help
 from fedlora_app.cli.root import app
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import keep_files_private
+from fedlora_app.foundation.project import describe_other_checkout
 
 INTERRUPTED = 130  # what Typer makes of Ctrl-C
 CONTINUED = {"evaluate", "study"}  # commands that resume where they stopped
@@ -25,6 +27,8 @@ CONTINUED = {"evaluate", "study"}  # commands that resume where they stopped
 def main() -> None:
     """Run the command; what the user can fix ends in one message and status 2."""
     keep_files_private()
+    if note := describe_other_checkout(Path.cwd()):
+        typer.echo(note, err=True)
     try:
         status = app(standalone_mode=False) or 0
         if status == INTERRUPTED:

@@ -64,6 +64,18 @@ def find_project_root(config_path: str = "", project_dir: str = "") -> Path:
     )
 
 
+def describe_other_checkout(folder: Path) -> str | None:
+    """Return what to know in a folder of another checkout than the one whose code runs here."""
+    around = next((f for f in (folder, *folder.parents) if is_checkout(f)), None)
+    ours = PACKAGE_DIR.parent
+    if around is None or around.resolve() == ours or not is_checkout(ours):
+        return None
+    return (
+        f"Note: this is the code of {ours}, and names of runs mean those in its "
+        f"results. For the checkout in {around}, install that one: pip install -e {around}"
+    )
+
+
 def is_checkout(folder: Path) -> bool:
     """Return whether ``folder`` is this project's, and not a bundle that Flower unpacked."""
     if is_unpacked_bundle(folder):

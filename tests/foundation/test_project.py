@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -8,7 +9,12 @@ from flwr.cli.build import build_fab_from_disk
 from flwr.cli.install import install_from_fab
 
 from fedlora_app.foundation import project
-from fedlora_app.foundation.project import ProjectNotFoundError, find_project_root, is_checkout
+from fedlora_app.foundation.project import (
+    ProjectNotFoundError,
+    describe_other_checkout,
+    find_project_root,
+    is_checkout,
+)
 
 
 @pytest.fixture
@@ -81,3 +87,11 @@ def test_when_nothing_is_found_every_place_is_named(elsewhere, tmp_path):
     text = str(caught.value)
     for expected in ("Searched", str(tmp_path / "foreign"), "FEDLORA_PROJECT_DIR", "pip install"):
         assert expected in text
+
+
+def test_another_checkout_around_one_is_said(tmp_path):
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "fedlora-app"\n')
+    (tmp_path / "conf").mkdir()
+    note = describe_other_checkout(tmp_path / "conf")
+    assert f"the code of {ROOT}," in note and f"pip install -e {tmp_path}" in note
+    assert describe_other_checkout(ROOT / "conf") is describe_other_checkout(Path("/")) is None
