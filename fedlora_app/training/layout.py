@@ -80,7 +80,7 @@ def pad(examples: Sequence[Example], device: torch.device) -> Batch:
     """Lay examples side by side, padded on the right; for a model with its own attention."""
     lengths = torch.tensor([len(example.input_ids) for example in examples])
     width = int(lengths.max())
-    rows = [ex.input_ids + [FILL] * (width - len(ex.input_ids)) for ex in examples]
+    rows = [[*ex.input_ids, *[FILL] * (width - len(ex.input_ids))] for ex in examples]
     inputs = {"input_ids": send(torch.tensor(rows), device)}
     is_real = torch.arange(width)[None] < lengths[:, None]
     if not is_real.all():  # without a mask attention is faster
