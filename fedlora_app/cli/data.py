@@ -79,7 +79,7 @@ def init(
     It trains as it is, with the demo's tiny base model on a CPU in minutes.
     Example: fedlora init my-desk --clients ayr,bath,cork
     """
-    from fedlora_app.data.starter import DEMO_MODEL, start_experiment
+    from fedlora_app.demo.starter import DEMO_MODEL, start_experiment
 
     root = find_project_root()
     ids = [name.strip() for name in clients.split(",") if name.strip()]
