@@ -52,7 +52,8 @@ def test_commands_and_options_exist(page):
 
 def test_settings_that_are_named_exist(page):
     sections = yaml.safe_load((ROOT / "conf" / "default.yaml").read_text())
-    for section, key in re.findall(r"`(\w+)\.([a-z_]+)(?=[`:=])(?<!json)(?<!yaml)", page.read_text()):
+    setting = r"`(\w+)\.([a-z_]+)(?=[`:=])(?<!json)(?<!yaml)"
+    for section, key in re.findall(setting, page.read_text()):
         if section in sections and section != "adapters":
             client_keys = sections["federated"]["clients"][0] if section == "federated" else {}
             assert key in sections[section] or key in client_keys, f"{section}.{key}"
