@@ -54,7 +54,8 @@ def _fedlora(
 def find_config(config: Path) -> tuple[Path, Path]:
     """Return a YAML's path, which may be relative to the project, and the project's root."""
     root = find_project_root(str(config.resolve()))
-    return config if config.exists() else root / config, root
+    in_project = root / config
+    return in_project if in_project.exists() and not config.exists() else config, root
 
 
 def open_model(run: str, server_round: int | None) -> SavedModel:
