@@ -48,7 +48,7 @@ def _fedlora(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Of fedlora-app."),
     ] = False,
 ) -> None:
-    """Plan, look at, evaluate, compare, ask, serve and export what flwr run trains."""
+    """Make, check, plan and train an experiment; evaluate, compare, ask, serve and export it."""
 
 
 def find_config(config: Path) -> tuple[Path, Path]:
