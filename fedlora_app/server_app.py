@@ -224,8 +224,8 @@ def describe_end(history: list[dict[str, Any]], config: Config) -> str:
     if config.federated.mode != "dual":
         return table
     return (
-        f"{table}\nTo see what one averaged adapter makes of the same work, add mode='fedavg' to "
-        "--run-config."
+        f"{table}\nTo see what one averaged adapter makes of the same work, run it with "
+        "mode='fedavg' in --run-config, or with fedlora train --mode fedavg."
     )
 
 

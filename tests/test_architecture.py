@@ -19,7 +19,7 @@ ORDER = [
     *("foundation", "config", "model", "data", "training"),
     *("federation", "runs", "evaluation", "report", "planning", "serving"),
     *("client", "strategy", "client_app", "server_app"),
-    *("preflight", "launch", "study", "cli", "demo"),
+    *("preflight", "launch", "study", "demo", "cli"),
 ]
 """Packages and the root's modules; each imports from itself and from what stands before it."""
 FLOWER_EDGE = {"client_app", "server_app", "strategy", "federation"}

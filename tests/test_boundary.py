@@ -177,11 +177,14 @@ class TestWhatLeavesAClient:
 
     def test_the_search_finds_what_is_there(self, observed):
         """Else the two tests above would pass whatever was sent."""
+        found = set()
         for client in CLIENTS:
             log = observed.seen.log_of(client)
             shown = {what for what, pattern in observed.texts.items() if pattern in log}
-            # A client shows itself an example, and what it finds fault with.
-            assert {"conflict 0", "the universal test, record 0, keyword"} <= shown
+            assert "conflict 0" in shown  # a client shows itself an example,
+            found |= shown
+        # and what it finds fault with; of a file of all, whoever is the first in a process.
+        assert "the universal test, record 0, keyword" in found
         adapters = b"xyz".join(path.read_bytes() for path in observed.run.rglob(WEIGHTS_FILE))
         assert find_windows(observed.local_adapters(), adapters) > 1000
         sent = [

@@ -325,10 +325,36 @@ def test_import_writes_files_per_client(fedlora, tmp_path):
     status, out, _ = fedlora("import", source, "--client-column", "city", "--output", output)
     assert status == 0 and str(output) in out
     assert (output / "a" / "local_train.json").exists() and (output / "README.md").exists()
+    assert "right answers (client a) are in no training record" in out  # one row a question
+    assert out.endswith(f"  fedlora train {output}/experiment.yaml\n")
+    status, out, _ = fedlora("check", output / "experiment.yaml")
+    assert status == 0 and "untrained-answers" in out
     status, _, err = fedlora(
         "import", source, "--client-column", "cite", "--output", tmp_path / "b"
     )
     assert status == 2 and "city" in err
+
+
+def test_init_writes_an_experiment_that_nothing_is_wrong_with(fedlora, tmp_path):
+    path = tmp_path / "desk" / "experiment.yaml"
+    status, out, err = fedlora("init", path.parent, "--clients", "ayr, bath")
+    assert (status, err) == (0, "")
+    assert "No findings." in out and out.endswith(f"  fedlora train {path}\n")
+    assert fedlora("check", path)[1].endswith("No findings.\n")
+    status, _, err = fedlora("init", path.parent, "--clients", "ayr,bath")
+    assert status == 2 and "is not empty" in err
+
+
+def test_what_is_wrong_is_told_before_flower_is_started(fedlora):
+    demo = ROOT / "conf" / "demo.yaml"
+    faults = "model.name=data/demo/base_mode data.universal_test=data/demo/universal.json"
+    status, out, err = fedlora("train", demo, "--overrides", faults)
+    assert status == 2 and out == ""
+    assert "model.name: " in err and "data.universal_test: " in err
+    status, _, err = fedlora("train")
+    assert status == 2 and "--resume" in err
+    status, _, err = fedlora("train", demo, "--mode", "fedavgg")
+    assert status == 2 and "federated.mode" in err
 
 
 def test_every_study_loads_and_opens_with_its_question_and_command():

@@ -871,6 +871,22 @@ class TestRegistration:
         assert "gone.json does not exist" in text
         assert not (tmp_path / "run").exists()
 
+    def test_the_base_model_s_fault_comes_with_those_of_the_data(self, tiny_project, tmp_path):
+        clients = build_tiny_config(("ann", "bob")).dump()["federated"]["clients"]
+        clients[1]["local_test"] = "gone.json"
+        missing = {"model": {"name": "no/such/folder"}, "federated": {"clients": clients}}
+        config = build_tiny_config(("ann", "bob"), **missing)
+        with pytest.raises(ValueError) as caught:
+            Federation(tiny_project, tmp_path, config).run()
+        first, *lines = str(caught.value).splitlines()
+        assert first == "The run cannot start:"
+        assert lines[0].startswith(f"model.name: {tiny_project}/no/such/folder does not exist.")
+        assert lines[1] == (
+            f"bob: federated.clients.bob.local_test: {tiny_project}/gone.json does not exist."
+        )
+        assert len(lines) == 2  # what both clients find as well is said once
+        assert caught.value.__cause__ is None and not (tmp_path / "run").exists()
+
     def test_a_conflict_record_of_an_unknown_client(self, tiny_project, tmp_path):
         config = build_tiny_config(("ann", "bob"), data={"conflict_test": "conflict.json"})
         with pytest.raises(

@@ -66,6 +66,28 @@ SETTING_OF_OPTION = {"keep": "keep_columns", "clients": "num_clients", "size": "
 """Where an option has another name than its setting."""
 
 
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An empty folder, or a new one.")],
+    clients: Annotated[str, typer.Option(help="Their ids, separated by commas.")],
+    model: Annotated[
+        str, typer.Option(help="Base model, a hub id or a folder. Default: the demo's.")
+    ] = "",
+) -> None:
+    """Write an experiment to fill with your own: a commented YAML, folders and example records.
+
+    It trains as it is, with the demo's tiny base model on a CPU in minutes.
+    Example: fedlora init my-desk --clients ayr,bath,cork
+    """
+    from fedlora_app.demo.starter import DEMO_MODEL, start_experiment
+
+    root = find_project_root()
+    ids = [name.strip() for name in clients.split(",") if name.strip()]
+    path = start_experiment(folder, ids, root, model or DEMO_MODEL)
+    typer.echo(f"Written: {folder}")
+    _show_what_is_next(path, root)
+
+
 @app.command("import")
 def import_(
     source: Source,

@@ -48,13 +48,14 @@ def _fedlora(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Of fedlora-app."),
     ] = False,
 ) -> None:
-    """Plan, look at, evaluate, compare, ask, serve and export what flwr run trains."""
+    """Make, check, plan and train an experiment; evaluate, compare, ask, serve and export it."""
 
 
 def find_config(config: Path) -> tuple[Path, Path]:
     """Return a YAML's path, which may be relative to the project, and the project's root."""
     root = find_project_root(str(config.resolve()))
-    return config if config.exists() else root / config, root
+    in_project = root / config
+    return in_project if in_project.exists() and not config.exists() else config, root
 
 
 def open_model(run: str, server_round: int | None) -> SavedModel:

@@ -113,7 +113,7 @@ def _tiny() -> Preset:
         model={"quantization": "none", "dtype": "float32"},
         adapters={"gate": "none", **_ranks(8)},  # a gate needs a base that understands questions
         training={"learning_rate": 5.0e-3, "batch_size": 8, "gradient_accumulation_steps": 1},
-        federated={"num_rounds": 4},
+        federated={"num_rounds": 3},
     )
 
 

@@ -46,17 +46,19 @@ def register_clients(
     """Have every node register; return each client's node and report.
 
     Args:
-        known_faults: why the run cannot start whatever the clients say. A simulation asks them all
-            the same, so that everything is known at once; SuperNodes are not waited for.
+        known_faults: why the run cannot start whatever the clients say. Those who are there are
+            asked all the same, so that everything is known at once; nobody is waited for.
 
     Raises:
         ConfigError: too many or too few nodes, or two nodes that are one client.
         MessageError: with what the server and every client found wrong, together.
     """
-    if known_faults and not is_simulation(grid):
+    num_clients = len(config.federated.clients)
+    is_complete = is_simulation(grid) or len(set(grid.get_node_ids())) >= num_clients
+    if known_faults and not is_complete:
         raise _refuse(known_faults)
     try:
-        node_ids = wait_for_nodes(grid, len(config.federated.clients), run_config)
+        node_ids = wait_for_nodes(grid, num_clients, run_config)
     except ConfigError as error:
         raise ConfigError("\n".join([*known_faults, str(error)])) from None
     content = build_task_content(task)

@@ -7,13 +7,30 @@ from conftest import ROOT
 
 from fedlora_app.config.loading import load_config
 from fedlora_app.data.client_files import load_all_files, load_client_files
+from fedlora_app.data.linter import lint
 from fedlora_app.data.records import DataError
 
 DEMO = ROOT / "conf" / "demo.yaml"
+CONFIGS = sorted(
+    path
+    for path in (ROOT / "conf").glob("*.yaml")
+    if not path.name.startswith("study-") and path.name != "default.yaml"  # the reference
+)
 MISSING = (
     "data.universal_test=data/demo/universal_tst.json data.conflict_test=data/dmo/x.json "
     "federated.clients.1.local_test=data/demo/riverton/x.json"
 )
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_the_project_ships_the_data_of_every_configuration(path):
+    config = load_config(path)
+    assert load_all_files(config, ROOT).keys() == set(config.client_ids)
+
+
+def test_the_large_model_s_data_have_no_findings():
+    config = load_config(ROOT / "conf" / "qwen2.5-7b-4090.yaml")
+    assert lint(config, load_all_files(config, ROOT), ROOT) == []
 
 
 def test_missing_files_are_told_at_once_by_key_and_once_each():

@@ -80,8 +80,9 @@ def seven_b_sizes():
 
 
 def plan_for(folder: Path, name: str, memory: str = "", overrides: str = ""):
+    """Plan a configuration of conf/ without its data, so for records of full length."""
     config = load_config(ROOT / "conf" / name, f"model.name={folder} {overrides}")
-    return build_plan(config, ROOT, memory)
+    return build_plan(config, folder, memory)
 
 
 def item_bytes(phase, name: str) -> int:

@@ -16,6 +16,11 @@ from fedlora_app.model.size import estimate_parameters
 
 EXPERIMENT_FILE = "experiment.yaml"
 SYSTEM_PROMPT = "You are a helpful assistant."
+OPENING = (
+    "What do {num} clients share, and what does each keep, of the data in {folder}?",
+    "Written by fedlora import, with settings for a base model of this size. All of it may be "
+    "changed.",
+)
 SETS = ("universal_test", "conflict_test", "universal_validation", "conflict_validation")
 NOTHING_SHARED = (
     "The import had no universal records (rows whose client cell is empty), so there is nothing to "
@@ -37,6 +42,8 @@ class Base:
     gpu_bytes: int | None = None
     root: Path = Path()
     """The project, to which a folder is relative."""
+    reason: str = ""
+    """Why this model; empty: as it was found."""
 
 
 def build_experiment(
@@ -44,17 +51,21 @@ def build_experiment(
     files: Mapping[str, Sequence[Mapping[str, Any]]],
     folder: str,
     base: Base,
+    *,
+    opening: Sequence[str] = OPENING,
+    system_prompt: str = SYSTEM_PROMPT,
 ) -> str:
-    """Return the YAML of an experiment on imported files.
+    """Return the YAML of an experiment on files in a folder.
 
     Args:
         files: records by their path in the folder.
         folder: as the YAML is to name it.
+        opening: comments at its top; ``{num}`` clients and ``{folder}`` are filled in.
     """
     sizes = _measure(clients, files)
     choice = choose_model(base.gpu_bytes, sizes.is_latin)
     name = base.model or choice.name
-    reason = "As asked for" if base.model else f"Chosen because {choice.reason}"
+    found = "As asked for" if base.model else f"Chosen because {choice.reason}"
     preset = build_preset(
         estimate_parameters(ModelConfig(name=name), base.root), base.gpu_bytes, sizes
     )
@@ -64,21 +75,17 @@ def build_experiment(
     if not (has_universal and has_local):
         preset.federated["mode"] = "fedavg" if has_universal else "local-only"
         notes["federated.mode"] = NOTHING_OWN if has_universal else NOTHING_SHARED
-    entries = [_build_client(client, files, folder) for client in clients]
+    entries = [_build_client(client, files, folder, system_prompt) for client in clients]
     data = {"universal_train": None} | {key: None for key in SETS}
     data |= {key: f"{folder}/{key}.json" for key in data if f"{key}.json" in files}
     if data["universal_train"] is None:
         notes["data.universal_train"] = "Each client has its own share, above."
     return ExperimentText(
         name=_name(folder),
-        opening=(
-            f"What {len(clients)} clients share, and what each keeps, of the data in {folder}.",
-            "Written by fedlora import, with settings for a base model of this size. All of it may "
-            "be changed.",
-        ),
+        opening=[line.format(num=len(clients), folder=folder) for line in opening],
         path=f"{folder}/{EXPERIMENT_FILE}",
         model=name,
-        model_reason=reason,
+        model_reason=base.reason or found,
         preset=preset,
         clients=entries,
         data=data,
@@ -87,7 +94,10 @@ def build_experiment(
 
 
 def _build_client(
-    client: str, files: Mapping[str, Sequence[Mapping[str, Any]]], folder: str
+    client: str,
+    files: Mapping[str, Sequence[Mapping[str, Any]]],
+    folder: str,
+    system_prompt: str,
 ) -> dict[str, str]:
     """Return a client's entry; what it has none of is what it has of the other kind."""
     keys = ("local_train", "local_test", "local_validation", "universal_train")
@@ -99,7 +109,7 @@ def _build_client(
     if "universal_train" not in found and shared is None:
         found["universal_train"] = found["local_train"]
     ordered = {key: found[key] for key in keys if key in found}
-    return {"id": client, "system_prompt": SYSTEM_PROMPT, **ordered}
+    return {"id": client, "system_prompt": system_prompt, **ordered}
 
 
 def _measure(clients: Sequence[str], files: Mapping[str, Sequence[Mapping[str, Any]]]) -> DataSizes:

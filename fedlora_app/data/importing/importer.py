@@ -6,7 +6,6 @@ of it is known to be right.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from fedlora_app.data.importing.data_card import (
     build_card,
 )
 from fedlora_app.data.importing.experiment import EXPERIMENT_FILE, Base, build_experiment
+from fedlora_app.data.importing.folder import name_folder, refuse_taken, write_folder
 from fedlora_app.data.importing.partitions import (
     partition_dirichlet,
     partition_growing,
@@ -44,8 +44,6 @@ from fedlora_app.data.importing.splits import (
     name_file,
 )
 from fedlora_app.data.keywords import split_words
-from fedlora_app.data.records import DataError
-from fedlora_app.foundation.files import make_private_dir, replace_folder
 
 
 def import_data(
@@ -71,7 +69,7 @@ def import_data(
     Raises:
         DataError: the source or its records are wrong, or the folder is taken.
     """
-    _refuse_taken(output_dir)
+    refuse_taken(output_dir)
     opened = load_source(
         source,
         split=settings.split,
@@ -114,7 +112,7 @@ def import_data(
         experiment=build_experiment(
             list(holdings),
             files,
-            _name_folder(output_dir, root),
+            name_folder(output_dir, root),
             Base(model, gpu_bytes, root or Path.cwd()),
         ),
     )
@@ -122,19 +120,9 @@ def import_data(
     texts = {
         "README.md": build_card(result, opened, settings),
         EXPERIMENT_FILE: result.experiment,
-        ".gitignore": "# Nobody's data belong into a project's history.\n*\n",
     }
-    _write(output_dir, files, texts)
+    write_folder(output_dir, files, texts)
     return result
-
-
-def _refuse_taken(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"{folder} is a file. Name a new or an empty folder.")
-    if folder.exists() and any(folder.iterdir()):
-        raise DataError(
-            f"{folder} is not empty. An import replaces nothing: name a new or an empty folder."
-        )
 
 
 def _drop_duplicates(
@@ -282,26 +270,3 @@ def _count_groups(records: Sequence[ImportedRecord], groups: Sequence[int]) -> i
     for record, group in zip(records, groups, strict=True):
         questions[group].add(record.question)
     return sum(len(members) > 1 for members in questions.values())
-
-
-def _name_folder(output_dir: Path, root: Path | None) -> str:
-    """Return the folder relative to the project, or its whole path if it lies elsewhere."""
-    project, folder = (root or Path.cwd()).resolve(), output_dir.resolve()
-    inside = folder.is_relative_to(project)
-    return (folder.relative_to(project) if inside else folder).as_posix()
-
-
-def _write(
-    output_dir: Path, files: Mapping[str, Sequence[dict[str, Any]]], texts: Mapping[str, str]
-) -> None:
-    folder = output_dir.resolve()
-    make_private_dir(folder.parent)
-    with replace_folder(folder) as partial:
-        partial.chmod(0o700)
-        for path, records in files.items():
-            make_private_dir((partial / path).parent)
-            text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
-            (partial / path).write_text(text, encoding="utf-8")
-        for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8")
-        _refuse_taken(output_dir)  # by somebody else, meanwhile
