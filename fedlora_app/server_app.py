@@ -11,6 +11,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,13 @@ class Settings:
     output_dir: str
     resumption: Resumption | None = None
 
+    @cached_property
+    def date(self) -> str:
+        """The day that the run's prompts are written for: that of its first start."""
+        if self.resumption is not None:
+            return self.resumption.saved.date
+        return datetime.now(UTC).date().isoformat()
+
     @property
     def run_dir(self) -> Path:
         """Absolute path of the run directory."""
@@ -106,7 +115,9 @@ def main(grid: Grid, context: Context) -> None:
         }
         if resumption is None:
             base_commit = getattr(model.get_base_model().config, "_commit_hash", None)
-            run = RunDirectory.create(settings.run_dir, config, settings.root, reports, base_commit)
+            run = RunDirectory.create(
+                settings.run_dir, config, settings.root, reports, base_commit, task.date
+            )
             stack.enter_context(closing(run))
         else:
             require_same_data(run.manifest, reports)
@@ -145,6 +156,7 @@ def build_registration(settings: Settings) -> Task:
         output_dir=str(settings.run_dir.parent),
         package_sha256=hash_package(),
         experiment=json.dumps(settings.config.dump()),
+        date=settings.date,
     )
 
 
