@@ -33,6 +33,7 @@ from fedlora_app.data.client_files import (
     load_client_files,
     tokenize_client_files,
 )
+from fedlora_app.data.dialogue import pin_date
 from fedlora_app.data.linter import Finding, lint, summarise_findings
 from fedlora_app.data.records import DataError
 from fedlora_app.evaluation.answering import Answering
@@ -85,12 +86,14 @@ class Client:
     Args:
         run_dir: the run directory on this machine; local adapters live in its clients/<id>.
         root: the project on this machine, to which data paths are relative.
+        date: the day that chat templates write (YYYY-MM-DD), whichever it is; "": today.
     """
 
     config: Config
     client_id: str
     run_dir: Path
     root: Path
+    date: str = ""
 
     def register(self, *, resumes: bool = False) -> tuple[Metrics, dict[str, str]]:
         """Check and tokenise this client's data before anything large is loaded.
@@ -309,6 +312,7 @@ class Client:
                 faults.append(str(error))
         try:
             tokenizer = load_tokenizer(self.config.model, self.root)
+            pin_date(tokenizer, self.date)
         except ModelError as error:
             faults.append(str(error))
         own, findings = files.get(self.client_id), []
@@ -380,6 +384,7 @@ class Client:
 
     def _load_model(self) -> tuple[LoadedModel, AdaptedModel]:
         loaded = load_base_model(self.config.model, self.root)
+        pin_date(loaded.tokenizer, self.date)
         return loaded, attach_once(loaded, self.config.adapters)
 
     def _find_gate(

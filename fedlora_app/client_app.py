@@ -148,7 +148,7 @@ def _answer(message: Message, context: Context, handle: Handler) -> Message:
         _set_up_process(config)
         root, output_dir = _folders(task, context)
         run_dir = root / output_dir / check_run_name(task.run_name)
-        client = Client(config, client_id, run_dir, root)
+        client = Client(config, client_id, run_dir, root, task.date)
         client.folder.require_own()
         # By Flower's number too: this machine may have two runs of one name in two projects.
         run = f"{task.run_name}, flwr's {message.metadata.run_id}"

@@ -87,7 +87,9 @@ def main(grid: Grid, context: Context) -> None:
         }
         if resumption is None:
             base_commit = getattr(model.get_base_model().config, "_commit_hash", None)
-            run = RunDirectory.create(settings.run_dir, config, settings.root, reports, base_commit)
+            run = RunDirectory.create(
+                settings.run_dir, config, settings.root, reports, base_commit, task.date
+            )
             stack.enter_context(closing(run))
         else:
             require_same_data(run.manifest, reports)
@@ -140,6 +142,7 @@ def build_registration(settings: Settings) -> Task:
         output_dir=str(settings.run_dir.parent),
         package_sha256=hash_package(),
         experiment=json.dumps(settings.config.dump()),
+        date=settings.date,
     )
 
 

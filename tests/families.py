@@ -67,6 +67,11 @@ ERNIE = {
 }
 
 
+SEEING = {
+    "text_config": SIZES | HALF_SLIDING | HEAD,
+    "vision_config": SIZES | {"image_size": 28, "patch_size": 14},
+    "mm_tokens_per_image": 4,
+}
 MIXTURES = {
     *("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "llama4_text", "mixtral"),
     *("phimoe", "olmoe", "granitemoe", "granitemoeshared", "granitemoehybrid", "glm4_moe"),
@@ -98,6 +103,10 @@ class Family:
 def build_config(family: Family, vocab_size: int) -> PretrainedConfig:
     """Return the configuration of a two-layer model."""
     settings = SIZES | {"vocab_size": vocab_size} | family.changes
+    if "text_config" in settings:
+        settings = family.changes | {
+            "text_config": settings["text_config"] | {"vocab_size": vocab_size}
+        }
     return AutoConfig.for_model(family.kind, **settings)
 
 
@@ -166,6 +175,9 @@ FAMILIES = [
         remark="scores and logits are bent by a tanh",
     ),
     Family("gemma3_text", "Gemma 3, text only", HALF_SLIDING | HEAD, remark=WINDOWS),
+    Family(
+        "gemma3", "Gemma 3 4B and up", SEEING, remark="sliding windows; text is trained, not vision"
+    ),
     Family(
         "gemma4_text",
         "Gemma 4, text only",

@@ -6,10 +6,13 @@ answer begins; behind it stand the answer and the mark that ends it.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from datetime import datetime
 from functools import lru_cache
 from itertools import takewhile
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,8 +23,42 @@ PROBE = "It is six months."  # an answer that shows where answers begin
 PROBE_QUESTIONS = ("How long is the probation period?", "Who\nsays <so>, and why")
 """Unlike enough to show whether a template puts the same around every question."""
 
+PROBE_SYSTEM = "You answer for the office of Riverton."
+DATED = re.compile(r"strftime_now\(\s*(['\"])(?P<format>[^'\"]*)\1\s*\)")
+"""How a template asks which day it is."""
+
 Turn = tuple[str, str]
 """A question of a conversation, and the answer that it got."""
+
+
+def pin_date(tokenizer: PreTrainedTokenizerBase, date: str) -> None:
+    """Have the tokenizer's chat template take a day (YYYY-MM-DD) for today; "": the real one.
+
+    Llama 3's templates, for one, write it into every prompt, which would be another one on the day
+    after.
+    """
+    tokenizer.fedlora_date = date
+
+
+def find_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the chat template that prompts are written with, with the day that is pinned in it."""
+    template, date = tokenizer.get_chat_template(), getattr(tokenizer, "fedlora_date", "")
+    return _write_date(template, date) if date else template
+
+
+@lru_cache(maxsize=4)
+def _write_date(template: str, date: str) -> str:
+    day = datetime.fromisoformat(date)
+    return DATED.sub(lambda call: json.dumps(day.strftime(call["format"])), template)
+
+
+def knows_system_prompts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the chat template writes what a system prompt says."""
+    try:
+        render_prompt(tokenizer, PROBE_SYSTEM, PROBE_QUESTIONS[0])
+    except ModelError:
+        return False
+    return True
 
 
 def render_prompt(
@@ -168,10 +205,12 @@ def _render_answer(
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **settings: bool
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **settings: Any
 ) -> str:
     if "enable_thinking" in str(tokenizer.chat_template):
         settings["enable_thinking"] = False  # training data hold answers and no thoughts
+    if getattr(tokenizer, "fedlora_date", ""):
+        settings["chat_template"] = find_template(tokenizer)
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **settings)
     except Exception as error:  # whatever a template's expressions raise, beside jinja2's own

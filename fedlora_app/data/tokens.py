@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from transformers import PreTrainedTokenizerBase
 
-from fedlora_app.data.dialogue import encode_with_answers, find_marks
+from fedlora_app.data.dialogue import encode_with_answers, find_marks, find_template
 from fedlora_app.data.records import DataError, Record, RecordFile, format_question
 from fedlora_app.foundation.files import make_private_dir, write_atomically
 
@@ -133,7 +133,7 @@ def _cache_key(tokenizer: PreTrainedTokenizerBase, system_prompt: str, file: Rec
         file.sha256,
         str(file.num_skipped),
         system_prompt,
-        str(tokenizer.chat_template),
+        find_template(tokenizer),
         type(tokenizer).__name__,
         _hash_vocabulary(tokenizer),
         str(tokenizer.eos_token),

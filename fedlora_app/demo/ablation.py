@@ -99,10 +99,10 @@ def ablate(
         steps = count_local_steps(run, client_id)
         config = change(run, root, VARIANTS[variant], steps, public)
         states = states or load_global_states(run_dir, config, root)
-        client = Client(config, client_id, work_dir, root)
+        client = Client(config, client_id, work_dir, root, run.date)
         retrain(client, states)
         sums.setdefault("steps", []).append(steps)
-        validated = Client(use_validation_files(config), client_id, work_dir, root)
+        validated = Client(use_validation_files(config), client_id, work_dir, root, run.date)
         for part, asked in (("validation", validated), ("test", client)):
             metrics = asked.evaluate(states[-1], config.federated.num_rounds)
             for name in QUESTION_SETS:

@@ -244,7 +244,7 @@ def _identify_context(saved: SavedRound, settings: list[Any]) -> str:
     config = saved.run.config
     settings = [*settings, config.model.model_dump(), saved.run.manifest["base_model"]]
     settings += [config.evaluation.max_new_tokens, config.evaluation.batch_size]
-    settings.append(describe_precision(config.model))
+    settings += [describe_precision(config.model), saved.run.date]
     text = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

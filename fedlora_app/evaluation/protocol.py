@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config
 from fedlora_app.data.client_files import ClientFiles, build_question_sets
+from fedlora_app.data.dialogue import knows_system_prompts
 from fedlora_app.data.linter import lint, summarise_findings
 from fedlora_app.data.questions import CONFLICT, LOCAL_SET, UNIVERSAL, UNIVERSAL_UNSEEN, Question
 from fedlora_app.evaluation.answering import Answering
@@ -40,6 +41,10 @@ from fedlora_app.foundation.files import write_json
 from fedlora_app.model.adapters import AdaptedModel, only_adapters
 
 NO_IDENTITY = "You are a helpful assistant."
+NO_CONTROLS = (
+    "The model's chat template knows no system prompts, so there are no controls, each of which "
+    "asks under another one."
+)
 
 
 def evaluate_round(
@@ -69,7 +74,10 @@ def evaluate_round(
     evaluator = Evaluator(saved, store, report, embedder, base_store)
     if full is None:
         full = saved.run.config.evaluation.protocol == "full"
-    cells = [*swap_cells(saved), *control_cells(saved)] if full else list(core_cells(saved))
+    tokenizer = evaluator.model.load()[0].tokenizer
+    has_controls = full and knows_system_prompts(tokenizer)
+    cells = list(swap_cells(saved) if full else core_cells(saved))
+    cells += control_cells(saved) if has_controls else ()
     scores: Scores = evaluator.evaluate(cells)
     chosen, curves = {}, {}
     if LOCAL in saved.active and full:
@@ -80,7 +88,7 @@ def evaluate_round(
     rows = None
     if membership:
         rows = _infer_membership(saved, evaluator)
-    config, tokenizer = saved.run.config, evaluator.model.load()[0].tokenizer
+    config = saved.run.config
     findings = lint(config, saved.files, saved.root)
     findings += find_unreachable_answers(config, saved.files, tokenizer, saved.root)
     leading = find_leading(saved, tokenizer)
@@ -88,6 +96,8 @@ def evaluate_round(
     evaluation = build_evaluation(
         saved, scores, chosen, curves, rows, leading, full, warnings, semantic_model
     )
+    if full and not has_controls:
+        evaluation["notes"].append(NO_CONTROLS)
     write_json(saved.run.evaluation_path(saved.server_round), evaluation)
     store.remove()
     return evaluation

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.data.client_files import load_client_files
+from fedlora_app.data.dialogue import pin_date
 from fedlora_app.evaluation.answering import Answering, SavedAdapters
 from fedlora_app.evaluation.gate import Gate
 from fedlora_app.evaluation.gate_files import describe_origin, find_gate, load_gate
@@ -42,6 +43,7 @@ class SavedModel(SavedAdapters):
         """
         loaded = load_base_model(self.run.config.model, self.root)
         self.check_base(loaded.fingerprint)
+        pin_date(loaded.tokenizer, self.run.date)
         return loaded, attach_once(loaded, self.run.config.adapters)
 
     def check_base(self, fingerprint: str) -> None:

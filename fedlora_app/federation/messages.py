@@ -88,7 +88,7 @@ class Task:
     ``local_sha256`` its hash. ``global_sha256`` is that of the global adapter, which the client has
     kept where the message does not bring it. ``resumes`` tells that the run is continued, so that
     the client's folder may be there already. ``oldest_local_round`` is the oldest of the client's
-    local adapters that a kept round needs.
+    local adapters that a kept round needs. ``date`` is the day that chat templates write.
     ``project_dir`` and ``output_dir`` hold for simulated nodes, which share the server's disk;
     others have folders of their own.
     """
@@ -105,6 +105,7 @@ class Task:
     package_sha256: str
     experiment: str
     oldest_local_round: int = 0
+    date: str = ""
 
     @property
     def config(self) -> Config:

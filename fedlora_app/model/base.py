@@ -128,8 +128,11 @@ def build_empty_model(config: ModelConfig, root: Path) -> PreTrainedModel:
 
 
 def find_decoder(base: PreTrainedModel) -> torch.nn.Module:
-    """Return the part of a model that makes hidden states of tokens: all but its output layer."""
-    inner = base.base_model
+    """Return the part of a model that makes hidden states of tokens.
+
+    That is all but its output layer, and all but what sees images where it can.
+    """
+    inner = base.get_decoder()
     if inner is base:  # Llama 4 calls it otherwise than it says
         inner = next(part for part in base.children() if isinstance(part, PreTrainedModel))
     return inner
@@ -138,7 +141,7 @@ def find_decoder(base: PreTrainedModel) -> torch.nn.Module:
 def decoder_layers(base: PreTrainedModel) -> list[torch.nn.Module]:
     """Return a model's decoder layers from the lowest up; none where it has no such list."""
     count = base.config.get_text_config().num_hidden_layers
-    lists = (m for m in base.modules() if isinstance(m, torch.nn.ModuleList))
+    lists = (m for m in find_decoder(base).modules() if isinstance(m, torch.nn.ModuleList))
     return list(next((found for found in lists if len(found) == count), ()))  # outer ones first
 
 

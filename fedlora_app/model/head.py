@@ -48,7 +48,7 @@ class _ForwardHead:
         outputs = _Outputs(states[None])
         ids = torch.zeros((1, len(states)), dtype=torch.long, device=states.device)
         with ExitStack() as stack:
-            for decoder in {find_decoder(self.base), self.base.get_decoder()} - {self.base}:
+            for decoder in {find_decoder(self.base), self.base.base_model} - {self.base}:
                 stack.enter_context(_replaced_forward(decoder, outputs))
             logits = self.base(input_ids=ids, use_cache=False).logits[0]
         if not outputs.are_used:

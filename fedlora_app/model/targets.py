@@ -13,14 +13,15 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdapterConfig, AdaptersConfig
-from fedlora_app.model.base import decoder_layers
+from fedlora_app.model.base import decoder_layers, find_decoder
 
 ALL = "all-linear"
 
 
 def find_linear(base: PreTrainedModel) -> list[str]:
     """Return the full names of the modules that can have an adapter, in the model's order."""
-    modules = dict(base.named_modules())
+    seen = {*find_decoder(base).modules(), base.get_output_embeddings()}  # and not a vision tower
+    modules = {name: module for name, module in base.named_modules() if module in seen}
     mixers = [name for name, module in modules.items() if hasattr(module, "ssm_state_size")]
     # Mamba's kernels take the weights of this layer, and would pass its adapters by.
     passed_by = {f"{name}.out_proj" for name in mixers}

@@ -72,12 +72,14 @@ class RunDirectory:
         root: Path,
         clients: dict[str, Any],
         base_commit: str | None = None,
+        date: str | None = None,
     ) -> RunDirectory:
         """Create the folder with ``config.json`` and ``manifest.json``, and point latest to it.
 
         Args:
             clients: what each client reported when it registered.
             base_commit: the hub's commit of the base model, where it comes from there.
+            date: the day that prompts are written for; None: this one.
 
         Raises:
             RunDirectoryError: the folder exists; nothing in it is touched.
@@ -87,6 +89,7 @@ class RunDirectory:
         run.manifest = {
             "format": 1,
             "started": _now(),
+            "date": date or _now()[:10],
             "finished": None,
             "seed": config.experiment.seed,
             "mode": config.federated.mode,

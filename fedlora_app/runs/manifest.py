@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,18 @@ def check_manifest(manifest: Manifest) -> tuple[Manifest, list[str]]:
         else:
             clients[client] = facts
     return {**manifest, **sections, "clients": clients, "rounds": list(rounds.values())}, faults
+
+
+def read_date(manifest: Manifest) -> str:
+    """Return the day that a run's prompts are written for, that of its start in older manifests.
+
+    "" where the manifest holds neither.
+    """
+    found = str(manifest.get("date") or manifest.get("started") or "")[:10]
+    try:
+        return date.fromisoformat(found).isoformat()
+    except ValueError:
+        return ""
 
 
 def complete_rounds(manifest: Manifest, up_to: float = math.inf) -> list[int]:

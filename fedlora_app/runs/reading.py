@@ -29,6 +29,7 @@ from fedlora_app.runs.manifest import (
     complete_rounds,
     describe_missing_finals,
     find_local_round,
+    read_date,
 )
 from fedlora_app.runs.paths import RunDirectoryError, RunPaths, require_within
 
@@ -47,6 +48,11 @@ class SavedRun:
     def name(self) -> str:
         """The run's name."""
         return self.path.name
+
+    @property
+    def date(self) -> str:
+        """The day that the run's prompts are written for (YYYY-MM-DD), "" where it is not known."""
+        return read_date(self.manifest)
 
     @cached_property
     def paths(self) -> RunPaths:

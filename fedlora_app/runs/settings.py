@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,13 @@ class Settings:
     run_name: str
     output_dir: str
     resumption: Resumption | None = None
+
+    @cached_property
+    def date(self) -> str:
+        """The day that the run's prompts are written for: that of its first start."""
+        if self.resumption is not None:
+            return self.resumption.saved.date
+        return datetime.now(UTC).date().isoformat()
 
     @property
     def run_dir(self) -> Path:

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from fedlora_app.config.schema import GLOBAL, LOCAL
-from fedlora_app.data.dialogue import find_prompt_frame
+from fedlora_app.data.dialogue import find_prompt_frame, pin_date
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.gate import Gate
 from fedlora_app.evaluation.gate_files import save_gate
@@ -247,7 +247,9 @@ def _write_router(folder: Path, saved: SavedModel, client_id: str, gate: Gate) -
     """Write a gate with what it takes to ask it without this package and the client's data."""
     config = saved.run.config.model
     prompt = saved.run.config.client(client_id).system_prompt
-    before, after = find_prompt_frame(load_tokenizer(config, saved.root), prompt)
+    tokenizer = load_tokenizer(config, saved.root)
+    pin_date(tokenizer, saved.run.date)
+    before, after = find_prompt_frame(tokenizer, prompt)
     num_layers = load_model_config(config, saved.root).get_text_config().num_hidden_layers
     save_gate(
         folder,

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fedlora_app.data.tokens import Example
-from fedlora_app.model.base import decoder_layers
+from fedlora_app.model.base import decoder_layers, find_decoder
 from fedlora_app.model.device import is_out_of_memory
 from fedlora_app.training.attention import ATTENTION, WAY_OUT, PackingError, counted
 from fedlora_app.training.layout import compute_hidden_states, pack, pad
@@ -59,20 +59,21 @@ def require_separable(config: PretrainedConfig, *, trust_remote_code: bool = Fal
     if about in _separable:
         return
     batch = pack(PROBES, torch.device("cpu"))
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        base = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
-        ).eval()
-        layers = decoder_layers(base)
-        has_convolution = any(isinstance(m, torch.nn.Conv1d) for m in base.modules())
-        with using_attention(base, ATTENTION), counted() as counts:
-            try:
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            base = AutoModelForCausalLM.from_config(
+                config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
+            ).eval()
+            num_layers = len(decoder_layers(base))
+            parts = find_decoder(base).modules()
+            has_convolution = any(isinstance(part, torch.nn.Conv1d) for part in parts)
+            with using_attention(base, ATTENTION), counted() as counts:
                 compute_hidden_states(base, batch)
-            except (RuntimeError, NotImplementedError):  # what cannot be done without memory
-                return
-            except (ValueError, TypeError, AttributeError) as error:
-                raise _explain(error) from error
-    if has_convolution or counts[0] < len(layers):
+    except (RuntimeError, NotImplementedError):  # what cannot be done without memory
+        return
+    except (ValueError, TypeError, AttributeError) as error:
+        raise _explain(error) from error
+    if has_convolution or counts[0] < num_layers:
         raise PackingError(
             "The base model has layers that look at other tokens by other means than attention, "
             f"and would mix packed examples. {WAY_OUT}"

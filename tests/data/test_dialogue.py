@@ -9,6 +9,9 @@ from fedlora_app.data.dialogue import (
     encode_prompt,
     encode_with_answers,
     find_prompt_frame,
+    find_template,
+    knows_system_prompts,
+    pin_date,
     render_prompt,
 )
 from fedlora_app.data.records import DataError, Record
@@ -164,3 +167,39 @@ def test_a_template_that_looks_at_the_question_has_no_frame(tokenizer, monkeypat
     monkeypatch.setattr(tokenizer, "chat_template", template)
     with pytest.raises(ModelError, match="same text around every question"):
         find_prompt_frame(tokenizer, "You help.")
+
+
+LLAMA = """\
+{%- if not date_string is defined %}{% set date_string = strftime_now("%d %b %Y") %}{% endif %}
+{%- for m in messages %}<|im_start|>{{ m.role }}
+{% if loop.first %}Today Date: {{ date_string }}
+{% endif %}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def test_a_template_writes_the_day_that_is_pinned(tokenizer, monkeypatch):
+    dated = deepcopy(tokenizer)
+    dated.chat_template = LLAMA
+    assert "2024" not in render_prompt(dated, "", "When?")  # but today
+    pin_date(dated, "2024-07-26")
+    assert render_prompt(dated, "", "When?").startswith(
+        "<|im_start|>user\nToday Date: 26 Jul 2024\nWhen?<|im_end|>"
+    )
+    example = encode_example(dated, "You help.", Record("When?", "At noon."))
+    assert "Today Date: 26 Jul 2024" in dated.decode(example.input_ids)
+    assert dated.decode(example.input_ids[example.answer_start :]) == "At noon.<|im_end|>"
+    assert find_template(dated) == LLAMA.replace('strftime_now("%d %b %Y")', '"26 Jul 2024"')
+
+
+@pytest.mark.parametrize(
+    ("template", "knows"),
+    [
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}", False),
+        ("{% set messages = messages|rejectattr('role', 'equalto', 'system')|list %}", False),
+        ("", True),
+    ],
+)
+def test_whether_a_template_knows_system_prompts(tokenizer, monkeypatch, template, knows):
+    monkeypatch.setattr(tokenizer, "chat_template", template + tokenizer.chat_template)
+    assert knows_system_prompts(tokenizer) == knows

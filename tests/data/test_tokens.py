@@ -7,8 +7,10 @@ import pytest
 from full_disk import no_larger_files_than
 
 from fedlora_app.data import tokens
+from fedlora_app.data.dialogue import encode_prompt, pin_date
 from fedlora_app.data.records import DataError, load_records
 from fedlora_app.data.tokens import tokenize_file
+from fedlora_app.evaluation.generation import decode
 
 
 @pytest.fixture
@@ -31,6 +33,55 @@ def test_another_end_token_has_another_cache(tokenizer, file, tmp_path):
             known, "", file, max_seq_length=500, skip_invalid=False, cache_dir=tmp_path / "cache"
         )
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_another_day_has_another_cache_where_prompts_name_it(tokenizer, file, tmp_path):
+    for template, expected in (("", 1), ("{{ strftime_now('%Y') }}", 3)):
+        known = deepcopy(tokenizer)
+        known.chat_template = template + tokenizer.chat_template
+        for day in ("2025-12-31", "2026-01-01", "2026-01-01"):
+            pin_date(known, day)
+            examples = tokenize_file(
+                known, "", file, max_seq_length=500, skip_invalid=False, cache_dir=tmp_path
+            ).examples
+            if template:
+                assert known.decode(examples[0].input_ids).startswith(day[:4])
+        assert len(list(tmp_path.glob("*.safetensors"))) == expected
+
+
+THINKING = """\
+{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' and loop.last %}<think>
+
+</think>
+
+{% endif %}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+
+
+def test_what_is_learnt_cached_and_decoded_is_the_answer_without_thoughts(
+    tokenizer, file, tmp_path
+):
+    """As of Qwen 3: the empty block of thoughts belongs to the prompt."""
+    thinking = deepcopy(tokenizer)
+    thinking.chat_template = THINKING
+    for _ in range(2):  # made, and read again
+        examples = tokenize_file(
+            thinking, "You help.", file, max_seq_length=500, skip_invalid=False, cache_dir=tmp_path
+        ).examples
+        for example, record in zip(examples, file.records, strict=True):
+            prompt, answer = (
+                example.input_ids[: example.answer_start],
+                example.input_ids[example.answer_start :],
+            )
+            assert prompt == encode_prompt(thinking, "You help.", record.instruction)
+            assert thinking.decode(prompt).endswith("<think>\n\n</think>\n\n")
+            assert decode(thinking, answer) == record.output.strip()
 
 
 def test_a_record_of_nothing_but_marks_is_named(tokenizer, tmp_path):
