@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from full_disk import no_larger_files_than
@@ -11,6 +13,8 @@ from full_disk import no_larger_files_than
 from fedlora_app.foundation.files import (
     extend_atomically,
     extend_json_list,
+    is_locked,
+    lock_folder,
     new_folder,
     replace_folder,
     write_atomically,
@@ -116,3 +120,14 @@ def test_an_error_in_a_partial_folder_names_the_file_s_final_place(tmp_path):
     with pytest.raises(FileNotFoundError) as caught, new_folder(folder):
         (tmp_path / "elsewhere").read_text()
     assert caught.value.filename == str(tmp_path / "elsewhere")
+
+
+def test_looking_whether_a_folder_is_locked_keeps_nobody_from_locking_it(tmp_path):
+    lock_folder(tmp_path).close()
+    looking = (tmp_path / ".lock").open()
+    fcntl.flock(looking, fcntl.LOCK_SH)  # in the midst of is_locked
+    Timer(0.2, looking.close).start()
+    with lock_folder(tmp_path):
+        assert is_locked(tmp_path)
+        assert lock_folder(tmp_path) is None  # and two cannot hold it
+    assert not is_locked(tmp_path)
