@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedlora_app.cli.root import AsJson, RunName, ServerRound, app, quiet_transformers
+from fedlora_app.cli.root import AsJson, RunName, ServerRound, app, choose_run, quiet_transformers
 from fedlora_app.foundation.project import find_project_root
 from fedlora_app.foundation.terminal import show_progress
 from fedlora_app.runs.paths import RunDirectoryError
@@ -87,10 +87,9 @@ def evaluate(
     from fedlora_app.evaluation.protocol import evaluate_round
     from fedlora_app.evaluation.text import describe_evaluation
     from fedlora_app.report.page import write_report
-    from fedlora_app.runs.paths import find_run
     from fedlora_app.runs.reading import load_run
 
-    run_dir = find_run(run, find_project_root())
+    run_dir = choose_run(run)
     root = find_project_root(str(run_dir / "config.json"))  # the checkout that it lies in
     saved = open_round(load_run(run_dir), root, server_round)
     quiet_transformers()
@@ -122,13 +121,11 @@ def compare(
     """
     from fedlora_app.evaluation.comparison import compare_evaluations
     from fedlora_app.evaluation.comparison_text import describe_comparison
-    from fedlora_app.runs.paths import find_run
     from fedlora_app.runs.reading import load_run
 
-    root = find_project_root()
     evaluations = {}
     for name in runs:
-        run = load_run(find_run(name, root))
+        run = load_run(choose_run(name))
         if run.name in evaluations:
             raise RunDirectoryError(f"{run.name} is given twice; name different runs.")
         if run.evaluation is None:
@@ -157,10 +154,8 @@ def report(
     Damaged and half-finished runs are shown as far as they go. Example: fedlora report latest
     """
     from fedlora_app.report.page import COMPARISON_FILE, write_comparison, write_report
-    from fedlora_app.runs.paths import find_run
 
-    root = find_project_root()
-    paths = list(dict.fromkeys(find_run(name, root) for name in runs))
+    paths = list(dict.fromkeys(map(choose_run, runs)))
     if len(paths) == 1:
         typer.echo(f"Report: {write_report(paths[0], output)}")
         return

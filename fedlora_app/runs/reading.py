@@ -33,6 +33,14 @@ from fedlora_app.runs.manifest import (
 from fedlora_app.runs.paths import RunDirectoryError, RunPaths, require_within
 
 MOST_FAULTS = 5  # that an error names
+MODES = {
+    "dual": "a global and a local adapter at each client",
+    "fedavg": "one averaged adapter for all clients, a baseline",
+    "finetuned": "each client's own copy of the average, a baseline",
+    "local-only": "a local adapter at each client and nothing shared, a baseline",
+    "centralized": "one adapter trained on everybody's data, a baseline",
+}
+"""What clients answer with."""
 
 
 @dataclass(frozen=True)
@@ -245,6 +253,15 @@ def load_run(path: Path | str) -> SavedRun:
     if faults:
         raise RunDirectoryError(_describe_damage(paths.manifest, faults))
     return SavedRun(path, _read_config(paths.config), manifest)
+
+
+def describe_mode(path: Path) -> str:
+    """Return a run's mode in words, such as "mode fedavg: one averaged adapter, a baseline"."""
+    try:
+        mode = _read_object(RunPaths(path).manifest).get("mode")
+    except RunDirectoryError:
+        mode = None
+    return f"mode {mode}: {MODES[mode]}" if mode in MODES else "of an unknown mode"
 
 
 def read_what_is_left(path: Path, name: str = "") -> PartialRun:
