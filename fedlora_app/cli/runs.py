@@ -148,6 +148,9 @@ def report(
         Path | None,
         typer.Option(help="Default: report.html in the run, or comparison.html beside several."),
     ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Keep one run's page current until the run ends.")
+    ] = False,
 ) -> None:
     """Write one self-contained page per run, and one that puts several runs side by side.
 
@@ -156,6 +159,13 @@ def report(
     from fedlora_app.report.page import COMPARISON_FILE, write_comparison, write_report
 
     paths = list(dict.fromkeys(map(choose_run, runs)))
+    if watch:
+        from fedlora_app.report.watching import watch_report
+
+        if len(paths) > 1:
+            raise typer.BadParameter("--watch follows one run; name one.")
+        typer.echo(f"Report: {watch_report(paths[0], output, typer.echo)}")
+        return
     if len(paths) == 1:
         typer.echo(f"Report: {write_report(paths[0], output)}")
         return

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from fedlora_app.foundation.files import write_atomically
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -93,9 +95,11 @@ def render_svg(figure: Figure, name: str) -> str:
 def save_plot(figure: Figure, folder: Path, name: str) -> str:
     """Write ``<name>.png`` and ``<name>.svg`` and return the SVG."""
     folder.mkdir(parents=True, exist_ok=True)
-    svg = render_svg(figure, name)
-    (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
+    svg, image = render_svg(figure, name), BytesIO()
     figure.set_layout_engine("none")  # what the first rendering found still holds
     with rc_context(STYLE):
-        figure.savefig(folder / f"{name}.png", dpi=144, metadata={"Software": None})
+        figure.savefig(image, format="png", dpi=144, metadata={"Software": None})
+    # Whoever watches a run may write them at the moment in which the run itself does.
+    write_atomically(folder / f"{name}.svg", svg)
+    write_atomically(folder / f"{name}.png", image.getvalue())
     return svg

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import os
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -59,8 +60,13 @@ MEANS = {
 }
 
 
-def write_report(run_dir: Path, output: Path | None = None) -> Path:
+def write_report(
+    run_dir: Path, output: Path | None = None, reload_seconds: int | None = None
+) -> Path:
     """Write one run's report, and its plots beside it, and return the page's path.
+
+    Args:
+        reload_seconds: after which a browser reloads the page; None: it does not.
 
     Raises:
         RunDirectoryError: there is nothing of a run in the folder.
@@ -78,6 +84,8 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
         output,
         title=f"{run.name}: {verdict.headline}",
         kicker=_describe(run),
+        reload_seconds=reload_seconds,
+        written=time.strftime("%H:%M:%S"),
         verdict=verdict,
         table=_figure_table(figures.values(), ANSWERS_WITH.get(run.mode, "global")),
         facts=list(_facts(run)),
