@@ -19,6 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlora_app.config.loading import change_config, load_config
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config, ConfigError
+from fedlora_app.evaluation.learning import find_nothing_learned
 from fedlora_app.evaluation.reported import describe_run
 from fedlora_app.federation.grid import PacedGrid
 from fedlora_app.federation.messages import REGISTRATION_ROUND, Task
@@ -219,6 +220,8 @@ def report_run(run_dir: Path) -> str:
 def describe_end(history: list[dict[str, Any]], config: Config) -> str:
     """Return what a finished run prints before its last line."""
     table = describe_run(history)
+    if (nothing := find_nothing_learned(history)) is not None:
+        return f"{table}\n{nothing.headline} {nothing.sentence}"
     if config.federated.mode != "dual":
         return table
     return (

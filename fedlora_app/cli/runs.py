@@ -27,7 +27,7 @@ def runs(
 ) -> None:
     """List runs with their state, mode, rounds and last figures, the newest first.
 
-    Figures are means over clients of what they answer with. Example: fedlora runs
+    Figures are means over all clients' answers. Example: fedlora runs
     """
     from fedlora_app.runs.paths import list_runs
     from fedlora_app.runs.reading import read_what_is_left

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
+from html import escape
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +61,24 @@ Plot = Callable[..., Figure]
 
 class NothingToPlotError(ValueError):
     """What the plot shows was not recorded; the message says how it would be."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What a notebook shows in the place of a figure that cannot be drawn."""
+
+    why: str
+
+    def _repr_html_(self) -> str:
+        return f'<p style="border: 1px dashed; padding: 1em">{escape(self.why)}</p>'
+
+
+def draw(plot: Plot, *args: Any, **settings: Any) -> Figure | Missing:
+    """Return the figure of one of the ``plot_*`` functions, or what the run lacks for it."""
+    try:
+        return plot(*args, **settings)
+    except NothingToPlotError as error:
+        return Missing(str(error))
 
 
 def styled(plot: Plot) -> Plot:
