@@ -153,9 +153,9 @@ def _is_better(reports: Reports, own: str, question_set: str, measure: Measure) 
     if measure is EXACT_MATCH:
         return ours.low is None or ours.low > base.value
     ones, others, facts = pair_answers(reports, (own, BASE), question_set, measure)
-    if not facts:
-        return ours.differs_from(base) > 0
-    return flip_signs(ones, others, facts) < SIGNIFICANT
+    if not facts:  # histories of earlier versions
+        return None not in (ours.low, base.low) and ours.differs_from(base) > 0
+    return sum(ones) > sum(others) and flip_signs(ones, others, facts) < SIGNIFICANT
 
 
 def _compare(reports: Reports, own: str) -> str:

@@ -83,14 +83,16 @@ def pair_answers(
 ) -> tuple[list[int], list[int], list[Hashable]]:
     """Return whether the adapters of two labels pass, and what about, by question of all clients.
 
-    Empty where verdicts are not listed, or not of the same questions.
+    Of the questions that both were asked; empty where verdicts are not listed.
     """
     rows: list[tuple[int, int, Hashable]] = []
     for client, report in reports.items():
-        ones, others = (_read_answers(client, report, x, question_set, measure) for x in labels)
-        if [asked for *_, asked in ones] != [asked for *_, asked in others]:
-            return [], [], []
-        rows += [(a[0], b[0], a[1]) for a, b in zip(ones, others, strict=True)]
+        ones, others = (
+            {asked: (passed, fact) for passed, fact, asked in answers}
+            for label in labels
+            for answers in [_read_answers(client, report, label, question_set, measure)]
+        )
+        rows += [(*ones[asked][:1], *others[asked]) for asked in ones if asked in others]
     return tuple(map(list, zip(*rows, strict=True))) if rows else ([], [], [])
 
 

@@ -89,6 +89,17 @@ def test_what_was_learned_or_not_measured_is_not_denied(history):
     assert find_nothing_learned(history) is None
 
 
+@pytest.mark.parametrize("ranked", [6, 16])
+def test_who_did_not_report_in_the_last_round_takes_nothing_from_the_others(ranked):
+    missing = ("bob", len(FALLING), "evaluate")
+    history = [
+        entry
+        for entry in write_history(ranked=ranked)
+        if (entry["client"], entry["round"], entry["phase"]) != missing
+    ]
+    assert (find_nothing_learned(history) is None) == (ranked == 16)
+
+
 @pytest.mark.parametrize("lists", [True, False])
 def test_a_ranking_that_chance_explains_is_nothing_learned(lists):
     assert find_nothing_learned(write_history(ranked=8, lists=lists)) is not None
