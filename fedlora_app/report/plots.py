@@ -176,10 +176,11 @@ def plot_swap_table(evaluation: dict[str, Any], measure: str = "exact_match") ->
     means = [[_mean(values.get((who, name))) for name in columns] for who in rows]
     title = "who answers what, mean over clients"
     if measure != EXACT_MATCH.name:
-        title += f": {MEASURES[measure].label}"
+        title = f"who answers what: {MEASURES[measure].label}"
     chances = read_chances(evaluation) if measure == ACCURACY.name else {}
     labels = [
-        QUESTION_SETS[name].label.replace(", ", ",\n") + describe_chance(chances, name, lead="\n")
+        QUESTION_SETS[name].label.replace(", ", ",\n")
+        + describe_chance(chances, name, lead="\n").replace("chance ", "chance\n")
         for name in columns
     ]
     return _plot_heat(means, [ANSWERERS[who] for who in rows], labels, title)

@@ -314,8 +314,8 @@ def _find_what_is_missing(run: PartialRun) -> Iterator[str]:
     if run.manifest.get("finished") is None:
         done = "none" if run.last_round is None else f"round {run.last_round} the last"
         yield (
-            f"The run has not finished: of {run.num_rounds} rounds {done} complete. It is still "
-            "running, or was stopped."
+            f"The run has not finished: of {run.num_rounds} rounds {done} complete. It "
+            f"{'is running at this moment' if run.state == 'running' else 'was stopped'}."
         )
     for entry in run.manifest["rounds"]:
         for client, why in entry.get("failures", {}).items():
