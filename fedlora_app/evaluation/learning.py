@@ -49,7 +49,7 @@ ADVICE: dict[Trend | None, str] = {
     ),
     "rising": "Try a lower training.learning_rate.",
     "undefined": "Try a lower training.learning_rate.",
-    None: "",
+    None: "More rounds (num-rounds) tell more.",
 }
 LEARNED_OTHERS = (
     "What clients train on they have learned, so the test questions ask for something else: "
@@ -61,7 +61,8 @@ LEARNED_OTHERS = (
 class Loss:
     """Where the training loss went: the means over clients and phases of two rounds."""
 
-    trend: Trend
+    trend: Trend | None
+    """None where one round tells none."""
     first: float
     last: float
     has_fallen: bool
@@ -73,13 +74,13 @@ class Loss:
         """Return the loss in a sentence."""
         if self.trend == "undefined":
             return "The training loss is not a number."
-        told = f"The training loss is {'still ' * (self.trend == 'falling')}{self.trend}: "
+        told = f"{self.last:.3g} nats per answer token"
+        if self.trend is None:
+            return f"The training loss is {told} after one round, which tells no trend."
+        trend = f"The training loss is {'still ' * (self.trend == 'falling')}{self.trend}"
         if not self.num_changes:
-            return f"{told}{self.last:.3g} nats per answer token in the one round that trained."
-        return (
-            f"{told}{self.first:.3g} nats per answer token in the first round, {self.last:.3g} in "
-            "the last."
-        )
+            return f"{trend}: {told} in the one round that trained."
+        return f"{trend}: {told} in the last round, {self.first:.3g} in the first."
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def find_nothing_learned(history: Sequence[Mapping[str, Any]]) -> NothingLearned
     sentences = (
         f"No question set is answered better than by the base model: {_compare(reports, own)}.",
         loss.describe() if loss else "",
-        LEARNED_OTHERS if knows_others else ADVICE[trend],
+        LEARNED_OTHERS if knows_others else ADVICE[trend] if loss else "",
     )
     return NothingLearned(HEADLINES[trend], " ".join(filter(None, sentences)))
 
@@ -140,8 +141,8 @@ def find_loss(history: Sequence[Mapping[str, Any]]) -> Loss | None:
     late = [change for values in losses for change in _changes(values[(len(values) - 1) // 2 :])]
     late = late or _changes_within(history)
     whole = [math.log(values[-1] / values[0]) for values in losses if len(values) > 1]
-    sign = _sign(late)
-    trend: Trend = {-1: "falling", 0: "flat", 1: "rising"}[sign]
+    trends: dict[int, Trend] = {-1: "falling", 0: "flat", 1: "rising"}
+    trend = trends[_sign(late)] if whole or _sign(late) < 0 else None
     return Loss(trend, first, last, _sign(whole) < 0, len(whole))
 
 

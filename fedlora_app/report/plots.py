@@ -324,6 +324,8 @@ def _plot_curves(
     axes.set_xlabel("round")
     axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(table.index) == 1:  # else there are fractions of rounds around it
+        axes.set_xticks(table.index)
     if from_zero:
         axes.set_ylim(bottom=0)
     return figure, axes

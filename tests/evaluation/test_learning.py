@@ -59,6 +59,7 @@ def entry(round_, client, phase, metrics):
         ([2.0, 2.5, 3.1], "Nothing was learned, and the training loss is rising.", "Try a lower"),
         ([2.0, math.nan], "Nothing was learned: the training loss is not a number.", "Try a lower"),
         ([2.0], "Nothing was learned yet, and the training loss is still falling.", "More rounds"),
+        ([2.0, 1.9], "Nothing was learned yet, and the training loss is still falling.", "1.95 na"),
         ([], "Nothing was learned that the questions show.", ""),
         # What is trained on is known by heart, and none of it is asked.
         (
@@ -104,6 +105,16 @@ def test_who_did_not_report_in_the_last_round_takes_nothing_from_the_others(rank
 def test_a_ranking_that_chance_explains_is_nothing_learned(lists):
     assert find_nothing_learned(write_history(ranked=8, lists=lists)) is not None
     assert find_nothing_learned(write_history(ranked=2, lists=lists)) is not None
+
+
+def test_one_round_in_which_the_loss_stays_tells_no_trend():
+    history = write_history(losses=[2.0])
+    for one in history:
+        finals = {k: v / 0.9 for k, v in one["metrics"].items() if k.endswith("final_train_loss")}
+        one["metrics"] |= finals
+    found = find_nothing_learned(history)
+    assert found.headline == "Nothing was learned that the questions show."
+    assert "2.05 nats per answer token after one round, which tells no trend" in found.sentence
 
 
 def test_the_loss_is_that_of_the_rounds_that_a_history_has():
