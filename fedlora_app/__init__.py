@@ -1,7 +1,8 @@
 """Federated fine-tuning with two LoRA adapters per client: one shared, one private.
 
-For notebooks the package offers what reads and draws runs: ``load_run``, ``load_history`` and the
-``plot_*`` functions of ``report.plots``. None of them needs torch.
+For notebooks the package offers what reads and draws runs: ``load_run``, ``load_history``, the
+``plot_*`` functions of ``report.plots``, and ``draw``, which says what a run lacks for one of them.
+None of them needs torch.
 """
 
 from fedlora_app.foundation.face import offer
@@ -29,6 +30,7 @@ __getattr__, __all__ = offer(
             "plot_traffic",
             "plot_update_norm",
         ],
+        "report.drawing": ["draw"],
         "runs.history": ["load_history"],
         "runs.reading": ["load_run"],
     },

@@ -17,6 +17,7 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config
+from fedlora_app.evaluation.learning import find_nothing_learned
 from fedlora_app.evaluation.reported import describe_run
 from fedlora_app.federation.grid import PacedGrid
 from fedlora_app.federation.messages import REGISTRATION_ROUND, Task
@@ -224,6 +225,8 @@ def report_run(run_dir: Path) -> str:
 def describe_end(history: list[dict[str, Any]], config: Config) -> str:
     """Return what a finished run prints before its last line."""
     table = describe_run(history)
+    if (nothing := find_nothing_learned(history)) is not None:
+        return f"{table}\n{nothing.headline} {nothing.sentence}"
     if config.federated.mode != "dual":
         return table
     return (

@@ -19,9 +19,11 @@ from pydantic import Field, ValidationError
 from fedlora_app.config.loading import load_config
 from fedlora_app.config.schema import SAFE_NAME, Config, ConfigError, Section
 from fedlora_app.data.client_files import ClientFiles, load_all_files
+from fedlora_app.evaluation.chance import Chances, read_chances
 from fedlora_app.evaluation.choices import Report, SavedRound, open_round
 from fedlora_app.evaluation.kept import SUFFIX, find_kept, is_of, keep_evaluation
 from fedlora_app.evaluation.names import (
+    ACCURACY,
     ANSWERERS,
     EXACT_MATCH,
     LEAKAGE,
@@ -48,6 +50,7 @@ from fedlora_app.runs.reading import SavedRun, load_run
 
 BASE_ANSWERS = ".base-answers.jsonl"
 """What the base model answers, the same in all runs on one base, prompts and settings."""
+ASKED = [(s.heading, name) for name, s in QUESTION_SETS.items()] + [(PASS_HEADING, PASS_RATE)]
 HEADINGS = (*(entry.heading for entry in QUESTION_SETS.values()), PASS_HEADING, LEAKAGE)
 ROWS = {who: label for who, label in ANSWERERS.items() if who != OWN_PAIR}
 ROWS |= {OWN_PAIR: ANSWERERS[OWN_PAIR], "chosen": "  ... at the chosen scale"}
@@ -130,7 +133,8 @@ def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) 
             keep_evaluation(kept, config, evaluations[variant][-1])
     figures = {name: [measure(entry) for entry in runs] for name, runs in evaluations.items()}
     steps = {name: [entry["num_steps"] for entry in runs] for name, runs in evaluations.items()}
-    text = "\n".join(_describe(study, figures, steps))
+    chances = read_chances(next(iter(evaluations.values()))[0])  # all were asked the same
+    text = "\n".join(_describe(study, figures, steps, chances))
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
         folder / "summary.json",
@@ -199,7 +203,10 @@ def _describe_mean(estimates: Sequence[Estimate | None], column: str) -> str:
 
 
 def _describe(
-    study: StudyConfig, figures: Mapping[str, list[Figures]], steps: Mapping[str, list[int]]
+    study: StudyConfig,
+    figures: Mapping[str, list[Figures]],
+    steps: Mapping[str, list[int]],
+    chances: Chances,
 ) -> Iterator[str]:
     seeds = ", ".join(map(str, study.seeds))
     for measure in _measures():
@@ -210,6 +217,9 @@ def _describe(
         )
         yield from tabulate(figures, steps, measure.name)
         yield ""
+        if measure is ACCURACY and chances:
+            told = (f"{head} {format_percent(chances[k])}" for head, k in ASKED if k in chances)
+            yield f"A guess ranks the right answer first for, %: {', '.join(told)}.\n"
 
 
 def _flatten(shares: Shares) -> dict[str, Estimate]:

@@ -243,6 +243,22 @@ def finished(tiny_project, tmp_path_factory) -> Federation:
     return federation
 
 
+@pytest.fixture(scope="session")
+def imported(tiny_project, tmp_path_factory) -> Path:
+    """An evaluated run on imported data, which has no facts and no conflict questions."""
+    from imported_run import import_table
+    from loopback import Federation
+
+    from fedlora_app.evaluation.choices import open_round
+    from fedlora_app.evaluation.protocol import evaluate_round
+    from fedlora_app.runs.reading import load_run
+
+    project = shutil.copytree(tiny_project, tmp_path_factory.mktemp("imported") / "project")
+    run = Federation(project, project / "results", import_table(project)).run()
+    evaluate_round(open_round(load_run(run), project), lambda *_: None)
+    return run
+
+
 @pytest.fixture
 def flower_identity() -> None:
     """Who Flower takes the sender of messages for that a test makes itself."""

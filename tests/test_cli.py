@@ -74,6 +74,18 @@ def test_membership_is_an_option(fedlora, project):
     assert all(0 <= row["auc"]["value"] <= 1 for row in rows if row["auc"]["n"])
 
 
+@pytest.mark.parametrize("command", ["evaluate --json", "report", "ask --client ann Why?"])
+def test_of_latest_it_is_said_which_run_that_is(fedlora, project, unrendered, command):
+    """A baseline that was trained last is what latest means, and no pair answers there."""
+    name, *arguments = command.split()
+    status, out, err = fedlora(name, project / "results" / "latest", *arguments)
+    said = "latest is one, mode fedavg: one averaged adapter for all clients, a baseline"
+    assert status == 0 and said in err.splitlines() and said not in out
+    assert name != "evaluate" or json.loads(out)["mode"] == "fedavg"
+    _, _, err = fedlora(name, project / "results" / "one", *arguments)
+    assert "latest is" not in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -16,8 +16,8 @@ nbclient = pytest.importorskip("nbclient")
 NOTEBOOK = ROOT / "notebooks" / "analysis.ipynb"
 
 
-def execute(runs, tmp_path) -> list[str]:
-    """Run the notebook with its parameters replaced; return the kinds of what it showed."""
+def execute(runs, tmp_path) -> tuple[list[str], str]:
+    """Run the notebook with its parameters replaced; return kinds and text of outputs."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
     cell.source = f"RUNS = {[str(run) for run in runs]!r}"
@@ -26,22 +26,43 @@ def execute(runs, tmp_path) -> list[str]:
     )
     client.execute()
     outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
-    return [kind for output in outputs for kind in output.get("data", {})]
+    kinds = [kind for output in outputs for kind in output.get("data", {})]
+    texts = (o.get("data", {}).get("text/html", "") + o.get("text", "") for o in outputs)
+    return kinds, " ".join(texts)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_notebook_draws_an_evaluated_run(tmp_path, gated):
     run = write_run(tmp_path / "pair", gated=gated)
-    shown = execute([run], tmp_path)
+    shown, text = execute([run], tmp_path)
     assert shown.count("image/png") == 7 + gated and "text/html" in shown
+    assert ("No gate answered" in text) != gated
     assert not (run / "plots").exists()
+
+
+@pytest.mark.slow
+def test_the_notebook_says_what_imported_data_lack(imported, tmp_path):
+    shown, text = execute([imported], tmp_path)
+    assert shown.count("image/png") == 5  # two losses, who answers what, times and traffic
+    assert "No conflict questions were asked" in text
+    assert "No universal, never seen questions were asked" in text and "need a `fact`" in text
+    assert "No scale of the local adapter was tried" in text and "No gate answered" in text
 
 
 @pytest.mark.slow
 def test_the_notebook_compares_runs_that_are_not_evaluated(tmp_path):
     runs = [write_run(tmp_path / mode, mode=mode, evaluated=False) for mode in ("dual", "fedavg")]
-    assert execute(runs, tmp_path).count("image/png") >= 4
+    shown, text = execute(runs, tmp_path)
+    assert shown.count("image/png") >= 4 and "Not evaluated yet" in text
+
+
+@pytest.mark.slow
+def test_the_notebook_reads_a_run_without_a_round(tmp_path):
+    run = write_run(tmp_path / "run", evaluated=False)
+    (run / "history.json").write_text("[]")
+    shown, text = execute([run], tmp_path)
+    assert "image/png" not in shown and "Nothing was evaluated" in text
 
 
 def test_the_notebook_is_stored_without_outputs():

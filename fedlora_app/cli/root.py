@@ -58,14 +58,24 @@ def find_config(config: Path) -> tuple[Path, Path]:
     return in_project if in_project.exists() and not config.exists() else config, root
 
 
+def choose_run(name: str) -> Path:
+    """Return the run directory that a name means; of "latest", say on stderr which run that is."""
+    from fedlora_app.runs.paths import LATEST, find_run
+    from fedlora_app.runs.reading import describe_mode
+
+    run_dir = find_run(name, find_project_root())
+    if Path(name).name == LATEST:
+        typer.echo(f"latest is {run_dir.name}, {describe_mode(run_dir)}", err=True)
+    return run_dir
+
+
 def open_model(run: str, server_round: int | None) -> SavedModel:
     """Return a run's adapters, to be asked or exported; nothing is loaded yet."""
     from fedlora_app.evaluation.saved_model import SavedModel
-    from fedlora_app.runs.paths import find_run
     from fedlora_app.runs.reading import load_run
 
     quiet_transformers()
-    run_dir = find_run(run, find_project_root())
+    run_dir = choose_run(run)
     found = load_run(run_dir)
     chosen = found.last_round if server_round is None else server_round
     return SavedModel(found, chosen, find_project_root(str(run_dir / "config.json")))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedlora_app.cli.root import AsJson, RunName, ServerRound, app, quiet_transformers
+from fedlora_app.cli.root import AsJson, RunName, ServerRound, app, choose_run, quiet_transformers
 from fedlora_app.foundation.project import find_project_root
 from fedlora_app.foundation.terminal import show_progress
 from fedlora_app.runs.paths import RunDirectoryError
@@ -27,7 +27,7 @@ def runs(
 ) -> None:
     """List runs with their state, mode, rounds and last figures, the newest first.
 
-    Figures are means over clients of what they answer with. Example: fedlora runs
+    Figures are means over all clients' answers. Example: fedlora runs
     """
     from fedlora_app.runs.paths import list_runs
     from fedlora_app.runs.reading import read_what_is_left
@@ -87,10 +87,9 @@ def evaluate(
     from fedlora_app.evaluation.protocol import evaluate_round
     from fedlora_app.evaluation.text import describe_evaluation
     from fedlora_app.report.page import write_report
-    from fedlora_app.runs.paths import find_run
     from fedlora_app.runs.reading import load_run
 
-    run_dir = find_run(run, find_project_root())
+    run_dir = choose_run(run)
     root = find_project_root(str(run_dir / "config.json"))  # the checkout that it lies in
     saved = open_round(load_run(run_dir), root, server_round)
     quiet_transformers()
@@ -122,13 +121,11 @@ def compare(
     """
     from fedlora_app.evaluation.comparison import compare_evaluations
     from fedlora_app.evaluation.comparison_text import describe_comparison
-    from fedlora_app.runs.paths import find_run
     from fedlora_app.runs.reading import load_run
 
-    root = find_project_root()
     evaluations = {}
     for name in runs:
-        run = load_run(find_run(name, root))
+        run = load_run(choose_run(name))
         if run.name in evaluations:
             raise RunDirectoryError(f"{run.name} is given twice; name different runs.")
         if run.evaluation is None:
@@ -151,16 +148,24 @@ def report(
         Path | None,
         typer.Option(help="Default: report.html in the run, or comparison.html beside several."),
     ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Keep one run's page current until the run ends.")
+    ] = False,
 ) -> None:
     """Write one self-contained page per run, and one that puts several runs side by side.
 
     Damaged and half-finished runs are shown as far as they go. Example: fedlora report latest
     """
     from fedlora_app.report.page import COMPARISON_FILE, write_comparison, write_report
-    from fedlora_app.runs.paths import find_run
 
-    root = find_project_root()
-    paths = list(dict.fromkeys(find_run(name, root) for name in runs))
+    paths = list(dict.fromkeys(map(choose_run, runs)))
+    if watch:
+        from fedlora_app.report.watching import watch_report
+
+        if len(paths) > 1:
+            raise typer.BadParameter("--watch follows one run; name one.")
+        typer.echo(f"Report: {watch_report(paths[0], output, typer.echo)}")
+        return
     if len(paths) == 1:
         typer.echo(f"Report: {write_report(paths[0], output)}")
         return

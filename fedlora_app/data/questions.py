@@ -46,6 +46,11 @@ class Question:
         """What is resampled together: the fact, of which several questions may be paraphrases."""
         return self.fact or self.text
 
+    @property
+    def chance(self) -> float | None:
+        """How often guessing ranks the right answer first; None where there is nothing to rank."""
+        return 1 / len(self.candidates) if len(self.candidates) > 1 else None
+
 
 def build_questions(
     records: Sequence[Record],
@@ -103,6 +108,11 @@ def build_conflict_questions(records: Sequence[ConflictRecord], client_id: str) 
             )
         )
     return questions
+
+
+def cluster_of(record: Record | ConflictRecord) -> str:
+    """Return the ``cluster`` of the questions that a record is made into."""
+    return record.fact or format_question(record)
 
 
 def is_agreed(record: ConflictRecord) -> bool:

@@ -9,14 +9,26 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fedlora_app.config.rounds import Phase, adapters_label
+from fedlora_app.config.rounds import BASE, Phase, adapters_label
 from fedlora_app.config.schema import ClientConfig, Config, EvaluationConfig
 from fedlora_app.data.client_files import ClientFiles, build_question_sets
-from fedlora_app.data.questions import CONFLICT, UNIVERSAL, UNIVERSAL_UNSEEN, Question
+from fedlora_app.data.questions import (
+    CONFLICT,
+    UNIVERSAL,
+    UNIVERSAL_UNSEEN,
+    Question,
+    cluster_of,
+)
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.gate import Gate
 from fedlora_app.evaluation.gold import GoldReader
-from fedlora_app.evaluation.names import ACCURACY, EXACT_MATCH
+from fedlora_app.evaluation.names import (
+    ACCURACY,
+    CHANCE,
+    EXACT_MATCH,
+    FACT_EACH,
+    UNSEEN_EACH,
+)
 from fedlora_app.evaluation.scores import Score, score_answer, summarise
 from fedlora_app.evaluation.scoring import (
     Progress,
@@ -55,7 +67,8 @@ def evaluate_client(
 
     Returns:
         Means under ``<adapters>/<question set>/<metric>``, for the universal set also over
-        the facts that the client never saw, and for conflicts a verdict per record.
+        the facts that the client never saw, and verdicts per record; of the base model, which
+        comes first, also which records are about one fact.
     """
     metrics: Metrics = {}
     adapters = adapters_label(who.adapters)
@@ -98,11 +111,36 @@ def evaluate_client(
         if name == UNIVERSAL:
             unseen = [(question, score) for question, score in asked if question.is_unseen]
             metrics |= _prefixed(f"{adapters}/{UNIVERSAL_UNSEEN}", _summarise(unseen, gold))
-        if name == CONFLICT:
-            num_records = len(files.tests[name].records)
-            metrics |= _prefixed(prefix, _verdicts(questions, scores, num_records))
-            if show_example:
-                print(f'{client.id}: "{questions[0].text}" -> "{scores[0].generated}"', flush=True)
+        num_records = len(files.tests[name].records)
+        metrics |= _prefixed(prefix, _verdicts(questions, scores, num_records))
+        if name == CONFLICT and show_example:
+            print(f'{client.id}: "{questions[0].text}" -> "{scores[0].generated}"', flush=True)
+    return metrics | (describe_records(client, files) if adapters == BASE else {})
+
+
+def describe_records(client: ClientConfig, files: ClientFiles) -> Metrics:
+    """Return by set which records are about one fact, as numbers, and which the client never saw.
+
+    Facts of the files that all clients share have a number that is the same for all, from 0;
+    others are the client's own, and negative. So the server can count facts without their names.
+    """
+    shared: dict[str, int] = {}
+    own: dict[str, int] = {}
+    for name in (CONFLICT, UNIVERSAL):
+        for record in files.tests[name].records if name in files.tests else ():
+            shared.setdefault(cluster_of(record), len(shared))
+    metrics: Metrics = {}
+    for name, questions in build_question_sets(client, files).items():
+        about = [cluster_of(record) for record in files.tests[name].records]
+        for fact in about:
+            if fact not in shared:
+                own.setdefault(fact, -1 - len(own))
+        numbers = own | shared
+        metrics[f"{BASE}/{name}/{FACT_EACH}"] = [numbers[fact] for fact in about]
+        if name == UNIVERSAL:
+            unseen = {question.record for question in questions if question.is_unseen}
+            flags = [int(record in unseen) for record in range(len(about))]
+            metrics[f"{BASE}/{name}/{UNSEEN_EACH}"] = flags
     return metrics
 
 
@@ -170,13 +208,15 @@ def phase_metrics(phase: Phase, result: PhaseResult) -> Metrics:
 
 
 def _summarise(asked: Sequence[tuple[Question, Score]], gold: GoldReader) -> Metrics:
-    """Return the means, the number of facts, and of answers whose words nobody can know."""
+    """Return the means, the number of facts, of answers whose words nobody can know, and chance."""
     if not asked:
         return {}
     means = summarise([score for _, score in asked])
     facts = {question.cluster for question, _ in asked}
     num_open = gold.count_open([question for question, _ in asked])
-    return means | {"n_facts": len(facts), "n_open": num_open}
+    chances = [question.chance for question, _ in asked if question.chance is not None]
+    by_chance = {CHANCE: sum(chances) / len(chances)} if chances else {}
+    return means | by_chance | {"n_facts": len(facts), "n_open": num_open}
 
 
 def _verdicts(questions: Sequence[Question], scores: Sequence[Score], num_records: int) -> Metrics:

@@ -7,12 +7,13 @@ a like-for-like comparison.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from fedlora_app.data.questions import CONFLICT, LOCAL_SET, UNIVERSAL, UNIVERSAL_UNSEEN
+from fedlora_app.evaluation.chance import read_chances
 from fedlora_app.evaluation.evaluated_run import (
     EvaluatedRun,
     Evaluations,
@@ -42,14 +43,13 @@ from fedlora_app.evaluation.names import (
 from fedlora_app.evaluation.shares import read_summary
 from fedlora_app.evaluation.statistics import (
     ROUNDING,
+    SIGNIFICANT,
     Estimate,
     average_estimates,
     flip_signs,
     over_seeds,
     paired_difference,
 )
-
-SIGNIFICANT = 0.05
 
 Verdicts = Mapping[int, bool]
 """By conflict record: every client gave its own answer."""
@@ -167,7 +167,7 @@ class Paired:
 
 
 def pair_conflicts(
-    pairs: Sequence[tuple[Verdicts, Verdicts]], facts: Mapping[int, str]
+    pairs: Sequence[tuple[Verdicts, Verdicts]], facts: Mapping[int, Hashable]
 ) -> Paired | None:
     """Return the difference over the same conflict records, run by run.
 
@@ -206,6 +206,7 @@ def _dump_run(run: EvaluatedRun) -> dict[str, Any]:
         **{key: run.evaluation[key] for key in keys},
         "num_parameters": run.num_parameters,
         "figures": read_summary(run.evaluation),
+        "chances": read_chances(run.evaluation),
     }
 
 

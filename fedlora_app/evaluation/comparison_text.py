@@ -8,8 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
+from fedlora_app.evaluation.chance import describe_chance
 from fedlora_app.evaluation.comparison import TOPICS
-from fedlora_app.evaluation.names import FIGURES, LEAKAGE, figure_key, shown_measures
+from fedlora_app.evaluation.names import ACCURACY, FIGURES, LEAKAGE, figure_key, shown_measures
 from fedlora_app.foundation.percent import format_n, format_percent
 from fedlora_app.foundation.terminal import WIDTH, render_table
 
@@ -65,10 +66,18 @@ def _render_figures(title: str, entries: list[dict[str, Any]]) -> str:
         if not any(found and found["n"] for row in rows for found in row):
             continue
         table.add_section()
-        table.add_row(FIGURES[figure])
+        by_chance = _describe_chances(entries, figure)
+        beside = (cell for m in measures for cell in (by_chance * (m is ACCURACY), ""))
+        table.add_row(FIGURES[figure], *beside)
         for entry, row in zip(entries, rows, strict=True):
             table.add_row(f"  {entry['name']}", *_format_figures(row))
     return render_table(table)
+
+
+def _describe_chances(entries: Iterable[Mapping[str, Any]], figure: str) -> str:
+    """Return how often guessing ranks first, of all runs that were asked the same."""
+    found = (describe_chance(entry.get("chances") or {}, figure) for entry in entries)
+    return " or ".join(dict.fromkeys(filter(None, found)))
 
 
 def _render_keyword_rule(runs: list[dict[str, Any]]) -> str:

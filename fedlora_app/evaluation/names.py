@@ -42,6 +42,8 @@ ASKED_SETS = (UNIVERSAL, LOCAL_SET, CONFLICT)
 OWN_SETS = (LOCAL_SET, CONFLICT)
 """Those whose answers are a client's own."""
 PASS_RATE, LEAKAGE, SPECIFICITY = "conflict_pass_rate", "leakage", "specificity"
+CHANCE, FACT_EACH, UNSEEN_EACH = "rank_chance", "fact_each", "unseen_each"
+"""What clients report of their questions: how often a guess is right, and about which records."""
 PASS_HEADING = "every client right"
 """Of a narrow column, or in a line."""
 

@@ -8,11 +8,14 @@ from typing import Any
 from rich.table import Table
 
 from fedlora_app.data.questions import CONFLICT
+from fedlora_app.evaluation.chance import describe_chance, find_reported_chances
 from fedlora_app.evaluation.gate_report import describe_gates
 from fedlora_app.evaluation.names import (
+    ACCURACY,
     ANSWERERS,
     EXACT_MATCH,
     PASS_HEADING,
+    PASS_RATE,
     QUESTION_SETS,
     Measure,
     leading_measure,
@@ -26,9 +29,11 @@ EVALUATION_PREFIXES = (
     *(f"{answerer}/" for answerer in ("base", "global", "local", "global+local")),
     *("gate/", "evaluation_seconds", "peak_memory_bytes"),
 )
+COUNTS = {EXACT_MATCH.name: "n", ACCURACY.name: "n_ranked"}
+"""What a history calls the number of answers by a measure."""
 RANKED_CAPTION = (
-    "* right answer ranked first (matches exactly): most right answers are long or free, so that "
-    "few can match whatever was learnt"
+    "* right answer ranked first (matches exactly), above it how often a guess is: most right "
+    "answers are long or free, so that few can match whatever was learnt"
 )
 
 Reports = dict[str, dict[str, Any]]
@@ -42,7 +47,7 @@ def describe_round(
     seconds: float,
     seconds_left: float | None = None,
 ) -> str:
-    """Return the one line that a round leaves in the log; figures are means over clients.
+    """Return the one line that a round leaves in the log; figures are means over all answers.
 
     Args:
         seconds_left: what the rounds that follow will take, as far as it is known.
@@ -68,8 +73,7 @@ def describe_headline(
     if evaluation is not None:
         return _describe_evaluation(evaluation)
     reports = collect_reports(history)
-    order = list(ANSWERERS)
-    labels = sorted(_labels(reports), key=lambda label: order.index(own_answerer(label)))
+    labels = sort_labels(reports)
     return _describe_figures(reports, labels[-1]) if labels else ""
 
 
@@ -89,24 +93,26 @@ def _describe_evaluation(evaluation: Mapping[str, Any]) -> str:
 
 
 def _describe_figures(reports: Reports, label: str) -> str:
-    """Return the means over clients of each question set, and the conflicts that all get right."""
-    parts = []
+    """Return the means of each question set, and the conflicts that all clients get right."""
+    parts, chances = [], find_reported_chances(reports)
     for name, question_set in QUESTION_SETS.items():
         leads = find_reported_leading(reports, name)
         if figures := _means(reports, label, name, leads):
-            parts.append(f"{question_set.heading} {_join(figures, leads)}")
+            by_chance = describe_chance(chances, name, end="; ")
+            parts.append(f"{question_set.heading} {_join(figures, leads, by_chance)}")
     leads = find_reported_leading(reports, CONFLICT)
     passed = [list(judge_conflicts(reports, label, m).values()) for m in _beside(leads)]
     if passed[0]:
         counts = [f"{sum(found)}/{len(found)}" for found in passed]
-        parts.append(f"{PASS_HEADING} {_join(counts, leads)}")
+        by_chance = describe_chance(chances, PASS_RATE, end="; ")
+        parts.append(f"{PASS_HEADING} {_join(counts, leads, by_chance)}")
     return ", ".join(parts)
 
 
 def describe_run(history: list[dict[str, Any]]) -> str:
     """Return the closing table by adapters and client, the last of each figure, and the gates."""
     reports = collect_reports(history)
-    labels = sorted(_labels(reports), key=lambda label: list(ANSWERERS).index(own_answerer(label)))
+    labels = sort_labels(reports)
     if not labels:
         return "Nothing was evaluated (evaluation.interval: 0). To do it: fedlora evaluate RUN"
     shown = [
@@ -115,11 +121,16 @@ def describe_run(history: list[dict[str, Any]]) -> str:
         if any(_key(label, name) in r for label in labels for r in reports.values())
     ]
     leading = {name: find_reported_leading(reports, name) for name in (*shown, CONFLICT)}
-    marks = {name: " *" * (leads is not EXACT_MATCH) for name, leads in leading.items()}
-    headings = (f"{QUESTION_SETS[name].heading}{marks[name]}" for name in shown)
+    chances = find_reported_chances(reports)
+    marks = {
+        name: " *" + describe_chance(chances, name, lead="\n")
+        for name, leads in leading.items()
+        if leads is not EXACT_MATCH
+    }
+    headings = (f"{QUESTION_SETS[name].heading}{marks.get(name, '')}" for name in shown)
     title = "Greedy answers to held-out paraphrases that match exactly"
     table = Table("adapters", "client", *headings, title=title)
-    if any(marks[name] for name in shown):
+    if any(name in marks for name in shown):
         table.caption = RANKED_CAPTION
     for column in table.columns[2:]:
         column.justify = "right"
@@ -134,7 +145,9 @@ def describe_run(history: list[dict[str, Any]]) -> str:
         if passed:
             how = "answered in its own way by every client"
             if exact:
-                how = f"of which every client ranks its own answer first ({sum(exact[0])} exact)"
+                by_chance = describe_chance(chances, PASS_RATE, end="; ")
+                how = "of which every client ranks its own answer first "
+                how += f"({by_chance}{sum(exact[0])} exact)"
             who = ANSWERERS[own_answerer(label)]
             lines.append(f"{who}: {sum(passed)} of {len(passed)} conflict questions {how}")
     return "\n".join([*lines, *describe_gates(history)])
@@ -184,6 +197,11 @@ def judge_conflicts(
     return {record: all(row) for record, row in enumerate(rows) if len(row) > 1}
 
 
+def sort_labels(reports: Reports) -> list[str]:
+    """Return the adapters that there are results for, in the order of tables."""
+    return sorted(_labels(reports), key=lambda label: list(ANSWERERS).index(own_answerer(label)))
+
+
 def _labels(reports: Reports) -> dict[str, None]:
     """Return the adapters that there are results for, in their order of appearance."""
     names = (name for report in reports.values() for name in report)
@@ -200,20 +218,22 @@ def _beside(leads: Measure) -> list[Measure]:
 
 
 def _means(reports: Reports, label: str, name: str, leads: Measure) -> list[str]:
-    """Return a question set's means over clients by each measure to show."""
+    """Return a question set's means over all answers by each measure to show."""
     found = []
     for measure in _beside(leads):
-        key = _key(label, name, measure)
-        values = [report[key] for report in reports.values() if key in report]
-        found += [f"{sum(values) / len(values):.2f}"] if values else []
+        key, count = _key(label, name, measure), f"{label}/{name}/{COUNTS[measure.name]}"
+        counted = [(r[key], r.get(count, 1)) for r in reports.values() if key in r]
+        if counted:
+            mean = sum(value * n for value, n in counted) / sum(n for _, n in counted)
+            found.append(f"{mean:.2f}")
     return found
 
 
-def _join(figures: Sequence[str], leads: Measure) -> str:
-    """Return "0.75", or "0.95 ranked first (0.00 exact)"."""
+def _join(figures: Sequence[str], leads: Measure, by_chance: str) -> str:
+    """Return "0.75", or "0.95 ranked first (chance 33 %; 0.00 exact)"."""
     if leads is EXACT_MATCH:
         return figures[0]
-    return f"{figures[0]} ranked first ({figures[1]} exact)"
+    return f"{figures[0]} ranked first ({by_chance}{figures[1]} exact)"
 
 
 def _cell(report: Mapping[str, Any], label: str, name: str, leads: Measure) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+SIGNIFICANT = 0.05  # p-values below it
 NORMAL_QUANTILE = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
 NUM_RESAMPLES = 9_999
 ROUNDING = 1e-12  # differences below it are those of floating-point sums

@@ -16,8 +16,8 @@ from fedlora_app.data.questions import (
     UNIVERSAL,
     UNIVERSAL_UNSEEN,
     Question,
+    cluster_of,
 )
-from fedlora_app.data.records import format_question
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.choices import Cell, SavedRound
 from fedlora_app.evaluation.evaluated_run import question_id
@@ -212,7 +212,7 @@ def _keyword_figures(results: Results) -> dict[str, Estimate]:
                 for position, record in enumerate(file.records):
                     right, total = keyword_ceiling([record], owner, plain=plain)
                     passed += [True] * right + [False] * (total - right)
-                    facts += [record.fact or format_question(record)] * total
+                    facts += [cluster_of(record)] * total
                     questions += [(file.path, position)] * total
         figures[name] = proportion(passed, facts, questions)
     return figures

@@ -18,6 +18,7 @@ from fedlora_app.data.questions import (
     UNIVERSAL_UNSEEN,
 )
 from fedlora_app.evaluation.answering import OPEN_ABOVE, Answering
+from fedlora_app.evaluation.chance import read_chances
 from fedlora_app.evaluation.choices import Cell, SavedRound, describe_precision
 from fedlora_app.evaluation.names import (
     ACCURACY,
@@ -77,6 +78,7 @@ def build_evaluation(
     run, config = saved.run, saved.run.config
     as_trained = dict.fromkeys(saved.clients, 1.0)
     results = Results(saved, scores, as_trained)
+    questions = list(_question_rows(saved, scores, [as_trained, chosen], leading))
     return {
         "format": FORMAT,
         "run": run.name,
@@ -107,7 +109,8 @@ def build_evaluation(
         "protocol": "full" if is_full else "core",
         "semantic_model": semantic_model,
         "leading": dict(leading),
-        "questions": list(_question_rows(saved, scores, [as_trained, chosen], leading)),
+        "chances": read_chances({"questions": questions}),
+        "questions": questions,
         "notes": [*(_notes(saved, chosen) if is_full else [CORE_NOTE]), *_data_notes(saved)],
         "warnings": list(warnings),
     }

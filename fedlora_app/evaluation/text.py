@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from fedlora_app.evaluation.chance import Chances, describe_chance, read_chances
 from fedlora_app.evaluation.gate_report import BLAMED, GatedSet, read_gated_sets
 from fedlora_app.evaluation.membership import ATTACKS, FALSE_POSITIVE_RATES
 from fedlora_app.evaluation.names import (
@@ -31,6 +32,7 @@ MAX_CLIENTS = 4  # more are shown as their mean; evaluation.json has them all
 LEGEND = """\
 Ranked first: the right answer is the most likely candidate (raw; per byte; relative to its
 likelihood without the question, which says little where answers repeat the question's topic).
+Chance: how often guessing ranks it first.
 Leakage: global alone minus the base model. Specificity: own minus foreign local adapter."""
 
 SEMANTIC_LEGEND = """\
@@ -51,24 +53,27 @@ def describe_evaluation(evaluation: Row) -> str:
         f"{evaluation['run']}, round {evaluation['round']}: {evaluation['mode']}, clients answer "
         f"with {evaluation['answering']}"
     )
-    blocks = [title, render_table(_figure_table(evaluation["summary"], "Local adapter as trained"))]
+    chances = read_chances(evaluation)
+    figures = _figure_table(evaluation["summary"], "Local adapter as trained", chances)
+    blocks = [title, render_table(figures)]
     chosen = {client: entry["chosen"] for client, entry in evaluation["scales"].items()}
     if chosen and set(chosen.values()) == {1.0}:
         blocks.append("The scale chosen on the validation questions is 1 for every client.")
     elif chosen:
         scales = ", ".join(f"{client} {scale:g}" for client, scale in chosen.items())
         heading = f"At the scale chosen on validation questions ({scales})"
-        blocks.append(render_table(_figure_table(evaluation["summary_chosen_scale"], heading)))
+        figures = _figure_table(evaluation["summary_chosen_scale"], heading, chances)
+        blocks.append(render_table(figures))
     blocks.append(LEGEND)
     if model := evaluation.get("semantic_model"):
         blocks.append(SEMANTIC_LEGEND.format(model))
-    blocks.append(render_table(_swap_table(evaluation["swap_table"])))
+    blocks.append(render_table(_swap_table(evaluation["swap_table"], chances)))
     if gated := read_gated_sets(evaluation):
         blocks.append(render_table(_gate_table(list(gated.values()))))
     if evaluation["scales"]:
         blocks.append(render_table(_scale_table(evaluation["scales"])))
     if evaluation["controls"]:
-        blocks.append(render_table(_control_table(evaluation["controls"])))
+        blocks.append(render_table(_control_table(evaluation["controls"], chances)))
     if evaluation["membership"]:
         blocks.append(describe_membership(evaluation["membership"]))
     lines = [f"Note: {note}" for note in evaluation["notes"]]
@@ -78,23 +83,26 @@ def describe_evaluation(evaluation: Row) -> str:
     return "\n\n".join([*blocks, *(["\n".join(lines)] if lines else [])])
 
 
-def _figure_table(summary: dict[str, Row], title: str) -> Table:
+def _figure_table(summary: dict[str, Row], title: str, chances: Chances) -> Table:
     table = Table("", title=f"{title}: %, 95 % interval over facts")
     shown = shown_measures(with_variants=True)
     taken = [m for m in shown if any(_find(summary, figure, m) for figure in FIGURES)]
     measures = sorted(taken, key=lambda measure: measure.is_variant)
     for heading in (*(measure.label for measure in measures), "n/facts"):
         table.add_column(heading, justify="right")
+        if heading == ACCURACY.label:
+            table.add_column("chance", justify="right")
     for key, heading in FIGURES.items():
         found = [_find(summary, key, measure) for measure in measures]
         if not any(found):
             continue
-        cells = [
-            _percent(entry and entry["value"]) if measure.is_variant else _interval(entry)
-            for measure, entry in zip(measures, found, strict=True)
-        ]
+        cells = []
+        for measure, entry in zip(measures, found, strict=True):
+            only_value = _percent(entry and entry["value"])
+            cells.append(only_value if measure.is_variant else _interval(entry))
+            cells += [_percent(chances.get(key))] * (measure is ACCURACY)
         table.add_row(heading, *cells, _count(next(entry for entry in found if entry)))
-    rule, left = summary["keyword_pass_rate"], [""] * (len(measures) - 1)
+    rule, left = summary["keyword_pass_rate"], [""] * (len(measures) - 1 + (ACCURACY in measures))
     if rule["n"]:
         table.add_row(KEYWORD.label, _interval(rule), *left, _count(rule))
     if summary["keyword_ceiling"]["n"]:
@@ -110,13 +118,14 @@ def _find(summary: dict[str, Row], figure: str, measure: Measure) -> Row | None:
     return entry if entry and entry["n"] else None
 
 
-def _swap_table(rows: Iterable[Row]) -> Table:
+def _swap_table(rows: Iterable[Row], chances: Chances) -> Table:
     """Return question sets by adapters: ranked first / exact, in percent."""
     table = Table("questions of", "answered by", title=f"Swap table: {_pair_label()}, %")
     cells, clients = _gather([row for row in rows if row["scale"] == 1.0], ("adapters",))
     names = dict.fromkeys(name for _, _, name in cells)
     for name in names:
-        table.add_column(QUESTION_SETS[name].heading, justify="right")
+        heading = QUESTION_SETS[name].heading + describe_chance(chances, name, lead="\n")
+        table.add_column(heading, justify="right")
     for client in clients:
         for who in sorted({who for c, who, _ in cells if c == client}, key=_place):
             pairs = (_pair(cells.get((client, who, name))) for name in names)
@@ -192,13 +201,14 @@ def _scale_table(scales: dict[str, Row]) -> Table:
     return table
 
 
-def _control_table(rows: Iterable[Row]) -> Table:
+def _control_table(rows: Iterable[Row], chances: Chances) -> Table:
     title = f"Controls, other system prompts: {_pair_label()}, %"
     table = Table("questions of", "prompt", "answered by", title=title)
     cells, clients = _gather(rows, ("prompt", "adapters"))
     names = dict.fromkeys(name for _, _, name in cells)
     for name in names:
-        table.add_column(QUESTION_SETS[name].heading, justify="right")
+        heading = QUESTION_SETS[name].heading + describe_chance(chances, name, lead="\n")
+        table.add_column(heading, justify="right")
     for client in clients:
         for who in dict.fromkeys(who for c, who, _ in cells if c == client):
             table.add_row(client, *who, *(_pair(cells.get((client, who, n))) for n in names))

@@ -34,6 +34,7 @@ WIRE_BYTES = {"float32": 4, "uint16": 2}
 MAX_ARRAY_HEADER_BYTES = 4096
 MAX_ERROR_CHARS = 10_000
 MAX_PATH_CHARS = 4096
+MOST_FACTS = 2**31  # that a client's files are about
 NUMPY_FORMAT = "numpy.ndarray"  # what Flower calls it
 
 COUNTED = ("examples", "truncated", "dropped")
@@ -47,9 +48,10 @@ DECLARED_METRICS = re.compile(
         |seconds|peak_memory_bytes|memory_retries|gradient_checkpointing)
     | (base|global|local|global\+local)/(universal|universal_unseen|local|conflict)/
         (n|n_ranked|n_facts|n_open|gate_open|exact_match|rank_accuracy|rank_accuracy_per_byte
-        |rank_accuracy_pmi|margin_per_byte)
+        |rank_accuracy_pmi|rank_chance|margin_per_byte)
     | gate/(by_fact|purity|opens_for_local|closes_for_universal|closes_for_unknown)
-    | (base|global|local|global\+local)/conflict/(exact_match|ranked_first)_each
+    | (base|global|local|global\+local)/(universal|local|conflict)/(exact_match|ranked_first)_each
+    | base/(universal|local|conflict)/fact_each | base/universal/unseen_each
     """,
     re.VERBOSE,
 )
@@ -253,13 +255,15 @@ def ends_worker(reply: Message) -> bool:
 
 
 def is_possible(name: str, value: Any) -> bool:
-    """Return whether a value is a finite number, not a negative count, or a list of verdicts."""
+    """Return whether a value is a finite number, not a negative count, or a list.
+
+    Lists are of verdicts (1, 0, and -1 where there is none), or of the facts' numbers.
+    """
     if isinstance(value, list) or name.endswith("_each"):
-        return (
-            isinstance(value, list)
-            and name.endswith("_each")
-            and all(v in (-1, 0, 1) for v in value)
-        )
+        is_list = isinstance(value, list) and name.endswith("_each")
+        if name.endswith("/fact_each"):
+            return is_list and all(type(v) is int and abs(v) <= MOST_FACTS for v in value)
+        return is_list and all(v in (-1, 0, 1) for v in value)
     return math.isfinite(value) and not (isinstance(value, int) and value < 0)
 
 

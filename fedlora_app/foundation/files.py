@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 """What holds the tensors in a PEFT folder."""
 LOCK_FILE = ".lock"
 MAKE_ATTEMPTS = 100
+LOOK_ATTEMPTS, LOOK_SECONDS = 100, 0.05
+"""How often a lock that others share is tried again, and how much later."""
 EMPTY_LIST, LIST_END = "[]\n", "\n]\n"
 
 
@@ -165,27 +168,37 @@ def remove_partials(folder: Path, name: str = "*") -> None:
 def lock_folder(folder: Path) -> IO[str] | None:
     """Return a lock on a folder, or None if another process holds it.
 
-    Closing it releases it, and so does the end of the process, however it comes.
+    Closing it releases it, and so does the end of the process, however it comes. Who only looks
+    whether a folder is locked (``is_locked``) shares the lock for a moment, which is waited for.
     """
     file = (folder / LOCK_FILE).open("a", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
+    for _ in range(LOOK_ATTEMPTS):
+        if _try_lock(file, fcntl.LOCK_EX):
+            return file
+        if not _try_lock(file, fcntl.LOCK_SH):  # so it is not shared
+            break
+        fcntl.flock(file, fcntl.LOCK_UN)
+        time.sleep(LOOK_SECONDS)
+    file.close()
+    return None
 
 
 def is_locked(folder: Path) -> bool:
     """Return whether another process holds the folder's lock; nothing is written."""
     try:
         with (folder / LOCK_FILE).open(encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+            return not _try_lock(file, fcntl.LOCK_SH)
     except OSError:  # there is none, or it may not be looked at
         return False
-    return False
+
+
+def _try_lock(file: IO[str], kind: int) -> bool:
+    """Return whether a lock could be had at once."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def hash_file(path: Path) -> str:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
+from html import escape
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+
+from fedlora_app.foundation.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,6 +63,24 @@ class NothingToPlotError(ValueError):
     """What the plot shows was not recorded; the message says how it would be."""
 
 
+@dataclass(frozen=True)
+class Missing:
+    """What a notebook shows in the place of a figure that cannot be drawn."""
+
+    why: str
+
+    def _repr_html_(self) -> str:
+        return f'<p style="border: 1px dashed; padding: 1em">{escape(self.why)}</p>'
+
+
+def draw(plot: Plot, *args: Any, **settings: Any) -> Figure | Missing:
+    """Return the figure of one of the ``plot_*`` functions, or what the run lacks for it."""
+    try:
+        return plot(*args, **settings)
+    except NothingToPlotError as error:
+        return Missing(str(error))
+
+
 def styled(plot: Plot) -> Plot:
     """Draw in this module's style without changing that of others."""
 
@@ -93,9 +115,11 @@ def render_svg(figure: Figure, name: str) -> str:
 def save_plot(figure: Figure, folder: Path, name: str) -> str:
     """Write ``<name>.png`` and ``<name>.svg`` and return the SVG."""
     folder.mkdir(parents=True, exist_ok=True)
-    svg = render_svg(figure, name)
-    (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
+    svg, image = render_svg(figure, name), BytesIO()
     figure.set_layout_engine("none")  # what the first rendering found still holds
     with rc_context(STYLE):
-        figure.savefig(folder / f"{name}.png", dpi=144, metadata={"Software": None})
+        figure.savefig(image, format="png", dpi=144, metadata={"Software": None})
+    # Whoever watches a run may write them at the moment in which the run itself does.
+    write_atomically(folder / f"{name}.svg", svg)
+    write_atomically(folder / f"{name}.png", image.getvalue())
     return svg

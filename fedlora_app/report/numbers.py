@@ -4,20 +4,19 @@ They come from ``evaluation.json`` where there is one, and else from what the ru
 itself after its last round.
 
 What an interval counts is facts, and a question that several clients or several foreign
-adapters answer counts once; see ``evaluation.shares``. A history knows no single answers, so that
-those about one fact are taken to agree.
+adapters answer counts once; see ``evaluation.shares`` and ``evaluation.reported_shares``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import fmean
 from typing import Any
 
 from fedlora_app.config.rounds import BASE, BOTH, adapters_label
 from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.data.questions import CONFLICT
+from fedlora_app.evaluation.chance import Chances, find_reported_chances, read_chances
 from fedlora_app.evaluation.evaluated_run import find_leading, read_conflicts
 from fedlora_app.evaluation.names import (
     ACCURACY,
@@ -35,19 +34,16 @@ from fedlora_app.evaluation.reported import (
     find_reported_leading,
     judge_conflicts,
 )
-from fedlora_app.evaluation.shares import (
-    Shares,
-    pool_shares,
-    read_chosen_shares,
-    read_shares,
-    read_summary,
+from fedlora_app.evaluation.reported_shares import (
+    estimate_passes,
+    read_conflict_facts,
+    read_reported_shares,
 )
-from fedlora_app.evaluation.statistics import NOTHING, Estimate, share_of_facts
+from fedlora_app.evaluation.shares import read_chosen_shares, read_shares, read_summary
+from fedlora_app.evaluation.statistics import NOTHING, Estimate
 
 EXACT, RANKED = EXACT_MATCH.name, ACCURACY.name
 KEYWORD, KEYWORD_CEILING = "keyword_pass_rate", "keyword_ceiling"
-COUNTS = {EXACT: "n", RANKED: "n_ranked"}
-"""What a history calls the number of answers by a measure."""
 CHOSEN = ":chosen"
 LABELS = {
     key: text
@@ -73,10 +69,12 @@ class Figures:
     passes: dict[str, Estimate] = field(default_factory=dict)
     verdicts: dict[int, bool] = field(default_factory=dict)
     """By conflict record: every client gave its own answer, by the measure that leads."""
-    facts: dict[int, str] = field(default_factory=dict)
-    """By conflict record: what its paraphrases share; from ``evaluation.json`` alone."""
+    facts: dict[int, Hashable] = field(default_factory=dict)
+    """By conflict record: what its paraphrases share, where that is known."""
     leading: dict[str, str] = field(default_factory=dict)
     """By question set: the measure that it is judged by first; exact match by default."""
+    chances: Chances = field(default_factory=dict)
+    """How often a guess ranks the right answer first."""
 
     @property
     def label(self) -> str:
@@ -108,9 +106,11 @@ def measure_run(
         figures = _from_reports(who, label, reports)
         if any(figures.shares.values()):
             found[who] = figures
+    chances = find_reported_chances(reports)
     if evaluation is not None:
         _add_evaluation(found, evaluation)
-    return {who: found[who] for who in LABELS if who in found}
+        chances |= read_chances(evaluation)
+    return {who: replace(found[who], chances=chances) for who in LABELS if who in found}
 
 
 def _add_evaluation(found: dict[str, Figures], evaluation: Mapping[str, Any]) -> None:
@@ -131,32 +131,16 @@ def _add_evaluation(found: dict[str, Figures], evaluation: Mapping[str, Any]) ->
 
 
 def _from_reports(who: str, label: str, reports: Reports) -> Figures:
-    shares: Shares = {measure: {} for measure in COUNTS}
-    for name in QUESTION_SETS:
-        for measure, count in COUNTS.items():
-            found = [
-                (client, report[key], int(report[f"{prefix}/{count}"]))
-                for client, report in reports.items()
-                for prefix in [f"{label}/{name}"]
-                if (key := f"{prefix}/{MEASURES[measure].reported}") in report
-            ]
-            if found:
-                shares[measure][name] = pool_shares(name, found, _count_facts(reports, label, name))
-    verdicts = {m: judge_conflicts(reports, label, MEASURES[m]) for m in COUNTS}
-    num_facts = _count_facts(reports, label, CONFLICT)
-    passes = {
-        measure: share_of_facts(fmean(found.values()), len(found), num_facts)
-        for measure, found in verdicts.items()
-        if found
-    }
     leading = {name: find_reported_leading(reports, name).name for name in QUESTION_SETS}
-    return Figures(who, shares, passes, verdicts[leading[CONFLICT]], leading=leading)
-
-
-def _count_facts(reports: Reports, label: str, question_set: str) -> int | None:
-    """Return how many facts a set is about at the client with the most; None if not reported."""
-    counts = [r[k] for r in reports.values() if (k := f"{label}/{question_set}/n_facts") in r]
-    return int(max(counts)) if counts else None
+    passes = {
+        measure.name: passed
+        for measure in (EXACT_MATCH, ACCURACY)
+        if (passed := estimate_passes(reports, label, measure)).n
+    }
+    verdicts = judge_conflicts(reports, label, MEASURES[leading[CONFLICT]])
+    facts = read_conflict_facts(reports, verdicts)
+    shares = read_reported_shares(reports, label)
+    return Figures(who, shares, passes, verdicts, facts, leading)
 
 
 def _passes_of(summary: Mapping[str, Any]) -> dict[str, Estimate]:

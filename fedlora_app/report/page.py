@@ -10,6 +10,7 @@ import base64
 import hashlib
 import os
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,9 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
+from fedlora_app.evaluation.chance import describe_chance
 from fedlora_app.evaluation.comparison import compare_evaluations
+from fedlora_app.evaluation.learning import find_nothing_learned
 from fedlora_app.evaluation.names import (
     EXACT_MATCH,
     FIGURES,
@@ -59,8 +62,13 @@ MEANS = {
 }
 
 
-def write_report(run_dir: Path, output: Path | None = None) -> Path:
+def write_report(
+    run_dir: Path, output: Path | None = None, reload_seconds: int | None = None
+) -> Path:
     """Write one run's report, and its plots beside it, and return the page's path.
+
+    Args:
+        reload_seconds: after which a browser reloads the page; None: it does not.
 
     Raises:
         RunDirectoryError: there is nothing of a run in the folder.
@@ -69,8 +77,11 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
     output, plots_dir = _place(output or run.path / REPORT_FILE)
     figures = _measure(run)
     schedule = (run.config.get("training") or {}).get("schedule")
+    prompts = [client.get("system_prompt") for client in run.clients]
+    nothing = None
     try:
-        verdict = judge_run(figures, [c.get("system_prompt") for c in run.clients], schedule)
+        nothing = find_nothing_learned(run.history)
+        verdict = judge_run(figures, prompts, schedule, nothing)
     except SHAPE_ERRORS as error:
         verdict = Verdict("No verdict.", f"The run cannot be judged: {error}")
     sections = build_sections(run, Plotter(plots_dir))
@@ -78,8 +89,12 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
         output,
         title=f"{run.name}: {verdict.headline}",
         kicker=_describe(run),
+        reload_seconds=reload_seconds,
+        written=time.strftime("%H:%M:%S"),
         verdict=verdict,
-        table=_figure_table(figures.values(), ANSWERS_WITH.get(run.mode, "global")),
+        table=_figure_table(
+            figures.values(), "" if nothing else ANSWERS_WITH.get(run.mode, "global")
+        ),
         facts=list(_facts(run)),
         problems=[*run.problems, *point_to_gate(run)],
         sections=sections,
@@ -182,21 +197,27 @@ def _figure_table(
     has_passes = any(f.passed().n for f in figures)
     rows = []
     for index, entry in enumerate(figures):
-        cells = [_cell(entry.passed, entry.leads())] if has_passes else []
-        cells += [_cell(partial(entry.share, n), entry.leads(n)) for n in columns]
+        chance = partial(describe_chance, entry.chances, lead=", ")
+        cells = [_cell(entry.passed, entry.leads(), chance(PASS_RATE))] if has_passes else []
+        cells += [_cell(partial(entry.share, n), entry.leads(n), chance(n)) for n in columns]
         label = labels[index] if labels else entry.label
         rows.append({"label": label, "cells": cells, "best": entry.who == best})
     headings = ["", *[FIGURES[PASS_RATE]] * has_passes, *(QUESTION_SETS[n].label for n in columns)]
     caption = (
         "Test questions answered word for word [95 % interval over facts] n questions/facts, and "
-        "with the right answer ranked first among its candidates. The ranking stands first where "
-        "most right answers are long or free, so that few can match whatever was learnt"
+        "with the right answer ranked first among its candidates, beside how often a guess is. The "
+        "ranking stands first where most right answers are long or free, so that few can match "
+        "whatever was learnt"
     )
     return {"headings": headings, "rows": rows, "caption": caption}
 
 
-def _cell(find: Callable[[str], Estimate], leads: str) -> dict[str, str] | None:
-    """Return a figure by the measure that leads, with its interval, and by the other one."""
+def _cell(find: Callable[[str], Estimate], leads: str, chance: str) -> dict[str, str] | None:
+    """Return a figure by the measure that leads, with its interval, and by the other one.
+
+    Args:
+        chance: follows the ranking.
+    """
     other, word = (RANKED, "ranked") if leads == EXACT else (EXACT, "exact")
     first, beside = find(leads), find(other)
     if not first.n and not beside.n:
@@ -205,9 +226,10 @@ def _cell(find: Callable[[str], Estimate], leads: str) -> dict[str, str] | None:
     if first.n:
         main = "ranked " * (leads == RANKED) + format_percent(first.value, unit=" %")
         low, high = (format_percent(end, digits=0) for end in (first.low, first.high))
-        interval = f"[{low}, {high}] n {format_n(first.n, first.facts)}"
+        ends = f"[{low}, {high}] " * (first.low is not None)
+        interval = f"{ends}n {format_n(first.n, first.facts)}{chance * (leads == RANKED)}"
     if beside.n:
-        second = f"{word} {format_percent(beside.value, unit=' %')}"
+        second = f"{word} {format_percent(beside.value, unit=' %')}{chance * (leads == EXACT)}"
     return {"main": main, "interval": interval, "second": second}
 
 

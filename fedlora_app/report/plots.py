@@ -14,12 +14,16 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from fedlora_app.data.questions import CONFLICT, LOCAL_SET, UNIVERSAL, UNIVERSAL_UNSEEN
 from fedlora_app.evaluation.answering import OPEN_ABOVE
+from fedlora_app.evaluation.chance import describe_chance, read_chances
 from fedlora_app.evaluation.evaluated_run import group_rows
 from fedlora_app.evaluation.gate_report import GatedSet, read_gated_sets
 from fedlora_app.evaluation.names import (
+    ACCURACY,
     ANSWERERS,
     ASKED_SETS,
+    CHANCE,
     EXACT_MATCH,
     MEASURES,
     QUESTION_SETS,
@@ -43,6 +47,16 @@ MOST_LINES = len(SERIES)  # more of them are drawn faint, with their mean
 MOST_CELLS = 150  # a heat map of more has no figures in it
 NUM_BINS = 20  # of a histogram
 PHASES = {"global": "global phase", "local": "local phase", "global+local": "joint phase"}
+MADE_BY = {
+    UNIVERSAL: "They come with data.universal_test.",
+    UNIVERSAL_UNSEEN: (
+        "They are those of data.universal_test whose fact only other clients train on: test and "
+        "training records need a `fact`."
+    ),
+    LOCAL_SET: "They come with a client's local_test.",
+    CONFLICT: "They come with data.conflict_test.",
+}
+"""What it takes for a question set to be asked; with evaluation.interval: 0 none is."""
 HEAT = LinearSegmentedColormap.from_list("heat", ["#f6f8fa", "#54aeff", "#0a3069"])
 
 
@@ -62,11 +76,17 @@ def plot_accuracy(
     is_aside = (answering == "global") & rows.duplicated(["run", "round", "client"], keep=False)
     title = f"{QUESTION_SETS[question_set].label} questions"
     label = next(m.label for m in MEASURES.values() if m.reported == measure)
+    if rows.empty:
+        raise NothingToPlotError(f"No {title} were asked in this run. {MADE_BY[question_set]}")
     figure, axes = _plot_curves(history, rows[~is_aside], title, label)
     aside = rows[is_aside].groupby("run", as_index=False)[["round", "value"]].mean()
     if 0 < len(aside) <= MOST_LINES:
         label = "global alone" if len(aside) == 1 else "global alone, a mark per run"
         axes.plot(aside["round"], aside["value"], "x", color=INK, label=label, zorder=5)
+        axes.legend(fontsize=7)
+    chance = history["value"][history["metric"].str.endswith(f"/{question_set}/{CHANCE}")]
+    if measure == ACCURACY.reported and not chance.empty:
+        axes.axhline(chance.mean(), color=INK, linewidth=0.8, linestyle=":", label="chance")
         axes.legend(fontsize=7)
     axes.set_ylim(-0.03, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -156,8 +176,13 @@ def plot_swap_table(evaluation: dict[str, Any], measure: str = "exact_match") ->
     means = [[_mean(values.get((who, name))) for name in columns] for who in rows]
     title = "who answers what, mean over clients"
     if measure != EXACT_MATCH.name:
-        title += f": {MEASURES[measure].label}"
-    labels = [QUESTION_SETS[name].label.replace(", ", ",\n") for name in columns]
+        title = f"who answers what: {MEASURES[measure].label}"
+    chances = read_chances(evaluation) if measure == ACCURACY.name else {}
+    labels = [
+        QUESTION_SETS[name].label.replace(", ", ",\n")
+        + describe_chance(chances, name, lead="\n").replace("chance ", "chance\n")
+        for name in columns
+    ]
     return _plot_heat(means, [ANSWERERS[who] for who in rows], labels, title)
 
 
@@ -299,6 +324,8 @@ def _plot_curves(
     axes.set_xlabel("round")
     axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(table.index) == 1:  # else there are fractions of rounds around it
+        axes.set_xticks(table.index)
     if from_zero:
         axes.set_ylim(bottom=0)
     return figure, axes

@@ -66,12 +66,14 @@ PAGE = """\
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
 script-src 'sha256-{{ script_hash }}'">
+{% if reload_seconds %}<meta http-equiv="refresh" content="{{ reload_seconds }}">{% endif %}
 <title>{{ title }}</title>
 <style>{{ style }}</style>
 </head>
 <body>
 <header>
   <p class="kicker">{{ kicker }}</p>
+  {% if reload_seconds %}<p class="kicker">The run is going on. Written at {{ written }}; this page reloads by itself every {{ reload_seconds }} seconds.</p>{% endif %}
   <h1>{{ verdict.headline }}</h1>
   <p class="lead">{{ verdict.sentence }}</p>
   {% if problems %}<ul class="problems">{% for p in problems %}<li>{{ p }}</li>{% endfor %}</ul>{% endif %}

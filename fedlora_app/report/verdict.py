@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedlora_app.data.questions import UNIVERSAL, UNIVERSAL_UNSEEN
+from fedlora_app.evaluation.chance import describe_chance
 from fedlora_app.evaluation.comparison import (
     Paired,
     compare_evaluations,
@@ -13,7 +14,8 @@ from fedlora_app.evaluation.comparison import (
     pair_variants,
 )
 from fedlora_app.evaluation.evaluated_run import Evaluations, Variant, choose_pair, find_variants
-from fedlora_app.evaluation.names import OWN_PAIR, QUESTION_SETS
+from fedlora_app.evaluation.learning import NothingLearned
+from fedlora_app.evaluation.names import OWN_PAIR, PASS_RATE, QUESTION_SETS
 from fedlora_app.evaluation.statistics import Estimate, average_estimates
 from fedlora_app.foundation.percent import PARENTHESES, format_percent
 from fedlora_app.report.numbers import (
@@ -64,15 +66,24 @@ class Verdict:
 
 
 def judge_run(
-    figures: Mapping[str, Figures], prompts: Sequence[str | None], schedule: str | None = None
+    figures: Mapping[str, Figures],
+    prompts: Sequence[str | None],
+    schedule: str | None = None,
+    nothing: NothingLearned | None = None,
 ) -> Verdict:
-    """Judge one run by its conflict questions.
+    """Judge one run by its conflict questions, unless nothing was learned.
 
     Args:
         prompts: the clients' system prompts; None for one that is not known.
         schedule: how the adapters were trained, phased or joint; None where it is not known.
+        nothing: that nothing was learned, where that was found.
     """
     own = next((figures[who] for who in (BOTH, "local:own", "global") if who in figures), None)
+    if nothing is not None:
+        passed = own is not None and own.passed().n
+        told = f"Every client {_passes(own)} {_count(own.passed())}." if passed else ""
+        caveats = (_other_measure(own),) if passed else ()
+        return Verdict(nothing.headline, f"{nothing.sentence} {told}".strip(), caveats)
     if own is None or not own.passed().n:
         return _judge_keywords(own)
     one = figures.get("global")
@@ -86,7 +97,8 @@ def judge_run(
     fails = are_equal and own.who == "global" and not own.passed().value
     return Verdict(
         f"{what}: {_percent(own.passed())} of the conflicts{_by_ranking(own)}.",
-        f"Every client {_passes(own)} {_count(own.passed())}. {_other_measure(own)}",
+        f"Every client {_passes(own)} {_count(own.passed())}{_by_chance(own)}. "
+        f"{_other_measure(own)}",
         (SAME_PROMPT,) * fails
         + ("How the other modes do on the same questions, runs with another mode tell.",),
     )
@@ -113,7 +125,7 @@ def _judge_keywords(own: Figures | None) -> Verdict:
 def _judge_shared(own: Figures, one: Figures, are_equal: bool, trained_on: str) -> Verdict:
     """Judge both adapters against the shared one alone, which comes with every run of mode dual."""
     # Whatever it learns, one adapter says the same to clients that have the same prompt.
-    fails = are_equal and not one.passed().value
+    fails = are_equal and bool(own.passed().value) and not one.passed().value
     paired = None if fails else pair_conflicts([(own.verdicts, one.verdicts)], own.facts)
     if fails:
         claim = f"Two adapters: {_percent(own.passed())} of the conflicts, where one adapter can "
@@ -125,7 +137,7 @@ def _judge_shared(own: Figures, one: Figures, are_equal: bool, trained_on: str) 
     told = f"{_count(own.passed())} with both adapters, and {_to(own)}"
     told += f"{_count(one.passed(), True)} with"
     sentences = [
-        f"Every client {_passes(own)} {told} the shared one alone.",
+        f"Every client {_passes(own)} {told} the shared one alone{_by_chance(own)}.",
         *([_describe_paired(paired)] if paired else []),
         *_tell_shares(*shares, "with both", "with the shared one alone"),
     ]
@@ -206,7 +218,7 @@ def _word_variants(
     sentences = [
         f"Every client {_passes(sides[0][0])} {_count(passed[0])} with two adapters "
         f"({names[0]}), and {_to(sides[0][0])}{_count(passed[1], short=True)} with one averaged "
-        f"adapter ({names[1]}).",
+        f"adapter ({names[1]}){_by_chance(sides[0][0])}.",
         *([_describe_paired(paired)] if paired else []),
         *_tell_shares(*shares, "with two", "with one"),
     ]
@@ -308,6 +320,12 @@ def _to(figures: Figures) -> str:
     return "in " if figures.leads() == RANKED else "to "
 
 
+def _by_chance(figures: Figures) -> str:
+    """Return what guessing achieves where a sentence speaks of rankings."""
+    is_ranked = figures.leads() == RANKED
+    return describe_chance(figures.chances, PASS_RATE, lead="; by ") * is_ranked
+
+
 def _by_ranking(figures: Figures) -> str:
     """Return by what a headline judges, where it is not word for word."""
     return " by likelihood, as most right answers are long or free" * (figures.leads() == RANKED)
@@ -322,7 +340,9 @@ def _other_measure(figures: Figures) -> str:
     right = round(passed.value * passed.n)
     if is_ranked:
         return f"Word for word every client gave its own answer to {right} of {passed.n}."
-    return f"By likelihood every client ranked its own answer first in {right} of {passed.n}."
+    by_chance = describe_chance(figures.chances, PASS_RATE, lead=" (", end=")")
+    told = f"By likelihood every client ranked its own answer first in {right} of {passed.n}"
+    return f"{told}{by_chance}."
 
 
 def format_p(p_value: float) -> str:

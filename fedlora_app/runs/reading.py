@@ -34,6 +34,14 @@ from fedlora_app.runs.manifest import (
 from fedlora_app.runs.paths import RunDirectoryError, RunPaths, require_within
 
 MOST_FAULTS = 5  # that an error names
+MODES = {
+    "dual": "a global and a local adapter at each client",
+    "fedavg": "one averaged adapter for all clients, a baseline",
+    "finetuned": "each client's own copy of the average, a baseline",
+    "local-only": "a local adapter at each client and nothing shared, a baseline",
+    "centralized": "one adapter trained on everybody's data, a baseline",
+}
+"""What clients answer with."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +261,15 @@ def load_run(path: Path | str) -> SavedRun:
     return SavedRun(path, _read_config(paths.config), manifest)
 
 
+def describe_mode(path: Path) -> str:
+    """Return a run's mode in words, such as "mode fedavg: one averaged adapter, a baseline"."""
+    try:
+        mode = _read_object(RunPaths(path).manifest).get("mode")
+    except RunDirectoryError:
+        mode = None
+    return f"mode {mode}: {MODES[mode]}" if mode in MODES else "of an unknown mode"
+
+
 def read_what_is_left(path: Path, name: str = "") -> PartialRun:
     """Read what there is of a run.
 
@@ -303,8 +320,8 @@ def _find_what_is_missing(run: PartialRun) -> Iterator[str]:
     if run.manifest.get("finished") is None:
         done = "none" if run.last_round is None else f"round {run.last_round} the last"
         yield (
-            f"The run has not finished: of {run.num_rounds} rounds {done} complete. It is still "
-            "running, or was stopped."
+            f"The run has not finished: of {run.num_rounds} rounds {done} complete. It "
+            f"{'is running at this moment' if run.state == 'running' else 'was stopped'}."
         )
     for entry in run.manifest["rounds"]:
         for client, why in entry.get("failures", {}).items():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from full_disk import no_larger_files_than
@@ -13,6 +15,8 @@ from full_disk import no_larger_files_than
 from fedlora_app.foundation.files import (
     extend_atomically,
     extend_json_list,
+    is_locked,
+    lock_folder,
     new_folder,
     replace_folder,
     write_atomically,
@@ -124,3 +128,14 @@ def test_windows_is_told_where_it_works():
     code = "import sys; sys.modules['fcntl'] = None; import fedlora_app.foundation.files"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "On Windows use it within WSL2" in done.stderr.splitlines()[-1]
+
+
+def test_looking_whether_a_folder_is_locked_keeps_nobody_from_locking_it(tmp_path):
+    lock_folder(tmp_path).close()
+    looking = (tmp_path / ".lock").open()
+    fcntl.flock(looking, fcntl.LOCK_SH)  # in the midst of is_locked
+    Timer(0.2, looking.close).start()
+    with lock_folder(tmp_path):
+        assert is_locked(tmp_path)
+        assert lock_folder(tmp_path) is None  # and two cannot hold it
+    assert not is_locked(tmp_path)

@@ -73,6 +73,20 @@ def test_the_first_screen_says_what_the_evaluation_holds(reported):
         assert f"#{name}" in page.links
 
 
+def test_a_run_that_learned_nothing_shows_no_green_row(tmp_path, unrendered):
+    run = write_run(tmp_path / "run", evaluated=False)
+    page = write_report(run).read_text()
+    assert 'class="best"' in page and "Nothing was learned" not in page
+    history = json.loads((run / "history.json").read_text())
+    for entry in history:
+        right = ("exact_match", "rank_accuracy")
+        entry["metrics"] |= {k: 0.0 for k in entry["metrics"] if k.endswith(right)}
+    (run / "history.json").write_text(json.dumps(history))
+    page = write_report(run).read_text()
+    assert 'class="best"' not in page
+    assert "Nothing was learned yet, and the training loss is still falling." in page
+
+
 def test_plots_are_kept_as_png_and_svg(reported):
     folder = reported / "plots"
     names = {path.stem for path in folder.glob("*.png")}

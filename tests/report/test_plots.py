@@ -36,6 +36,23 @@ def test_a_curve_holds_the_recorded_values_of_each_client(history):
     assert drawn["client-00"] == [0, 0.2, 0.5, 0.8, 1]
 
 
+@pytest.mark.parametrize("kind", ["imported", "empty"])
+@pytest.mark.parametrize("name", [n for n in fedlora_app.__all__ if n.startswith("plot_")])
+def test_what_a_run_lacks_is_said_in_the_place_of_its_figure(name, kind, imported, history):
+    """Imported data have no facts and no conflicts; a run that has just begun has nothing."""
+    plot = getattr(fedlora_app, name)
+    if kind == "empty":
+        given, asked = history[:0], {"questions": [], "swap_table": [], "scales": {}}
+    else:
+        given, asked = load_history(imported), load_run(imported).evaluation
+    takes_history = "history" in inspect.signature(plot).parameters
+    shown = drawing.draw(plot, given if takes_history else asked)
+    lacks = {"plot_accuracy", "plot_gate", "plot_local_scale"} if kind == "imported" else {name}
+    assert isinstance(shown, drawing.Missing) == (name in lacks)
+    if name in lacks:
+        assert shown.why.endswith(".") and shown.why in shown._repr_html_().replace("&#x27;", "'")
+
+
 def test_several_runs_are_drawn_as_means_over_their_clients(tmp_path, history):
     other = load_history(write_run(tmp_path / "one", mode="fedavg"))
     import pandas

@@ -6,6 +6,7 @@ import pytest
 
 from fedlora_app.evaluation.comparison import Paired, compare_evaluations
 from fedlora_app.evaluation.comparison_text import describe_comparison
+from fedlora_app.evaluation.learning import NothingLearned
 from fedlora_app.evaluation.statistics import Estimate, proportion, share_of_facts
 from fedlora_app.report.numbers import EXACT, RANKED, Figures, measure_run
 from fedlora_app.report.verdict import BOTH, judge_run, judge_runs
@@ -89,6 +90,22 @@ def test_the_verdict_says_no_more_than_the_numbers(two, one, prompts, headline):
     assert f"{two} of 48 conflict questions" in verdict.sentence
     is_any_other = "where one adapter can" in headline
     assert any("mode='fedavg'" in caveat for caveat in verdict.caveats) != is_any_other
+
+
+def test_no_conflict_passed_is_not_told_as_a_merit_of_two_adapters():
+    found = {BOTH: figures(BOTH, 0), "global": figures("global", 0)}
+    verdict = judge_run(found, ["a", "a"])
+    assert verdict.headline.startswith("No difference between two adapters and the shared one")
+    assert "can reach none" not in verdict.headline
+
+
+def test_that_nothing_was_learned_comes_before_all_else():
+    found = {BOTH: figures(BOTH, 0), "global": figures("global", 0)}
+    nothing = NothingLearned("Nothing was learned yet.", "No question set is better.")
+    verdict = judge_run(found, ["a", "a"], "phased", nothing)
+    assert verdict.headline == "Nothing was learned yet."
+    assert "to 0 of 48 conflict questions" in verdict.sentence
+    assert judge_run({}, [], None, nothing).headline == "Nothing was learned yet."
 
 
 @pytest.mark.parametrize(
