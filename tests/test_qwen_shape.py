@@ -1,6 +1,6 @@
 """The configuration for one 24 GB card, from training to export, on a CPU.
 
-The base has the widths of Qwen2.5-7B and two of its 28 layers, 2.9 GB of random weights in bfloat16,
+The base has the widths of Qwen2.5-7B and two of its 28 layers, 2.9 GB of random bfloat16 weights,
 and the demo's tokenizer.
 """
 
@@ -64,7 +64,7 @@ def test_the_7b_configuration_goes_from_training_to_export(base, tmp_path):
     run = tmp_path / "run"
     client = json.loads((run / "config.json").read_text())["federated"]["clients"][0]["id"]
     history = (run / "history.csv").read_text()
-    assert f"1,{client},local,train_loss," in history
+    assert f"1,{client},local,train_local/train_loss," in history
     fedlora("export", str(run), "--client", client, "--output", str(tmp_path / "out"))
     assert PeftConfig.from_pretrained(tmp_path / "out" / "pair").r == 32
     with safe_open(tmp_path / "out" / "pair" / "adapter_model.safetensors", "pt") as file:
