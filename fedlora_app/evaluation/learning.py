@@ -66,9 +66,8 @@ class Loss:
     first: float
     last: float
     has_fallen: bool
-    """From the first round to the last."""
-    num_changes: int
-    """From round to round."""
+    """The second half of the rounds lies below the first one, by Student's interval likewise."""
+    is_of_one_round: bool = False
 
     def describe(self) -> str:
         """Return the loss in a sentence."""
@@ -78,7 +77,7 @@ class Loss:
         if self.trend is None:
             return f"The training loss is {told} after one round, which tells no trend."
         trend = f"The training loss is {'still ' * (self.trend == 'falling')}{self.trend}"
-        if not self.num_changes:
+        if self.is_of_one_round:
             return f"{trend}: {told} in the one round that trained."
         return f"{trend}: {told} in the last round, {self.first:.3g} in the first."
 
@@ -137,13 +136,13 @@ def find_loss(history: Sequence[Mapping[str, Any]]) -> Loss | None:
         return None
     first, last = (fmean(values[end] for values in losses) for end in (0, -1))
     if not all(math.isfinite(value) and value > 0 for values in losses for value in values):
-        return Loss("flat" if math.isfinite(last) else "undefined", first, last, False, 1)
+        return Loss("flat" if math.isfinite(last) else "undefined", first, last, False)
     late = [change for values in losses for change in _changes(values[(len(values) - 1) // 2 :])]
     late = late or _changes_within(history)
-    whole = [math.log(values[-1] / values[0]) for values in losses if len(values) > 1]
+    whole = [math.log(v / values[0]) for values in losses for v in values[(len(values) + 1) // 2 :]]
     trends: dict[int, Trend] = {-1: "falling", 0: "flat", 1: "rising"}
     trend = trends[_sign(late)] if whole or _sign(late) < 0 else None
-    return Loss(trend, first, last, _sign(whole) < 0, len(whole))
+    return Loss(trend, first, last, _sign(whole) < 0, not whole)
 
 
 def _is_better(reports: Reports, own: str, question_set: str, measure: Measure) -> bool:

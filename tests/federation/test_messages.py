@@ -8,9 +8,11 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fedlora_app.federation.messages import (
     ABOUT_RECORD,
+    DECLARED_METRICS,
     MAX_ARRAY_HEADER_BYTES,
     MessageError,
     build_reply,
+    is_possible,
     pack_state,
     unpack_state,
 )
@@ -90,6 +92,24 @@ def test_another_dtype_is_refused():
     record = ArrayRecord({key: Array(t.double().numpy()) for key, t in STATE.items()})
     with pytest.raises(MessageError, match="ann sent x.lora_A.weight as float64, expected float32"):
         unpack_state(record, SHAPES, "ann")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fits"),
+    [
+        ("base/local/fact_each", [-2, 0, 7], True),
+        ("base/local/fact_each", [0.5], False),
+        ("base/local/fact_each", [2**40], False),
+        ("base/local/fact_each", 3, False),
+        ("base/universal/unseen_each", [0, 1], True),
+        ("global/local/exact_match_each", [1, 0, -1], True),
+        ("global/local/exact_match_each", [7], False),
+        ("global/local/exact_match", [1], False),
+    ],
+)
+def test_lists_hold_verdicts_or_the_numbers_of_facts(name, value, fits):
+    assert DECLARED_METRICS.fullmatch(name)
+    assert is_possible(name, value) == fits
 
 
 @pytest.mark.parametrize(("dtype", "bytes_each"), [("float32", 4), ("bfloat16", 2)])
