@@ -15,7 +15,12 @@ from fedlora_app.data.linter import Finding, lint, summarise_findings
 from fedlora_app.data.records import DataError
 from fedlora_app.evaluation.gold import find_unreachable_answers
 from fedlora_app.foundation.errors import UserError
-from fedlora_app.model.pretrained import ModelError, ModelNotHereError, has_weights
+from fedlora_app.model.pretrained import (
+    ModelError,
+    ModelNotHereError,
+    has_weights,
+    local_folder,
+)
 from fedlora_app.model.tokenizer import load_tokenizer
 
 
@@ -52,6 +57,8 @@ def inspect_experiment(config: Config, root: Path, *, needs_model: bool = False)
     try:
         tokenizer = load_tokenizer(config.model, root)
         if not has_weights(config.model, root):
+            if (folder := local_folder(config.model, root)) is not None:
+                raise ModelError(f"model.name: {folder} holds no weights (model.safetensors).")
             command = download(config)
             note = f"The weights of {config.model.name} are not on this machine. Run: {command}"
     except ModelError as error:

@@ -154,6 +154,15 @@ def test_check_finds_a_base_model_that_is_not_there_beside_data_that_are_not(
     assert "data.conflict_test: " in err and "Did you mean" in err
 
 
+def test_check_finds_a_base_model_without_weights(fedlora, tmp_path):
+    folder = shutil.copytree(ROOT / "data" / "demo" / "base_model", tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    status, _, err = fedlora(
+        "check", ROOT / "conf" / "demo.yaml", "--overrides", f"model.name={folder}"
+    )
+    assert status == 2 and f"model.name: {folder} holds no weights" in err
+
+
 def test_check_needs_no_torch():
     code = """
 import sys

@@ -102,7 +102,7 @@ def test_ctrl_c_stops_a_run_and_says_how_to_resume_it(flower, tiny_experiment, t
         command, env=flower.env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         for line in process.stdout:
-            if line.startswith("round 1/50 ["):
+            if line.startswith("round 1/50 not evaluated"):
                 process.send_signal(signal.SIGINT)
         said = process.stderr.read()
         assert process.wait(60) == 130

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 GIB = 2**30
-TINY, SMALL, MEDIUM = 20e6, 500e6, 2e9
+TINY, SMALL, MEDIUM = 20e6, 400e6, 2e9
 """Parameters up to which a base model counts as such; others are large."""
 UNKNOWN_SIZE = 7e9
 SIZE_IN_NAME = re.compile(r"(?<![A-Za-z0-9.])([0-9]+(?:\.[0-9]+)?)([bm])(?![A-Za-z0-9])", re.I)

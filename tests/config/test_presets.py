@@ -58,6 +58,14 @@ def test_few_records_are_gone_over_more_often():
     assert [epochs(num) for num in (4, 40, 4000)] == [12, 10, 2]
 
 
+def test_the_learning_rate_falls_with_the_size():
+    rates = [
+        build_preset(parameters, None, DataSizes()).training["learning_rate"]
+        for parameters in (1e6, 135e6, 0.5e9, 7e9)
+    ]
+    assert rates == [5e-3, 1e-3, 5e-4, 2e-4]
+
+
 def test_a_base_model_for_the_device():
     assert "7B" in choose_model(24 * GIB, True).name
     assert "0.5B" in choose_model(4 * GIB, True).name

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from fedlora_app.config.loading import load_config, parse_config
+from fedlora_app.config.loading import change_config, load_config, parse_config
 from fedlora_app.data.client_files import load_client_files
 from fedlora_app.data.linter import (
     Finding,
@@ -414,6 +414,8 @@ def test_what_nobody_asks():
     del files.tests["universal"]
     [finding] = check(files)
     assert (finding.file, finding.severity) == ("data.universal_test", "warning")
+    alone = change_config(experiment(), "federated.mode=local-only")  # which has no global adapter
+    assert "missing-questions" not in {f.rule for f in lint(alone, {"strict": files})}
 
 
 def test_a_client_without_an_answer_to_any_conflict():

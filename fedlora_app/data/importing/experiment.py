@@ -25,7 +25,7 @@ SETS = ("universal_test", "conflict_test", "universal_validation", "conflict_val
 NOTHING_SHARED = (
     "The import had no universal records (rows whose client cell is empty), so there is nothing to "
     "share, and a client's own records are not shared for it: each client trains by itself. With "
-    "universal records, name their file in data.universal_train and delete this line."
+    "universal records, name their file as each client's universal_train and delete this line."
 )
 NOTHING_OWN = (
     "The import had no records of the clients' own (--role universal), so one adapter is averaged "

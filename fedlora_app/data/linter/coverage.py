@@ -23,7 +23,7 @@ def find_missing_sets(client: LintedClient, config: Config) -> Iterator[Finding]
             "or keyword in a conflict file. Whether its local adapter works stays unknown."
         )
         yield Finding("warning", "missing-questions", "federated.clients", None, text)
-    if UNIVERSAL not in kinds:
+    if UNIVERSAL not in kinds and config.federated.mode != "local-only":
         text = "is not set. Whether the global adapter works stays unknown."
         yield Finding("warning", "missing-questions", "data.universal_test", None, text)
 

@@ -471,7 +471,7 @@ def test_a_folder_that_is_taken_is_left_alone(rows_path):
     Path("data/towns").mkdir(parents=True)
     run(rows_path)
     before = read()
-    with pytest.raises(DataError, match="data/towns is not empty. An import replaces nothing"):
+    with pytest.raises(DataError, match="data/towns is not empty. Nothing is replaced"):
         run(rows_path)
     assert read() == before
     Path("file").write_text("")
