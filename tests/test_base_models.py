@@ -23,6 +23,7 @@ from fedlora_app.evaluation.scoring import Prompt, score_prompts
 from fedlora_app.model.adapter_files import save_adapter, save_plain_adapter
 from fedlora_app.model.adapters import (
     AdaptedModel,
+    AdapterError,
     PlainAdapter,
     activate,
     adapter_parameters,
@@ -279,3 +280,25 @@ def test_the_documentation_s_table_is_what_was_tried():
     table = text.partition("## Base models")[2]
     rows = [line for line in table.splitlines() if line.startswith("| `")][1:]  # of a header
     assert rows == [describe_row(family) for family in FAMILIES]
+
+
+def test_modules_that_peft_takes_for_experts_cannot_be_named(tokenizer):
+    """GLM 4.5's first layer is dense, and PEFT would look for its adapter on experts."""
+    base = build_base(KINDS["glm4_moe"], len(tokenizer))
+    assert isinstance(base.model.layers[0].mlp.gate_proj, torch.nn.Linear)
+    config = AdaptersConfig.model_validate({"global": {"target_modules": ["q_proj", "gate_proj"]}})
+    with pytest.raises(
+        AdapterError, match=r"\['gate_proj'\] names no linear module.*: k_proj, lm_head"
+    ):
+        attach_adapters(base, config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "upper"), [("gpt_neox", "gpt_neox.layers.1."), ("falcon", "transformer.h.1.")]
+)
+def test_upper_layers_are_found_whatever_a_model_calls_them(tokenizer, kind, upper):
+    base = build_base(KINDS[kind], len(tokenizer))
+    both = {"rank": 2, "first_layer": 1}
+    attach_adapters(base, AdaptersConfig.model_validate({"global": both, "local": both}))
+    names = [name for name, _ in base.named_parameters() if "lora_A" in name]
+    assert names and all(name.startswith(upper) for name in names)

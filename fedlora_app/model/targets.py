@@ -62,7 +62,8 @@ def find_target_faults(
         if unknown or not targets:
             faults.append(
                 f"adapters.{section}.target_modules: {unknown or 'an empty list'} names no linear "
-                f"module of the base model. It has: {', '.join(sorted(can))}."
+                "module of the base model that can have an adapter. It has: "
+                f"{', '.join(sorted(can))}."
             )
         if 0 < adapter.first_layer >= num_layers:
             faults.append(
