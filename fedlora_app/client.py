@@ -40,6 +40,7 @@ from fedlora_app.evaluation.client_round import Metrics, evaluate_client, phase_
 from fedlora_app.evaluation.gate import Gate
 from fedlora_app.evaluation.gate_files import find_gate
 from fedlora_app.evaluation.gold import count_gold_answers, find_unreachable_answers
+from fedlora_app.evaluation.room import count_halvings
 from fedlora_app.foundation.progress import step_lines
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model import base as model_module
@@ -253,7 +254,7 @@ class Client:
             answering.append(Answering(with_global=True))
         gate = self._find_gate(loaded, model, files, own) if is_due or is_final else None
         metrics |= gate.figures.metrics() if gate is not None and server_round > 0 else {}
-        started = time.monotonic()
+        started, halvings = time.monotonic(), count_halvings(model)
         reset_peak_memory(model.device)
         for who in answering:
             metrics |= evaluate_client(
@@ -265,8 +266,11 @@ class Client:
                 who,
                 show_example=is_final and who == own,
                 gate=gate if who == own else None,
+                sample=0 if is_final else self.config.evaluation.sample,
                 what=f"{self.client_id}, round {server_round}",
             )
+        if (retries := count_halvings(model) - halvings) > 0:
+            metrics["evaluation_memory_retries"] = retries
         metrics["evaluation_seconds"] = time.monotonic() - started
         metrics["peak_memory_bytes"] = read_peak_memory(model.device)
         return metrics

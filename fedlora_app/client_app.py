@@ -26,6 +26,7 @@ from flwr.clientapp import ClientApp
 from fedlora_app.client import Client
 from fedlora_app.config.schema import Config, ConfigError
 from fedlora_app.data.records import DataError
+from fedlora_app.evaluation.room import EvaluationError
 from fedlora_app.federation.messages import (
     ADAPTER_RECORD,
     MessageError,
@@ -68,6 +69,7 @@ EXPLAINED_ERRORS = (
     AdapterError,
     ConfigError,
     DataError,
+    EvaluationError,
     MessageError,
     ModelError,
     PackingError,

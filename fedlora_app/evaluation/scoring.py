@@ -9,7 +9,9 @@ greedy answer, and only the other prompts are generated for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -18,12 +20,21 @@ from fedlora_app.data.tokens import Example, encode_with_answers
 from fedlora_app.evaluation.answering import OPEN_ABOVE
 from fedlora_app.evaluation.gate import Gate, gated
 from fedlora_app.evaluation.generation import decode, find_stop_ids, generate
+from fedlora_app.evaluation.memory import AnswerBatch
+from fedlora_app.evaluation.room import GENERATING, SCORING, find_room
+from fedlora_app.evaluation.rows import (
+    CANDIDATES_PER_ROW,
+    Row,
+    batch_prompts,
+    build_batches,
+    build_rows,
+    count_tokens,
+    largest_generated,
+    largest_scored,
+)
 from fedlora_app.model.adapters import AdaptedModel
 from fedlora_app.model.fused import fused_answering
 from fedlora_app.training.losses import LOGIT_ROWS, answer_log_likelihoods
-
-CANDIDATES_PER_ROW = 16
-MAX_BATCH_TOKENS = 16_384  # padding included; the attention mask grows with a row's square
 
 Progress = Callable[[int], None]
 """Called with the number of prompts that are done."""
@@ -64,18 +75,8 @@ class Answered:
         return self.openness is None or self.openness > OPEN_ABOVE
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One sequence: a prompt and some of its candidates, by their positions in the lists."""
-
-    prompt: int
-    prompt_ids: list[int]
-    candidates: list[int]
-    answer_ids: list[list[int]]
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt_ids) + sum(map(len, self.answer_ids))
+Scored = tuple[float, bool]
+"""A candidate's log-likelihood, and whether it is the greedy answer."""
 
 
 @torch.inference_mode()
@@ -106,40 +107,54 @@ def score_prompts(
     totals = [[0.0] * len(p.candidates) for p in prompts]
     greedy: dict[int, list[int]] = {}
     per_row = min(CANDIDATES_PER_ROW, batch_size) if shares_prefix(model) else 1
-    rows = list(_build_rows(prompt_ids, answer_ids, per_row))
-    rows_left = [0] * len(prompts)
-    for row in rows:
-        rows_left[row.prompt] += 1
+    rows = list(build_rows(prompt_ids, answer_ids, per_row))
+    num_left = [len(p.candidates) for p in prompts]
     done = sum(not p.candidates and not p.generates for p in prompts)
+
+    def score(batch: Sequence[Row]) -> list[tuple[Row, list[Scored]]]:
+        with gated(model, gate, [gate_ids[row.prompt] for row in batch]):
+            return list(zip(batch, _score_rows(model, tokenizer, batch), strict=True))
+
     with fused_answering(model):
-        for batch in _batches(rows, batch_size):
-            with gated(model, gate, [gate_ids[row.prompt] for row in batch]):
-                scored = _score_rows(model, tokenizer, batch)
-            for row, scores in zip(batch, scored, strict=True):
+        room = find_room(model, SCORING, largest_scored(rows))
+        for batch in build_batches(rows, batch_size, room):
+            for row, scores in room.run(batch, score, count_tokens, Row.divide):
                 for candidate, ids, (total, is_greedy) in zip(
                     row.candidates, row.answer_ids, scores, strict=True
                 ):
                     totals[row.prompt][candidate] = total
                     if is_greedy and len(ids) <= max_new_tokens:
                         greedy[row.prompt] = ids
-                rows_left[row.prompt] -= 1
+                num_left[row.prompt] -= len(row.candidates)
                 is_answered = row.prompt in greedy or not prompts[row.prompt].generates
-                done += rows_left[row.prompt] == 0 and is_answered
+                done += num_left[row.prompt] == 0 and is_answered
             if progress is not None:
                 progress(done)
         waiting = [i for i, p in enumerate(prompts) if p.generates and i not in greedy]
         generated = {i: decode(tokenizer, ids) for i, ids in greedy.items() if prompts[i].generates}
-        waiting.sort(key=lambda index: len(prompt_ids[index]))
         stop_ids = (
             find_stop_ids(tokenizer, prompts[0].system_prompt, prompts[0].question)
             if waiting
             else []
         )
-        for start in range(0, len(waiting), batch_size):
-            indices = waiting[start : start + batch_size]
-            batch_ids = [prompt_ids[index] for index in indices]
-            with gated(model, gate, [gate_ids[index] for index in indices]):
-                texts = generate(model, tokenizer, batch_ids, stop_ids, max_new_tokens)
+
+        def answering(indices: Sequence[int], places: Sequence[int]) -> AbstractContextManager:
+            return gated(model, gate, [gate_ids[indices[place]] for place in places])
+
+        def answer(indices: Sequence[int]) -> list[str]:
+            ids = [prompt_ids[index] for index in indices]
+            holding = partial(answering, indices)
+            return generate(model, tokenizer, ids, stop_ids, max_new_tokens, answering=holding)
+
+        def count(indices: Sequence[int]) -> int:
+            longest = max(len(prompt_ids[index]) for index in indices)
+            return len(indices) * (longest + max_new_tokens)
+
+        lengths = [len(ids) for ids in prompt_ids]
+        longest = max((lengths[index] for index in waiting), default=0)
+        room = find_room(model, GENERATING, largest_generated(longest, batch_size, max_new_tokens))
+        for indices in batch_prompts(waiting, lengths, batch_size, max_new_tokens, room):
+            texts = room.run(indices, answer, count)
             generated.update(zip(indices, texts, strict=True))
             done += len(indices)
             if progress is not None:
@@ -196,10 +211,18 @@ def score_examples(
     model.eval()
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
     log_probs: list[list[float]] = [[] for _ in examples]
+
+    def score(batch: Sequence[int]) -> list[torch.Tensor]:
+        return answer_log_likelihoods(model, [examples[index] for index in batch])
+
+    def count(batch: Sequence[int]) -> int:
+        return sum(len(examples[index].input_ids) for index in batch)
+
+    longest = max((len(example.input_ids) for example in examples), default=1)
+    room = find_room(model, SCORING, AnswerBatch(batch_size, longest, LOGIT_ROWS))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        scored = answer_log_likelihoods(model, [examples[index] for index in batch])
-        for index, values in zip(batch, scored, strict=True):
+        for index, values in zip(batch, room.run(batch, score, count), strict=True):
             log_probs[index] = values.tolist()
         if progress is not None:
             progress(start + len(batch))
@@ -219,35 +242,9 @@ def shares_prefix(model: AdaptedModel) -> bool:
     return attends_fully and config._attn_implementation in ("sdpa", "eager")
 
 
-def _build_rows(
-    prompt_ids: Sequence[list[int]], answer_ids: Sequence[list[list[int]]], per_row: int
-) -> Iterator[_Row]:
-    """Yield the sequences to compute, each a prompt with up to ``per_row`` of its candidates."""
-    for index, (ids, answers) in enumerate(zip(prompt_ids, answer_ids, strict=True)):
-        for start in range(0, len(answers), per_row):
-            part = answers[start : start + per_row]
-            yield _Row(index, ids, list(range(start, start + len(part))), part)
-
-
-def _batches(rows: Sequence[_Row], batch_size: int) -> Iterator[list[_Row]]:
-    """Yield rows of similar length, at most ``batch_size`` candidates at a time."""
-    batch: list[_Row] = []
-    count = 0
-    for row in sorted(rows, key=lambda row: (row.length, row.prompt)):
-        is_full = count + len(row.candidates) > batch_size
-        is_full |= (len(batch) + 1) * row.length > MAX_BATCH_TOKENS
-        if batch and is_full:
-            yield batch
-            batch, count = [], 0
-        batch.append(row)
-        count += len(row.candidates)
-    if batch:
-        yield batch
-
-
 def _score_rows(
-    model: AdaptedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[_Row]
-) -> list[list[tuple[float, bool]]]:
+    model: AdaptedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]
+) -> list[list[Scored]]:
     """Return each candidate's log-likelihood and whether it is the greedy answer."""
     inner = model.get_base_model()
     length = max(row.length for row in rows)
