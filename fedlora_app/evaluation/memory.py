@@ -82,7 +82,7 @@ def fit_tokens(
     """
     tokens = MAX_TOKENS
     while True:
-        cut = _cut(batch, tokens)
+        cut = cut_batch(batch, tokens)
         sizes = (largest_linear, num_adapter_parameters)
         needed = count_answer_bytes(shape, numerics, cut, *sizes)
         if needed <= free_bytes or cut.num_rows == 1:  # a row is always tried
@@ -90,7 +90,7 @@ def fit_tokens(
         tokens //= 2
 
 
-def _cut(batch: AnswerBatch, tokens: int) -> AnswerBatch:
+def cut_batch(batch: AnswerBatch, tokens: int) -> AnswerBatch:
     """Return a batch of such rows with at most so many tokens, one row at least."""
     rows = max(1, tokens // max(1, batch.length + batch.max_new_tokens))
     logits = batch.num_logits if not batch.max_new_tokens else min(rows, batch.num_rows)

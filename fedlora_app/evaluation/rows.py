@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from fedlora_app.evaluation.memory import MAX_TOKENS, AnswerBatch
 from fedlora_app.evaluation.room import Room
@@ -91,10 +92,15 @@ def batch_prompts(
         yield batch
 
 
-def largest_scored(rows: Sequence[Row]) -> AnswerBatch:
+def largest_scored(rows: Sequence[Row], batch_size: int) -> AnswerBatch:
     """Return as many of the longest rows as are ever scored at once, where memory allows it."""
-    length = max((row.length for row in rows), default=1)
-    return AnswerBatch(max(1, MAX_TOKENS // length), length, LOGIT_ROWS)
+    longest = sorted(rows, key=lambda row: -row.length)
+    length = longest[0].length if longest else 1
+    most = max(1, MAX_TOKENS // length)
+    counts = accumulate(len(row.candidates) for row in longest)
+    num_rows = max(1, min(most, sum(count <= batch_size for count in counts)))
+    num_logits = sum(len(ids) for row in longest[:num_rows] for ids in row.answer_ids)
+    return AnswerBatch(num_rows, length, min(LOGIT_ROWS, num_logits))
 
 
 def largest_generated(longest: int, batch_size: int, max_new_tokens: int) -> AnswerBatch:

@@ -116,7 +116,7 @@ def score_prompts(
             return list(zip(batch, _score_rows(model, tokenizer, batch), strict=True))
 
     with fused_answering(model):
-        room = find_room(model, SCORING, largest_scored(rows))
+        room = find_room(model, SCORING, largest_scored(rows, batch_size))
         for batch in build_batches(rows, batch_size, room):
             for row, scores in room.run(batch, score, count_tokens, Row.divide):
                 for candidate, ids, (total, is_greedy) in zip(

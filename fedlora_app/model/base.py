@@ -212,6 +212,17 @@ def _load(config: ModelConfig, root: Path) -> PreTrainedModel:
         model = _load_quantised(config, root, kwargs)
     else:
         model = from_pretrained(AutoModelForCausalLM, config, root, use_safetensors=True, **kwargs)
+    return settle_base(model, config, device)
+
+
+def settle_base(
+    model: PreTrainedModel, config: ModelConfig, device: torch.device
+) -> PreTrainedModel:
+    """Freeze a base model that has its weights, and make it answer greedily.
+
+    Raises:
+        ModelError: its embedding cannot lie elsewhere.
+    """
     model.requires_grad_(False)
     model.eval()
     # generate() fills what a caller leaves open from here, and instruct models ship sampling

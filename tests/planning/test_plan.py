@@ -305,7 +305,7 @@ def test_the_time_of_upper_layers_only_is_theirs(tiny_project, deep):
         config = build_tiny_config(
             model={"name": str(deep)}, adapters=adapters, training=changes | {"replay": 0.0}
         )
-        return build_plan(config, tiny_project).cards[0].round_seconds
+        return build_plan(config, tiny_project, "24GB").cards[0].round_seconds
 
     assert seconds(first_layer=20) / seconds() == pytest.approx(0.75, abs=0.05)  # one pass
     again = {"global_epochs": 50, "local_epochs": 50}
@@ -320,7 +320,7 @@ def test_states_of_lower_layers_are_planned_in_host_memory(tiny_project, deep):
             adapters=adapters,
             training={"local_epochs": epochs, "global_epochs": 2},
         )
-        plan = build_plan(config, tiny_project)
+        plan = build_plan(config, tiny_project, "24GB")
         states = {
             phase.phase: [i.num_bytes for i in phase.host if "lower layers" in i.name]
             for phase in plan.phases
