@@ -11,7 +11,7 @@ from fedlora_app.foundation.progress import format_duration
 from fedlora_app.planning.measurement import MEDIAN, Measurement
 from fedlora_app.planning.plan import Plan
 from fedlora_app.planning.suggestions import suggest_changes
-from fedlora_app.planning.text import format_size, render, wrap, yaml_value
+from fedlora_app.planning.text import format_size, format_speed, render, wrap, yaml_value
 
 
 def describe_measurement(config: Config, plan: Plan, measured: Measurement) -> str:
@@ -41,7 +41,7 @@ def _phase_table(plan: Plan, measured: Measurement) -> Table:
             f"{steps.tokens_per_step:,.0f}",
             format_size(steps.peak_bytes),
             format_size(planned[name].torch_bytes) if is_largest else "",
-            f"{steps.tokens_per_second:,.0f}",
+            format_speed(steps.tokens_per_second),
             "" if share is None else f"{share:.1%}",
             "on" if steps.settings.gradient_checkpointing else "off",
         )
@@ -62,8 +62,9 @@ def _describe_memory(plan: Plan, measured: Measurement) -> Iterator[str]:
     if measured.card is not None:
         card = measured.card
         peak = "matrix products of these widths" if plan.on_cpu else "the maker's figure"
+        speed = format_speed(card.tokens_per_second)
         yield (
-            f"Planned were {card.tokens_per_second:,.0f} tokens/s at {card.efficiency:.0%} of the "
+            f"Planned were {speed} tokens/s at {card.efficiency:.0%} of the "
             f"peak, {card.peak_tflops:,.3g} TFLOP/s by {peak}."
         )
 

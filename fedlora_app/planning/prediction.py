@@ -73,7 +73,8 @@ class Predictor:
             needed[count_answer_bytes(self.shape, numerics, cut, *sizes)] = (what, cut)
         what, batch = needed[max(needed)]
         items = (*resident, Item("answers", max(needed), what))
-        reserve = Item("allocator's reserve", round(RESERVE * sum(i.num_bytes for i in items)))
+        peak = sum(item.num_bytes for item in items)
+        reserve = Item("allocator's reserve", round(RESERVE * peak), phase.outside[-1].note)
         outside = phase.outside if self.on_cpu else (*phase.outside[:-1], reserve)
         return PhaseMemory("evaluation", batch.num_tokens, False, items, outside, phase.host)
 

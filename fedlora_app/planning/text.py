@@ -145,6 +145,11 @@ def _card_table(plan: Plan) -> Table:
     return table
 
 
+def format_speed(speed: float) -> str:
+    """Return "1,855" or "0.13"."""
+    return f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
+
+
 def _format_time(seconds: float) -> str:
     return format_duration(seconds) if seconds >= 1 else "under 1 s"
 
@@ -153,7 +158,8 @@ def _describe_cpu(plan: Plan) -> str:
     """Return what this machine's CPU will do, in a sentence."""
     (cpu,) = plan.cards
     took = "" if cpu.round_seconds is None else f", {_format_time(cpu.round_seconds)} for a round"
-    return f"On this machine's {cpu.card}: about {cpu.tokens_per_second:,.0f} tokens/s{took}."
+    speed = format_speed(cpu.tokens_per_second)
+    return f"On this machine's {cpu.card}: about {speed} tokens/s{took}."
 
 
 def _describe_time(plan: Plan) -> str:
