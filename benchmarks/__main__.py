@@ -31,6 +31,7 @@ OF_ALL = (
     "loss",
     "bytes",
     "evaluation",
+    "leaving",
     "gate",
     "large",
     "gpu",
@@ -132,6 +133,17 @@ def evaluation(
     from benchmarks.evaluation import describe, measure
 
     _finish("evaluation", measure(turns, questions), describe)
+
+
+@app.command()
+def leaving(
+    turns: Turns = 5,
+    prompts: Annotated[int, typer.Option(min=2, help="In one batch.")] = 32,
+) -> None:
+    """A batch's greedy answers, where those that have ended leave it and where they stay."""
+    from benchmarks.leaving import describe, measure
+
+    _finish("leaving", measure(turns, prompts), describe)
 
 
 @app.command()

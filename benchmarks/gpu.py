@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks.plain_trainer import PHASE_SEED, build_phase
+from benchmarks.plain_trainer import deterministic
 from benchmarks.process import MIB
 from benchmarks.random_nf4 import make_random_nf4
 from benchmarks.toy_models import QWEN_7B, ROOT, build_examples, draw_lengths
@@ -33,14 +32,14 @@ from fedlora_app.config.rounds import Phase, plan_round
 from fedlora_app.config.schema import Config, TrainingConfig
 from fedlora_app.data.tokens import Example
 from fedlora_app.foundation.errors import UserError
-from fedlora_app.model.adapters import AdaptedModel, adapter_parameters, attach_adapters
-from fedlora_app.model.device import read_peak_memory, reset_peak_memory
+from fedlora_app.model.adapters import AdaptedModel, attach_adapters
 from fedlora_app.model.host_embedding import move_embedding_to_host
-from fedlora_app.planning.gpus import CARDS, Passes, Work, compute_flops, parse_memory
+from fedlora_app.planning.gpus import find_card, parse_memory
 from fedlora_app.planning.sizes import measure_sizes
+from fedlora_app.planning.steps import SEED, measure_steps
 from fedlora_app.training.activations import MicroBatch, Numerics, read_shape
 from fedlora_app.training.batches import split_into_packs, step_batches, tokens_per_micro_batch
-from fedlora_app.training.phase import settle_checkpointing
+from fedlora_app.training.phase import TrainingError
 from fedlora_app.training.phase_memory import BaseSizes, predict_phase
 
 TINY = {
@@ -55,11 +54,6 @@ TINY = {
 }
 SHAPES = {"7b": QWEN_7B, "tiny": TINY}
 TINY_TRAINING = {"max_seq_length": 32, "batch_size": 2, "gradient_accumulation_steps": 2}
-PEAK_TFLOPS = {re.sub(r" \d+ GB$", "", card.name): card.peak_tflops for card in CARDS}
-PEAK_TFLOPS |= {"H100 PCIe": 756.0}
-SAME_CARD = r"NVIDIA|GeForce|SXM\d?|\d+GB|HBM\w*"
-"""Words of a driver's name for a card that do not tell it from others."""
-"""Makers' figures: dense bf16 with fp32 accumulation. The first name found in the card's counts."""
 LARGE_CONFIG = "conf/qwen2.5-7b-4090.yaml"
 SMALL_CONFIG, SMALL_CAP = "conf/qwen2.5-7b-8gb.yaml", "7.0GiB"
 
@@ -147,6 +141,7 @@ def measure_here(run: Run, device_name: str, shape: str, num_steps: int) -> dict
     device = torch.device(device_name, 0) if device_name == "cuda" else torch.device("cpu")
     config = load_config(ROOT / run.config)
     training = _settle(config.training, device, shape)
+    config = config.model_copy(update={"training": training})
     applied_cap = _apply_cap(run.cap, device)
     model_config = Qwen2Config(**SHAPES[shape], bos_token_id=None, eos_token_id=None)
     embedding_on_cpu = config.model.embedding_device == "cpu"
@@ -168,9 +163,7 @@ def measure_here(run: Run, device_name: str, shape: str, num_steps: int) -> dict
         for phase in (plan.train, plan.personalise):
             if phase is not None:
                 about = {"examples": kind, "phase": phase.name}
-                measured = _measure_phase(
-                    model, sizes, config, training, phase, examples, num_steps
-                )
+                measured = _measure_phase(model, sizes, config, phase, examples, num_steps)
                 predicted = _predict(
                     *(model_config, sizes, config, training, phase),
                     batches=list(_batches(examples, training, num_steps)),
@@ -228,37 +221,32 @@ def _measure_phase(
     model: AdaptedModel,
     sizes: BaseSizes,
     config: Config,
-    training: TrainingConfig,
     phase: Phase,
     examples: Sequence[Example],
     num_steps: int,
 ) -> dict[str, Any]:
-    config = config.model_copy(update={"training": training})
-    training = settle_checkpointing(config, model, phase, examples)
-    checkpointing = training.gradient_checkpointing is True
-    reset_peak_memory(model.device)
-    run = build_phase(model, examples, training, phase.active, phase.trainable, num_steps)
+    shape = read_shape(model.get_base_model().config)
     try:
-        seconds = run()
-    except torch.OutOfMemoryError:
-        return {"out_of_memory": True, "checkpointing": checkpointing}
-    timed = [e for batch in _batches(examples, training, num_steps)[1:] for e in batch]
-    num_tokens = sum(len(example.input_ids) for example in timed) / num_steps
-    needed, computed = (
-        _count_flops(model, sizes, phase, timed, recomputes) / num_steps
-        for recomputes in (False, checkpointing)
-    )
+        with deterministic():
+            steps = measure_steps(model, shape, sizes, config, phase, examples, num_steps)
+    except TrainingError:
+        return {"out_of_memory": True, "checkpointing": True}
     peak = _peak_flops(model.device)
+    shares = [
+        peak and round(flops / steps.seconds_per_step / peak, 4)
+        for flops in (steps.flops_per_step, steps.recomputed_flops_per_step)
+    ]
     return {
         "out_of_memory": False,
-        "checkpointing": checkpointing,
-        "tokens_per_step": round(num_tokens, 1),
-        "seconds_per_step": round(seconds, 4),
-        "tokens_per_second": round(num_tokens / seconds, 1),
-        "share_of_peak": peak and round(needed / seconds / peak, 4),
-        "share_of_peak_with_recomputation": peak and round(computed / seconds / peak, 4),
-        "peak_memory_bytes": read_peak_memory(model.device),
+        "checkpointing": steps.settings.gradient_checkpointing is True,
+        "tokens_per_step": round(steps.tokens_per_step, 1),
+        "seconds_per_step": round(steps.seconds_per_step, 4),
+        "tokens_per_second": round(steps.tokens_per_second, 1),
+        "share_of_peak": shares[0],
+        "share_of_peak_with_recomputation": shares[1],
+        "peak_memory_bytes": steps.peak_bytes,
         "reserved_bytes": _reserved_bytes(model.device),
+        "memory_retries": steps.memory_retries,
     }
 
 
@@ -266,7 +254,7 @@ def _batches(
     examples: Sequence[Example], training: TrainingConfig, num_steps: int
 ) -> list[list[Example]]:
     """Return the examples of every step of a phase; the first is not timed."""
-    return list(islice(step_batches(examples, training, PHASE_SEED), num_steps + 1))
+    return list(islice(step_batches(examples, training, SEED), num_steps + 1))
 
 
 def _reserved_bytes(device: torch.device) -> int | None:
@@ -274,35 +262,9 @@ def _reserved_bytes(device: torch.device) -> int | None:
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
 
 
-def _count_flops(
-    model: AdaptedModel,
-    sizes: BaseSizes,
-    phase: Phase,
-    examples: Sequence[Example],
-    recomputes: bool,
-) -> float:
-    """Return the operations of a step, as ``fedlora plan`` counts them."""
-    active, learning = (
-        sum(p.numel() for name in names for p in adapter_parameters(model, name))
-        for names in (phase.active, phase.trainable)
-    )
-    work = Work(
-        tokens=sum(len(example.input_ids) for example in examples),
-        answer_tokens=sum(example.num_answer_tokens for example in examples),
-        attention_pairs=sum(len(example.input_ids) ** 2 for example in examples),
-        micro_batches=0,
-    )
-    shape = read_shape(model.get_base_model().config)
-    return compute_flops(shape, sizes, work, active, learning, Passes(recomputes))
-
-
 def _peak_flops(device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    # "NVIDIA A100-SXM4-80GB" is an A100; an "RTX 3070 Ti" or "H100 NVL" is another card.
-    words = re.split("[ -]", torch.cuda.get_device_name(device))
-    name = " ".join(word for word in words if not re.fullmatch(SAME_CARD, word))
-    return 1e12 * PEAK_TFLOPS[name] if name in PEAK_TFLOPS else None
+    card = find_card(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return card and 1e12 * card.peak_tflops
 
 
 def _predict(

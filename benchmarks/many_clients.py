@@ -21,7 +21,7 @@ from flwr.app import Message, MessageType, RecordDict
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.pipe import FIRST_NODE_ID, PipeGrid, answer_messages, start_clients
-from benchmarks.process import MIB, peak_bytes, reset_peak, resident_bytes
+from benchmarks.process import MIB, peak_bytes, resident_bytes
 from fedlora_app.config.schema import GLOBAL, Config
 from fedlora_app.federation.grid import PacedGrid
 from fedlora_app.federation.messages import (
@@ -32,6 +32,7 @@ from fedlora_app.federation.messages import (
     read_task,
 )
 from fedlora_app.federation.roster import count_bytes
+from fedlora_app.foundation.process_memory import reset_peak
 from fedlora_app.model.adapters import (
     AdaptedModel,
     attach_adapters,

@@ -20,13 +20,8 @@ def resident_bytes(pid: int | str = "self") -> int:
 
 
 def peak_bytes(pid: int | str = "self") -> int:
-    """Return the most that it has held since ``reset_peak``."""
+    """Return the most that it has held since ``process_memory.reset_peak``."""
     return _bytes(read_status(pid)["VmHWM"])
-
-
-def reset_peak() -> None:
-    """Let this process's peak begin anew."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def sample(pid: int, but: frozenset[int] = frozenset()) -> dict[str, int]:

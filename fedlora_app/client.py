@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -41,6 +41,7 @@ from fedlora_app.evaluation.client_round import Metrics, evaluate_client, phase_
 from fedlora_app.evaluation.gate import Gate
 from fedlora_app.evaluation.gate_files import find_gate
 from fedlora_app.evaluation.gold import count_gold_answers, find_unreachable_answers
+from fedlora_app.evaluation.room import count_halvings
 from fedlora_app.foundation.progress import step_lines
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model import base as model_module
@@ -60,17 +61,16 @@ from fedlora_app.model.base import (
     load_base_model,
     load_tokenizer,
 )
-from fedlora_app.model.device import is_out_of_memory, read_peak_memory, reset_peak_memory
+from fedlora_app.model.device import read_peak_memory, reset_peak_memory
 from fedlora_app.model.kernels import find_missing_kernels
 from fedlora_app.runs.client_folder import ClientFolder
 from fedlora_app.runs.paths import RunPaths
 from fedlora_app.training.decay import choose_decays
 from fedlora_app.training.phase import (
     PhaseResult,
-    TrainingError,
     settle_checkpointing,
     train_phase,
-    use_less_memory,
+    train_within_memory,
 )
 from fedlora_app.training.selection import data_owners, select_phase, take_part
 
@@ -250,7 +250,7 @@ class Client:
             answering.append(Answering(with_global=True))
         gate = self._find_gate(loaded, model, files, own) if is_due or is_final else None
         metrics |= gate.figures.metrics() if gate is not None and server_round > 0 else {}
-        started = time.monotonic()
+        started, halvings = time.monotonic(), count_halvings(model)
         reset_peak_memory(model.device)
         for who in answering:
             metrics |= evaluate_client(
@@ -262,8 +262,11 @@ class Client:
                 who,
                 show_example=is_final and who == own,
                 gate=gate if who == own else None,
+                sample=0 if is_final else self.config.evaluation.sample,
                 what=f"{self.client_id}, round {server_round}",
             )
+        if (retries := count_halvings(model) - halvings) > 0:
+            metrics["evaluation_memory_retries"] = retries
         metrics["evaluation_seconds"] = time.monotonic() - started
         metrics["peak_memory_bytes"] = read_peak_memory(model.device)
         return metrics
@@ -430,29 +433,7 @@ class Client:
                 progress=step_lines(what),
             )
 
-        before = {name: get_state(model, name) for name in phase.trainable}
-        try:
-            return train(training)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        # Outside that block, so that the exception's frames have freed their tensors.
-        smaller = loaded.smaller_batches[kind] = use_less_memory(training)
-        print(
-            f"{what}: out of memory with batches of {training.batch_size}; once more, as in the "
-            f"rounds to come, with {smaller.batch_size} x {smaller.gradient_accumulation_steps} "
-            "and checkpointing.",
-            flush=True,
-        )
-        for name, state in before.items():
-            set_state(model, name, state)
-        torch.cuda.empty_cache()
-        try:
-            return replace(train(smaller), memory_retries=1)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise TrainingError(
-                f"{what}: out of memory, also with batches of {smaller.batch_size} and gradient "
-                "checkpointing. Lower training.max_seq_length or the adapters' ranks."
-            ) from None
+        result, fitted = train_within_memory(model, phase, training, train, what)
+        if fitted is not training:
+            loaded.smaller_batches[kind] = fitted
+        return result

@@ -18,7 +18,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 import transformers
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -26,6 +25,7 @@ from flwr.clientapp import ClientApp
 from fedlora_app.client import Client
 from fedlora_app.config.schema import Config, ConfigError
 from fedlora_app.data.records import DataError
+from fedlora_app.evaluation.room import EvaluationError
 from fedlora_app.federation.messages import (
     ADAPTER_RECORD,
     MessageError,
@@ -37,7 +37,6 @@ from fedlora_app.federation.messages import (
     unpack_state,
 )
 from fedlora_app.federation.ray_pool import watch_workers
-from fedlora_app.foundation.cores import count_cores
 from fedlora_app.foundation.files import keep_files_private
 from fedlora_app.foundation.project import (
     PACKAGE_DIR,
@@ -49,7 +48,11 @@ from fedlora_app.foundation.project import (
 from fedlora_app.model.adapters import AdapterError, AdapterState
 from fedlora_app.model.base import ModelError, choose_device
 from fedlora_app.model.cards import CardError
-from fedlora_app.model.device import has_spoilt_process, is_out_of_memory
+from fedlora_app.model.device import (
+    compute_reproducibly,
+    has_spoilt_process,
+    is_out_of_memory,
+)
 from fedlora_app.runs.client_folder import LostGlobalError
 from fedlora_app.runs.paths import RunDirectoryError, check_run_name
 from fedlora_app.training.attention import PackingError
@@ -70,6 +73,7 @@ EXPLAINED_ERRORS = (
     CardError,
     ConfigError,
     DataError,
+    EvaluationError,
     MessageError,
     ModelError,
     PackingError,
@@ -230,8 +234,5 @@ def _check_package(task: Task) -> None:
 def _set_up_process(config: Config) -> None:
     """Use the whole machine, deterministically; clients are served a few at a time."""
     keep_files_private()
-    torch.set_num_threads(max(1, count_cores() // config.federated.clients_at_once))
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # time for what is overwritten
-    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # read by transformers
+    compute_reproducibly(config.federated.clients_at_once)
     transformers.utils.logging.disable_progress_bar()

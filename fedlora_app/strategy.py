@@ -331,7 +331,8 @@ class GlobalAdapterFedAvg(FedAvg):
             self._round_seconds.append(seconds)
             mean = sum(self._round_seconds) / len(self._round_seconds)
             left = mean * (num_rounds - server_round)
-        self._report(describe_round(server_round, num_rounds, reports, seconds, left))
+        sample = self.config.evaluation.sample
+        self._report(describe_round(server_round, num_rounds, reports, seconds, left, sample))
 
     def _save_global(self, folder: Path) -> str:
         return save_adapter(folder, self._model, GLOBAL, self._global_state, self.config.model.name)

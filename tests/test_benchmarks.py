@@ -119,6 +119,15 @@ def test_evaluation():
     require_table(evaluation, figures)
 
 
+def test_leaving():
+    leaving = bench("leaving")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    figures = leaving.measure(1, num_prompts=6, max_new_tokens=16, **sizes)
+    assert set(figures["answered_differently"].values()) == {0}
+    assert figures["mean_length"] < figures["longest"] <= 16
+    require_table(leaving, figures)
+
+
 def test_layers():
     layers = bench("layers")
     sizes = TINY | {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from fedlora_app import client as client_module
 from fedlora_app.client import Client
 from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import ConfigError
+from fedlora_app.evaluation import room
 from fedlora_app.evaluation.choices import open_round
 from fedlora_app.federation.messages import (
     ABOUT_RECORD,
@@ -1070,6 +1072,56 @@ def test_a_client_that_has_no_memory_at_all_says_what_to_lower(federation, monke
     monkeypatch.setattr(training, "compute_losses", full)
     with pytest.raises(RoundError, match=r"also with batches of 1 and.*training\.max_seq_length"):
         federation.run("run")
+
+
+def test_an_evaluation_without_memory_goes_on_with_smaller_batches(
+    finished, federation, tiny_project, monkeypatch, capsys
+):
+    """What a client reports is the same, and that it happened stands in the history."""
+    monkeypatch.setattr(room, "_fitting", WeakKeyDictionary())  # other tests share the base model
+    decoder = model_module.load_base_model(federation.config.model, tiny_project).model.base_model
+
+    def check(module, args, settings):
+        if len(settings["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    handle = decoder.register_forward_pre_hook(check, with_kwargs=True)
+    try:
+        run = federation.run("run")
+    finally:
+        handle.remove()
+    assert "Note: out of memory while generating" in capsys.readouterr().err
+    retries = [e["metrics"].get("evaluation_memory_retries", 0) for e in entries(run, "evaluate")]
+    assert retries[0] > 0
+    for ours, theirs in zip(
+        entries(run, "evaluate"), entries(finished.path, "evaluate"), strict=True
+    ):
+        for name, value in theirs["metrics"].items():
+            if name.count("/") == 2:
+                assert ours["metrics"][name] == pytest.approx(value, abs=1e-5), name
+    assert "ran out of memory in evaluation" in " ".join(read_what_is_left(run).problems)
+
+
+def test_rounds_before_the_last_ask_a_sample(tiny_project, tmp_path, capsys):
+    clients = ("ann", "bob", "cy")
+    config = build_tiny_config(clients, evaluation={"interval": 1, "sample": 2})
+    run = Federation(tiny_project, tmp_path, config).run()
+    asked: dict[str, list] = {"universal": [], "local": [], "conflict": []}
+    verdicts = []
+    for entry in entries(run, "evaluate"):
+        label = "global+local" if entry["round"] else "base"
+        for name, found in asked.items():
+            found.append((entry["round"], entry["metrics"][f"{label}/{name}/n"]))
+        each = entry["metrics"][f"{label}/conflict/exact_match_each"]
+        verdicts.append((entry["round"], tuple(value >= 0 for value in each)))
+    for name, most in (("universal", 6), ("local", 5), ("conflict", 3)):
+        counts = {number: {n for r, n in asked[name] if r == number} for number in (0, 1, 2)}
+        assert counts[0] == counts[1] == {2} and max(counts[2]) == most
+    assert len({v for number, v in verdicts if number < 2}) == 1  # the same ones for everybody
+    assert {v for number, v in verdicts if number == 2} == {(True,) * 3}
+    out = capsys.readouterr().out
+    assert "(of 2 questions a set at most; " in out
+    assert "questions a set" not in next(x for x in out.splitlines() if "round 2/2" in x)
 
 
 def test_no_memory_outside_of_training_names_what_to_lower(federation, monkeypatch):

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from fedlora_app.cli.root import AsJson, ConfigPath, app, find_config, quiet_transformers
+from fedlora_app.foundation.environment import prepare_environment
 from fedlora_app.foundation.terminal import show_progress
 
 
@@ -62,22 +63,51 @@ def plan(
         str, typer.Option(help="24GB or 7.5GiB. Default: this machine's GPU, or 24GB.")
     ] = "",
     overrides: Annotated[str, typer.Option(help='As in run-config: "training.batch_size=2".')] = "",
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Load the base and measure steps and answers here."),
+    ] = False,
+    random: Annotated[
+        bool,
+        typer.Option(
+            "--random", help="With --measure: random weights, from configuration and tokenizer."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Predict a run's memory, bytes per round and time, and say what would make it fit.
 
-    No weights are loaded. Example: fedlora plan conf/demo.yaml --gpu-memory 8GB
+    No weights are loaded unless it is to measure. Example: fedlora plan conf/demo.yaml --measure
     """
+    if measure and gpu_memory:
+        raise typer.BadParameter("--measure is for this machine; leave out --gpu-memory.")
+    if random and not measure:
+        raise typer.BadParameter("--random needs --measure.")
     _look_at_nothing_remote()
+    if measure:
+        prepare_environment()  # as a client has it, before torch is imported
     from fedlora_app.config.loading import load_config
     from fedlora_app.planning.plan import build_plan
     from fedlora_app.planning.text import describe_plan
 
     path, root = find_config(config)
-    planned = build_plan(load_config(path, overrides), root, gpu_memory)
-    typer.echo(
-        json.dumps(planned.dump(), ensure_ascii=False) if as_json else describe_plan(planned)
-    )
+    experiment = load_config(path, overrides)
+    planned = build_plan(experiment, root, gpu_memory)
+    if not measure:
+        typer.echo(
+            json.dumps(planned.dump(), ensure_ascii=False) if as_json else describe_plan(planned)
+        )
+        return
+    from fedlora_app.planning.measured_text import describe_measurement
+    from fedlora_app.planning.measurement import measure_run
+
+    quiet_transformers()
+    with show_progress("parts", quiet=as_json) as show:
+        found = measure_run(experiment, root, planned, is_random=random, report=show)
+    if as_json:
+        typer.echo(json.dumps({"plan": planned.dump(), "measured": found.dump()}))
+    else:
+        typer.echo(describe_measurement(experiment, planned, found))
 
 
 @app.command()

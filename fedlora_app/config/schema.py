@@ -220,6 +220,9 @@ class EvaluationConfig(Section):
     interval: int = Field(1, ge=0)
     """Evaluate after every so many rounds; round 0 and the last one are always evaluated. 0: not
     during the run, for one that fedlora evaluate follows."""
+    sample: int = Field(0, ge=0)
+    """At most so many questions of each set and client in the rounds before the last, every time
+    the same ones. The last round and fedlora evaluate ask all of them. 0: no limit."""
     protocol: Literal["full", "core"] = "full"
     """What fedlora evaluate and studies ask. core: the base model, the global adapter alone and
     each client's own adapters; full: also other clients' local adapters, other system prompts and

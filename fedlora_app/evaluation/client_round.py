@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from fedlora_app.config.rounds import BASE, Phase, adapters_label
 from fedlora_app.config.schema import ClientConfig, Config, EvaluationConfig
 from fedlora_app.data.client_files import ClientFiles, build_question_sets
+from fedlora_app.data.question_sample import sample_question_sets
 from fedlora_app.data.questions import (
     CONFLICT,
     UNIVERSAL,
@@ -56,12 +57,14 @@ def evaluate_client(
     *,
     gate: Gate | None = None,
     show_example: bool = False,
+    sample: int = 0,
     what: str = "",
 ) -> Metrics:
     """Score every question set of a client with adapters that are set on the model.
 
     Args:
         gate: decides for every question whether the local adapter answers.
+        sample: at most so many questions of each set; 0: all of them.
         show_example: print one conflict question with its answer, in the client's own log.
         what: begins the lines that say how far the evaluation is.
 
@@ -72,7 +75,9 @@ def evaluate_client(
     """
     metrics: Metrics = {}
     adapters = adapters_label(who.adapters)
-    question_sets = build_question_sets(client, files)
+    question_sets = sample_question_sets(
+        build_question_sets(client, files), files.tests, sample, config.experiment.seed
+    )
     gold = GoldReader(loaded.tokenizer, client, files, config.evaluation.max_new_tokens)
     report = prompt_lines(
         f"{what or client.id}, evaluation [{adapters}]",

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import PreTrainedModel
 
+from fedlora_app.evaluation.memory import AnswerBatch
+from fedlora_app.evaluation.room import GATE, Room, find_room
 from fedlora_app.model.adapters import AdaptedModel, base_only
 from fedlora_app.model.base import ModelError, decoder_layers, find_decoder
 
 BATCH_SIZE = 32
-MAX_BATCH_TOKENS = 16_384  # padding included
 MIDDLE = 2 / 3
 """How far up the decoder layers the first feature is taken."""
 DESCRIPTION = {
@@ -43,27 +44,39 @@ def compute_features(
     def keep(module: torch.nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
         states.append(output[0] if isinstance(output, tuple) else output)
 
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    middle: dict[int, torch.Tensor] = {}
-    last: dict[int, torch.Tensor] = {}
+    lengths = [len(prompt) for prompt in prompts]
+
+    def read(indices: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        longest = lengths[indices[-1]]
+        rows = [prompts[i] + [0] * (longest - lengths[i]) for i in indices]
+        input_ids = torch.tensor(rows, device=model.device)  # (B, T), padded on the right
+        states.clear()  # of a batch that did not fit
+        final = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        (between,) = states
+        states.clear()
+        return [
+            (
+                between[row, : lengths[index]].double().mean(0).cpu(),
+                final[row, lengths[index] - 1].double().cpu(),
+            )
+            for row, index in enumerate(indices)
+        ]
+
+    def count(indices: Sequence[int]) -> int:
+        return len(indices) * lengths[indices[-1]]
+
+    order = sorted(range(len(prompts)), key=lengths.__getitem__)
+    found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     handle = layers[find_middle_layer(len(layers)) - 1].register_forward_hook(keep)
     try:
         with base_only(model):
-            for indices in _batches(order, [len(prompt) for prompt in prompts]):
-                longest = len(prompts[indices[-1]])
-                rows = [prompts[i] + [0] * (longest - len(prompts[i])) for i in indices]
-                input_ids = torch.tensor(rows, device=model.device)  # (B, T), padded on the right
-                final = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
-                (between,) = states
-                states.clear()
-                for row, index in enumerate(indices):
-                    length = len(prompts[index])
-                    middle[index] = between[row, :length].double().mean(0).cpu()
-                    last[index] = final[row, length - 1].double().cpu()
+            room = find_room(model, GATE, AnswerBatch(BATCH_SIZE, max(lengths), 0))
+            for indices in _batches(order, lengths, room):
+                found.update(zip(indices, room.run(indices, read, count), strict=True))
     finally:
         handle.remove()
-    places = range(len(prompts))
-    return torch.stack([middle[i] for i in places]), torch.stack([last[i] for i in places])
+    middle, last = zip(*(found[place] for place in range(len(prompts))), strict=True)
+    return torch.stack(middle), torch.stack(last)
 
 
 def _find_layers(base: PreTrainedModel) -> list[torch.nn.Module]:
@@ -81,12 +94,12 @@ def _find_layers(base: PreTrainedModel) -> list[torch.nn.Module]:
     )
 
 
-def _batches(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Yield indices of prompts, shorter ones first; padded, a batch has so many tokens at most."""
+def _batches(order: Sequence[int], lengths: Sequence[int], room: Room) -> Iterator[list[int]]:
+    """Yield indices of prompts, shorter ones first."""
     batch: list[int] = []
     for index in order:
-        is_full = (len(batch) + 1) * lengths[index] > MAX_BATCH_TOKENS
-        if batch and (is_full or len(batch) == BATCH_SIZE):
+        is_full = len(batch) == BATCH_SIZE or not room.has_for(len(batch) + 1, lengths[index])
+        if batch and is_full:
             yield batch
             batch = []
         batch.append(index)

@@ -27,7 +27,7 @@ from fedlora_app.foundation.terminal import render_table
 
 EVALUATION_PREFIXES = (
     *(f"{answerer}/" for answerer in ("base", "global", "local", "global+local")),
-    *("gate/", "evaluation_seconds", "peak_memory_bytes"),
+    *("gate/", "evaluation_", "peak_memory_bytes"),
 )
 COUNTS = {EXACT_MATCH.name: "n", ACCURACY.name: "n_ranked"}
 """What a history calls the number of answers by a measure."""
@@ -46,13 +46,17 @@ def describe_round(
     reports: Reports,
     seconds: float,
     seconds_left: float | None = None,
+    sample: int = 0,
 ) -> str:
     """Return the one line that a round leaves in the log; figures are means over all answers.
 
     Args:
         seconds_left: what the rounds that follow will take, as far as it is known.
+        sample: at most so many questions of each set were asked; 0: all of them.
     """
     time_used = f"({format_duration(seconds)}"
+    if sample and server_round < num_rounds:
+        time_used = f"(of {sample} questions a set at most; {format_duration(seconds)}"
     if seconds_left:
         time_used += f", about {format_duration(seconds_left)} left"
     label = next(iter(_labels(reports)), None)

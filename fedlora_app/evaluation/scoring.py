@@ -9,7 +9,7 @@ greedy answer, and only the other prompts are generated for.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,15 +21,24 @@ from fedlora_app.evaluation.answering import OPEN_ABOVE
 from fedlora_app.evaluation.decoding import decode
 from fedlora_app.evaluation.gate import Gate, split_by_gate
 from fedlora_app.evaluation.generation import find_stop_ids, generate
+from fedlora_app.evaluation.memory import AnswerBatch
+from fedlora_app.evaluation.room import GENERATING, SCORING, find_room
+from fedlora_app.evaluation.rows import (
+    CANDIDATES_PER_ROW,
+    Row,
+    batch_prompts,
+    build_batches,
+    build_rows,
+    count_tokens,
+    largest_generated,
+    largest_scored,
+)
 from fedlora_app.model.adapters import AdaptedModel, scaled_local
 from fedlora_app.model.base import find_decoder
 from fedlora_app.model.device import is_out_of_memory
 from fedlora_app.model.fused import fused_answering
 from fedlora_app.model.head import Head, find_head
 from fedlora_app.training.losses import LOGIT_ROWS, answer_log_likelihoods
-
-CANDIDATES_PER_ROW = 16
-MAX_BATCH_TOKENS = 16_384  # padding included; the attention mask grows with a row's square
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 0.02}
 """Of likelihoods that are the same but for rounding."""
@@ -75,18 +84,10 @@ class Answered:
         return self.openness is None or self.openness > OPEN_ABOVE
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One sequence: a prompt and some of its candidates, by their positions in the lists."""
-
-    prompt: int
-    prompt_ids: list[int]
-    candidates: list[int]
-    answer_ids: list[list[int]]
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt_ids) + sum(map(len, self.answer_ids))
+Scored = tuple[float, bool]
+"""A candidate's log-likelihood, and whether it is the greedy answer."""
+ByGate = Sequence[tuple[float, Sequence[int]]]
+"""The local adapter's factor with the places of the prompts that it is for."""
 
 
 @torch.inference_mode()
@@ -117,48 +118,37 @@ def score_prompts(
     totals = [[0.0] * len(p.candidates) for p in prompts]
     greedy: dict[int, list[int]] = {}
     per_row = min(CANDIDATES_PER_ROW, batch_size) if shares_prefix(model) else 1
-    rows = list(_build_rows(prompt_ids, answer_ids, per_row))
-    rows_left = [0] * len(prompts)
-    for row in rows:
-        rows_left[row.prompt] += 1
+    rows = list(build_rows(prompt_ids, answer_ids, per_row))
+    num_left = [len(p.candidates) for p in prompts]
     done = sum(not p.candidates and not p.generates for p in prompts)
+
     with fused_answering(model):
         by_gate = split_by_gate(model, gate, gate_ids)
-        for factor, places in by_gate:
-            chosen = set(places)
-            for batch in _batches([row for row in rows if row.prompt in chosen], batch_size):
-                with scaled_local(model, factor):
-                    scored = _score_rows(model, batch)
-                for row, scores in zip(batch, scored, strict=True):
-                    for candidate, ids, (total, is_greedy) in zip(
-                        row.candidates, row.answer_ids, scores, strict=True
-                    ):
-                        totals[row.prompt][candidate] = total
-                        if is_greedy and len(ids) <= max_new_tokens:
-                            greedy[row.prompt] = ids
-                    rows_left[row.prompt] -= 1
-                    is_answered = row.prompt in greedy or not prompts[row.prompt].generates
-                    done += rows_left[row.prompt] == 0 and is_answered
-                if progress is not None:
-                    progress(done)
-        waiting = [i for i, p in enumerate(prompts) if p.generates and i not in greedy]
+        for scored in _score_candidates(model, rows, by_gate, batch_size):
+            for row, scores in scored:
+                for candidate, ids, (total, is_greedy) in zip(
+                    row.candidates, row.answer_ids, scores, strict=True
+                ):
+                    totals[row.prompt][candidate] = total
+                    if is_greedy and len(ids) <= max_new_tokens:
+                        greedy[row.prompt] = ids
+                num_left[row.prompt] -= len(row.candidates)
+                is_answered = row.prompt in greedy or not prompts[row.prompt].generates
+                done += num_left[row.prompt] == 0 and is_answered
+            if progress is not None:
+                progress(done)
         generated = {i: decode(tokenizer, ids) for i, ids in greedy.items() if prompts[i].generates}
-        waiting.sort(key=lambda index: len(prompt_ids[index]))
-        stop_ids = (
-            find_stop_ids(tokenizer, prompts[0].system_prompt, prompts[0].question)
-            if waiting
-            else []
-        )
-        for factor, places in by_gate:
-            chosen = set(places)
-            those = [index for index in waiting if index in chosen]
-            for start in range(0, len(those), batch_size):
-                indices = those[start : start + batch_size]
-                batch_ids = [prompt_ids[index] for index in indices]
-                with scaled_local(model, factor):
-                    texts = generate(model, tokenizer, batch_ids, stop_ids, max_new_tokens)
-                generated.update(zip(indices, texts, strict=True))
-                done += len(indices)
+        waiting = {
+            index: prompt_ids[index]
+            for index, prompt in enumerate(prompts)
+            if prompt.generates and index not in greedy
+        }
+        if waiting:
+            stop_ids = find_stop_ids(tokenizer, prompts[0].system_prompt, prompts[0].question)
+            limits = (batch_size, max_new_tokens)
+            for texts in _generate_answers(model, tokenizer, waiting, by_gate, stop_ids, *limits):
+                generated |= texts
+                done += len(texts)
                 if progress is not None:
                     progress(done)
     openness = [None] * len(prompts)
@@ -168,6 +158,57 @@ def score_prompts(
         Answered(tuple(totals[i]), generated.get(i, ""), openness=openness[i])
         for i in range(len(prompts))
     ]
+
+
+def _score_candidates(
+    model: AdaptedModel, rows: Sequence[Row], by_gate: ByGate, batch_size: int
+) -> Iterator[list[tuple[Row, list[Scored]]]]:
+    """Yield each batch of rows, or of their parts, with what their candidates score."""
+
+    def score(batch: Sequence[Row]) -> list[tuple[Row, list[Scored]]]:
+        return list(zip(batch, _score_rows(model, batch), strict=True))
+
+    room = find_room(model, SCORING, largest_scored(rows, batch_size))
+    for factor, places in by_gate:
+        chosen = set(places)
+        those = [row for row in rows if row.prompt in chosen]
+        for batch in build_batches(those, batch_size, room):
+            with scaled_local(model, factor):
+                scored = room.run(batch, score, count_tokens, Row.divide)
+            yield scored
+
+
+def _generate_answers(
+    model: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    waiting: Mapping[int, list[int]],
+    by_gate: ByGate,
+    stop_ids: list[int],
+    batch_size: int,
+    max_new_tokens: int,
+) -> Iterator[dict[int, str]]:
+    """Yield the answers of each batch by the prompts' places.
+
+    Args:
+        waiting: the prompts' token ids by their places.
+    """
+
+    def answer(places: Sequence[int]) -> list[str]:
+        ids = [waiting[place] for place in places]
+        return generate(model, tokenizer, ids, stop_ids, max_new_tokens)
+
+    def count(places: Sequence[int]) -> int:
+        return len(places) * (max(len(waiting[place]) for place in places) + max_new_tokens)
+
+    lengths = {place: len(ids) for place, ids in waiting.items()}
+    largest = largest_generated(max(lengths.values()), batch_size, max_new_tokens)
+    room = find_room(model, GENERATING, largest)
+    for factor, places in by_gate:
+        those = [place for place in places if place in waiting]
+        for batch in batch_prompts(those, lengths, batch_size, max_new_tokens, room):
+            with scaled_local(model, factor):
+                texts = room.run(batch, answer, count)
+            yield dict(zip(batch, texts, strict=True))
 
 
 def ask_nothing(system_prompt: str, candidates: Iterable[str]) -> Iterator[Prompt]:
@@ -213,10 +254,18 @@ def score_examples(
     model.eval()
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
     log_probs: list[list[float]] = [[] for _ in examples]
+
+    def score(batch: Sequence[int]) -> list[torch.Tensor]:
+        return answer_log_likelihoods(model, [examples[index] for index in batch])
+
+    def count(batch: Sequence[int]) -> int:
+        return sum(len(examples[index].input_ids) for index in batch)
+
+    longest = max((len(example.input_ids) for example in examples), default=1)
+    room = find_room(model, SCORING, AnswerBatch(batch_size, longest, LOGIT_ROWS))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        scored = answer_log_likelihoods(model, [examples[index] for index in batch])
-        for index, values in zip(batch, scored, strict=True):
+        for index, values in zip(batch, room.run(batch, score, count), strict=True):
             log_probs[index] = values.tolist()
         if progress is not None:
             progress(start + len(batch))
@@ -247,8 +296,8 @@ def _try_sharing(model: AdaptedModel) -> bool:
     prompt, answers = [1, 2, 0, 1], [[0, 1, 2] * 8, [2, 0, 1]]  # far behind another one
     tolerance = TOLERANCES.get(model.get_base_model().dtype, TOLERANCES[torch.bfloat16])
     try:
-        (shared,) = _score_rows(model, [_Row(0, prompt, [0, 1], answers)])
-        alone = _score_rows(model, [_Row(0, prompt, [0], [answer]) for answer in answers])
+        (shared,) = _score_rows(model, [Row(0, prompt, [0, 1], answers)])
+        alone = _score_rows(model, [Row(0, prompt, [0], [answer]) for answer in answers])
     except (TypeError, ValueError, RuntimeError) as error:  # a forward pass that knows no such mask
         if is_out_of_memory(error):
             raise
@@ -257,33 +306,7 @@ def _try_sharing(model: AdaptedModel) -> bool:
     return all(abs(one - other) <= tolerance * abs(other) for (one, _), [(other, _)] in pairs)
 
 
-def _build_rows(
-    prompt_ids: Sequence[list[int]], answer_ids: Sequence[list[list[int]]], per_row: int
-) -> Iterator[_Row]:
-    """Yield the sequences to compute, each a prompt with up to ``per_row`` of its candidates."""
-    for index, (ids, answers) in enumerate(zip(prompt_ids, answer_ids, strict=True)):
-        for start in range(0, len(answers), per_row):
-            part = answers[start : start + per_row]
-            yield _Row(index, ids, list(range(start, start + len(part))), part)
-
-
-def _batches(rows: Sequence[_Row], batch_size: int) -> Iterator[list[_Row]]:
-    """Yield rows of similar length, at most ``batch_size`` candidates at a time."""
-    batch: list[_Row] = []
-    count = 0
-    for row in sorted(rows, key=lambda row: (row.length, row.prompt)):
-        is_full = count + len(row.candidates) > batch_size
-        is_full |= (len(batch) + 1) * row.length > MAX_BATCH_TOKENS
-        if batch and is_full:
-            yield batch
-            batch, count = [], 0
-        batch.append(row)
-        count += len(row.candidates)
-    if batch:
-        yield batch
-
-
-def _score_rows(model: AdaptedModel, rows: Sequence[_Row]) -> list[list[tuple[float, bool]]]:
+def _score_rows(model: AdaptedModel, rows: Sequence[Row]) -> list[list[Scored]]:
     """Return each candidate's log-likelihood and whether it is the greedy answer."""
     inner = model.get_base_model()
     length = max(row.length for row in rows)

@@ -40,7 +40,7 @@ NUMPY_FORMAT = "numpy.ndarray"  # what Flower calls it
 COUNTED = ("examples", "truncated", "dropped")
 DECLARED_METRICS = re.compile(
     r"""
-    num-examples | update_norm | evaluation_seconds | peak_memory_bytes
+    num-examples | update_norm | evaluation_(seconds|memory_retries) | peak_memory_bytes
     | (universal|local)_(examples|truncated|dropped) | skipped_records | unscored_conflicts
     | (universal|local|conflict)_((cut|altered|open)_)?answers
     | train_(global|local|global\+local)/

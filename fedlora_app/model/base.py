@@ -231,6 +231,17 @@ def _load(config: ModelConfig, root: Path) -> PreTrainedModel:
         if not is_out_of_memory(error):
             raise
         raise ModelError(_explain_size(config)) from None
+    return settle_base(model, config, device)
+
+
+def settle_base(
+    model: PreTrainedModel, config: ModelConfig, device: torch.device
+) -> PreTrainedModel:
+    """Freeze a base model that has its weights, and make it answer greedily.
+
+    Raises:
+        ModelError: its embedding cannot lie elsewhere.
+    """
     model.requires_grad_(False)
     model.eval()
     # generate() fills what a caller leaves open from here, and instruct models ship sampling

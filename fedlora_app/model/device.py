@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
-import resource
-import sys
 from pathlib import Path
 
 import torch
 
-MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes; getrusage(2)
+from fedlora_app.foundation.cores import count_cores
+from fedlora_app.foundation.process_memory import read_peak
+
+
+def compute_reproducibly(clients_at_once: int) -> None:
+    """Have this process use the whole machine, or its part of it, and give the same bits twice."""
+    torch.set_num_threads(max(1, count_cores() // clients_at_once))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # time for what is overwritten
+    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # read by transformers
 
 
 def read_free_memory(device: torch.device) -> int:
@@ -66,4 +73,4 @@ def read_peak_memory(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
+    return read_peak()

@@ -16,14 +16,14 @@ Change = dict[str, Any]
 
 
 def find_changes(
-    config: Config, is_tied: bool, fits: Callable[[Config], bool]
+    config: Config, is_tied: bool, fits: Callable[[Config], bool], on_cpu: bool = False
 ) -> tuple[Change, Config] | tuple[None, None]:
     """Return the first settings that fit.
 
     What changes no result comes first: one such change alone, then the first ones together. Only
     then shorter examples and smaller ranks, on top of all of those.
     """
-    harmless, costly = _harmless_changes(config, is_tied), _costly_changes(config)
+    harmless, costly = _harmless_changes(config, is_tied, on_cpu), _costly_changes(config)
     for steps in harmless:
         for change in steps:
             changed = apply_change(config, change)
@@ -49,7 +49,7 @@ def apply_change(config: Config, change: Change) -> Config:
     return parse_config(raw)
 
 
-def _harmless_changes(config: Config, is_tied: bool) -> list[list[Change]]:
+def _harmless_changes(config: Config, is_tied: bool, on_cpu: bool) -> list[list[Change]]:
     """Return each kind of change that costs time or little else, with its steps."""
     training, model = config.training, config.model
     per_step = training.batch_size * training.gradient_accumulation_steps
@@ -66,11 +66,11 @@ def _harmless_changes(config: Config, is_tied: bool) -> list[list[Change]]:
             for size in smaller
         ]
     )
-    if training.optimizer == "adamw":
+    if training.optimizer == "adamw" and not on_cpu:
         kinds.append([{"training.optimizer": "paged_adamw_8bit"}])
-    if model.quantization == "none":
+    if model.quantization == "none" or (on_cpu and model.quantization == "auto"):
         kinds.append([{"model.quantization": "4bit"}])
-    if not is_tied and model.embedding_device != "cpu":
+    if not (is_tied or on_cpu or model.embedding_device == "cpu"):
         kinds.append([{"model.embedding_device": "cpu"}])
     return kinds
 

@@ -17,15 +17,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import torch
-
 from fedlora_app.training.activations import Numerics, PlanError, Shape
 from fedlora_app.training.phase_memory import NF4_BYTES, BaseSizes
 
 EFFICIENCY = 0.35
 """Assumed, not measured: the share of a card's peak that training reaches."""
 
-DEFAULT_MEMORY = "24GB"
 UNITS = {
     **{"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12},
     **{"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40},
@@ -41,8 +38,11 @@ class Card:
     """As the driver reports it."""
     peak_tflops: float
     bandwidth_gb_per_second: float
+    efficiency: float = EFFICIENCY
 
 
+SAME_CARD = r"NVIDIA|GeForce|SXM\d?|\d+GB|HBM\w*"
+"""Words of a driver's name for a card that do not tell it from others."""
 _MIB = 2**20
 CARDS = (
     Card("RTX 3070", 8192 * _MIB, 40.6, 448),
@@ -56,6 +56,7 @@ CARDS = (
     Card("A100 40 GB", 40960 * _MIB, 312.0, 1555),
     Card("A100 80 GB", 81920 * _MIB, 312.0, 2039),
     Card("H100", 81559 * _MIB, 989.0, 3350),
+    Card("H100 PCIe", 81559 * _MIB, 756.0, 2039),
     Card("H200", 143771 * _MIB, 989.0, 4800),
 )
 
@@ -76,14 +77,15 @@ def parse_memory(text: str) -> int:
     return size
 
 
-def read_limit(gpu_memory: str) -> tuple[int, str]:
-    """Return the bytes to plan for, and where they come from: an option, this GPU, or assumed."""
-    if gpu_memory:
-        return parse_memory(gpu_memory), "--gpu-memory"
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        return properties.total_memory, f"this machine's {properties.name}"
-    return parse_memory(DEFAULT_MEMORY), "assumed, because this machine has no GPU"
+def find_card(name: str) -> Card | None:
+    """Return the card that a driver calls by this name, None if it is not known.
+
+    "NVIDIA A100-SXM4-80GB" is an A100; an "RTX 3070 Ti" or "H100 NVL" is another card.
+    """
+    words = re.split("[ -]", name)
+    known = " ".join(word for word in words if not re.fullmatch(SAME_CARD, word))
+    named = {re.sub(r" \d+ GB$", "", card.name): card for card in CARDS}
+    return named.get(known)
 
 
 @dataclass(frozen=True)
@@ -148,5 +150,5 @@ def compute_seconds(
     width = numerics.dtype_bytes
     per_weight = NF4_BYTES + 2 * width if numerics.is_4bit else width
     read = micro_batches * passes.of_weights * sizes.linear * per_weight
-    compute = flops / (card.peak_tflops * 1e12 * EFFICIENCY)
+    compute = flops / (card.peak_tflops * 1e12 * card.efficiency)
     return compute + read / (card.bandwidth_gb_per_second * 1e9)

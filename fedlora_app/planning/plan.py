@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedTokenizerBase
+
 from fedlora_app.config.rounds import plan_round, training_clients
 from fedlora_app.config.schema import GLOBAL, Config
+from fedlora_app.data.client_files import load_all_files
 from fedlora_app.model.base import (
     ModelError,
     build_empty_model,
@@ -23,9 +27,11 @@ from fedlora_app.planning.gpus import (
     Work,
     compute_flops,
     compute_seconds,
-    read_limit,
+    parse_memory,
 )
+from fedlora_app.planning.host import probe_cpu, read_host_memory
 from fedlora_app.planning.prediction import Predictor, read_numerics
+from fedlora_app.planning.questions import QuestionWork, describe_cut_answers, measure_questions
 from fedlora_app.planning.sizes import measure_sizes
 from fedlora_app.planning.workload import (
     ClientPhase,
@@ -34,6 +40,7 @@ from fedlora_app.planning.workload import (
     load_client_phases,
     measure_work,
     missing_files,
+    missing_questions,
 )
 from fedlora_app.training.activations import (
     FP32_BYTES,
@@ -68,6 +75,10 @@ class CardPlan:
     """What one card would do with this configuration."""
 
     card: str
+    peak_tflops: float
+    """A card's by its maker's figures, a CPU's of plain matrix products."""
+    efficiency: float
+    """The share of it that training is assumed to reach."""
     memory_bytes: int
     peak_bytes: int
     fits: bool
@@ -109,34 +120,51 @@ class Plan:
     num_rounds: int
     traffic: Traffic
     cards: list[CardPlan]
+    """Of a run on a CPU, this machine's alone."""
     verdict: Verdict
     notes: list[str]
+    on_cpu: bool = False
+    evaluation: PhaseMemory | None = None
+    """None where the questions are not here."""
+    num_questions: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By client and question set; empty where they are not here."""
 
     @property
     def largest_phase(self) -> PhaseMemory:
         """The phase that decides what the card must have."""
-        return max(self.phases, key=lambda phase: phase.total_bytes)
+        return max(self.memory, key=lambda phase: phase.total_bytes)
+
+    def count_questions(self, sample: int = 0) -> int:
+        """Return the questions of all clients together, at most ``sample`` of each set."""
+        counts = [n for sets in self.num_questions.values() for n in sets.values()]
+        return sum(min(n, sample or n) for n in counts)
+
+    @property
+    def memory(self) -> list[PhaseMemory]:
+        """What every phase takes, and evaluation."""
+        return [*self.phases, *([self.evaluation] if self.evaluation is not None else [])]
 
     def dump(self) -> dict[str, Any]:
         """Return plain data for JSON, sums included."""
         data = asdict(self)
-        for entry, phase in zip(data["phases"], self.phases, strict=True):
+        entries = [*data["phases"], *([data["evaluation"]] if self.evaluation else [])]
+        for entry, phase in zip(entries, self.memory, strict=True):
             entry |= {"torch_bytes": phase.torch_bytes, "total_bytes": phase.total_bytes}
         return data | {"base": data["base"] | {"total": self.base.total}}
 
 
 def build_plan(config: Config, root: Path, gpu_memory: str = "") -> Plan:
-    """Plan a run on one GPU. No weights are read, and nothing is downloaded twice.
+    """Plan a run on one GPU or a CPU. No weights are read, and nothing is downloaded twice.
 
     Args:
-        gpu_memory: as ``parse_memory`` reads it; empty: this machine's GPU, or 24 GB.
+        gpu_memory: as ``parse_memory`` reads it; empty: this machine, with its GPU if it has one.
 
     Raises:
         PlanError: the memory's size or the kind of model is unknown.
         ModelError: the base model's configuration is not there.
         DataError: a training file that is there cannot be used.
     """
-    limit, source = read_limit(gpu_memory)
+    limit, source, on_cpu = _read_limit(gpu_memory)
     empty = _build_empty(config, root)
     fault = find_embedding_fault(config.model, root)
     if fault is not None:
@@ -144,9 +172,13 @@ def build_plan(config: Config, root: Path, gpu_memory: str = "") -> Plan:
     shape = read_shape(empty.config)
     sizes = measure_sizes(empty, config.adapters)
     notes: list[str] = []
-    parts = _load_parts(config, root, notes)
-    predict = Predictor(shape, sizes, parts)
+    tokenizer = _find_tokenizer(config, root, notes)
+    parts = load_client_phases(config, tokenizer, root) if tokenizer is not None else []
+    questions = _find_questions(config, root, tokenizer, notes) if parts else None
+    predict = Predictor(shape, sizes, parts, on_cpu, questions)
     phases = predict(config, limit)
+    numerics = read_numerics(config, on_cpu)
+    cards = [probe_cpu(shape, numerics, config.federated.clients_at_once)] if on_cpu else CARDS
     work = [measure_work(part, config.training) for part in parts]
     if config.training.liger_kernels or config.training.compile:
         notes.append(
@@ -163,17 +195,30 @@ def build_plan(config: Config, root: Path, gpu_memory: str = "") -> Plan:
         mode=config.federated.mode,
         model=config.model.name,
         base=sizes,
-        numerics=read_numerics(config),
+        numerics=numerics,
         adapter_parameters=adapter_sizes(sizes, config.adapters),
         optimizer=config.training.optimizer,
         phases=phases,
         work=work,
         num_rounds=config.federated.num_rounds,
         traffic=_plan_traffic(config, adapter_sizes(sizes, config.adapters)[GLOBAL]),
-        cards=[_plan_card(config, card, predict, work) for card in CARDS],
+        cards=[_plan_card(config, card, predict, work) for card in cards],
         verdict=_judge(config, predict, phases, limit, source, parts),
         notes=notes,
+        on_cpu=on_cpu,
+        evaluation=predict.predict_evaluation(config, limit),
+        num_questions=questions.num_questions if questions is not None else {},
     )
+
+
+def _read_limit(gpu_memory: str) -> tuple[int, str, bool]:
+    """Return the bytes to plan for, where they come from, and whether they are a CPU's."""
+    if gpu_memory:
+        return parse_memory(gpu_memory), "--gpu-memory", False
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return properties.total_memory, f"this machine's {properties.name}", False
+    return read_host_memory(), "this machine's memory; it has no GPU", True
 
 
 def _build_empty(config: Config, root: Path) -> Any:
@@ -186,8 +231,8 @@ def _build_empty(config: Config, root: Path) -> Any:
         ) from error
 
 
-def _load_parts(config: Config, root: Path, notes: list[str]) -> list[ClientPhase]:
-    """Return the clients' phases, or none and a note where something is not here."""
+def _find_tokenizer(config: Config, root: Path, notes: list[str]) -> PreTrainedTokenizerBase | None:
+    """Return what the clients' data are counted by, or None and a note if that is impossible."""
     missing = missing_files(config, root)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -195,17 +240,29 @@ def _load_parts(config: Config, root: Path, notes: list[str]) -> list[ClientPhas
             f"The training data is not here ({missing[0]}{more}), so every example is taken to "
             "have training.max_seq_length tokens, half of them answer."
         )
-        return []
+        return None
     try:
-        tokenizer = load_tokenizer(config.model, root)
+        return load_tokenizer(config.model, root)
     except ModelError as error:
         reason = str(error).splitlines()[0]
         notes.append(
             f"The tokenizer cannot be used, so tokens are not counted and every example is taken "
             f"to have training.max_seq_length of them, half of them answer: {reason}"
         )
-        return []
-    return load_client_phases(config, tokenizer, root)
+        return None
+
+
+def _find_questions(
+    config: Config, root: Path, tokenizer: PreTrainedTokenizerBase, notes: list[str]
+) -> QuestionWork | None:
+    """Return what is asked, with a note of what cannot be answered or is not here."""
+    missing = missing_questions(config, root)
+    if missing:
+        notes.append(f"The questions are not here ({missing[0]}), so evaluation is not planned.")
+        return None
+    files = load_all_files(config, root)
+    notes += describe_cut_answers(config, files, tokenizer, root)
+    return measure_questions(config, files, tokenizer)
 
 
 def _plan_traffic(config: Config, num_parameters: int) -> Traffic:
@@ -244,13 +301,16 @@ def _plan_card(
         learning = sum(counts[adapter] for adapter in phase.trainable)
         flops = compute_flops(predict.shape, predict.sizes, amount, active, learning, passes)
         return compute_seconds(
-            card, flops, predict.sizes, read_numerics(config), amount.micro_batches, passes
+            *(card, flops, predict.sizes, read_numerics(config, predict.on_cpu)),
+            *(amount.micro_batches, passes),
         )
 
     total = sum(seconds(*part) for part in parts)
-    peak = max(phase.total_bytes for phase in memory.values())
+    peak = _peak(predict, config, card.memory_bytes)
     return CardPlan(
         card=card.name,
+        peak_tflops=card.peak_tflops,
+        efficiency=card.efficiency,
         memory_bytes=card.memory_bytes,
         peak_bytes=peak,
         fits=peak <= card.memory_bytes,
@@ -268,15 +328,16 @@ def _judge(
     source: str,
     parts: Sequence[ClientPhase],
 ) -> Verdict:
-    peak = _peak(phases)
+    peak = _peak(predict, config, limit)
     changed: Config | None = None
     changes: Change | None = None
     if peak > limit:
-        fits: Callable[[Config], bool] = lambda c: _peak(predict(c, limit)) <= limit  # noqa: E731
-        changes, changed = find_changes(config, predict.sizes.is_tied, fits)
-    without = peak
-    if any(phase.checkpointing for phase in phases):
-        without = _peak(predict(config, limit, checkpointing=False))
+        fits: Callable[[Config], bool] = lambda c: _peak(predict, c, limit) <= limit  # noqa: E731
+        changes, changed = find_changes(config, predict.sizes.is_tied, fits, predict.on_cpu)
+    checkpoints, without = any(phase.checkpointing for phase in phases), peak
+    if checkpoints:
+        phases = predict(config, limit, checkpointing=False)
+        without = max(phase.total_bytes for phase in phases)
     length = changed.training.max_seq_length if changed else config.training.max_seq_length
     return Verdict(
         fits=peak <= limit,
@@ -284,11 +345,14 @@ def _judge(
         limit_bytes=limit,
         limit_source=source,
         changes=changes,
-        changed_peak_bytes=_peak(predict(changed, limit)) if changed else None,
-        checkpointing_unneeded=any(p.checkpointing for p in phases) and without <= limit,
+        changed_peak_bytes=_peak(predict, changed, limit) if changed else None,
+        checkpointing_unneeded=checkpoints and without <= limit,
         num_cut=sum(len(ex.input_ids) > length for part in parts for ex in part.selection.examples),
     )
 
 
-def _peak(phases: Sequence[PhaseMemory]) -> int:
+def _peak(predict: Predictor, config: Config, limit: int) -> int:
+    """Return the most that a phase or an evaluation takes where ``limit`` bytes are there."""
+    evaluation = predict.predict_evaluation(config, limit)
+    phases = [*predict(config, limit), *([evaluation] if evaluation is not None else [])]
     return max(phase.total_bytes for phase in phases)

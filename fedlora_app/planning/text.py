@@ -12,6 +12,7 @@ from rich.table import Table
 from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.foundation.progress import format_duration
 from fedlora_app.planning.gpus import EFFICIENCY
+from fedlora_app.planning.host import CPU_EFFICIENCY
 from fedlora_app.planning.plan import Plan, Traffic, Verdict
 from fedlora_app.training.phase_memory import Item
 
@@ -30,13 +31,17 @@ def describe_plan(plan: Plan) -> str:
         f"{base.total / 1e6:,.1f} M parameters ({held}, {dtype}), adapters {sizes[GLOBAL]:,} and "
         f"{sizes[LOCAL]:,}"
     )
-    blocks = [title, _render(_memory_table(plan)), *_host_lines(plan)]
+    blocks = [title, render(_memory_table(plan))]
+    if not plan.on_cpu:
+        blocks += _host_lines(plan)
     if plan.work:
-        blocks.append(_render(_work_table(plan)))
-    blocks += [_describe_traffic(plan.traffic), _render(_card_table(plan)), _describe_time(plan)]
+        blocks.append(render(_work_table(plan)))
+    blocks.append(_describe_traffic(plan.traffic))
+    blocks += [_describe_cpu(plan)] if plan.on_cpu else [render(_card_table(plan))]
+    blocks.append(_describe_time(plan))
     blocks += [f"Note: {note}" for note in plan.notes]
-    blocks += _verdict_lines(plan.verdict)
-    return "\n".join(line for block in blocks for line in _wrap(block))
+    blocks += _verdict_lines(plan.verdict, plan.on_cpu)
+    return "\n".join(line for block in blocks for line in wrap(block))
 
 
 def format_size(num_bytes: float) -> str:
@@ -47,22 +52,27 @@ def format_size(num_bytes: float) -> str:
 
 
 def _memory_table(plan: Plan) -> Table:
-    table = Table("item", title="Peak of GPU memory, predicted", title_justify="left")
-    for phase in plan.phases:
+    where = "memory on the CPU" if plan.on_cpu else "GPU memory"
+    table = Table("item", title=f"Peak of {where}, predicted", title_justify="left")
+    for phase in plan.memory:
         how = "checkpointed" if phase.checkpointing else "no checkpointing"
-        heading = f"{phase.phase} phase\n{phase.micro_batch_tokens:,} tokens at once\n{how}"
+        name = f"{phase.phase} phase"
+        if phase is plan.evaluation:
+            name, how = "evaluation", f"{phase.items[-1].note} at its peak"
+        heading = f"{name}\n{phase.micro_batch_tokens:,} tokens at once\n{how}"
         table.add_column(heading, justify="right")
-    names = dict.fromkeys(_label(item) for phase in plan.phases for item in phase.items)
-    outside = dict.fromkeys(_label(item) for phase in plan.phases for item in phase.outside)
+    names = dict.fromkeys(_label(item) for phase in plan.memory for item in phase.items)
+    outside = dict.fromkeys(_label(item) for phase in plan.memory for item in phase.outside)
     for group in (names, outside):
         for name in group:
             sizes = []
-            for phase in plan.phases:
+            for phase in plan.memory:
                 found = {_label(item): item for item in (*phase.items, *phase.outside)}
                 sizes.append(format_size(found[name].num_bytes) if name in found else "")
             table.add_row(name, *sizes)
-        sums = [p.torch_bytes if group is names else p.total_bytes for p in plan.phases]
-        label = "what torch will count" if group is names else "what the card must have"
+        sums = [p.torch_bytes if group is names else p.total_bytes for p in plan.memory]
+        owner = "machine" if plan.on_cpu else "card"
+        label = "what torch will count" if group is names else f"what the {owner} must have"
         table.add_section()
         table.add_row(label, *map(format_size, sums))
         table.add_section()
@@ -70,8 +80,8 @@ def _memory_table(plan: Plan) -> Table:
 
 
 def _label(item: Item) -> str:
-    if item.name in ("gradients", "activations"):  # their notes say what the heading says
-        return item.name
+    if item.name in ("gradients", "activations", "answers"):
+        return item.name  # its note says what the heading says
     return f"{item.name} ({item.note})" if item.note else item.name
 
 
@@ -135,21 +145,42 @@ def _card_table(plan: Plan) -> Table:
     return table
 
 
+def format_speed(speed: float) -> str:
+    """Return "1,855" or "0.13"."""
+    return f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
+
+
 def _format_time(seconds: float) -> str:
     return format_duration(seconds) if seconds >= 1 else "under 1 s"
 
 
+def _describe_cpu(plan: Plan) -> str:
+    """Return what this machine's CPU will do, in a sentence."""
+    (cpu,) = plan.cards
+    took = "" if cpu.round_seconds is None else f", {_format_time(cpu.round_seconds)} for a round"
+    speed = format_speed(cpu.tokens_per_second)
+    return f"On this machine's {cpu.card}: about {speed} tokens/s{took}."
+
+
 def _describe_time(plan: Plan) -> str:
+    """Return where the times come from and what they leave out."""
+    if plan.on_cpu:
+        return (
+            "The time is calculated from matrix products of the model's widths, which were timed "
+            f"just now, at an assumed efficiency of {CPU_EFFICIENCY:.0%}. A round is the training "
+            "of all clients one after the other; loading, evaluation and messages come on top. "
+            "fedlora plan CONFIG --measure measures all of it. To plan for a card: --gpu-memory "
+            "24GB."
+        )
     return (
         f"Times are calculated from makers' peak figures at an assumed efficiency of "
         f"{EFFICIENCY:.0%}, not measured. A round is the training of all clients one after the "
         "other; loading, evaluation and messages come on top, and a small model waits for its "
-        "kernels to start instead. Nor is the memory of evaluation counted, which answers "
-        "evaluation.batch_size questions at once."
+        "kernels to start instead. fedlora plan CONFIG --measure measures all of it on a card."
     )
 
 
-def _verdict_lines(verdict: Verdict) -> Iterator[str]:
+def _verdict_lines(verdict: Verdict, on_cpu: bool) -> Iterator[str]:
     limit = f"{format_size(verdict.limit_bytes)} ({verdict.limit_source})"
     peak = format_size(verdict.peak_bytes)
     if verdict.fits:
@@ -163,24 +194,27 @@ def _verdict_lines(verdict: Verdict) -> Iterator[str]:
         return
     yield f"Does not fit: {peak} of {limit}."
     if verdict.changes is None or verdict.changed_peak_bytes is None:
-        yield "No setting makes it fit. Use a larger card or a smaller base model."
+        larger = "a machine with more memory or a GPU" if on_cpu else "a larger card"
+        yield f"No setting makes it fit. Use {larger}, or a smaller base model."
         return
-    words = " ".join(f"{key}={_yaml(value)}" for key, value in verdict.changes.items())
+    words = " ".join(f"{key}={yaml_value(value)}" for key, value in verdict.changes.items())
     yield f"With {format_size(verdict.changed_peak_bytes)} it would fit: {words}"
     if verdict.num_cut:
         yield f"That cuts {verdict.num_cut:,} training examples short."
 
 
-def _wrap(block: str) -> list[str]:
+def wrap(block: str) -> list[str]:
     """Return a table's lines as they are, and those of a sentence."""
     return block.splitlines() if "\n" in block else fill(block, WIDTH).splitlines()
 
 
-def _yaml(value: object) -> str:
+def yaml_value(value: object) -> str:
+    """Return a setting's value as a YAML and an override have it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _render(table: Table) -> str:
+def render(table: Table) -> str:
+    """Return a table's lines, without colour."""
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
     console.print(table)
     return console.file.getvalue().rstrip()

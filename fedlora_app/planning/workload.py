@@ -80,6 +80,13 @@ def missing_files(config: Config, root: Path) -> list[str]:
     return [path for path in dict.fromkeys(paths) if path and not (root / path).is_file()]
 
 
+def missing_questions(config: Config, root: Path) -> list[str]:
+    """Return the files of test questions that are not on this machine."""
+    paths = [client.local_test for client in config.federated.clients]
+    paths += [config.data.universal_test, config.data.conflict_test]
+    return [path for path in dict.fromkeys(paths) if path and not (root / path).is_file()]
+
+
 def load_client_phases(
     config: Config, tokenizer: PreTrainedTokenizerBase, root: Path
 ) -> list[ClientPhase]:

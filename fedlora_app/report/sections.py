@@ -81,6 +81,11 @@ def _show_answers(run: PartialRun, plotter: Plotter) -> Section:
 def _show_training(run: PartialRun, plotter: Plotter) -> Section:
     section = Section("training", "Training")
     history = load_history(run.path)
+    if sample := (run.config.get("evaluation") or {}).get("sample"):
+        section.text.append(
+            f"Before the last round at most {sample} questions of each set were asked, the same "
+            "ones every time."
+        )
     scored = [
         name
         for name in QUESTION_SETS

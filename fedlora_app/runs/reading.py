@@ -334,6 +334,11 @@ def _find_what_is_missing(run: PartialRun) -> Iterator[str]:
                 f"Round {entry['round']}: {entry['client']} ran out of memory and continued with "
                 "smaller batches and gradient checkpointing."
             )
+        if entry["metrics"].get("evaluation_memory_retries"):
+            yield (
+                f"Round {entry['round']}: {entry['client']} ran out of memory in evaluation and "
+                "continued with smaller batches, which changes no answer."
+            )
     if run.evaluation is None:
         yield (
             "Not evaluated yet, so these are the run's own figures after its last evaluated round. "

@@ -31,7 +31,7 @@ MAY_CHANGE = (
     "experiment.track",
     "training.gradient_checkpointing",
     *(f"evaluation.{k}" for k in ("batch_size", "max_new_tokens", "interval", "protocol")),
-    "evaluation.local_scales",
+    *("evaluation.local_scales", "evaluation.sample"),
 )
 """Settings that change nothing of what the rounds to come train."""
 DATA_HASH = "sha256/"

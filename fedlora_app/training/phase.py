@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import torch
@@ -18,9 +18,21 @@ import torch
 from fedlora_app.config.rounds import Phase
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config, TrainingConfig
 from fedlora_app.data.tokens import Example
-from fedlora_app.model.adapters import AdaptedModel, activate, adapter_parameters, compute_overlap
+from fedlora_app.model.adapters import (
+    AdaptedModel,
+    activate,
+    adapter_parameters,
+    compute_overlap,
+    get_state,
+    set_state,
+)
 from fedlora_app.model.base import compute_dtype, uses_4bit
-from fedlora_app.model.device import read_free_memory, read_peak_memory, reset_peak_memory
+from fedlora_app.model.device import (
+    is_out_of_memory,
+    read_free_memory,
+    read_peak_memory,
+    reset_peak_memory,
+)
 from fedlora_app.model.fused import can_fuse_adapters, fused_adapters
 from fedlora_app.model.kernels import apply_liger_kernels, compiled_layers
 from fedlora_app.training.activations import MicroBatch, Numerics, PlanError
@@ -81,6 +93,53 @@ def use_less_memory(training: TrainingConfig) -> TrainingConfig:
         "gradient_checkpointing": True,
     }
     return training.model_copy(update=changes)
+
+
+def train_within_memory(
+    model: AdaptedModel,
+    phase: Phase,
+    training: TrainingConfig,
+    train: Callable[[TrainingConfig], PhaseResult],
+    what: str,
+) -> tuple[PhaseResult, TrainingConfig]:
+    """Train, and where memory runs out begin once more with smaller batches.
+
+    Args:
+        train: runs the phase with the settings that it is given.
+        what: begins the line that says so.
+
+    Returns:
+        The phase's figures, and the settings with which it fitted.
+
+    Raises:
+        TrainingError: memory does not suffice for the smaller batches either.
+    """
+    before = {name: get_state(model, name) for name in phase.trainable}
+    try:
+        return train(training), training
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    # Outside that block, so that the exception's frames have freed their tensors.
+    smaller = use_less_memory(training)
+    print(
+        f"{what}: out of memory with batches of {training.batch_size}; once more, as in the "
+        f"rounds to come, with {smaller.batch_size} x {smaller.gradient_accumulation_steps} "
+        "and checkpointing.",
+        flush=True,
+    )
+    for name, state in before.items():
+        set_state(model, name, state)
+    torch.cuda.empty_cache()
+    try:
+        return replace(train(smaller), memory_retries=1), smaller
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"{what}: out of memory, also with batches of {smaller.batch_size} and gradient "
+            "checkpointing. Lower training.max_seq_length or the adapters' ranks."
+        ) from None
 
 
 def settle_checkpointing(

@@ -10,7 +10,7 @@ from fedlora_app.data import tokens
 from fedlora_app.data.dialogue import encode_prompt, pin_date
 from fedlora_app.data.records import DataError, load_records
 from fedlora_app.data.tokens import tokenize_file
-from fedlora_app.evaluation.generation import decode
+from fedlora_app.evaluation.decoding import decode
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from fedlora_app.data.dialogue import encode_prompt
 from fedlora_app.data.records import DataError, Record
 from fedlora_app.demo.civic import DOCUMENT, DURATION, FEE, OFFICE
 from fedlora_app.evaluation import gate as gate_module
-from fedlora_app.evaluation import prompt_features
+from fedlora_app.evaluation import memory
 from fedlora_app.evaluation.answering import OPEN_ABOVE, Answering
 from fedlora_app.evaluation.choices import Cell, Evaluator, open_round, open_store
 from fedlora_app.evaluation.feature_space import Space
@@ -232,7 +232,7 @@ def test_long_prompts_go_in_smaller_batches(adapted, tokenizer, monkeypatch):
     embedding = adapted.get_base_model().get_input_embeddings()
     handle = embedding.register_forward_hook(lambda _, inputs, __: sizes.append(inputs[0].numel()))
     most = 2 * max(map(len, prompts))
-    monkeypatch.setattr(prompt_features, "MAX_BATCH_TOKENS", most)
+    monkeypatch.setattr(memory, "MAX_TOKENS", most)
     found = compute_features(adapted, prompts)
     handle.remove()
     assert len(sizes) > 1 and max(sizes) <= most

@@ -137,9 +137,9 @@ def test_a_candidate_that_is_the_greedy_answer_is_not_generated_again(
     calls = []
     original = scoring.generate
 
-    def counted(*args):
+    def counted(*args, **settings):
         calls.append(len(args[2]))
-        return original(*args)
+        return original(*args, **settings)
 
     monkeypatch.setattr(scoring, "generate", counted)
     before = score(adapted, tokenizer, prompts)

@@ -29,7 +29,8 @@ from fedlora_app.data.tokens import Example
 from fedlora_app.model.adapters import AdapterError, activate, adapter_parameters, attach_adapters
 from fedlora_app.model.base import ModelError, build_empty_model
 from fedlora_app.model.fused import fused_adapters
-from fedlora_app.planning.advice import apply_change
+from fedlora_app.planning import host
+from fedlora_app.planning.advice import apply_change, find_changes
 from fedlora_app.planning.gpus import (
     CARDS,
     EFFICIENCY,
@@ -308,7 +309,7 @@ def test_the_time_of_upper_layers_only_is_theirs(tiny_project, deep):
         config = build_tiny_config(
             model={"name": str(deep)}, adapters=adapters, training=changes | {"replay": 0.0}
         )
-        return build_plan(config, tiny_project).cards[0].round_seconds
+        return build_plan(config, tiny_project, "24GB").cards[0].round_seconds
 
     assert seconds(first_layer=20) / seconds() == pytest.approx(0.75, abs=0.05)  # one pass
     again = {"global_epochs": 50, "local_epochs": 50}
@@ -323,7 +324,7 @@ def test_states_of_lower_layers_are_planned_in_host_memory(tiny_project, deep):
             adapters=adapters,
             training={"local_epochs": epochs, "global_epochs": 2},
         )
-        plan = build_plan(config, tiny_project)
+        plan = build_plan(config, tiny_project, "24GB")
         states = {
             phase.phase: [i.num_bytes for i in phase.host if "lower layers" in i.name]
             for phase in plan.phases
@@ -350,7 +351,8 @@ def test_no_memory_sizes(text):
 
 
 def test_data_are_counted_as_they_are_trained_on(tiny_project):
-    plan = build_plan(build_tiny_config(), tiny_project, "8GB")
+    config = build_tiny_config(evaluation={"max_new_tokens": 20})
+    plan = build_plan(config, tiny_project, "8GB")
     assert plan.verdict.fits and plan.notes == []
     assert [(w.client, w.phase) for w in plan.work] == [
         *(("ann", "global"), ("bob", "global"), ("ann", "local"), ("bob", "local"))
@@ -389,7 +391,7 @@ def test_the_fine_tuning_is_planned_with_the_steps_that_it_takes(tiny_project):
     steps = {(part.client, part.phase): part.steps for part in plan.work}
     # 4 universal and 4 local records, 2 a step, 3 rounds: 2 steps a round, then 3 times 4.
     assert (steps["bob", "global"], steps["bob", "local"]) == (2, 12)
-    assert "the fine-tuning" in plan.notes[0]
+    assert any("the fine-tuning" in note for note in plan.notes)
 
 
 def test_a_7b_model_on_cards_of_24_and_8_gb(seven_b):
@@ -499,6 +501,61 @@ def test_the_model_is_the_configured_one(tiny_project):
     empty = build_empty_model(build_tiny_config().model, tiny_project)
     plan = build_plan(build_tiny_config(), tiny_project, "8GB")
     assert plan.base.total == empty.num_parameters()
+
+
+def test_without_a_gpu_a_plan_is_for_the_cpu(tiny_project):
+    """It speaks of host memory and of this CPU's time, and of no card."""
+    plan = build_plan(build_tiny_config(), tiny_project)
+    assert plan.on_cpu and plan.verdict.limit_bytes == host.read_host_memory()
+    (cpu,) = plan.cards
+    assert cpu.card.startswith("CPU, ") and cpu.tokens_per_second > 0 and cpu.round_seconds > 0
+    assert plan.largest_phase.total_bytes > host.PROCESS.num_bytes
+    text = " ".join(describe_plan(plan).split())
+    for part in ("memory on the CPU", "On this machine's CPU", "the machine must have", "no GPU"):
+        assert part in text
+    assert not any(card.name in text for card in CARDS)
+    assert "CUDA" not in text and "cuBLAS" not in text
+    on_card = build_plan(build_tiny_config(), tiny_project, "8GB")
+    assert len(on_card.cards) == len(CARDS) and not on_card.on_cpu
+
+
+def test_a_cpu_is_offered_what_a_cpu_can_do(tiny_project):
+    config, seen = build_tiny_config(model={"quantization": "auto"}), []
+    changes, _ = find_changes(config, False, lambda c: c.model.quantization == "4bit", True)
+    assert changes == {"model.quantization": "4bit"}
+    find_changes(config, False, lambda c: seen.append(c), True)
+    assert seen and {c.training.optimizer for c in seen} == {"adamw"}
+    assert {c.model.embedding_device for c in seen} == {"auto"}
+
+
+def test_evaluation_is_planned(tiny_project):
+    """In a column of its own, within what is there, and with the answers that are cut off."""
+    config = build_tiny_config()
+    plan = build_plan(config, tiny_project, "8GB")
+    assert "to 10." in next(note for note in plan.notes if "ann_local.json" in note)
+    assert sum("evaluation.max_new_tokens = 3" in note for note in plan.notes) == 3
+    # ann and bob: 3 and 4 local questions, and 6 universal ones.
+    assert plan.count_questions() == 19 and plan.count_questions(4) == 15
+    assert "evaluation" in describe_plan(plan)
+    longer = build_tiny_config(evaluation={"max_new_tokens": 2000})
+    large = build_plan(longer, tiny_project, "8GB").evaluation
+    assert plan.evaluation.resident_bytes < plan.evaluation.torch_bytes < large.torch_bytes
+    assert large.items[-1].note == "generating"
+    # Where less is there, fewer tokens go through the model at once.
+    answers = large.items[-1].num_bytes
+    room = large.outside[0].num_bytes + large.resident_bytes + round(0.7 * answers)
+    small = build_plan(longer, tiny_project, f"{room // 1000}kB").evaluation
+    assert small.micro_batch_tokens < large.micro_batch_tokens
+    assert small.items[-1].num_bytes < 0.7 * answers
+
+
+def test_questions_that_are_not_here_are_said(tiny_project):
+    config = build_tiny_config(data={"universal_test": "nothing.json"})
+    plan = build_plan(config, tiny_project, "8GB")
+    assert plan.evaluation is None and plan.work
+    assert (
+        plan.notes[0] == "The questions are not here (nothing.json), so evaluation is not planned."
+    )
 
 
 # The command
