@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.config.schema import Config
 from fedlora_app.data.client_files import ClientFiles, build_question_sets
+from fedlora_app.data.dialogue import encode_with_answers
 from fedlora_app.data.questions import Question
-from fedlora_app.data.tokens import encode_with_answers
 from fedlora_app.evaluation.gold import find_unreachable_answers
 from fedlora_app.evaluation.memory import AnswerBatch
 from fedlora_app.evaluation.rows import (

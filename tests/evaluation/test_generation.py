@@ -7,9 +7,9 @@ import torch
 from conftest import build_tiny_model
 
 from fedlora_app.config.schema import GLOBAL, LOCAL
-from fedlora_app.data.tokens import encode_prompt
+from fedlora_app.data.dialogue import encode_prompt
 from fedlora_app.evaluation.generation import generate
-from fedlora_app.model.adapters import activate, attach_adapters, scaled_local
+from fedlora_app.model.adapters import activate, attach_adapters
 
 QUESTIONS = [f"{'Well, ' * (n % 3)}what is rule number {n}, and who says so?" for n in range(12)]
 LENGTH = 16
@@ -48,16 +48,9 @@ def test_answers_that_have_ended_leave_the_batch(model, tokenizer):
     handle = model.get_base_model().base_model.register_forward_pre_hook(
         lambda _, args, settings: rows.append(len(settings["input_ids"])), with_kwargs=True
     )
-    scales = torch.linspace(0.0, 2.0, len(prompts))[:, None, None]
 
     def answer(places: list[int]) -> list[str]:
-        """With another strength of the local adapter for each prompt, as a gate has it."""
-        chosen = [prompts[place] for place in places]
-
-        def holding(left):
-            return scaled_local(model, scales[[places[row] for row in left]])
-
-        return generate(model, tokenizer, chosen, ends, LENGTH, answering=holding)
+        return generate(model, tokenizer, [prompts[place] for place in places], ends, LENGTH)
 
     together = answer(list(range(len(prompts))))
     handle.remove()

@@ -12,7 +12,8 @@ from conftest import build_tiny_model
 from live_memory import LiveMemory
 
 from fedlora_app.config.schema import GLOBAL, LOCAL
-from fedlora_app.data.tokens import Example, encode_prompt, encode_with_answers
+from fedlora_app.data.dialogue import encode_prompt, encode_with_answers
+from fedlora_app.data.tokens import Example
 from fedlora_app.evaluation.memory import MAX_TOKENS, AnswerBatch, count_answer_bytes, fit_tokens
 from fedlora_app.evaluation.prompt_features import compute_features
 from fedlora_app.evaluation.room import GENERATING, SCORING, EvaluationError, count_halvings
