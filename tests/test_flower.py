@@ -107,10 +107,13 @@ def test_ctrl_c_stops_a_run_and_says_how_to_resume_it(flower, tiny_experiment, t
         said = process.stderr.read()
         assert process.wait(60) == 130
     run = tiny_project / "results" / "stopped"
-    assert f"To go on: fedlora train --resume {run}" in said and "Traceback" not in said
+    assert (
+        f"To go on: fedlora train {tiny_experiment} --resume {run}" in said
+        and "Traceback" not in said
+    )
     entries = json.loads((run / "manifest.json").read_text())["rounds"]
     assert 1 <= len(entries) < 50
-    command = [*command[:2], "--resume", run, "--rounds", str(entries[-1]["round"] + 1)]
+    command = [*command[:3], "--resume", run, "--rounds", str(entries[-1]["round"] + 1)]
     resumed = subprocess.run(command, env=flower.env, cwd=ROOT, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "Resuming after round" in resumed.stdout

@@ -58,14 +58,16 @@ def train(
     try:
         run_with_flower(code, run_config, len(settings.config.federated.clients), typer.echo)
     except KeyboardInterrupt:
-        typer.echo(_describe_resuming(settings), err=True)
+        # Without a CONFIG the run's own counts; one of another checkout says where its data lie.
+        other = f"{config} " if config is not None and settings.root != code else ""
+        typer.echo(_describe_resuming(settings, other), err=True)
         raise
 
 
-def _describe_resuming(settings: Settings) -> str:
+def _describe_resuming(settings: Settings, config: str) -> str:
     """Return what is left of a run that was stopped, and the command that goes on with it."""
     from fedlora_app.runs.paths import RunPaths
 
     if not RunPaths(settings.run_dir).manifest.exists():
         return "The run had not begun; nothing is kept."
-    return f"What is done is kept. To go on: fedlora train --resume {settings.run_dir}"
+    return f"What is done is kept. To go on: fedlora train {config}--resume {settings.run_dir}"
