@@ -20,6 +20,7 @@ from fedlora_app.evaluation.decoding import decode
 from fedlora_app.evaluation.generation import find_stop_ids
 from fedlora_app.evaluation.prompt_features import compute_features
 from fedlora_app.evaluation.scoring import Prompt, score_prompts
+from fedlora_app.federation.messages import MessageError
 from fedlora_app.model.adapter_files import save_adapter, save_plain_adapter
 from fedlora_app.model.adapters import (
     AdaptedModel,
@@ -238,13 +239,13 @@ def build_federation(kind: str, tiny_project, tokenizer, tmp_path, **training) -
     return Federation(project, tmp_path / "results", config)
 
 
-def test_a_base_that_cannot_be_packed_for_is_refused_before_any_client_is_asked(
+def test_a_base_that_cannot_be_packed_for_is_refused_before_anything_is_written(
     tiny_project, tokenizer, tmp_path
 ):
     federation = build_federation("gemma2", tiny_project, tokenizer, tmp_path)
-    with pytest.raises(PackingError, match="bound on its scores.*Set training.packing: false"):
+    with pytest.raises(MessageError, match="bound on its scores.*Set training.packing: false"):
         federation.run()
-    assert not federation.grids[0].sent and not federation.path.exists()
+    assert not federation.path.exists()
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "qwen3_moe"])

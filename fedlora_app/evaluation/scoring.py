@@ -287,7 +287,12 @@ def shares_prefix(model: AdaptedModel) -> bool:
         return False
     base = model.get_base_model()
     if base not in _sharing:
-        _sharing[base] = _try_sharing(model)
+        try:
+            _sharing[base] = _try_sharing(model)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return False  # alone they take the least
     return _sharing[base]
 
 

@@ -76,8 +76,8 @@ def test_what_is_learnt_cached_and_decoded_is_the_answer_without_thoughts(
         ).examples
         for example, record in zip(examples, file.records, strict=True):
             prompt, answer = (
-                example.input_ids[: example.answer_start],
-                example.input_ids[example.answer_start :],
+                list(example.input_ids[: example.answer_start]),
+                list(example.input_ids[example.answer_start :]),
             )
             assert prompt == encode_prompt(thinking, "You help.", record.instruction)
             assert thinking.decode(prompt).endswith("<think>\n\n</think>\n\n")
