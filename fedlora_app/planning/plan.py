@@ -184,6 +184,13 @@ def build_plan(config: Config, root: Path, gpu_memory: str = "") -> Plan:
         notes.append(
             "What training.liger_kernels and training.compile save is not in these figures."
         )
+    at_once = min(config.federated.clients_at_once, len(config.federated.clients))
+    if at_once > 1:
+        where = "the machine's memory must hold all" if on_cpu else "they spread over the cards"
+        notes.append(
+            f"federated.clients_at_once: {at_once} base models are in memory at once, each with "
+            f"what these figures say; {where}."
+        )
     if config.federated.mode == "dual" and config.training.schedule == "joint":
         notes.append("The last round has a local phase more than the others.")
     if config.federated.mode == "finetuned":

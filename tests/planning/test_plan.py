@@ -392,6 +392,14 @@ def test_the_fine_tuning_is_planned_with_the_steps_that_it_takes(tiny_project):
     # 4 universal and 4 local records, 2 a step, 3 rounds: 2 steps a round, then 3 times 4.
     assert (steps["bob", "global"], steps["bob", "local"]) == (2, 12)
     assert any("the fine-tuning" in note for note in plan.notes)
+    assert not any("clients_at_once" in note for note in plan.notes)
+
+
+def test_each_client_that_is_served_at_once_has_a_base_of_its_own(tiny_project):
+    config = build_tiny_config(federated={"clients_at_once": 9})
+    plan = build_plan(config, tiny_project, "24GB")
+    count = len(config.federated.clients)
+    assert f"clients_at_once: {count} base models are in memory at once" in plan.notes[-1]
 
 
 def test_a_7b_model_on_cards_of_24_and_8_gb(seven_b):
