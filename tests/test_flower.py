@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 
@@ -74,49 +73,6 @@ def test_a_study_runs_what_is_missing_and_evaluates_it(
     assert (folder / "summary.md").read_text() == summary
     assert (pair / "manifest.json").stat().st_mtime_ns == finished
     assert (pair / "evaluation.json").stat().st_mtime_ns == evaluated
-
-
-def test_fedlora_train_says_how_a_run_ended(flower, tiny_experiment, tiny_project):
-    command = [BIN / "fedlora", "train", tiny_experiment, "--rounds", "1", "--name", "trained"]
-
-    def train(*more: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [*command, *more], env=flower.env, cwd=ROOT, capture_output=True, text=True, timeout=300
-        )
-
-    done = train()
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = tiny_project / "results" / "trained"
-    assert f"Run directory: {run}" in done.stdout and "round 1/1" in done.stdout
-    failed = train()
-    assert failed.returncode == 2 and f"{run} exists already" in failed.stderr
-    assert "Traceback" not in failed.stdout + failed.stderr
-    refused = train("--overrides", "data.conflict_test=conflicts.json")
-    assert refused.returncode == 2 and "SuperLink" not in refused.stdout
-    assert "data.conflict_test: " in refused.stderr and "conflict.json" in refused.stderr
-
-
-def test_ctrl_c_stops_a_run_and_says_how_to_resume_it(flower, tiny_experiment, tiny_project):
-    command = [BIN / "fedlora", "train", tiny_experiment, "--rounds", "50", "--name", "stopped"]
-    with subprocess.Popen(
-        command, env=flower.env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        for line in process.stdout:
-            if line.startswith("round 1/50 not evaluated"):
-                process.send_signal(signal.SIGINT)
-        said = process.stderr.read()
-        assert process.wait(60) == 130
-    run = tiny_project / "results" / "stopped"
-    assert (
-        f"To go on: fedlora train {tiny_experiment} --resume {run}" in said
-        and "Traceback" not in said
-    )
-    entries = json.loads((run / "manifest.json").read_text())["rounds"]
-    assert 1 <= len(entries) < 50
-    command = [*command[:3], "--resume", run, "--rounds", str(entries[-1]["round"] + 1)]
-    resumed = subprocess.run(command, env=flower.env, cwd=ROOT, capture_output=True, text=True)
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert "Resuming after round" in resumed.stdout
 
 
 def test_a_run_started_from_a_foreign_folder(flower, tiny_experiment, tiny_project, tmp_path):

@@ -1,13 +1,19 @@
-"""What is shown of a run's log. ``tests/test_flower.py`` runs the whole."""
+"""What is shown of a run's log, and real runs by ``fedlora train``."""
 
 from __future__ import annotations
 
+import json
 import re
+import signal
+import subprocess
 
 import pytest
+from conftest import ROOT
 from flower_process import BIN
+from loopback import wait_until
 
 from fedlora_app.config.run_config import format_run_config
+from fedlora_app.foundation.files import is_locked
 from fedlora_app.launch import FLWR, LogReader
 
 TRACEBACK = """Traceback (most recent call last):
@@ -73,3 +79,49 @@ def test_settings_are_one_argument_of_flower_s():
 
 def test_the_command_is_that_of_this_environment():
     assert str(BIN / "flwr") == FLWR
+
+
+@pytest.mark.slow
+def test_fedlora_train_says_how_a_run_ended(flower, tiny_experiment, tiny_project):
+    command = [BIN / "fedlora", "train", tiny_experiment, "--rounds", "1", "--name", "trained"]
+
+    def train(*more: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [*command, *more], env=flower.env, cwd=ROOT, capture_output=True, text=True, timeout=300
+        )
+
+    done = train()
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tiny_project / "results" / "trained"
+    assert f"Run directory: {run}" in done.stdout and "round 1/1" in done.stdout
+    failed = train()
+    assert failed.returncode == 2 and f"{run} exists already" in failed.stderr
+    assert "Traceback" not in failed.stdout + failed.stderr
+    refused = train("--overrides", "data.conflict_test=conflicts.json")
+    assert refused.returncode == 2 and "SuperLink" not in refused.stdout
+    assert "data.conflict_test: " in refused.stderr and "conflict.json" in refused.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_a_run_and_says_how_to_resume_it(flower, tiny_experiment, tiny_project):
+    command = [BIN / "fedlora", "train", tiny_experiment, "--rounds", "50", "--name", "stopped"]
+    with subprocess.Popen(
+        command, env=flower.env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("round 1/50 not evaluated"):
+                process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+        assert process.wait(60) == 130
+    run = tiny_project / "results" / "stopped"
+    assert (
+        f"To go on: fedlora train {tiny_experiment} --resume {run}" in said
+        and "Traceback" not in said
+    )
+    wait_until(lambda: not is_locked(run))  # Flower has the run's end written before it is there
+    entries = json.loads((run / "manifest.json").read_text())["rounds"]
+    assert 1 <= len(entries) < 50
+    command = [*command[:3], "--resume", run, "--rounds", str(entries[-1]["round"] + 1)]
+    resumed = subprocess.run(command, env=flower.env, cwd=ROOT, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "Resuming after round" in resumed.stdout

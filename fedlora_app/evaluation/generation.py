@@ -141,7 +141,8 @@ class _Leaving(StoppingCriteria):
 
 def _make_cache(base: PreTrainedModel) -> DynamicCache | None:
     """Return keys and values of which rows can be taken out, None where a model has others."""
-    if not base._supports_default_dynamic_cache():
+    # Old families (MPT) that bring their whole attention along do not go on where they were left.
+    if not (base._supports_default_dynamic_cache() and base._supports_attention_backend):
         return None
     cache = DynamicCache(config=base.config.get_text_config())
     return cache if all(hasattr(layer, "batch_select_indices") for layer in cache.layers) else None
