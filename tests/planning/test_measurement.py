@@ -47,6 +47,7 @@ def shape_only(tiny_project, tmp_path):
     return project
 
 
+@pytest.mark.slow
 def test_random_weights_need_the_configuration_and_tokenizer_alone(shape_only):
     config = build_tiny_config()
     told = []
@@ -124,6 +125,7 @@ def test_memory_that_never_suffices_ends_the_measurement(tiny_project):
         handle.remove()
 
 
+@pytest.mark.slow
 def test_a_runs_time_is_that_of_its_parts(tiny_project):
     """Tokens by their speed, questions by theirs and how often they are asked."""
     evaluation = {"interval": 2, "sample": 4}
@@ -146,6 +148,7 @@ def test_a_runs_time_is_that_of_its_parts(tiny_project):
     assert compute_times(never, plan, found.steps, answers, 3.0, 0.0).evaluation == 0
 
 
+@pytest.mark.slow
 def test_questions_that_take_too_long_are_to_be_sampled(tiny_project):
     config = build_tiny_config()
     plan, found = measure(tiny_project, config)
