@@ -19,6 +19,7 @@ from typing import Any
 
 from fedlora_app.config.run_config import format_run_config
 from fedlora_app.foundation.errors import UserError
+from fedlora_app.foundation.files import is_locked
 from fedlora_app.runs.paths import RunDirectoryError
 
 FLWR = str(Path(sys.executable).with_name("flwr"))  # of this environment, whatever PATH says
@@ -136,8 +137,15 @@ def _follow(log: LogReader, run_id: str, environment: dict[str, str]) -> None:
             process.terminate()
 
 
+def wait_for_release(run_dir: Path) -> None:
+    """Wait until a run that was stopped writes no more; Flower calls it finished before that."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while is_locked(run_dir) and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
 def _stop(run_id: str, environment: dict[str, str]) -> None:
-    """Stop a run and wait until it has let go of its directory."""
+    """Stop a run and wait until Flower says that it has ended."""
     command = [FLWR, "stop", run_id]
     subprocess.run(command, check=False, env=environment, capture_output=True)
     deadline = time.monotonic() + STOP_SECONDS

@@ -37,7 +37,7 @@ def train(
     if config is None and not resume:
         raise typer.BadParameter("Name an experiment's YAML, or with --resume a run.")
     from fedlora_app.foundation.project import find_project_root
-    from fedlora_app.launch import run_with_flower
+    from fedlora_app.launch import run_with_flower, wait_for_release
     from fedlora_app.preflight import require_sound
     from fedlora_app.runs.settings import read_settings
 
@@ -58,6 +58,7 @@ def train(
     try:
         run_with_flower(code, run_config, len(settings.config.federated.clients), typer.echo)
     except KeyboardInterrupt:
+        wait_for_release(settings.run_dir)
         # Without a CONFIG the run's own counts; one of another checkout says where its data lie.
         other = f"{config} " if config is not None and settings.root != code else ""
         typer.echo(_describe_resuming(settings, other), err=True)
