@@ -80,7 +80,7 @@ def test_the_command_is_that_of_this_environment():
     assert str(BIN / "flwr") == FLWR
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_fedlora_train_says_how_a_run_ended(flower, tiny_experiment, tiny_project):
     command = [BIN / "fedlora", "train", tiny_experiment, "--rounds", "1", "--name", "trained"]
 
@@ -96,12 +96,9 @@ def test_fedlora_train_says_how_a_run_ended(flower, tiny_experiment, tiny_projec
     failed = train()
     assert failed.returncode == 2 and f"{run} exists already" in failed.stderr
     assert "Traceback" not in failed.stdout + failed.stderr
-    refused = train("--overrides", "data.conflict_test=conflicts.json")
-    assert refused.returncode == 2 and "SuperLink" not in refused.stdout
-    assert "data.conflict_test: " in refused.stderr and "conflict.json" in refused.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_ctrl_c_stops_a_run_and_says_how_to_resume_it(flower, tiny_experiment, tiny_project):
     command = [BIN / "fedlora", "train", tiny_experiment, "--rounds", "50", "--name", "stopped"]
     with subprocess.Popen(
@@ -124,3 +121,11 @@ def test_ctrl_c_stops_a_run_and_says_how_to_resume_it(flower, tiny_experiment, t
     resumed = subprocess.run(command, env=flower.env, cwd=ROOT, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "Resuming after round" in resumed.stdout
+
+
+def test_fedlora_train_starts_nothing_that_would_be_refused(tiny_experiment):
+    command = [BIN / "fedlora", "train", tiny_experiment]
+    command += ["--overrides", "data.conflict_test=conflicts.json"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and "SuperLink" not in refused.stdout
+    assert "data.conflict_test: " in refused.stderr and "conflict.json" in refused.stderr
