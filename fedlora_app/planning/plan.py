@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,21 +180,7 @@ def build_plan(config: Config, root: Path, gpu_memory: str = "") -> Plan:
     numerics = read_numerics(config, on_cpu)
     cards = [probe_cpu(shape, numerics, config.federated.clients_at_once)] if on_cpu else CARDS
     work = [measure_work(part, config.training) for part in parts]
-    if config.training.liger_kernels or config.training.compile:
-        notes.append(
-            "What training.liger_kernels and training.compile save is not in these figures."
-        )
-    at_once = min(config.federated.clients_at_once, len(config.federated.clients))
-    if at_once > 1:
-        where = "the machine's memory must hold all" if on_cpu else "they spread over the cards"
-        notes.append(
-            f"federated.clients_at_once: {at_once} base models are in memory at once, each with "
-            f"what these figures say; {where}."
-        )
-    if config.federated.mode == "dual" and config.training.schedule == "joint":
-        notes.append("The last round has a local phase more than the others.")
-    if config.federated.mode == "finetuned":
-        notes.append("The last round has the fine-tuning more than the others: its local phase.")
+    notes += _note_settings(config, on_cpu)
     counts = {p.client: (p.selection.num_universal, p.selection.num_local) for p in parts}
     notes += [*describe_decay(config, counts), *describe_long_phases(config, counts)]
     return Plan(
@@ -216,6 +202,23 @@ def build_plan(config: Config, root: Path, gpu_memory: str = "") -> Plan:
         evaluation=predict.predict_evaluation(config, limit),
         num_questions=questions.num_questions if questions is not None else {},
     )
+
+
+def _note_settings(config: Config, on_cpu: bool) -> Iterator[str]:
+    """Yield what settings make of a run that the figures do not show."""
+    if config.training.liger_kernels or config.training.compile:
+        yield "What training.liger_kernels and training.compile save is not in these figures."
+    at_once = min(config.federated.clients_at_once, len(config.federated.clients))
+    if at_once > 1:
+        where = "the machine's memory must hold all" if on_cpu else "they spread over the cards"
+        yield (
+            f"federated.clients_at_once: {at_once} base models are in memory at once, each with "
+            f"what these figures say; {where}."
+        )
+    if config.federated.mode == "dual" and config.training.schedule == "joint":
+        yield "The last round has a local phase more than the others."
+    if config.federated.mode == "finetuned":
+        yield "The last round has the fine-tuning more than the others: its local phase."
 
 
 def _read_limit(gpu_memory: str) -> tuple[int, str, bool]:
