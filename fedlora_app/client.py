@@ -15,15 +15,14 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
+from fedlora_app.client_checks import check_client, list_owners
 from fedlora_app.config.rounds import BOTH, Phase, RoundPlan, plan_round
 from fedlora_app.config.schema import (
     GLOBAL,
     LOCAL,
     ClientConfig,
     Config,
-    ConfigError,
     TrainingConfig,
 )
 from fedlora_app.data.client_files import (
@@ -34,13 +33,11 @@ from fedlora_app.data.client_files import (
     tokenize_client_files,
 )
 from fedlora_app.data.dialogue import pin_date
-from fedlora_app.data.linter import Finding, lint, summarise_findings
-from fedlora_app.data.records import DataError
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.client_round import Metrics, evaluate_client, phase_metrics
 from fedlora_app.evaluation.gate import Gate
 from fedlora_app.evaluation.gate_files import find_gate
-from fedlora_app.evaluation.gold import count_gold_answers, find_unreachable_answers
+from fedlora_app.evaluation.gold import count_gold_answers
 from fedlora_app.evaluation.room import count_halvings
 from fedlora_app.foundation.progress import step_lines
 from fedlora_app.foundation.seeds import derive_seed
@@ -56,13 +53,10 @@ from fedlora_app.model.adapters import (
 )
 from fedlora_app.model.base import (
     LoadedModel,
-    ModelError,
     describe_device,
     load_base_model,
-    load_tokenizer,
 )
 from fedlora_app.model.device import read_peak_memory, reset_peak_memory
-from fedlora_app.model.kernels import find_missing_kernels
 from fedlora_app.runs.client_folder import ClientFolder
 from fedlora_app.runs.paths import RunPaths
 from fedlora_app.training.decay import choose_decays
@@ -72,11 +66,7 @@ from fedlora_app.training.phase import (
     train_phase,
     train_within_memory,
 )
-from fedlora_app.training.selection import data_owners, select_phase, take_part
-
-_SAID: set[tuple[Path, str]] = set()
-"""What this process has printed of a run's data. In a simulation it serves one client after
-another, and files that they share would be told again by each."""
+from fedlora_app.training.selection import select_phase, take_part
 
 
 @dataclass(frozen=True)
@@ -104,7 +94,9 @@ class Client:
         Returns:
             Counts of examples, and facts: the device and the data files' hashes.
         """
-        files, tokenizer, findings = self._check_everything(resumes)
+        files, tokenizer, findings = check_client(
+            self.config, self.client_id, self.run_dir, self.root, self.date, resumes=resumes
+        )
         examples = tokenize_client_files(self.config, self._own, files, tokenizer, self.root)
         counts = {
             "skipped_records": sum(file.num_skipped for file in files.all.values()),
@@ -280,74 +272,6 @@ class Client:
         gate = self._find_gate(loaded, model, files, who)
         return evaluate_client(self.config, self._own, files, loaded, model, who, gate=gate)
 
-    def _impossible_settings(self, resumes: bool) -> list[str]:
-        faults = []
-        if self.config.training.optimizer == "paged_adamw_8bit" and not torch.cuda.is_available():
-            faults.append(
-                "training.optimizer: paged_adamw_8bit needs a GPU and this client has none. "
-                "Set it to adamw."
-            )
-        faults += find_missing_kernels(self.config.training)
-        try:
-            fault = model_module.find_embedding_fault(self.config.model, self.root)
-        except ModelError:
-            fault = None  # a model that is not there is reported in its turn
-        faults += [fault] if fault else []
-        if self.folder.path.exists() and not resumes:
-            faults.append(
-                f"{self.folder.path} exists already and is left as it is. Choose another run-name."
-            )
-        return faults
-
-    def _check_everything(
-        self, resumes: bool
-    ) -> tuple[ClientFiles, PreTrainedTokenizerBase, list[Finding]]:
-        """Return this client's files and tokenizer, and what is to be known about its questions.
-
-        Raises:
-            ConfigError: with all that is wrong with settings, files, base model and questions.
-        """
-        faults, files, tokenizer = self._impossible_settings(resumes), {}, None
-        for owner in self._owners:
-            try:
-                files[owner] = load_client_files(self.config, self.config.client(owner), self.root)
-            except DataError as error:
-                faults.append(str(error))
-        try:
-            tokenizer = load_tokenizer(self.config.model, self.root)
-            pin_date(tokenizer, self.date)
-        except ModelError as error:
-            faults.append(str(error))
-        own, findings = files.get(self.client_id), []
-        if own is not None:
-            findings = self._lint(own, tokenizer)
-            faults += self._describe_lint_errors(findings)
-        if faults:
-            raise ConfigError("\n".join(faults))
-        return own, tokenizer, findings
-
-    def _lint(self, files: ClientFiles, tokenizer: PreTrainedTokenizerBase | None) -> list[Finding]:
-        """Return what is wrong with the question sets, and print it."""
-        own = {self.client_id: files}
-        findings = lint(self.config, own, self.root)
-        if tokenizer is not None:
-            findings += find_unreachable_answers(self.config, own, tokenizer, self.root)
-        said = {(self.run_dir, line): line for line in summarise_findings(findings)}
-        if new := [line for key, line in said.items() if key not in _SAID]:
-            print("\n".join([f"{self.client_id}:", *new]), flush=True)
-            _SAID.update(said)
-        return findings
-
-    def _describe_lint_errors(self, findings: list[Finding]) -> list[str]:
-        errors = [finding for finding in findings if finding.severity == "error"]
-        if not errors or self.config.data.on_lint_error != "stop":
-            return []
-        places = ", ".join(dict.fromkeys(f"{f.file}: {f.rule}" for f in errors))
-        return [
-            f"{len(errors)} errors in the question sets ({places}). See "
-            "them with: fedlora check CONFIG. Fix them, or set data.on_lint_error: warn."
-        ]
-
     @property
     def folder(self) -> ClientFolder:
         """What this client keeps of the run."""
@@ -362,14 +286,8 @@ class Client:
         """The data that this client works with, read once: the hashes are of what was used."""
         return {
             owner: load_client_files(self.config, self.config.client(owner), self.root)
-            for owner in self._owners
+            for owner in list_owners(self.config, self.client_id)
         }
-
-    @property
-    def _owners(self) -> list[str]:
-        """Whose data this client works with; its own are among them."""
-        owners = [*data_owners(self.config, self.client_id), self.client_id]
-        return list(dict.fromkeys(owners))
 
     def _prepare(
         self, global_state: AdapterState, local_round: int, local_sha256: str = ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedlora_app.config.schema import Config
 from fedlora_app.data.client_files import ClientFiles, load_all_files
@@ -22,6 +23,9 @@ from fedlora_app.model.pretrained import (
     local_folder,
 )
 from fedlora_app.model.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,24 @@ def inspect_experiment(config: Config, root: Path, *, needs_model: bool = False)
         )
     if faults:
         raise UserError("\n".join(faults))
+    return Preflight(files, inspect_questions(config, files, root, tokenizer), note)
+
+
+def inspect_questions(
+    config: Config,
+    files: Mapping[str, ClientFiles],
+    root: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> list[Finding]:
+    """Return what is wrong with clients' question sets.
+
+    Args:
+        tokenizer: None where there is none; answers that nobody can give are then not looked for.
+    """
     findings = lint(config, files, root)
     if tokenizer is not None:
         findings += find_unreachable_answers(config, files, tokenizer, root)
-    return Preflight(files, findings, note)
+    return findings
 
 
 def require_sound(config: Config, root: Path) -> None:

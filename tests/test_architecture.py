@@ -18,8 +18,8 @@ MODULES = {
 ORDER = [
     *("foundation", "config", "model", "data", "training"),
     *("federation", "runs", "evaluation", "report", "planning", "serving"),
-    *("client", "strategy", "client_app", "server_app"),
-    *("preflight", "launch", "study", "demo", "cli"),
+    *("preflight", "client_checks", "client", "strategy", "client_app", "server_app"),
+    *("launch", "study", "demo", "cli"),
 ]
 """Packages and the root's modules; each imports from itself and from what stands before it."""
 FLOWER_EDGE = {"client_app", "server_app", "strategy", "federation"}
