@@ -131,10 +131,18 @@ def find_decoder(base: PreTrainedModel) -> torch.nn.Module:
     """Return the part of a model that makes hidden states of tokens.
 
     That is all but its output layer, and all but what sees images where it can.
+
+    Raises:
+        ModelError: the model has no such part of its own.
     """
     inner = base.get_decoder()
     if inner is base:  # Llama 4 calls it otherwise than it says
-        inner = next(part for part in base.children() if isinstance(part, PreTrainedModel))
+        inner = next((part for part in base.children() if isinstance(part, PreTrainedModel)), None)
+    if inner is None:
+        raise ModelError(
+            f"The base model, {type(base).__name__}, has no decoder apart from its output layer, "
+            "whose hidden states losses and scores are made of. Use another base model."
+        )
     return inner
 
 

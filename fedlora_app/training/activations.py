@@ -29,6 +29,8 @@ INPUT_GROUPS = (
     ("down_proj",),
 )
 """Modules with one input, of which an adapter's A keeps one copy for all."""
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What transformers' mixtures of experts call the number of experts of a layer."""
 USUAL_PADDING = 1.25
 """Attention's padded tokens for each real one, between 1 and 2 and mostly near 1."""
 
@@ -100,7 +102,7 @@ def read_shape(model_config: Any) -> Shape:
             f"A model of type {kind} is not a decoder-only model, so it cannot be planned."
         )
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    if getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None):
+    if any(getattr(text, name, None) for name in EXPERT_COUNTS):
         raise PlanError(f"A model of type {kind} is a mixture of experts, which is not planned.")
     missing = [name for name in needed if not isinstance(getattr(text, name, None), int)]
     if missing:

@@ -12,7 +12,13 @@ import torch
 from conftest import build_tiny_config, build_tiny_model
 from loopback import Federation
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+)
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, ModelConfig, TrainingConfig
 from fedlora_app.data.dialogue import encode_prompt
@@ -35,6 +41,7 @@ from fedlora_app.model.base import (
     ModelError,
     build_empty_model,
     compute_fingerprint,
+    find_decoder,
     load_base_model,
     load_tokenizer,
     load_unquantised_model,
@@ -197,6 +204,13 @@ class TestFingerprint:
         (tmp_path / "model" / "second.safetensors").symlink_to("nowhere")
         with pytest.raises(ModelError, match="second.safetensors cannot be read"):
             compute_fingerprint(config, tmp_path)
+
+
+def test_a_model_without_a_decoder_of_its_own_is_refused():
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
+    bare = Qwen2Model(Qwen2Config(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    with pytest.raises(ModelError, match="Qwen2Model, has no decoder apart from its output"):
+        find_decoder(bare)
 
 
 def test_a_models_own_sampling_settings_do_not_reach_the_evaluation(config, tiny_project, tmp_path):

@@ -484,8 +484,9 @@ def test_a_smaller_limit_never_predicts_more(seven_b_sizes):
 def test_models_that_cannot_be_planned(tiny_project, tmp_path):
     with pytest.raises(PlanError, match="not a decoder"):
         read_shape(T5Config())
-    with pytest.raises(PlanError, match="mixture of experts"):
-        read_shape(AutoConfig.for_model("mixtral"))
+    for kind in ("mixtral", "qwen3_moe", "deepseek_v3", "ernie4_5_moe"):
+        with pytest.raises(PlanError, match="mixture of experts"):
+            read_shape(AutoConfig.for_model(kind))
     with pytest.raises(PlanError, match="does not say hidden_size"):
         read_shape(object())
     with pytest.raises(ModelError, match="(?s)was not found.*A plan needs no weights.*hf download"):
