@@ -25,6 +25,7 @@ from fedlora_app.config.schema import (
     Config,
     TrainingConfig,
 )
+from fedlora_app.config.sharing import PERSONAL, STAY, of_factors, travelling_factors
 from fedlora_app.data.client_files import (
     ClientExamples,
     ClientFiles,
@@ -48,6 +49,7 @@ from fedlora_app.model.adapters import (
     attach_once,
     build_initial_state,
     get_state,
+    learning_part,
     set_state,
     state_shapes,
 )
@@ -57,6 +59,7 @@ from fedlora_app.model.base import (
     load_base_model,
 )
 from fedlora_app.model.device import read_peak_memory, reset_peak_memory
+from fedlora_app.model.ranks import resize_ranks
 from fedlora_app.runs.client_folder import ClientFolder
 from fedlora_app.runs.paths import RunPaths
 from fedlora_app.training.decay import choose_decays
@@ -67,6 +70,20 @@ from fedlora_app.training.phase import (
     train_within_memory,
 )
 from fedlora_app.training.selection import select_phase, take_part
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a client continues from, as the server knows it.
+
+    Rounds below 0 mean that there is none yet, empty hashes that they are not known.
+    """
+
+    local_round: int = -1
+    local_sha256: str = ""
+    own_round: int = -1
+    """Of the global adapter that the client has for itself, under rules that leave it one."""
+    own_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,23 +135,33 @@ class Client:
         about = {"device": describe_device(), "findings": json.dumps(named)}
         return counts, files.hashes | about
 
-    def verify(self, local_round: int, local_sha256: str) -> dict[str, str]:
+    def verify(self, kept: Kept) -> dict[str, str]:
         """Check that this client still holds what the run is to resume with.
 
         Returns:
             The base model's fingerprint, as a fact.
 
         Raises:
-            AdapterError: the local adapter is missing, or is not what the run wrote.
+            AdapterError: an adapter of its own is missing, or is not what the run wrote.
         """
         self.folder.remove_partials()
-        if local_round >= 0:
-            self.folder.require_local(local_round, local_sha256)
+        if kept.local_round >= 0:
+            self.folder.require_local(kept.local_round, kept.local_sha256)
+        if kept.own_round >= 0:
+            self.folder.require_own_global(kept.own_round, kept.own_sha256)
         return {"base_model": model_module.compute_fingerprint(self.config.model, self.root)}
 
     def global_shapes(self) -> dict[str, torch.Size]:
         """Return the shapes that a global adapter must have here."""
         return state_shapes(self._load_model()[1], GLOBAL)
+
+    def update_shapes(self, server_round: int) -> dict[str, torch.Size]:
+        """Return the shapes of the update that this client sends in a round."""
+        model = self._load_model()[1]
+        learning = resize_ranks(
+            state_shapes(model, GLOBAL), self.config.adapters_of(self.client_id).global_.rank
+        )
+        return of_factors(learning, travelling_factors(self.config, server_round))
 
     def keep_global(self, state: AdapterState) -> str:
         """Keep the global adapter for a later message; return its file's sha256."""
@@ -149,33 +176,35 @@ class Client:
         return self.folder.load_global(self._load_model()[1], sha256)
 
     def train(
-        self,
-        server_round: int,
-        global_state: AdapterState,
-        local_round: int,
-        local_sha256: str = "",
+        self, server_round: int, global_state: AdapterState, kept: Kept
     ) -> tuple[AdapterState, Metrics, dict[str, str]]:
         """Run the phase before the average.
 
         Args:
             global_state: the adapter that the server sent.
-            local_round: the round whose local adapter this client continues from.
-            local_sha256: its hash, empty where it is not known.
 
         Returns:
-            The global adapter's update (new minus received, fp32); the metrics, of which
-            ``num-examples`` counts this phase's examples only; and as facts the hashes of the
-            data, and of the local adapter where it was trained too.
+            The update (new minus received, fp32) of what travels of the global adapter; the
+            metrics, of which ``num-examples`` counts this phase's examples only; and as facts the
+            hashes of the data, and of the adapters that were kept.
         """
         phase = plan_round(self.config, server_round).train
         assert phase is not None, "this mode has nothing to train before the average"
-        loaded, model = self._prepare(global_state, local_round, local_sha256)
+        loaded, model = self._prepare(global_state, kept)
+        start = get_state(model, GLOBAL)
         result = self._run_phase(loaded, model, phase, server_round)
         facts = self._files[self.client_id].hashes
         if LOCAL in phase.trainable:
             facts["local_adapter"] = self.folder.save_local(model, server_round)
         trained = get_state(model, GLOBAL)
-        update = {key: trained[key] - global_state[key] for key in trained}
+        if self.config.federated.rule in STAY:
+            own = self.folder.save_own_global(model, trained, server_round, is_final=False)
+            facts["own_global_adapter"] = own
+        sent = of_factors(
+            learning_part(model, trained), travelling_factors(self.config, server_round)
+        )
+        before = learning_part(model, start)
+        update = {key: sent[key] - before[key] for key in sent}
         norm = torch.stack([delta.double().norm() for delta in update.values()]).norm().item()
         metrics = phase_metrics(phase, result) | {"update_norm": norm}
         return update, {"num-examples": result.num_examples, **metrics}, facts
@@ -184,8 +213,7 @@ class Client:
         self,
         server_round: int,
         global_state: AdapterState,
-        local_round: int,
-        local_sha256: str = "",
+        kept: Kept,
         oldest_local_round: int = 0,
     ) -> tuple[Metrics, dict[str, str]]:
         """Fit the local adapter to the new global one, keep it, and evaluate.
@@ -202,7 +230,8 @@ class Client:
             the data, of the base model and of the adapters that were kept, the process.
         """
         plan = plan_round(self.config, server_round)
-        loaded, model = self._prepare(global_state, local_round, local_sha256)
+        loaded, model = self._prepare(global_state, kept)
+        is_final = server_round == self.config.federated.num_rounds
         self.folder.remove_final()
         metrics: Metrics = {}
         facts = self._files[self.client_id].hashes | {
@@ -211,12 +240,15 @@ class Client:
         }
         if server_round > 0 and plan.personalise is not None:
             if plan.personalise.starts_from_global:
-                set_state(model, LOCAL, global_state)
+                set_state(model, LOCAL, get_state(model, GLOBAL))
             result = self._run_phase(loaded, model, plan.personalise, server_round)
             metrics |= phase_metrics(plan.personalise, result)
         if LOCAL in plan.evaluated:
             facts["local_adapter"] = self.folder.save_local(model, server_round)
-        is_final = server_round == self.config.federated.num_rounds
+        if self.config.federated.rule in PERSONAL:
+            facts["own_global_adapter"] = self.folder.save_own_global(
+                model, get_state(model, GLOBAL), server_round, is_final=is_final
+            )
         metrics |= self._evaluate_round(loaded, model, plan, server_round)
         if is_final:
             self.folder.remove_global()
@@ -263,9 +295,9 @@ class Client:
         metrics["peak_memory_bytes"] = read_peak_memory(model.device)
         return metrics
 
-    def evaluate(self, global_state: AdapterState, local_round: int) -> Metrics:
+    def evaluate(self, global_state: AdapterState, kept: Kept) -> Metrics:
         """Score the question sets with a round's adapters, without training."""
-        loaded, model = self._prepare(global_state, local_round)
+        loaded, model = self._prepare(global_state, kept)
         files = load_client_files(self.config, self._own, self.root)
         active = plan_round(self.config, self.config.federated.num_rounds).evaluated
         who = Answering.own(active, self.client_id)
@@ -289,16 +321,20 @@ class Client:
             for owner in list_owners(self.config, self.client_id)
         }
 
-    def _prepare(
-        self, global_state: AdapterState, local_round: int, local_sha256: str = ""
-    ) -> tuple[LoadedModel, AdaptedModel]:
-        """Set both adapters from scratch; ``local_round`` below 0 means a fresh local one."""
+    def _prepare(self, global_state: AdapterState, kept: Kept) -> tuple[LoadedModel, AdaptedModel]:
+        """Set both adapters from scratch.
+
+        What this client has kept of the global one for itself takes the received one's place.
+        """
         loaded, model = self._load_model()
-        if local_round < 0:
+        if kept.own_round >= 0 and (factors := STAY.get(self.config.federated.rule)):
+            own = self.folder.load_own_global(model, kept.own_round, kept.own_sha256)
+            global_state = global_state | of_factors(own, factors)
+        if kept.local_round < 0:
             seed = derive_seed(self.config.experiment.seed, "initial", self.client_id)
             local_state = build_initial_state(model, LOCAL, seed)
         else:
-            local_state = self.folder.load_local(model, local_round, local_sha256)
+            local_state = self.folder.load_local(model, kept.local_round, kept.local_sha256)
         set_state(model, GLOBAL, global_state)
         set_state(model, LOCAL, local_state)
         return loaded, model
@@ -306,7 +342,7 @@ class Client:
     def _load_model(self) -> tuple[LoadedModel, AdaptedModel]:
         loaded = load_base_model(self.config.model, self.root)
         pin_date(loaded.tokenizer, self.date)
-        return loaded, attach_once(loaded, self.config.adapters)
+        return loaded, attach_once(loaded, self.config.adapters_of(self.client_id))
 
     def _find_gate(
         self, loaded: LoadedModel, model: AdaptedModel, files: ClientFiles, who: Answering
@@ -349,6 +385,7 @@ class Client:
                     self.config.experiment.seed, phase.name, server_round, self.client_id
                 ),
                 progress=step_lines(what),
+                factors=phase.factors,
             )
 
         result, fitted = train_within_memory(model, phase, training, train, what)

@@ -22,7 +22,7 @@ import transformers
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedlora_app.client import Client
+from fedlora_app.client import Client, Kept
 from fedlora_app.config.schema import Config, ConfigError
 from fedlora_app.data.records import DataError
 from fedlora_app.evaluation.room import EvaluationError
@@ -105,7 +105,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def _register(client: Client, task: Task, message: Message) -> Message:
     if task.client_id:
-        counts, facts = {}, client.verify(task.local_round, task.local_sha256)
+        counts, facts = {}, client.verify(_kept(task))
         if ADAPTER_RECORD in message.content.array_records:
             state = _received_state(client, task, message)
             facts["global_adapter"] = client.keep_global(state)
@@ -116,9 +116,7 @@ def _register(client: Client, task: Task, message: Message) -> Message:
 
 def _train(client: Client, task: Task, message: Message) -> Message:
     state = _received_state(client, task, message)
-    update, metrics, facts = client.train(
-        task.server_round, state, task.local_round, task.local_sha256
-    )
+    update, metrics, facts = client.train(task.server_round, state, _kept(task))
     return build_reply(
         message,
         client.client_id,
@@ -127,16 +125,20 @@ def _train(client: Client, task: Task, message: Message) -> Message:
         facts,
         update=update,
         update_dtype=client.config.federated.upload_dtype,
-        shapes=client.global_shapes(),
+        shapes=client.update_shapes(task.server_round),
     )
 
 
 def _personalise(client: Client, task: Task, message: Message) -> Message:
     state = _received_state(client, task, message)
     metrics, facts = client.personalise(
-        task.server_round, state, task.local_round, task.local_sha256, task.oldest_local_round
+        task.server_round, state, _kept(task), task.oldest_local_round
     )
     return build_reply(message, client.client_id, task.server_round, metrics, facts)
+
+
+def _kept(task: Task) -> Kept:
+    return Kept(task.local_round, task.local_sha256, task.own_round, task.own_sha256)
 
 
 def _answer(message: Message, context: Context, handle: Handler) -> Message:

@@ -28,7 +28,7 @@ from fedlora_app.federation.roster import NO_LOCAL
 from fedlora_app.foundation.files import keep_files_private
 from fedlora_app.foundation.project import hash_package
 from fedlora_app.foundation.seeds import derive_seed
-from fedlora_app.model.adapter_files import load_adapter
+from fedlora_app.model.adapter_files import load_adapter, load_tensors
 from fedlora_app.model.adapters import (
     AdaptedModel,
     AdapterError,
@@ -41,7 +41,7 @@ from fedlora_app.model.base import ModelError, build_empty_model
 from fedlora_app.runs.console import describe_start
 from fedlora_app.runs.directory import RunDirectory
 from fedlora_app.runs.history import read_history
-from fedlora_app.runs.paths import RunDirectoryError
+from fedlora_app.runs.paths import MEMORY_FILE, RunDirectoryError
 from fedlora_app.runs.resuming import (
     FRESH,
     Resumption,
@@ -196,7 +196,7 @@ def _restore(
             flush=True,
         )
     if after == FRESH:
-        strategy.verify_clients(grid, None, set())
+        strategy.verify_clients(grid, set())
         return ArrayRecord()
     state = load_adapter(
         saved.adapter_folder(after),
@@ -206,9 +206,12 @@ def _restore(
         within=saved.path,
         sha256=resumption.global_sha256,
     )
-    sha256 = resumption.global_sha256
-    arrays = strategy.restore(state, sha256, after, resumption.local_adapters)
-    strategy.verify_clients(grid, arrays, resumption.evaluated_clients)
+    memory = {}
+    if resumption.memory_sha256 is not None:
+        path = saved.adapter_folder(after) / MEMORY_FILE
+        memory = load_tensors(path, within=saved.path, sha256=resumption.memory_sha256)
+    arrays = strategy.restore(state, memory, resumption)
+    strategy.verify_clients(grid, resumption.evaluated_clients)
     return arrays
 
 

@@ -1,4 +1,4 @@
-"""The server's side of a round: FedAvg over the global adapter, and nothing else.
+"""The server's side of a round: aggregation of the global adapter, and nothing else.
 
 ``FedAvg.start`` drives the rounds and calls, in each of them:
 
@@ -21,8 +21,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from fedlora_app.config.rounds import plan_round, training_clients
+from fedlora_app.config.participation import members, training_clients, weigh
+from fedlora_app.config.rounds import plan_round
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config
+from fedlora_app.config.sharing import PERSONAL, STAY
 from fedlora_app.evaluation.reported import describe_round, split_evaluation
 from fedlora_app.federation.aggregation import Aggregation
 from fedlora_app.federation.messages import (
@@ -43,21 +45,26 @@ from fedlora_app.federation.replies import (
 )
 from fedlora_app.federation.roster import Roster, Traffic
 from fedlora_app.foundation.progress import client_lines
-from fedlora_app.model.adapter_files import save_adapter
+from fedlora_app.model.adapter_files import save_adapter, save_tensors
 from fedlora_app.model.adapters import AdaptedModel, AdapterState, state_shapes
 from fedlora_app.runs.directory import RunDirectory
-from fedlora_app.runs.manifest import describe_missing_finals
+from fedlora_app.runs.manifest import MEMORY, OWN_GLOBAL, describe_missing_finals
+from fedlora_app.runs.paths import MEMORY_FILE
 from fedlora_app.runs.resuming import (
     DATA_HASH,
+    Resumption,
     describe_changed_data,
     find_changed_data,
     suggest_earlier,
 )
 from fedlora_app.runs.round_record import RoundRecord
 
+FACTS = {LOCAL: "local_adapter", OWN_GLOBAL: "own_global_adapter"}
+"""What clients call the adapters that they write."""
+
 
 class GlobalAdapterFedAvg(FedAvg):
-    """Averages the global adapter, weighted by the examples of the global phase.
+    """Makes the new global adapter of the clients' updates, by the rule that is configured.
 
     Args:
         nodes: node id of every client.
@@ -87,6 +94,7 @@ class GlobalAdapterFedAvg(FedAvg):
         self._model = model
         self._shapes = state_shapes(model, GLOBAL)
         self._aggregation = Aggregation(config, self._shapes)
+        self.roster.gets_own_state = self._aggregation.has_own_state
         self._run = run
         self._report = report
         self._global_state: AdapterState = {}
@@ -108,22 +116,24 @@ class GlobalAdapterFedAvg(FedAvg):
         return pack_state(state)
 
     def restore(
-        self,
-        state: AdapterState,
-        sha256: str,
-        after_round: int,
-        local_adapters: dict[str, tuple[int, str]],
+        self, state: AdapterState, memory: AdapterState, resumption: Resumption
     ) -> ArrayRecord:
-        """Resume after a complete round, with its adapters; return the global one as arrays.
+        """Resume after a complete round, with its global adapter; return it as arrays.
 
         Flower counts the rounds that follow from 1 again; here they keep their own numbers.
-        """
-        self._global_state, self._global_sha256 = state, sha256
-        self._rounds_before = after_round
-        self.roster.locals |= local_adapters
-        return pack_state(state)
 
-    def verify_clients(self, grid: Grid, arrays: ArrayRecord | None, holders: set[str]) -> None:
+        Args:
+            memory: what the aggregation needs beside the adapter.
+        """
+        self._global_state, self._global_sha256 = state, resumption.global_sha256
+        self._rounds_before = resumption.after_round
+        self._aggregation.recall(memory)
+        self.roster.locals |= resumption.find_adapters(LOCAL)
+        self.roster.own_globals |= resumption.find_adapters(OWN_GLOBAL)
+        self._packed = pack_state(state)
+        return self._packed
+
+    def verify_clients(self, grid: Grid, holders: set[str]) -> None:
         """Have every client check what it has kept, before anything is trained.
 
         Args:
@@ -132,9 +142,12 @@ class GlobalAdapterFedAvg(FedAvg):
         Raises:
             RoundError: with what every client found wrong, together.
         """
-        asked = {c: arrays if c in holders else None for c in self.serving_order}
+
+        def arrays_for(client: str) -> ArrayRecord | None:
+            return self._arrays_for(client) if client in holders else None
+
         task = self._task_of(REGISTRATION_ROUND)
-        messages = self.roster.messages(task, MessageType.QUERY, asked)
+        messages = self.roster.messages(task, MessageType.QUERY, self.serving_order, arrays_for)
         faults = verify_clients(grid, messages, self.roster, self._run.manifest["base_model"])
         if faults:
             listing = "\n".join(faults)
@@ -151,11 +164,11 @@ class GlobalAdapterFedAvg(FedAvg):
         if absent:
             self._find_returned(grid, absent)
         self._global_state = unpack_state(arrays, self._shapes, "The server")
+        self._packed = arrays
         if plan_round(self.config, server_round).train is None:
             return iter(())
-        clients = training_clients(self.config)
-        asked = [client for client in self.serving_order if client in clients]
-        return self._ask(grid, MessageType.TRAIN, server_round, arrays, asked)
+        asked = training_clients(self.config, server_round)
+        return self._ask(grid, MessageType.TRAIN, server_round, asked)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -168,8 +181,9 @@ class GlobalAdapterFedAvg(FedAvg):
         server_round += self._rounds_before
         plan = plan_round(self.config, server_round)
         if plan.train is not None:
-            clients = training_clients(self.config)
+            clients = training_clients(self.config, server_round)
             expected = ["local_adapter"] if LOCAL in plan.train.trainable else []
+            expected += ["own_global_adapter"] if self.config.federated.rule in STAY else []
             # A client cannot have trained on more than it had when it registered, or all had.
             reports = self._run.manifest["clients"]
             pools = self.config.federated.mode == "centralized"
@@ -178,18 +192,21 @@ class GlobalAdapterFedAvg(FedAvg):
                 require_facts(expected, reply)
                 owners = reports if pools else [reply.client_id]
                 num_examples = require_examples(reply, [reports[owner] for owner in owners])
-                self._aggregation.add(reply, num_examples)
+                self._aggregation.add(reply, weigh(self.config, reply.client_id, num_examples))
 
-            self._aggregation.begin(self._global_state)
+            self._aggregation.begin(self._global_state, server_round)
             for reply in self._valid_replies(server_round, "train", len(clients), replies, fold):
                 self._round.add_metrics(reply.client_id, plan.train.name, reply.metrics)
-                if expected:
-                    self._note_local(reply, server_round, is_last=plan.personalise is None)
+                self._note_adapters(reply, server_round, is_last=plan.personalise is None)
             self._global_state = self._aggregation.result()
+            self._forget_own_states()
             if (errors := self._aggregation.error_by_module) is not None:
                 self._round.log("aggregation", relative_error=errors)
-        self._global_sha256 = self._save_global(self._run.paths.global_adapter(server_round))
+        folder = self._run.paths.global_adapter(server_round)
+        self._global_sha256 = self._save_global(folder)
         self._round.adapters[GLOBAL] = self._global_sha256
+        if memory := self._aggregation.memory:
+            self._round.adapters[MEMORY] = save_tensors(folder / MEMORY_FILE, memory)
         return pack_state(self._global_state), None
 
     def configure_evaluate(
@@ -197,7 +214,8 @@ class GlobalAdapterFedAvg(FedAvg):
     ) -> Iterable[Message]:
         """Yield one message per client, with the new global adapter."""
         server_round += self._rounds_before
-        return self._ask(grid, MessageType.EVALUATE, server_round, arrays, self.serving_order)
+        self._packed = arrays
+        return self._ask(grid, MessageType.EVALUATE, server_round, self._members(server_round))
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -213,8 +231,9 @@ class GlobalAdapterFedAvg(FedAvg):
         expected = ["base_model"]
         expected += ["local_adapter"] if LOCAL in plan.evaluated else []
         expected += ["global_adapter"] if server_round < self.config.federated.num_rounds else []
+        expected += ["own_global_adapter"] if self.config.federated.rule in PERSONAL else []
         check = partial(require_facts, expected)
-        num_asked = len(self.serving_order)
+        num_asked = len(self._members(server_round))
         reports: dict[str, dict[str, Any]] = {}
         for reply in self._valid_replies(server_round, "evaluate", num_asked, replies, check):
             client = reply.client_id
@@ -223,8 +242,7 @@ class GlobalAdapterFedAvg(FedAvg):
             if training and plan.personalise is not None:
                 self._round.add_metrics(client, plan.personalise.name, training)
             self._round.add_metrics(client, "evaluate", evaluation)
-            if "local_adapter" in expected:
-                self._note_local(reply, server_round, is_last=True)
+            self._note_adapters(reply, server_round, is_last=True)
             self.roster.held[client] = reply.facts.get("global_adapter", "")
             self._base_models[client] = reply.facts["base_model"]
             facts = {k: v for k, v in reply.facts.items() if not k.startswith(DATA_HASH)}
@@ -257,18 +275,17 @@ class GlobalAdapterFedAvg(FedAvg):
         grid: Grid,
         message_type: str,
         server_round: int,
-        arrays: ArrayRecord,
         clients: list[str],
     ) -> Iterator[Message]:
         """Return the clients' messages, and keep how to send one again with the global adapter."""
         build = partial(self.roster.messages, self._task_of(server_round), message_type)
 
         def ask_again(clients: list[str]) -> Iterable[Message]:
-            arrays = pack_state(self._global_state)
-            return grid.send_and_receive(build(dict.fromkeys(clients, arrays)))
+            self._packed = pack_state(self._global_state)
+            return grid.send_and_receive(build(clients, self._arrays_for))
 
         self._ask_again = ask_again
-        return build(dict.fromkeys(clients, arrays))
+        return build(clients, self._arrays_for)
 
     def _valid_replies(
         self,
@@ -295,16 +312,34 @@ class GlobalAdapterFedAvg(FedAvg):
         required = min(self.config.federated.required_clients, num_asked)
         self._round.require_valid(num_valid, required, num_asked)
 
-    def _note_local(self, reply: Reply, server_round: int, is_last: bool) -> None:
-        """Remember the local adapter that a client says it has written.
+    def _note_adapters(self, reply: Reply, server_round: int, is_last: bool) -> None:
+        """Remember the adapters that a client says it has written.
 
         Args:
-            is_last: the round writes no other in its place, which may be there and its hash lost.
+            is_last: the round writes no others in their place, which may be there and the hashes
+                lost.
         """
-        sha256 = reply.facts["local_adapter"]
-        self.roster.locals[reply.client_id] = (server_round, sha256)
-        if is_last:
-            self._round.adapters[f"{LOCAL}:{reply.client_id}"] = sha256
+        for role, kept in ((LOCAL, self.roster.locals), (OWN_GLOBAL, self.roster.own_globals)):
+            sha256 = reply.facts.get(FACTS[role])
+            if sha256 is None:
+                continue
+            kept[reply.client_id] = (server_round, sha256)
+            if is_last:
+                self._round.adapters[f"{role}:{reply.client_id}"] = sha256
+
+    def _members(self, server_round: int) -> list[str]:
+        return members(self.config, server_round)
+
+    def _arrays_for(self, client: str) -> ArrayRecord:
+        """Return the global adapter that a client gets, as arrays."""
+        state = self._aggregation.state_for(client, self._global_state)
+        return self._packed if state is self._global_state else pack_state(state)
+
+    def _forget_own_states(self) -> None:
+        """Let nobody keep an adapter of its own any longer, whose successor the server has made."""
+        for client in list(self.roster.held):
+            if self.roster.gets_own_state(client):
+                del self.roster.held[client]
 
     def _require_same_data(self, reply: Reply) -> None:
         recorded = self._run.manifest["clients"].get(reply.client_id, {})

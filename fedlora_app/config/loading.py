@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from fedlora_app.config.combinations import fill_frozen_rank, find_faults
 from fedlora_app.config.schema import (
     GLOBAL,
     LOCAL,
@@ -71,6 +72,7 @@ def parse_config(
     if not isinstance(raw, dict):
         raise ConfigError(f"{source} holds no sections. Expected keys such as model, federated.")
     faults = list(known_faults or [])
+    raw = fill_frozen_rank(raw)
     num_more = 0
     config = None
     try:
@@ -79,7 +81,7 @@ def parse_config(
         found = error.errors(include_url=False)
         faults += [_describe(fault) for fault in found[:MAX_FAULTS_SHOWN]]
         num_more = max(0, len(found) - MAX_FAULTS_SHOWN)
-    faults += _cross_faults(raw)
+    faults += [*_cross_faults(raw), *find_faults(raw)]
     if config is None or faults:
         listing = "\n".join(f"  {fault}" for fault in faults)
         listing += f"\n  and {num_more} more." if num_more else ""

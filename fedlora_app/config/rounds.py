@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config
+from fedlora_app.config.sharing import FACTORS, learning_factors
 
 BASE = "base"
 BOTH = (GLOBAL, LOCAL)
@@ -34,6 +35,8 @@ class Phase:
     """How many rounds' steps it takes at once: this one's and those of the rounds before it."""
     starts_from_global: bool = False
     """The local adapter is first made a copy of the global one."""
+    factors: tuple[str, ...] = FACTORS
+    """Of the global adapter, where it is one of those that learn."""
 
     @property
     def name(self) -> str:
@@ -68,26 +71,24 @@ def plan_round(config: Config, server_round: int) -> RoundPlan:
     """
     mode, schedule = config.federated.mode, config.training.schedule
     is_last = server_round == config.federated.num_rounds
+    factors = learning_factors(config, server_round)
     personalise = Phase(BOTH, (LOCAL,), "local")
     if mode == "dual" and schedule == "phased":
-        return RoundPlan(Phase((GLOBAL,), (GLOBAL,), "universal"), personalise, BOTH)
+        shared = Phase((GLOBAL,), (GLOBAL,), "universal", factors=factors)
+        return RoundPlan(shared, personalise, BOTH)
     if mode == "dual":
-        return RoundPlan(Phase(BOTH, BOTH, "mixed"), personalise if is_last else None, BOTH)
+        shared = Phase(BOTH, BOTH, "mixed", factors=factors)
+        return RoundPlan(shared, personalise if is_last else None, BOTH)
     if mode == "local-only":
         return RoundPlan(None, Phase((LOCAL,), (LOCAL,), "mixed", BOTH), (LOCAL,))
     if mode == "finetuned":
-        average = Phase((GLOBAL,), (GLOBAL,), "mixed", (GLOBAL,))
+        average = Phase((GLOBAL,), (GLOBAL,), "mixed", (GLOBAL,), factors=factors)
         if not is_last:
             return RoundPlan(average, None, (GLOBAL,))
         copy = Phase((LOCAL,), (LOCAL,), "mixed", (LOCAL,), server_round, starts_from_global=True)
         return RoundPlan(average, copy, (LOCAL,))
     data = "pooled" if mode == "centralized" else "mixed"
-    return RoundPlan(Phase((GLOBAL,), (GLOBAL,), data, BOTH), None, (GLOBAL,))
-
-
-def training_clients(config: Config) -> list[str]:
-    """Return who trains before the average: the first client alone where data is pooled."""
-    return config.client_ids[:1] if config.federated.mode == "centralized" else config.client_ids
+    return RoundPlan(Phase((GLOBAL,), (GLOBAL,), data, BOTH, factors=factors), None, (GLOBAL,))
 
 
 def adapters_label(active: Sequence[str]) -> str:

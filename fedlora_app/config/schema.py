@@ -19,6 +19,23 @@ LARGEST_INTEGER = 2**31 - 1
 """Above it numbers fit neither into a message nor into a tensor's size."""
 
 Mode = Literal["dual", "fedavg", "finetuned", "local-only", "centralized"]
+AVERAGING_MODES = ("dual", "fedavg", "finetuned")
+"""Modes in which the server makes one global adapter of several clients' updates."""
+Aggregation = Literal[
+    "fedavg",
+    "svd",
+    "residual",
+    "stack",
+    "freeze-a",
+    "alternate",
+    "share-a",
+    "share-b",
+    "rank-partitioned",
+    "rest-of-world",
+    "median",
+    "trimmed-mean",
+]
+ServerOptimizer = Literal["none", "momentum", "adam", "yogi", "adagrad"]
 
 
 class ConfigError(UserError):
@@ -81,6 +98,17 @@ class AdapterConfig(Section):
     first_layer: int = Field(0, ge=0)
     """Decoder layers from this one up have the adapter; 0: all of them. What the layers below make
     of an example is computed once per phase."""
+    frozen_rank: int = Field(0, ge=0, le=4096)
+    """Of a part of the global adapter that the server makes and no client trains, beside the rank
+    that learns. Left out, the aggregation rules residual and stack have the ranks of all clients'
+    updates together; others have none."""
+
+    @property
+    def joint(self) -> AdapterConfig:
+        """This adapter as it is kept: its frozen ranks are ranks like the others."""
+        rank = self.rank + self.frozen_rank
+        alpha = self.alpha / self.rank * rank
+        return self.model_copy(update={"rank": rank, "alpha": alpha, "frozen_rank": 0})
 
 
 class AdaptersConfig(Section):
@@ -166,6 +194,14 @@ class ClientConfig(Section):
     """What the scale of this client's local adapter is chosen on."""
     universal_train: str | None = None
     """This client's own share; data.universal_train otherwise."""
+    rank: int | None = Field(None, ge=1)
+    """Of this client's global adapter, where it is lower than adapters.global.rank."""
+    weight: float | None = Field(None, gt=0, le=1e6)
+    """Of this client's update, with federated.weighting: given."""
+    first_round: int = Field(1, ge=1)
+    """The round from which on it takes part."""
+    last_round: int | None = Field(None, ge=1)
+    """The last round in which it takes part. null: the run's."""
 
 
 class FederatedConfig(Section):
@@ -173,7 +209,29 @@ class FederatedConfig(Section):
 
     mode: Mode = "dual"
     num_rounds: int = Field(5, ge=1)
-    aggregation: Literal["fedavg"] = "fedavg"
+    aggregation: Aggregation = "fedavg"
+    """What the server makes of the clients' updates; docs/method.md has each rule's equation."""
+    svd_energy: float | None = Field(None, gt=0, le=1)
+    """With aggregation svd: of each module only the largest singular values that have this share
+    of the sum of all squares are kept, at most the rank. null: as many as the rank."""
+    trim_share: float = Field(0.2, gt=0, lt=0.5)
+    """With aggregation trimmed-mean: the share of the values left out at each end."""
+    weighting: Literal["examples", "equal", "given"] = "examples"
+    """How much a client's update counts: by the examples of its global phase, all alike, or as its
+    weight says."""
+    fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the clients that train the global adapter in a round, drawn anew for each by the
+    seed, one at least. All clients fit their local adapters in all rounds."""
+    server_optimizer: ServerOptimizer = "none"
+    """What is done with the mean update beyond adding it; its state is kept with the run."""
+    server_learning_rate: float | None = Field(None, gt=0)
+    """null: 1 for none and momentum, 0.001 for the others."""
+    server_momentum: float = Field(0.9, ge=0, lt=1)
+    """Of momentum, and beta_1 of adam and yogi."""
+    server_beta_2: float = Field(0.99, ge=0, lt=1)
+    """Of adam and yogi."""
+    server_tau: float = Field(1e-3, gt=0)
+    """What keeps adam, yogi and adagrad from dividing by nothing."""
     clients_at_once: int = Field(1, ge=1)
     """Each has a base model of its own, on a GPU of its own as far as there are enough."""
     share_gpu: bool = False
@@ -192,6 +250,11 @@ class FederatedConfig(Section):
     def required_clients(self) -> int:
         """Number of clients without which a round does not count."""
         return self.min_clients or len(self.clients)
+
+    @property
+    def rule(self) -> Aggregation:
+        """The aggregation rule that is in force; a mode without an average has the plain mean."""
+        return self.aggregation if self.mode in AVERAGING_MODES else "fedavg"
 
 
 class DataConfig(Section):
@@ -251,6 +314,17 @@ class Config(Section):
                 return client
         known = ", ".join(client.id for client in self.federated.clients)
         raise ConfigError(f'No client is called "{client_id}". federated.clients names: {known}.')
+
+    def adapters_of(self, client_id: str) -> AdaptersConfig:
+        """Return the adapters of one client, whose global one may have a lower rank.
+
+        What it adds is scaled as everywhere: alpha / rank is the same.
+        """
+        ours, rank = self.adapters.global_, self.client(client_id).rank
+        if rank is None or rank == ours.rank:
+            return self.adapters
+        own = ours.model_copy(update={"rank": rank, "alpha": ours.alpha / ours.rank * rank})
+        return self.adapters.model_copy(update={"global_": own})
 
     @property
     def client_ids(self) -> list[str]:

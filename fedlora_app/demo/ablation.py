@@ -20,7 +20,7 @@ from pathlib import Path
 
 import transformers
 
-from fedlora_app.client import Client
+from fedlora_app.client import Client, Kept
 from fedlora_app.config.loading import parse_config, parse_overrides, set_dotted
 from fedlora_app.config.rounds import BOTH, adapters_label
 from fedlora_app.config.schema import GLOBAL, Config, ConfigError
@@ -153,7 +153,7 @@ def retrain(client: Client, states: Sequence[AdapterState]) -> Metrics:
     metrics: Metrics = {}
     for server_round, state in enumerate(states[1:], start=1):
         local_round = server_round - 1 if server_round > 1 else -1  # -1: a fresh one
-        metrics, _ = client.personalise(server_round, state, local_round)
+        metrics, _ = client.personalise(server_round, state, Kept(local_round))
     return metrics
 
 

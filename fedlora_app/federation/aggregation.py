@@ -1,4 +1,4 @@
-"""A round's aggregation: the rule that is configured, and what it costs measured beside it."""
+"""A round's aggregation: the rule that is configured, and what it does measured beside it."""
 
 from __future__ import annotations
 
@@ -7,53 +7,69 @@ import time
 import torch
 
 from fedlora_app.config.schema import Config
+from fedlora_app.config.sharing import FACTORS, of_factors, travelling_factors
 from fedlora_app.federation.aggregation_error import AggregationErrorObserver, ProductSketch
 from fedlora_app.federation.messages import MessageError
 from fedlora_app.federation.replies import Reply, require_update
 from fedlora_app.federation.rules import build_rule
 from fedlora_app.federation.rules.fedavg import FedAvg
+from fedlora_app.federation.server_optimizer import ServerOptimizer
+from fedlora_app.federation.telemetry import UpdateTelemetry
 from fedlora_app.federation.weighted_mean import RejectedUpdateError
 from fedlora_app.model.adapters import AdapterState
+from fedlora_app.model.ranks import fit_client, resize_ranks
+
+OPTIMIZER = "optimizer:"
+"""Before the names of what the server's optimizer keeps, beside what the rule does."""
 
 
 class Aggregation:
     """Makes the new global adapter of the clients' updates, in one round after the other.
 
-    After ``result``, ``metrics`` are the round's, and ``error_by_module`` is the relative error of
-    averaging A and B separately, None for a rule that is not a kind of ``FedAvg``.
+    After ``result``, ``metrics`` are the round's, and ``error_by_module`` is how far each module's
+    new product B A is from the mean of the clients' products, None where that has no meaning.
 
     Args:
         shapes: of the global adapter's tensors.
     """
 
     def __init__(self, config: Config, shapes: dict[str, torch.Size]) -> None:
+        self._config = config
         self._shapes = shapes
-        self._dtype = config.federated.upload_dtype
-        self._rule = build_rule(config.federated.aggregation)
+        self._rule = build_rule(config)
+        self._optimizer = ServerOptimizer(config.federated)
         self._sketch = ProductSketch(shapes, config.experiment.seed)
         self.metrics: dict[str, float] = {}
         self.error_by_module: dict[str, float | None] | None = None
 
-    def begin(self, state: AdapterState) -> None:
+    def begin(self, state: AdapterState, server_round: int) -> None:
         """Start a round from the global adapter that the clients received."""
-        self._rule.begin(state)
-        self._observer = AggregationErrorObserver(self._sketch)
+        self._state, self._round = state, server_round
+        self._rule.begin(state, server_round)
+        self._observer = None
+        if isinstance(self._rule, FedAvg) and self._means_both(server_round):
+            self._observer = AggregationErrorObserver(self._sketch)
+        self._telemetry = UpdateTelemetry(self.update_shapes(None, server_round))
         self._seconds = 0.0
         self.metrics, self.error_by_module = {}, None
 
-    def add(self, reply: Reply, num_examples: int) -> None:
+    def add(self, reply: Reply, weight: int) -> None:
         """Fold in the update in a reply.
 
         Raises:
             MessageError, AdapterError: there is none, or it cannot be used.
         """
         started = time.monotonic()
-        update = require_update(reply, self._shapes, self._dtype)
+        client = reply.client_id
+        shapes = self.update_shapes(client, self._round)
+        update = require_update(reply, shapes, self._config.federated.upload_dtype)
         try:
-            self._rule.add(update, num_examples)
+            self._rule.add(client, update, weight)
         except RejectedUpdateError as error:
-            raise MessageError(f"{reply.client_id}: {error}") from None
-        self._observer.add(update, num_examples)
+            raise MessageError(f"{client}: {error}") from None
+        if self._observer is not None:
+            self._observer.add(update, weight)
+        self._telemetry.add(update)
         self._seconds += time.monotonic() - started
 
     def result(self) -> AdapterState:
@@ -63,11 +79,46 @@ class Aggregation:
             RejectedUpdateError: there was no update.
         """
         started = time.monotonic()
-        state = self._rule.result()
-        if isinstance(self._rule, FedAvg):
+        state = self._optimizer.step(self._state, self._rule.result())
+        self.metrics = dict(self._rule.figures)
+        self.error_by_module = self._rule.error_by_module
+        if self._observer is not None:
             self.error_by_module, error = self._observer.relative_errors(self._rule, state)
             if error is not None:
                 self.metrics["aggregation_error"] = error
+        self.metrics |= self._telemetry.figures(self._state, state)
         self._seconds += time.monotonic() - started
         self.metrics["aggregation_seconds"] = self._seconds
         return state
+
+    def update_shapes(self, client: str | None, server_round: int) -> dict[str, torch.Size]:
+        """Return the shapes of a client's update; with None those of one of full rank."""
+        ours = self._config.adapters.global_
+        rank = ours.rank if client is None else self._config.adapters_of(client).global_.rank
+        shapes = resize_ranks(self._shapes, rank)
+        return of_factors(shapes, travelling_factors(self._config, server_round))
+
+    def state_for(self, client: str, state: AdapterState) -> AdapterState:
+        """Return the global adapter that a client gets, where ``state`` is the server's own."""
+        return fit_client(self._config, client, self._rule.state_for(client, state))
+
+    def has_own_state(self, client: str) -> bool:
+        """Return whether ``state_for`` gives a client something else than the server's own."""
+        own = self._config.adapters_of(client) is not self._config.adapters
+        return own or self._config.federated.rule == "rest-of-world"
+
+    def _means_both(self, server_round: int) -> bool:
+        """Return whether A and B are averaged apart, where the products' mean may differ."""
+        return travelling_factors(self._config, server_round) == FACTORS
+
+    @property
+    def memory(self) -> AdapterState:
+        """What the rounds to come need beside the adapter; kept with the run."""
+        kept = self._optimizer.memory
+        return self._rule.memory | {f"{OPTIMIZER}{name}": kept[name] for name in kept}
+
+    def recall(self, memory: AdapterState) -> None:
+        """Go on from what ``memory`` was after an earlier round."""
+        ours = {k.removeprefix(OPTIMIZER): t for k, t in memory.items() if k.startswith(OPTIMIZER)}
+        self._optimizer.recall(ours)
+        self._rule.recall({k: t for k, t in memory.items() if not k.startswith(OPTIMIZER)})

@@ -68,7 +68,7 @@ SHA256 = r"[0-9a-f]{64}"
 DECLARED_FACTS = {
     r"sha256/(universal|local)_train|sha256/(universal|local|conflict)(_validation)?"
     r"|sha256/public": SHA256,
-    r"base_model|global_adapter|local_adapter": SHA256,
+    r"base_model|global_adapter|local_adapter|own_global_adapter": SHA256,
     r"device": r"[^\n]{1,200}",
     r"process": r"\d+, base model loaded \d+ times",
     r"findings": r"\[.*\]",
@@ -90,7 +90,9 @@ class Task:
     ``local_sha256`` its hash. ``global_sha256`` is that of the global adapter, which the client has
     kept where the message does not bring it. ``resumes`` tells that the run is continued, so that
     the client's folder may be there already. ``oldest_local_round`` is the oldest of the client's
-    local adapters that a kept round needs. ``date`` is the day that chat templates write.
+    local adapters that a kept round needs. ``own_round`` and ``own_sha256`` are those of the global
+    adapter that the client has for itself, under rules that leave it one. ``date`` is the day that
+    chat templates write.
     ``project_dir`` and ``output_dir`` hold for simulated nodes, which share the server's disk;
     others have folders of their own.
     """
@@ -108,6 +110,8 @@ class Task:
     experiment: str
     oldest_local_round: int = 0
     date: str = ""
+    own_round: int = -1
+    own_sha256: str = ""
 
     @property
     def config(self) -> Config:
@@ -179,9 +183,10 @@ def read_task(message: Message) -> Task:
         found = type(getattr(task, field.name)).__name__
         if found != field.type:
             raise MessageError(f"The server sent {field.name} as {found}, expected {field.type}.")
-    if task.server_round < 0 or task.local_round < -1:
+    if task.server_round < 0 or min(task.local_round, task.own_round) < -1:
         raise MessageError(
-            f"The server sent round {task.server_round} and local round {task.local_round}."
+            f"The server sent round {task.server_round}, local round {task.local_round} and own "
+            f"round {task.own_round}."
         )
     return task
 
@@ -199,7 +204,7 @@ def build_reply(
     """Return a client's reply after checking that all of it was declared.
 
     Args:
-        shapes: those of the global adapter, which an update must have.
+        shapes: those that an update must have.
 
     Raises:
         MessageError, AdapterError: something in it is not declared; nothing is sent.

@@ -6,7 +6,7 @@ get its hash.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -30,9 +30,14 @@ class Roster:
         self.nodes = nodes
         self.held: dict[str, str] = {}  # sha256 of the global adapter that a client has kept
         self.locals: dict[str, tuple[int, str]] = dict.fromkeys(nodes, NO_LOCAL)
+        self.own_globals: dict[str, tuple[int, str]] = dict.fromkeys(nodes, NO_LOCAL)
+        """Likewise of the global adapter that a client has for itself, if it has one."""
         self.traffic = Traffic()
         self.oldest_local_round: Callable[[str], int] = lambda client: 0
         """Returns the oldest round whose local adapter a client is to keep."""
+        self.gets_own_state: Callable[[str], bool] = lambda client: False
+        """Returns whether a client gets another global adapter than the server's, whose hash the
+        client alone knows."""
         self._clients = {node: client for client, node in nodes.items()}
 
     def sender(self, message: Message) -> str:
@@ -46,26 +51,37 @@ class Roster:
         self._clients[node] = client
 
     def messages(
-        self, task: Task, message_type: str, arrays: Mapping[str, ArrayRecord | None]
+        self,
+        task: Task,
+        message_type: str,
+        clients: Iterable[str],
+        arrays_for: Callable[[str], ArrayRecord | None],
     ) -> Iterator[Message]:
         """Yield one message per client, made when its turn comes.
 
         Args:
-            task: its client, and what concerns the client's local adapter, are filled in.
-            arrays: the clients in order, and the global adapter that each is sent unless it
-                holds it already.
+            task: its client, and what concerns the client's own adapters, are filled in.
+            clients: in order.
+            arrays_for: returns the global adapter that a client is sent unless it holds it already.
         """
-        for client, record in arrays.items():
-            local_round, sha256 = self.locals[client]
+        for client in clients:
+            local_round, local_sha256 = self.locals[client]
+            own_round, own_sha256 = self.own_globals[client]
+            held, expected = self.held.pop(client, ""), task.global_sha256
+            if self.gets_own_state(client):
+                expected = held
             own = replace(
                 task,
                 client_id=client,
+                global_sha256=expected,
                 local_round=local_round,
-                local_sha256=sha256,
+                local_sha256=local_sha256,
+                own_round=own_round,
+                own_sha256=own_sha256,
                 oldest_local_round=self.oldest_local_round(client),
             )
-            is_held = task.global_sha256 and self.held.pop(client, "") == task.global_sha256
-            content = build_task_content(own, None if is_held else record)
+            is_held = expected and held == expected
+            content = build_task_content(own, None if is_held else arrays_for(client))
             message = build_message(content, message_type, self.nodes[client])
             self.traffic.add(client, "down", message)
             yield message

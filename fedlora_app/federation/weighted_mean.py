@@ -42,9 +42,8 @@ class WeightedMean:
                 f"sum (limit {LIMIT:.3g}). The client's training has probably diverged."
             )
         self._bound = bound
-        scale = num_examples * 2.0**FRACTION_BITS
         for key, total in self._sums.items():
-            total += (update[key].double() * scale).round_().to(torch.int64)
+            total += _to_fixed(update[key], num_examples)
         self.num_updates += 1
         self.num_examples += num_examples
 
@@ -57,6 +56,11 @@ class WeightedMean:
         """Return the mean of one tensor, fp64."""
         return self._sums[key].double() / self._divisor
 
+    def mean_without(self, key: str, tensor: torch.Tensor, num_examples: int) -> torch.Tensor:
+        """Return the mean of all others' tensors, fp64, without one that was added."""
+        rest = self._sums[key] - _to_fixed(tensor, num_examples)
+        return rest.double() / ((self.num_examples - num_examples) * 2.0**FRACTION_BITS)
+
     def apply_to(self, state: AdapterState) -> AdapterState:
         """Return ``state`` plus the mean update of its tensors, fp32."""
         return {key: (state[key].double() + self.mean_of(key)).float() for key in state}
@@ -66,3 +70,7 @@ class WeightedMean:
         if self.num_examples == 0:
             raise RejectedUpdateError("No update was added, so there is nothing to average.")
         return self.num_examples * 2.0**FRACTION_BITS
+
+
+def _to_fixed(tensor: torch.Tensor, num_examples: int) -> torch.Tensor:
+    return (tensor.double() * (num_examples * 2.0**FRACTION_BITS)).round_().to(torch.int64)

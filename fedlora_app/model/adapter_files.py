@@ -10,9 +10,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save, save_file
 
-from fedlora_app.foundation.files import WEIGHTS_FILE, hash_file, replace_folder
+from fedlora_app.foundation.files import (
+    WEIGHTS_FILE,
+    hash_file,
+    replace_folder,
+    write_atomically,
+)
 from fedlora_app.model.adapters import (
     MAX_SHOWN_CHARS,
     AdaptedModel,
@@ -20,6 +25,7 @@ from fedlora_app.model.adapters import (
     AdapterState,
     PlainAdapter,
     check_state,
+    file_config,
     state_shapes,
 )
 
@@ -42,9 +48,7 @@ def save_adapter(
     """
     check_state(state, state_shapes(model, name), f"{folder}")
     with replace_folder(folder) as partial:
-        _write_peft_files(
-            partial, model.peft_config[name].to_dict(), state, base_name, {ROLE_KEY: name}
-        )
+        _write_peft_files(partial, file_config(model, name), state, base_name, {ROLE_KEY: name})
     return hash_file(folder / WEIGHTS_FILE)
 
 
@@ -103,6 +107,30 @@ def load_adapter(
             raise AdapterError(f"{folder}: {key} holds {tensor.dtype}, expected torch.float32.")
     check_state(state, shapes, str(folder))
     return state
+
+
+def save_tensors(path: Path, tensors: AdapterState) -> str:
+    """Write tensors that are no adapter of their own, atomically; return the file's sha256."""
+    content = save({key: tensors[key].contiguous().clone() for key in sorted(tensors)})
+    write_atomically(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def load_tensors(path: Path, *, within: Path, sha256: str) -> AdapterState:
+    """Read what ``save_tensors`` wrote.
+
+    Args:
+        within: the run directory that a link may not lead out of.
+
+    Raises:
+        AdapterError: the file is missing, or is not what was written.
+    """
+    if not path.is_file() or not path.resolve().is_relative_to(within.resolve()):
+        raise AdapterError(f"{path} does not exist or is a link that leads out of {within}.")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise AdapterError(f"{path} is not the file that was written. Restore it.")
+    return _parse_weights(content, path)[1]
 
 
 def _read_adapter_file(path: Path, largest: int, within: Path, name: str) -> bytes:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,9 +25,11 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from transformers import PreTrainedModel
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdapterConfig, AdaptersConfig
+from fedlora_app.config.sharing import FACTORS, of_factors
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model.base import LoadedModel, decoder_layers
+from fedlora_app.model.ranks import join_ranks, resize_ranks, take_ranks
 from fedlora_app.model.targets import (
     choose_modules,
     describe_experts,
@@ -35,6 +38,9 @@ from fedlora_app.model.targets import (
 )
 
 MAX_SHOWN_CHARS = 200
+FROZEN = "frozen"
+"""The part of the global adapter that no client trains, beside the part that is called GLOBAL here.
+Outside this module a global adapter is both: its state joins them, the learning ranks first."""
 PLAIN = "default"
 """PEFT's own name for an only adapter."""
 
@@ -89,14 +95,15 @@ def attach_adapters(base: PreTrainedModel, config: AdaptersConfig) -> AdaptedMod
     taken = _find_taken(base)
     if faults := find_target_faults(base, config, taken):
         raise AdapterError("\n".join(faults))
-    # Both before the first adapter renames the linear layers.
-    for_global, for_local = (
-        _lora_config(adapter, choose_modules(base, adapter, taken))
-        for adapter in (config.global_, config.local)
-    )
+    # All before the first adapter renames the linear layers.
+    adapters = {
+        name: _lora_config(adapter, choose_modules(base, adapter, taken))
+        for name, adapter in _list_parts(config).items()
+    }
     try:
-        model = get_peft_model(base, for_global, adapter_name=GLOBAL)
-        model.add_adapter(LOCAL, for_local)
+        model = get_peft_model(base, adapters.pop(GLOBAL), adapter_name=GLOBAL)
+        for name, adapter in adapters.items():
+            model.add_adapter(name, adapter)
     except ValueError as error:  # which layers of a family PEFT does not serve, only PEFT knows
         detach_adapters(base)
         raise AdapterError(
@@ -143,15 +150,17 @@ def build_initial_state(model: AdaptedModel, name: str, seed: int) -> AdapterSta
 
 def state_shapes(model: AdaptedModel, name: str) -> dict[str, torch.Size]:
     """Return the shape of every tensor of an adapter, sorted by key."""
-    return {key: tensor.shape for key, tensor in sorted(_find_parameters(model, name).items())}
+    shapes = {key: tensor.shape for key, tensor in sorted(_find_parameters(model, name).items())}
+    return resize_ranks(shapes, sum(_ranks(model, name))) if _is_joint(model, name) else shapes
 
 
 def get_state(model: AdaptedModel, name: str) -> AdapterState:
     """Return a copy of an adapter's weights, fp32 on the CPU, sorted by key."""
-    return {
+    state = {
         key: tensor.detach().to("cpu", torch.float32, copy=True)
         for key, tensor in sorted(_find_parameters(model, name).items())
     }
+    return join_ranks(state, get_state(model, FROZEN)) if _is_joint(model, name) else state
 
 
 def set_state(model: AdaptedModel, name: str, state: AdapterState) -> None:
@@ -161,9 +170,27 @@ def set_state(model: AdaptedModel, name: str, state: AdapterState) -> None:
         AdapterError: the state's names or shapes are not the adapter's.
     """
     check_state(state, state_shapes(model, name), f'the state for adapter "{name}"')
+    if _is_joint(model, name):
+        learning, frozen = _ranks(model, name)
+        set_state(model, FROZEN, take_ranks(state, learning, learning + frozen))
+        state = take_ranks(state, 0, learning)
     with torch.no_grad():
         for key, parameter in _find_parameters(model, name).items():
             parameter.copy_(state[key])
+
+
+def learning_part(model: AdaptedModel, state: AdapterState) -> AdapterState:
+    """Return what of a global adapter clients train, without the frozen part."""
+    return take_ranks(state, 0, _ranks(model, GLOBAL)[0]) if _is_joint(model, GLOBAL) else state
+
+
+def file_config(model: AdaptedModel, name: str) -> dict[str, Any]:
+    """Return PEFT's configuration of an adapter, all its parts included."""
+    config = model.peft_config[name].to_dict()
+    if _is_joint(model, name):
+        joint = sum(_ranks(model, name))
+        config |= {"lora_alpha": config["lora_alpha"] / config["r"] * joint, "r": joint}
+    return config
 
 
 def check_state(state: AdapterState, shapes: dict[str, torch.Size], what: str) -> None:
@@ -190,19 +217,34 @@ def check_names(names: Iterable[str], shapes: dict[str, torch.Size], what: str) 
         )
 
 
-def activate(model: AdaptedModel, active: Iterable[str], trainable: Iterable[str] = ()) -> None:
+def activate(
+    model: AdaptedModel,
+    active: Iterable[str],
+    trainable: Iterable[str] = (),
+    factors: Iterable[str] = FACTORS,
+) -> None:
     """Make exactly these adapters contribute, and exactly these of them trainable.
 
     PEFT turns gradients on for whatever it activates, hence the explicit second step.
+
+    Args:
+        factors: of the global adapter, where it is trainable.
     """
     active, trainable = list(active), list(trainable)
     assert set(trainable) <= set(active), "an inactive adapter cannot be trained"
     if not active:
         raise ValueError("activate() needs an adapter; use base_only() for none.")
-    model.base_model.set_adapter(active)
+    model.base_model.set_adapter(with_frozen(model, active))
     for name in model.peft_config:
-        for parameter in adapter_parameters(model, name):
-            parameter.requires_grad_(name in trainable)
+        learning = of_factors(_find_parameters(model, name), factors if name == GLOBAL else FACTORS)
+        for key, parameter in _find_parameters(model, name).items():
+            parameter.requires_grad_(name in trainable and key in learning)
+
+
+def with_frozen(model: AdaptedModel, active: Iterable[str]) -> list[str]:
+    """Return adapters with the part that answers beside the global one, if there is one."""
+    active = list(active)
+    return [*active, FROZEN] if GLOBAL in active and FROZEN in model.peft_config else active
 
 
 @contextmanager
@@ -325,6 +367,16 @@ def _find_taken(base: PreTrainedModel) -> set[str]:
     return set(names) - set(config.target_modules)
 
 
+def _list_parts(config: AdaptersConfig) -> dict[str, AdapterConfig]:
+    """Return what PEFT is to know as one adapter each."""
+    parts, ours = {GLOBAL: config.global_, LOCAL: config.local}, config.global_
+    if ours.frozen_rank:
+        alpha = ours.alpha / ours.rank * ours.frozen_rank
+        changes = {"rank": ours.frozen_rank, "alpha": alpha, "dropout": 0.0}
+        parts[FROZEN] = ours.model_copy(update=changes)
+    return parts
+
+
 def _lora_config(config: AdapterConfig, names: list[str]) -> LoraConfig:
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -334,6 +386,15 @@ def _lora_config(config: AdapterConfig, names: list[str]) -> LoraConfig:
         target_modules=names,
         bias="none",
     )
+
+
+def _is_joint(model: AdaptedModel, name: str) -> bool:
+    return name == GLOBAL and FROZEN in model.peft_config
+
+
+def _ranks(model: AdaptedModel, name: str) -> tuple[int, int]:
+    """Return the rank that learns and the frozen one."""
+    return model.peft_config[name].r, model.peft_config[FROZEN].r
 
 
 def _find_parameters(model: AdaptedModel, name: str) -> Parameters:

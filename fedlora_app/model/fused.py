@@ -14,7 +14,13 @@ from types import MethodType
 import torch
 from torch.nn import functional
 
-from fedlora_app.model.adapters import AdaptedLayer, AdaptedModel, AdapterError, lora_layers
+from fedlora_app.model.adapters import (
+    AdaptedLayer,
+    AdaptedModel,
+    AdapterError,
+    lora_layers,
+    with_frozen,
+)
 
 Forward = Callable[[AdaptedLayer, torch.Tensor], torch.Tensor]
 Factors = tuple[torch.Tensor, torch.Tensor]
@@ -40,7 +46,8 @@ def fused_adapters(model: AdaptedModel, active: Sequence[str]) -> Iterator[None]
             "Adapters with dropout cannot be fused. Set their dropout to 0, or "
             "training.fused_adapters to false."
         )
-    with _replaced_forwards(model, lambda layer: _training_forward(_names(layer, active))):
+    names = with_frozen(model, active)
+    with _replaced_forwards(model, lambda layer: _training_forward(_names(layer, names))):
         yield
 
 

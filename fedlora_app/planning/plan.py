@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fedlora_app.config.rounds import plan_round, training_clients
+from fedlora_app.config.participation import training_clients
+from fedlora_app.config.rounds import plan_round
 from fedlora_app.config.schema import GLOBAL, Config
 from fedlora_app.data.client_files import load_all_files
 from fedlora_app.model.base import (
@@ -282,7 +283,7 @@ def _plan_traffic(config: Config, num_parameters: int) -> Traffic:
     return Traffic(
         up_per_client=upload * num_parameters,
         down_per_client=FP32_BYTES * num_parameters,
-        num_senders=len(training_clients(config)),
+        num_senders=len(training_clients(config, 1)),
         num_receivers=len(config.client_ids),
         least_up_per_client=2 * num_parameters,
         least_down_per_client=2 * num_parameters,

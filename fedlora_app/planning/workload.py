@@ -8,7 +8,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from fedlora_app.config.rounds import Phase, plan_round, training_clients
+from fedlora_app.config.participation import training_clients
+from fedlora_app.config.rounds import Phase, plan_round
 from fedlora_app.config.schema import Config, TrainingConfig
 from fedlora_app.data.client_files import ClientExamples, ClientFiles, tokenize_client_files
 from fedlora_app.data.records import load_records
@@ -100,7 +101,7 @@ def load_client_phases(
     return [
         ClientPhase(name, phase, select_phase(config, name, phase, 1, examples.__getitem__))
         for phase in phases_of(config)
-        for name in (training_clients(config) if phase == first else config.client_ids)
+        for name in (training_clients(config, 1) if phase == first else config.client_ids)
     ]
 
 

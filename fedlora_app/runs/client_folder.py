@@ -20,7 +20,7 @@ class LostGlobalError(AdapterError):
 
 @dataclass(frozen=True)
 class ClientFolder:
-    """A client's local adapters by round, its final one, and the global adapter it received.
+    """A client's own adapters by round, its final ones, and the global adapter it received.
 
     Args:
         base_name: the base model's name, which every adapter's file carries.
@@ -61,7 +61,14 @@ class ClientFolder:
         Args:
             sha256: its weights' hash as the server knows it, empty where it does not.
         """
-        weights = self._local(local_round) / WEIGHTS_FILE
+        self._require(self._local(local_round), sha256)
+
+    def require_own_global(self, server_round: int, sha256: str) -> None:
+        """Raise likewise for the global adapter that this client has for itself."""
+        self._require(self._own_global(server_round), sha256)
+
+    def _require(self, folder: Path, sha256: str) -> None:
+        weights = folder / WEIGHTS_FILE
         if not weights.is_file():
             raise AdapterError(
                 f"{weights} does not exist, and the run is to resume with it. Restore it, or "
@@ -85,13 +92,32 @@ class ClientFolder:
         """Keep the model's local adapter as a round's; return its weights' sha256."""
         return self._save(model, LOCAL, get_state(model, LOCAL), self._local(server_round))
 
+    def load_own_global(
+        self, model: AdaptedModel, server_round: int, sha256: str = ""
+    ) -> AdapterState:
+        """Read the global adapter that this client has for itself.
+
+        Raises:
+            AdapterError: it is missing, damaged or another one.
+        """
+        return self._load(model, GLOBAL, self._own_global(server_round), sha256)
+
+    def save_own_global(
+        self, model: AdaptedModel, state: AdapterState, server_round: int, *, is_final: bool
+    ) -> str:
+        """Keep the global adapter that this client has for itself; return its weights' sha256."""
+        if is_final:
+            self._save(model, GLOBAL, state, self.paths.final_own_global(self.client_id))
+        return self._save(model, GLOBAL, state, self._own_global(server_round))
+
     def save_final(self, model: AdaptedModel) -> None:
         """Keep the model's local adapter as the one to use."""
         self._save(model, LOCAL, get_state(model, LOCAL), self._final)
 
     def remove_final(self) -> None:
-        """Remove the local adapter to use, of a run that had fewer rounds."""
-        shutil.rmtree(self._final, ignore_errors=True)
+        """Remove the adapters to use, of a run that had fewer rounds."""
+        for folder in (self._final, self.paths.final_own_global(self.client_id)):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def load_global(self, model: AdaptedModel, sha256: str) -> AdapterState:
         """Read the global adapter that was kept last.
@@ -116,10 +142,11 @@ class ClientFolder:
                 folder.rmdir()
 
     def thin(self, oldest_round: int) -> None:
-        """Delete the local adapters of earlier rounds."""
-        for number, folder in list_rounds(self.path).items():
-            if number < oldest_round:
-                shutil.rmtree(folder, ignore_errors=True)
+        """Delete this client's own adapters of earlier rounds."""
+        for place in (self.path, self._own_global(0).parent):
+            for number, folder in list_rounds(place).items():
+                if number < oldest_round:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def _final(self) -> Path:
@@ -128,6 +155,9 @@ class ClientFolder:
     @property
     def _received(self) -> Path:
         return self.paths.received_global(self.client_id)
+
+    def _own_global(self, server_round: int) -> Path:
+        return self.paths.own_global(self.client_id, server_round)
 
     def _local(self, server_round: int) -> Path:
         return self.paths.local_adapter(self.client_id, server_round)

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fedlora_app.config.rounds import plan_round, training_clients
+from fedlora_app.config.participation import training_clients
+from fedlora_app.config.rounds import plan_round
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdapterConfig, Config
 from fedlora_app.training.decay import describe_decay
 from fedlora_app.training.selection import describe_long_phases
@@ -57,7 +58,7 @@ def _describe_traffic(config: Config, num_parameters: int) -> str:
         return "nothing but metrics leaves a client"
     up = num_parameters * (2 if config.federated.upload_dtype == "bfloat16" else 4)
     down = num_parameters * 4
-    senders = len(training_clients(config))
+    senders = len(training_clients(config, 1))
     return (
         f"the global adapter's update up ({up / 1e6:.2f} MB per round from each of {senders}), "
         f"the adapter down ({down / 1e6:.2f} MB); local adapters never"

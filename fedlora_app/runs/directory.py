@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-from fedlora_app.config.schema import Config
+from fedlora_app.config.schema import LOCAL, Config
 from fedlora_app.foundation.files import (
     extend_atomically,
     extend_json_list,
@@ -31,7 +31,7 @@ from fedlora_app.foundation.files import (
 )
 from fedlora_app.foundation.project import hash_package
 from fedlora_app.runs.history import read_rounds
-from fedlora_app.runs.manifest import complete_rounds, find_local_round
+from fedlora_app.runs.manifest import OWN_GLOBAL, complete_rounds, find_own_round
 from fedlora_app.runs.paths import LATEST, RunDirectoryError, RunPaths, require_within
 from fedlora_app.runs.tracking import Trackers
 
@@ -174,12 +174,15 @@ class RunDirectory:
             shutil.rmtree(self.paths.global_adapter(server_round), ignore_errors=True)
 
     def oldest_local_round(self, client: str, keep_rounds: int) -> int:
-        """Return the oldest round whose local adapter a client needs for the rounds to keep.
+        """Return the oldest round whose own adapters a client needs for the rounds to keep.
 
         If it took no part in the oldest of these, that is the round whose adapter it still had.
         """
         kept = complete_rounds(self.manifest)[-keep_rounds:]
-        return find_local_round(self.manifest, client, kept[0]) if kept else 0
+        if not kept:
+            return 0
+        roles = (LOCAL, OWN_GLOBAL)
+        return min(find_own_round(self.manifest, client, kept[0], role) for role in roles)
 
     @staticmethod
     def require_absent(path: Path) -> None:

@@ -16,6 +16,8 @@ from fedlora_app.foundation.files import LOCK_FILE
 LATEST = "latest"
 """The link to the newest run, beside it."""
 ROUND = "round_"
+MEMORY_FILE = "memory.safetensors"
+"""In the folder of a round's global adapter: what the aggregation keeps beside it."""
 MAX_NAME_LENGTH = 64
 
 
@@ -58,6 +60,10 @@ class RunPaths:
         """Return the folder of a client's local adapter after a round."""
         return self.client(client) / _name_round(server_round)
 
+    def own_global(self, client: str, server_round: int) -> Path:
+        """Return the folder of the global adapter that a client has for itself after a round."""
+        return self.client(client) / "global" / _name_round(server_round)
+
     def received_global(self, client: str) -> Path:
         """Return the folder of the global adapter that a client keeps for its next message."""
         return self.client(client) / "received"
@@ -69,6 +75,10 @@ class RunPaths:
     def final_local(self, client: str) -> Path:
         """Return the folder of the local adapter to use."""
         return self.final_locals / client
+
+    def final_own_global(self, client: str) -> Path:
+        """Return the folder of the global adapter to use, where clients differ in it."""
+        return self.final / "globals" / client
 
     @property
     def written_by_server(self) -> list[Path]:

@@ -28,7 +28,7 @@ from fedlora_app.runs.manifest import (
     check_manifest,
     complete_rounds,
     describe_missing_finals,
-    find_local_round,
+    find_own_round,
     read_date,
 )
 from fedlora_app.runs.paths import RunDirectoryError, RunPaths, require_within
@@ -135,7 +135,7 @@ class SavedRun:
 
     def local_round(self, server_round: int, client_id: str) -> int:
         """Return the round of the local adapter that a client had after a round."""
-        return find_local_round(self.manifest, client_id, server_round)
+        return find_own_round(self.manifest, client_id, server_round)
 
     def adapter_folder(self, server_round: int, client_id: str | None = None) -> Path:
         """Folder of the global adapter after a round, or of the local one that a client had."""

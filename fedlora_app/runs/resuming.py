@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from fedlora_app.config.loading import parse_config
-from fedlora_app.config.schema import GLOBAL, LOCAL, Config, ConfigError
+from fedlora_app.config.schema import GLOBAL, Config, ConfigError
 from fedlora_app.foundation.project import hash_package
 from fedlora_app.runs.history import read_rounds
-from fedlora_app.runs.manifest import complete_rounds
+from fedlora_app.runs.manifest import MEMORY, complete_rounds
 from fedlora_app.runs.paths import RunDirectoryError, RunPaths, list_rounds
 from fedlora_app.runs.reading import SavedRun, load_run
 
@@ -50,14 +50,17 @@ class Resumption:
         """The manifest's rounds that count."""
         return [e for e in self.saved.manifest["rounds"] if e["round"] <= self.after_round]
 
-    @property
-    def local_adapters(self) -> dict[str, tuple[int, str]]:
-        """Each client's newest local adapter: the round that it is of, and its sha256."""
+    def find_adapters(self, role: str) -> dict[str, tuple[int, str]]:
+        """Return each client's newest adapter of a role: the round that it is of, and its sha256.
+
+        Args:
+            role: ``LOCAL``, or ``OWN_GLOBAL``.
+        """
         newest = {}
         for entry in sorted(self.entries, key=lambda entry: entry["round"]):
             for name, sha256 in entry["adapters"].items():
-                role, _, client = name.partition(":")
-                if role == LOCAL:
+                found, _, client = name.partition(":")
+                if found == role:
                     newest[client] = (entry["round"], sha256)
         return newest
 
@@ -97,7 +100,16 @@ class Resumption:
     @property
     def global_sha256(self) -> str:
         """The hash of the global adapter to resume from."""
-        return next(e for e in self.entries if e["round"] == self.after_round)["adapters"][GLOBAL]
+        return self._adapters[GLOBAL]
+
+    @property
+    def memory_sha256(self) -> str | None:
+        """The hash of what the aggregation has kept beside it, None where it needs nothing."""
+        return self._adapters.get(MEMORY)
+
+    @property
+    def _adapters(self) -> dict[str, str]:
+        return next(e for e in self.entries if e["round"] == self.after_round)["adapters"]
 
 
 def find_resumption(given: str, places: list[Path], num_rounds: int | None) -> Resumption:

@@ -212,7 +212,7 @@ def _list_sources(saved: SavedModel, who: Answering) -> Iterator[Source]:
     adapters = saved.run.config.adapters
     if who.with_global:
         sha256 = saved.run.adapter_sha256(saved.server_round)
-        yield Source(GLOBAL, None, adapters.global_, 1.0, sha256)
+        yield Source(GLOBAL, None, adapters.global_.joint, 1.0, sha256)
     if who.local is not None:
         sha256 = saved.run.adapter_sha256(saved.server_round, who.local)
         yield Source(LOCAL, who.local, adapters.local, who.scale, sha256)

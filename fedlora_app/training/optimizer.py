@@ -30,7 +30,10 @@ def fresh_optimizer(
     quantised block by block: Dettmers et al. 2022, https://arxiv.org/abs/2110.02861.
     """
     groups = [
-        {"params": adapter_parameters(model, name), "weight_decay": weight_decay}
+        {
+            "params": [p for p in adapter_parameters(model, name) if p.requires_grad],
+            "weight_decay": weight_decay,
+        }
         for name, weight_decay in weight_decays.items()
     ]
     settings = {"lr": training.learning_rate, "betas": ADAM_BETAS}

@@ -17,6 +17,7 @@ import torch
 
 from fedlora_app.config.rounds import Phase
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config, TrainingConfig
+from fedlora_app.config.sharing import FACTORS
 from fedlora_app.data.tokens import Example
 from fedlora_app.model.adapters import (
     AdaptedModel,
@@ -184,6 +185,7 @@ def train_phase(
     seed: int,
     progress: Progress | None = None,
     keeps_states: bool = True,
+    factors: Sequence[str] = FACTORS,
 ) -> PhaseResult:
     """Train the adapters ``trainable`` for ``num_steps`` optimizer steps.
 
@@ -192,11 +194,12 @@ def train_phase(
             [0, 1]; the learning-rate schedule is read off there.
         seed: decides the order of examples and the dropout.
         keeps_states: of the layers below those that learn, wherever that pays and is exact.
+        factors: of the global adapter that learn, where it is trainable.
 
     Raises:
         TrainingError: the loss is not finite.
     """
-    activate(model, active, trainable)
+    activate(model, active, trainable, factors)
     reset_peak_memory(model.device)
     checkpointing = training.gradient_checkpointing is True
     _set_checkpointing(model, checkpointing)

@@ -7,7 +7,8 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from fedlora_app.config.rounds import Phase, plan_round, training_clients
+from fedlora_app.config.participation import training_clients
+from fedlora_app.config.rounds import Phase, plan_round
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config, TrainingConfig
 from fedlora_app.data.client_files import ClientExamples
 from fedlora_app.data.tokens import Example
@@ -33,7 +34,7 @@ class Selection:
 
 def data_owners(config: Config, client_id: str) -> list[str]:
     """Return whose data a client trains on: its own, unless it pools everybody's."""
-    pools = config.federated.mode == "centralized" and client_id in training_clients(config)
+    pools = config.federated.mode == "centralized" and client_id in training_clients(config, 1)
     return config.client_ids if pools else [client_id]
 
 

@@ -31,7 +31,7 @@ def test_only_who_does_not_hold_the_global_adapter_gets_it():
     roster.held = {"ann": "ab", "bob": "older"}
     roster.locals["bob"] = (0, "cd")
     for attempt in (1, 2):  # what a client holds is told once; asked again, it gets the adapter
-        ann, bob = roster.messages(TASK, MessageType.TRAIN, {"ann": arrays, "bob": arrays})
+        ann, bob = roster.messages(TASK, MessageType.TRAIN, ["ann", "bob"], lambda _: arrays)
         assert (ADAPTER_RECORD in ann.content) == (attempt == 2)
         assert ADAPTER_RECORD in bob.content and bob.metadata.dst_node_id == 6
     assert (read_task(ann).local_round, read_task(ann).local_sha256) == NO_LOCAL
@@ -39,10 +39,22 @@ def test_only_who_does_not_hold_the_global_adapter_gets_it():
     assert roster.traffic.by_client["bob"]["adapter_bytes_down"] > 0
 
 
+def test_who_gets_an_adapter_of_its_own_holds_what_it_said_last():
+    roster, arrays = Roster({"ann": 5, "bob": 6}), pack_state(STATE)
+    roster.gets_own_state = lambda client: client == "ann"
+    roster.held = {"ann": "own", "bob": "own"}
+    asked = (TASK, MessageType.TRAIN, ["ann", "bob"], lambda _: arrays)
+    ann, bob = roster.messages(*asked)
+    assert ADAPTER_RECORD not in ann.content and read_task(ann).global_sha256 == "own"
+    assert ADAPTER_RECORD in bob.content and read_task(bob).global_sha256 == "ab"
+    ann, _ = roster.messages(*asked)
+    assert ADAPTER_RECORD in ann.content
+
+
 def test_a_client_can_move_to_another_node():
     roster = Roster({"ann": 5, "bob": 6})
     roster.move("ann", 9)
-    (message,) = roster.messages(TASK, MessageType.TRAIN, {"ann": None})
+    (message,) = roster.messages(TASK, MessageType.TRAIN, ["ann"], lambda _: None)
     assert message.metadata.dst_node_id == 9
     assert roster.sender(Message(RecordDict(), reply_to=message)) == "ann"
     assert roster.sender(Message(RecordDict(), reply_to=build_request())) == UNKNOWN

@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import ALIKE, build_tiny_config
 
-from fedlora_app.config.rounds import BOTH, Phase, plan_round, training_clients
+from fedlora_app.config.participation import training_clients
+from fedlora_app.config.rounds import BOTH, Phase, plan_round
 from fedlora_app.config.schema import GLOBAL, LOCAL, Mode
 from fedlora_app.data.client_files import ClientExamples
 from fedlora_app.data.tokens import Example, TokenizedFile
@@ -72,7 +73,7 @@ def test_every_mode_takes_as_many_steps_in_a_run(max_steps):
         for server_round in (1, 2, 3):
             plan = plan_round(config, server_round)
             for phase, clients in (
-                (plan.train, training_clients(config)),
+                (plan.train, training_clients(config, server_round)),
                 (plan.personalise, config.client_ids),
             ):
                 for client in clients if phase else []:

@@ -8,45 +8,38 @@ in ``RULES``; docs/extending.md has an example.
 
 from __future__ import annotations
 
-from typing import Protocol
-
+from fedlora_app.config.schema import Config
+from fedlora_app.federation.rules.alternate import Alternate
+from fedlora_app.federation.rules.base import AggregationRule
 from fedlora_app.federation.rules.fedavg import FedAvg
-from fedlora_app.model.adapters import AdapterState
+from fedlora_app.federation.rules.freeze_a import FreezeA
+from fedlora_app.federation.rules.median import Median
+from fedlora_app.federation.rules.rank_partitioned import RankPartitioned
+from fedlora_app.federation.rules.residual import Residual
+from fedlora_app.federation.rules.rest_of_world import RestOfWorld
+from fedlora_app.federation.rules.share_one import ShareA, ShareB
+from fedlora_app.federation.rules.stack import Stack
+from fedlora_app.federation.rules.svd import Svd
+from fedlora_app.federation.rules.trimmed_mean import TrimmedMean
+
+__all__ = ["RULES", "AggregationRule", "build_rule"]
+
+RULES: dict[str, type[AggregationRule]] = {
+    "fedavg": FedAvg,
+    "svd": Svd,
+    "residual": Residual,
+    "stack": Stack,
+    "freeze-a": FreezeA,
+    "alternate": Alternate,
+    "share-a": ShareA,
+    "share-b": ShareB,
+    "rank-partitioned": RankPartitioned,
+    "rest-of-world": RestOfWorld,
+    "median": Median,
+    "trimmed-mean": TrimmedMean,
+}
 
 
-class AggregationRule(Protocol):
-    """What the strategy asks of a rule."""
-
-    @property
-    def num_updates(self) -> int:
-        """Updates added in this round."""
-
-    def begin(self, state: AdapterState) -> None:
-        """Start a round from the global adapter that the clients received; fp32 tensors."""
-
-    def add(self, update: AdapterState, num_examples: int) -> None:
-        """Fold in one client's update (its adapter minus the received one, fp32).
-
-        Its names and shapes have been checked. The rule must not keep a reference to it, so that
-        the server's memory does not grow with the number of clients.
-
-        Raises:
-            RejectedUpdateError: it cannot be used; the rule is as it was before.
-        """
-
-    def result(self) -> AdapterState:
-        """Return the new global adapter, fp32, with the names and shapes of the old one.
-
-        It must not depend on the order in which the updates came.
-
-        Raises:
-            RejectedUpdateError: there was no update.
-        """
-
-
-RULES: dict[str, type[AggregationRule]] = {"fedavg": FedAvg}
-
-
-def build_rule(name: str) -> AggregationRule:
+def build_rule(config: Config) -> AggregationRule:
     """Return a new rule by the name that ``federated.aggregation`` gives."""
-    return RULES[name]()
+    return RULES[config.federated.rule](config)

@@ -1,0 +1,55 @@
+"""Who takes part in a round, and who trains the global adapter in it."""
+
+from __future__ import annotations
+
+import random
+
+from fedlora_app.config.schema import Config
+from fedlora_app.foundation.seeds import derive_seed
+
+WEIGHT_STEPS = 10_000
+"""In which given weights are told apart, relative to the largest."""
+
+
+def members(config: Config, server_round: int) -> list[str]:
+    """Return the clients that take part in a round, in the order in which they are served.
+
+    All of them are asked in round 0, which trains nothing.
+    """
+    return [
+        client.id
+        for client in sorted(config.federated.clients, key=lambda client: client.id)
+        if server_round == 0
+        or client.first_round <= server_round <= (client.last_round or server_round)
+    ]
+
+
+def training_clients(config: Config, server_round: int) -> list[str]:
+    """Return who trains before the average in a round: the first client alone where data is pooled.
+
+    With ``federated.fraction`` below 1 a sample of the round's members, without replacement, from
+    (seed, round) alone.
+    """
+    if config.federated.mode == "centralized":
+        return config.client_ids[:1]
+    present = members(config, server_round)
+    if config.federated.fraction == 1 or not present:
+        return present
+    size = max(1, round(config.federated.fraction * len(present)))
+    seed = derive_seed(config.experiment.seed, "clients", server_round)
+    return sorted(random.Random(seed).sample(present, size))
+
+
+def weigh(config: Config, client_id: str, num_examples: int) -> int:
+    """Return how much a client's update counts, a whole number.
+
+    Args:
+        num_examples: that it has trained the global adapter on.
+    """
+    weighting = config.federated.weighting
+    if weighting == "examples":
+        return num_examples
+    if weighting == "equal":
+        return 1
+    weights = {client.id: client.weight or 0.0 for client in config.federated.clients}
+    return max(1, round(WEIGHT_STEPS * weights[client_id] / max(weights.values())))
