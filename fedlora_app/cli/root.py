@@ -34,7 +34,7 @@ ServerRound = Annotated[
 ]
 Scale = Annotated[float, typer.Option(help="Of the local adapter (lambda).")]
 Combine = Annotated[
-    Literal["scale", "gate", "instance", "search"] | None,
+    Literal["scale", "gate", "instance", "search", "mixer"] | None,
     typer.Option(help="How both adapters answer together; as the run is configured by default."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]

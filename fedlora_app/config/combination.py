@@ -6,7 +6,7 @@ from typing import Literal
 
 from fedlora_app.config.schema import AdaptersConfig
 
-Combination = Literal["scale", "gate", "instance", "search"]
+Combination = Literal["scale", "gate", "instance", "search", "mixer"]
 SCALE: Combination = "scale"
 """Both, the local one times the scale (lambda)."""
 GATE: Combination = "gate"
@@ -15,7 +15,9 @@ INSTANCE: Combination = "instance"
 """Weights by how like each question is to local training questions (FedDPA)."""
 SEARCH: Combination = "search"
 """Constant weights, searched for on validation questions (FDLoRA)."""
-COMBINATIONS = (SCALE, GATE, INSTANCE, SEARCH)
+MIXER: Combination = "mixer"
+"""Shares by layer and token, trained on the client's own data (FedALT)."""
+COMBINATIONS = (SCALE, GATE, INSTANCE, SEARCH, MIXER)
 
 
 def as_configured(config: AdaptersConfig) -> Combination:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.data.dialogue import encode_prompt
 from fedlora_app.model.adapters import AdaptedModel, scaled_adapters
+from fedlora_app.model.fused import Mixer, fused_answering
 
 
 class Weights(NamedTuple):
@@ -45,6 +46,10 @@ class Combiner:
         """Return the weights of each prompt."""
         raise NotImplementedError
 
+    def find_mixer(self, model: AdaptedModel) -> Mixer | None:
+        """Return what weighs the adapters by layer and token, too; None: nothing does."""
+        return None
+
     def find_openness(
         self, model: AdaptedModel, prompts: Sequence[list[int]]
     ) -> list[float] | list[None]:
@@ -69,6 +74,16 @@ def group_by_weights(
     for place, weights in enumerate(combiner.find_weights(model, prompts)):
         groups.setdefault(weights, []).append(place)
     return sorted(groups.items())
+
+
+@contextmanager
+def combined_answering(model: AdaptedModel, combiner: Combiner | None) -> Iterator[None]:
+    """Answer with the active adapters fused in the block, by the token where a combiner does so.
+
+    What it weighs by the question is for ``weighted_pair``.
+    """
+    with fused_answering(model, None if combiner is None else combiner.find_mixer(model)):
+        yield
 
 
 @contextmanager

@@ -27,12 +27,17 @@ from fedlora_app.evaluation.fitted_files import (
     load_fitted,
     save_fitted,
 )
+from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import make_private_dir, replace_folder
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model.adapters import AdaptedModel
 
 TRAIN_FILES = ("local_train", "universal_train")
 VALIDATION_FILES = ("local_validation", "universal_validation", "conflict_validation")
+
+
+class FitError(UserError):
+    """A combiner cannot be fitted; the message says why."""
 
 
 @dataclass(frozen=True)

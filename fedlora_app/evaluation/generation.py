@@ -14,10 +14,14 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from fedlora_app.data.dialogue import encode_answer
-from fedlora_app.evaluation.combiner import Combiner, group_by_weights, weighted_pair
+from fedlora_app.evaluation.combiner import (
+    Combiner,
+    combined_answering,
+    group_by_weights,
+    weighted_pair,
+)
 from fedlora_app.evaluation.decoding import decode
 from fedlora_app.model.adapters import AdaptedModel
-from fedlora_app.model.fused import fused_answering
 
 LEAVING_SHARE = 1 / 8
 """Rows leave a batch once so many of them have ended: each time costs a copy of what is kept."""
@@ -47,7 +51,7 @@ def generate_answer(
     model.eval()
     stop_ids = find_stop_ids(tokenizer)
     ((weights, _),) = group_by_weights(model, combiner, [judged_ids or prompt_ids])
-    with fused_answering(model), weighted_pair(model, weights):
+    with combined_answering(model, combiner), weighted_pair(model, weights):
         (text,) = generate(model, tokenizer, [prompt_ids], stop_ids, max_new_tokens, streamer)
     return text
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from fedlora_app.config.combination import GATE, INSTANCE, SCALE, SEARCH, Combination
+from fedlora_app.config.combination import GATE, INSTANCE, MIXER, SCALE, SEARCH, Combination
 from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.data.client_files import load_client_files
 from fedlora_app.data.dialogue import pin_date
@@ -26,6 +26,7 @@ from fedlora_app.evaluation.gate import Gate
 from fedlora_app.evaluation.gate_files import describe_origin, find_gate, load_gate
 from fedlora_app.evaluation.instance import InstanceWeights
 from fedlora_app.evaluation.search import SearchedWeights
+from fedlora_app.evaluation.token_mixer import TokenMixer
 from fedlora_app.model.adapter_files import load_adapter
 from fedlora_app.model.adapters import (
     AdaptedModel,
@@ -41,6 +42,7 @@ from fedlora_app.model.fingerprint import explain_fingerprint
 FITTED: dict[Combination, type[FittedCombiner]] = {
     INSTANCE: InstanceWeights,
     SEARCH: SearchedWeights,
+    MIXER: TokenMixer,
 }
 """What is fitted on a round's adapters."""
 

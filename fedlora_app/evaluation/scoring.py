@@ -18,7 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fedlora_app.data.dialogue import encode_with_answers
 from fedlora_app.data.tokens import Example
 from fedlora_app.evaluation.answering import OPEN_ABOVE
-from fedlora_app.evaluation.combiner import ByWeights, Combiner, group_by_weights, weighted_pair
+from fedlora_app.evaluation.combiner import (
+    ByWeights,
+    Combiner,
+    combined_answering,
+    group_by_weights,
+    weighted_pair,
+)
 from fedlora_app.evaluation.decoding import decode
 from fedlora_app.evaluation.generation import find_stop_ids, generate
 from fedlora_app.evaluation.memory import AnswerBatch
@@ -36,7 +42,6 @@ from fedlora_app.evaluation.rows import (
 from fedlora_app.model.adapters import AdaptedModel
 from fedlora_app.model.base import find_decoder
 from fedlora_app.model.device import is_out_of_memory
-from fedlora_app.model.fused import fused_answering
 from fedlora_app.model.head import Head, find_head
 from fedlora_app.training.losses import LOGIT_ROWS, answer_log_likelihoods
 
@@ -120,7 +125,7 @@ def score_prompts(
     num_left = [len(p.candidates) for p in prompts]
     done = sum(not p.candidates and not p.generates for p in prompts)
 
-    with fused_answering(model):
+    with combined_answering(model, combiner):
         by_weights = group_by_weights(model, combiner, judged_ids)
         for scored in _score_candidates(model, rows, by_weights, batch_size):
             for row, scores in scored:

@@ -26,12 +26,13 @@ from fedlora_app.config.combination import SEARCH
 from fedlora_app.config.schema import GLOBAL, LOCAL, ClientConfig
 from fedlora_app.data.client_files import ClientFiles, build_question_sets
 from fedlora_app.data.questions import UNIVERSAL
-from fedlora_app.data.records import DataError, Record
+from fedlora_app.data.records import Record
 from fedlora_app.data.tokens import Example, encode_example
 from fedlora_app.evaluation.combiner import Weights, weighted_pair
 from fedlora_app.evaluation.fitted import (
     TRAIN_FILES,
     VALIDATION_FILES,
+    FitError,
     FittedCombiner,
     FittingTask,
     require_shape,
@@ -74,7 +75,7 @@ class SearchedWeights(FittedCombiner):
             if example.answer_start < limit
         ]
         if not examples:
-            raise DataError(
+            raise FitError(
                 f"The weights of {task.client.id}'s adapters cannot be searched for: no record is "
                 f"shorter than training.max_seq_length = {limit} tokens."
             )

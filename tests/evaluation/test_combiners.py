@@ -21,7 +21,7 @@ from fedlora_app.config.combination import (
     SEARCH,
     Combination,
 )
-from fedlora_app.config.schema import GLOBAL, LOCAL, ConfigError
+from fedlora_app.config.schema import GLOBAL, LOCAL, ConfigError, TrainingConfig
 from fedlora_app.data.client_files import load_client_files
 from fedlora_app.data.dialogue import encode_prompt
 from fedlora_app.data.records import Record
@@ -30,7 +30,7 @@ from fedlora_app.evaluation import fitted
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.choices import open_round
 from fedlora_app.evaluation.combiner import GLOBAL_ALONE, Weights, weighted_pair
-from fedlora_app.evaluation.fitted import load_combiner, save_combiner
+from fedlora_app.evaluation.fitted import FitError, load_combiner, save_combiner
 from fedlora_app.evaluation.fitted_files import about_file, tensors_file
 from fedlora_app.evaluation.generation import generate_answer
 from fedlora_app.evaluation.instance import FACTOR, InstanceWeights
@@ -47,9 +47,16 @@ from fedlora_app.evaluation.search import (
     search_weights,
 )
 from fedlora_app.evaluation.text import describe_evaluation
-from fedlora_app.model.adapters import activate, only_adapters, scaled_adapters, scaled_local
+from fedlora_app.evaluation.token_mixer import TokenMixer, train_mixer
+from fedlora_app.model.adapters import (
+    activate,
+    get_state,
+    only_adapters,
+    scaled_adapters,
+    scaled_local,
+)
 from fedlora_app.model.base import find_decoder
-from fedlora_app.model.fused import fused_answering
+from fedlora_app.model.fused import MIXED, find_mixed_layers, fused_answering
 from fedlora_app.runs.reading import load_run
 
 SYSTEM = "You help."
@@ -58,6 +65,21 @@ QUESTIONS = ("What is the red rule?", "Which office is blue?", "Why?")
 
 def encode(tokenizer, *questions: str) -> list[list[int]]:
     return [encode_prompt(tokenizer, SYSTEM, question) for question in questions]
+
+
+def make_local_noise(model) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if f"lora_B.{LOCAL}" in name:
+            parameter.data.normal_(0, 0.3, generator=generator)
+
+
+def answer_alone(model, tokenizer) -> list[Record]:
+    """Questions with what the global adapter alone answers."""
+    activate(model, (GLOBAL,))
+    prompts = encode(tokenizer, *QUESTIONS)
+    answers = [generate_answer(model, tokenizer, ids, max_new_tokens=8) for ids in prompts]
+    return [Record(q, answer or "so") for q, answer in zip(QUESTIONS, answers, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +149,112 @@ def test_every_question_is_answered_with_its_own_weights(adapted, tokenizer):
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_a_mixer_of_zeros_takes_half_of_each_adapter(adapted):
+    activate(adapted, MIXED)
+    ids = torch.randint(3, 200, (2, 7), generator=torch.Generator().manual_seed(1))
+    layers = find_mixed_layers(adapted)
+    mixer = {layer: torch.zeros(2, layer.in_features) for layer in layers.values()}
+    with weighted_pair(adapted, Weights(0.5, 0.5)):
+        expected = adapted(ids).logits
+    with fused_answering(adapted, mixer):
+        torch.testing.assert_close(adapted(ids).logits, expected, atol=1e-5, rtol=0)
+    assert (adapted(ids).logits - expected).abs().max() > 0.01
+    whole = adapted(ids).logits
+    with fused_answering(adapted):  # it leaves nothing behind
+        torch.testing.assert_close(adapted(ids).logits, whole, atol=1e-5, rtol=0)
+    with only_adapters(adapted, (GLOBAL,)):
+        expected = adapted(ids).logits
+        with fused_answering(adapted, mixer):  # there is nothing to mix
+            torch.testing.assert_close(adapted(ids).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_a_mixer_s_shares_and_gradient_have_their_closed_form(adapted):
+    """Of one layer, fp64: y = W0 x + sum of p_i u_i, p = softmax(M x), at two scales."""
+    adapted = adapted.double()
+    activate(adapted, MIXED)
+    layer = next(iter(find_mixed_layers(adapted).values()))
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(3, 5, layer.in_features, generator=generator, dtype=torch.float64)
+    slope = torch.randn(3, 5, layer.out_features, generator=generator, dtype=torch.float64)
+    matrix = torch.randn(2, layer.in_features, generator=generator, dtype=torch.float64)
+    matrix.requires_grad_()
+    with scaled_local(adapted, 0.5), fused_answering(adapted, {layer: matrix}):
+        found = layer(x)
+    (found * slope).sum().backward()
+    added = [x @ layer.get_delta_weight(name).T.detach() for name in MIXED]
+    added[1] = 0.5 * added[1]
+    exponentials = (x @ matrix.detach().T).exp()
+    p = exponentials / exponentials.sum(-1, keepdim=True)
+    expected = layer.get_base_layer()(x) + p[..., [0]] * added[0] + p[..., [1]] * added[1]
+    # The shares are taken in fp32, whatever the adapters are in.
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    along = p[..., 0] * p[..., 1] * ((added[0] - added[1]) * slope).sum(-1)  # (3, 5)
+    row = torch.einsum("bt,bti->i", along, x)
+    torch.testing.assert_close(matrix.grad, torch.stack([row, -row]), atol=1e-4, rtol=1e-4)
+
+
+def test_a_mixer_learns_which_adapter_knows_an_answer(adapted, tokenizer):
+    """Answers that the global adapter alone gives, and a local adapter of noise."""
+    make_local_noise(adapted)
+    examples = [encode_example(tokenizer, SYSTEM, r) for r in answer_alone(adapted, tokenizer)]
+    training = TrainingConfig(
+        batch_size=1, gradient_accumulation_steps=3, local_epochs=12, learning_rate=3e-2
+    )
+    before = {name: get_state(adapted, name) for name in MIXED}
+    matrices = train_mixer(adapted, examples, training, seed=1)
+    mixer = TokenMixer(matrices)
+    activate(adapted, MIXED)
+
+    def measure(mixing):
+        with fused_answering(adapted, mixing):
+            return compute_loss(adapted, examples, Weights(1, 1), 8)
+
+    zeros = TokenMixer({name: torch.zeros_like(m) for name, m in matrices.items()})
+    assert measure(mixer.find_mixer(adapted)) < measure(zeros.find_mixer(adapted)) - 0.1
+    for name in MIXED:  # frozen, and left as they were found
+        assert all(torch.equal(before[name][k], t) for k, t in get_state(adapted, name).items())
+    assert not any(p.requires_grad for p in adapted.parameters()) and not adapted.training
+    again = train_mixer(adapted, examples, training, seed=1)
+    assert all(torch.equal(again[name], matrix) for name, matrix in matrices.items())
+
+
+def test_a_mixer_whose_loss_is_not_finite_is_refused(adapted, tokenizer):
+    (example,) = [encode_example(tokenizer, SYSTEM, Record("Why?", "So."))]
+    for name, parameter in adapted.named_parameters():
+        if f"lora_B.{LOCAL}" in name:
+            parameter.data.fill_(float("inf"))
+    with pytest.raises(FitError, match=r"mixer's loss .* Lower training\.learning_rate"):
+        train_mixer(adapted, [example], TrainingConfig(), seed=1)
+    assert not any("forward" in module.__dict__ for module in adapted.modules())
+
+
+def test_a_mixer_answers_each_question_as_by_itself(adapted, tokenizer):
+    activate(adapted, MIXED)
+    generator = torch.Generator().manual_seed(4)
+    combiner = TokenMixer(
+        {
+            name: torch.randn(2, layer.in_features, generator=generator)
+            for name, layer in find_mixed_layers(adapted).items()
+        },
+        SYSTEM,
+    )
+    prompts = [Prompt(SYSTEM, question, ("One.", "Two, three.")) for question in QUESTIONS]
+    settings = {"batch_size": 8, "max_new_tokens": 6}
+    answers = score_prompts(adapted, tokenizer, prompts, combiner=combiner, **settings)
+    plain = score_prompts(adapted, tokenizer, prompts, **settings)
+    ids = encode(tokenizer, *QUESTIONS)
+    for prompt, prompt_ids, answered, other in zip(prompts, ids, answers, plain, strict=True):
+        example = encode_example(tokenizer, SYSTEM, Record(prompt.question, "Two, three."))
+        with fused_answering(adapted, combiner.find_mixer(adapted)):
+            expected = -compute_loss(adapted, [example], Weights(1, 1), 1)
+        alone = answered.log_likelihoods[1] / example.num_answer_tokens
+        assert alone == pytest.approx(expected, abs=1e-4)
+        assert answered.log_likelihoods != pytest.approx(other.log_likelihoods, abs=0.01)
+        text = generate_answer(adapted, tokenizer, prompt_ids, max_new_tokens=6, combiner=combiner)
+        assert answered.generated == text
+
+
 def test_weights_scale_what_each_adapter_adds(adapted):
     activate(adapted, (GLOBAL, LOCAL))
     ids = torch.tensor([[5, 6, 7]])
@@ -162,17 +290,8 @@ def test_no_weight_is_searched_for_beyond_its_bounds():
 
 def test_of_a_local_adapter_of_noise_the_search_leaves_nothing(adapted, tokenizer):
     """The answers are those of the global adapter alone."""
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in adapted.named_parameters():
-        if f"lora_B.{LOCAL}" in name:
-            parameter.data.normal_(0, 0.3, generator=generator)
-    activate(adapted, (GLOBAL,))
-    answers = [
-        generate_answer(adapted, tokenizer, ids, max_new_tokens=8)
-        for ids in encode(tokenizer, *QUESTIONS)
-    ]
-    records = [Record(q, a or "so") for q, a in zip(QUESTIONS, answers, strict=True)]
-    examples = [encode_example(tokenizer, SYSTEM, record) for record in records]
+    make_local_noise(adapted)
+    examples = [encode_example(tokenizer, SYSTEM, r) for r in answer_alone(adapted, tokenizer)]
     activate(adapted, (GLOBAL, LOCAL))
     with fused_answering(adapted):
         found = search_weights(lambda weights: compute_loss(adapted, examples, weights, 8))

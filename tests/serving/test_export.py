@@ -18,7 +18,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedlora_app.config.combination import GATE, INSTANCE, SCALE, SEARCH
+from fedlora_app.config.combination import GATE, INSTANCE, MIXER, SCALE, SEARCH
 from fedlora_app.config.schema import GLOBAL, ConfigError
 from fedlora_app.data.dialogue import encode_prompt
 from fedlora_app.evaluation.answering import Answering
@@ -626,9 +626,10 @@ def test_an_adapter_without_weight_stays_at_home(runs, tmp_path):
 
 
 @pytest.mark.parametrize("export", [export_adapter, export_merged])
-def test_what_no_adapter_can_do_is_refused(runs, tmp_path, export):
-    saved = replace(runs("dual"), combine=INSTANCE)
-    with pytest.raises(ExportError, match=r"instance weighs .* --combine scale or search"):
+@pytest.mark.parametrize("name", [INSTANCE, MIXER])
+def test_what_no_adapter_can_do_is_refused(runs, tmp_path, export, name):
+    saved = replace(runs("dual"), combine=name)
+    with pytest.raises(ExportError, match=rf"{name} weighs .* --combine scale or search"):
         export(saved, "ann", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
