@@ -6,7 +6,7 @@ Input: a run directory and a choice of its adapters. Output: the model that answ
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from fedlora_app.config.combination import GATE, INSTANCE, MIXER, SCALE, SEARCH, Combination
@@ -164,7 +164,8 @@ class SavedModel(SavedAdapters):
         task = FittingTask(model, loaded.tokenizer, config, client, files, self.root)
         with only_adapters(model, who.adapters):
             fitted = kind.fit(task)
-        save_combiner(folder, fitted, about)
+        with suppress(OSError):  # who can only read a run may ask it, and fits again
+            save_combiner(folder, fitted, about)
         return fitted
 
     def _recorded_hashes(self, client: str) -> dict[str, str]:
