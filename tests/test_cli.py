@@ -67,6 +67,29 @@ def test_evaluate_and_compare(fedlora, project):
     assert status == 2 and "given twice" in err
 
 
+def test_a_run_is_compared_with_another_combination_of_its_adapters(fedlora, project):
+    pair, one = (project / "results" / name for name in ("pair", "one"))
+    status, _, err = fedlora("compare", pair, f"{pair}:search")
+    assert status == 2 and f"Run: fedlora evaluate {pair} --combine search" in err
+    status, out, _ = fedlora("evaluate", pair, "--combine", "search", "--core")
+    assert status == 0 and str(pair / "evaluation_search.json") in out and "Report:" not in out
+    status, out, _ = fedlora("compare", pair, f"{pair}:search", "--json")
+    names = [run["name"] for run in json.loads(out)["runs"]]
+    assert status == 0 and names == ["pair", "pair:search"]
+    assert json.loads(out)["not_comparable"] == [] == json.loads(out)["notes"]
+    status, _, err = fedlora("compare", pair, f"{pair}:scale")
+    assert status == 0  # as it is configured, by another name
+    status, _, err = fedlora("evaluate", one, "--combine", "search")
+    assert status == 2 and "in mode fedavg clients answer with global" in err
+    status, out, _ = fedlora("ask", pair, "--combine", "instance", "--client", "ann", "Why?")
+    assert status == 0 and out.strip()
+    to = project / "exported"
+    status, _, err = fedlora(
+        "export", pair, "--combine", "instance", "--client", "ann", "--output", out
+    )
+    assert status == 2 and "--combine scale or search" in err and not to.exists()
+
+
 def test_membership_is_an_option(fedlora, project):
     status, out, _ = fedlora("evaluate", project / "results" / "one", "--membership", "--json")
     rows = json.loads(out)["membership"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from fedlora_app.cli.root import RunName, Scale, ServerRound, app, open_model
+from fedlora_app.cli.root import Combine, RunName, Scale, ServerRound, app, open_model
 from fedlora_app.foundation.terminal import show_progress
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def ask(
         bool, typer.Option("--all", help="Every client and the global adapter alone.")
     ] = False,
     scale: Scale = 1.0,
+    combine: Combine = None,
     system: Annotated[
         str | None, typer.Option(help="Another system prompt than the client's own.")
     ] = None,
@@ -47,7 +48,7 @@ def ask(
         raise typer.BadParameter("Name one client with --client, or ask all of them with --all.")
     if all_ and question is None:
         raise typer.BadParameter("--all needs a question.")
-    saved = open_model(run, server_round)
+    saved = open_model(run, server_round, combine)
     if client is not None:
         _converse(open_conversation(saved, client, scale, system, max_new_tokens), client, question)
         return
@@ -72,6 +73,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Any but a loopback address needs a key.")] = LOOPBACK,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
     scale: Scale = 1.0,
+    combine: Combine = None,
     api_key_env: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Environment variable with the key to ask for."),
@@ -86,7 +88,7 @@ def serve(
     from fedlora_app.serving.server import serve as run_server
 
     key = read_key(api_key_env, host)
-    saved = open_model(run, server_round)
+    saved = open_model(run, server_round, combine)
     run_server(saved, client, scale, host, port, key, lambda line: typer.echo(line, err=True))
 
 
@@ -97,6 +99,7 @@ def export(
     output: Annotated[Path, typer.Option(help="A folder that is empty or not there.")],
     merged: Annotated[bool, typer.Option(help="Full weights instead of an adapter.")] = False,
     scale: Scale = 1.0,
+    combine: Combine = None,
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None,
         typer.Option(help="Of the weights. An adapter: float32; merged: as the base's."),
@@ -110,7 +113,7 @@ def export(
     """
     from fedlora_app.serving.export import export_adapter, export_merged
 
-    saved = open_model(run, server_round)
+    saved = open_model(run, server_round, combine)
     if merged:
         written = export_merged(
             saved, client, output, scale, dtype, report=lambda line: typer.echo(line, err=True)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from fedlora_app.foundation.project import find_project_root
 
 if TYPE_CHECKING:
+    from fedlora_app.config.combination import Combination
     from fedlora_app.evaluation.saved_model import SavedModel
 
 app = typer.Typer(
@@ -32,6 +33,10 @@ ServerRound = Annotated[
     int | None, typer.Option("--round", min=0, help="A complete round; the last by default.")
 ]
 Scale = Annotated[float, typer.Option(help="Of the local adapter (lambda).")]
+Combine = Annotated[
+    Literal["scale", "gate", "instance", "search", "mixer"] | None,
+    typer.Option(help="How both adapters answer together; as the run is configured by default."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
@@ -69,7 +74,9 @@ def choose_run(name: str) -> Path:
     return run_dir
 
 
-def open_model(run: str, server_round: int | None) -> SavedModel:
+def open_model(
+    run: str, server_round: int | None, combine: Combination | None = None
+) -> SavedModel:
     """Return a run's adapters, to be asked or exported; nothing is loaded yet."""
     from fedlora_app.evaluation.saved_model import SavedModel
     from fedlora_app.runs.reading import load_run
@@ -78,7 +85,8 @@ def open_model(run: str, server_round: int | None) -> SavedModel:
     run_dir = choose_run(run)
     found = load_run(run_dir)
     chosen = found.last_round if server_round is None else server_round
-    return SavedModel(found, chosen, find_project_root(str(run_dir / "config.json")))
+    root = find_project_root(str(run_dir / "config.json"))
+    return SavedModel(found, chosen, root, combine=combine)
 
 
 def quiet_transformers() -> None:

@@ -9,12 +9,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedlora_app.cli.root import AsJson, RunName, ServerRound, app, choose_run, quiet_transformers
+from fedlora_app.cli.root import (
+    AsJson,
+    Combine,
+    RunName,
+    ServerRound,
+    app,
+    choose_run,
+    quiet_transformers,
+)
 from fedlora_app.foundation.project import find_project_root
 from fedlora_app.foundation.terminal import show_progress
 from fedlora_app.runs.paths import RunDirectoryError
 
 if TYPE_CHECKING:
+    from fedlora_app.config.combination import Combination
     from fedlora_app.runs.reading import PartialRun
 
 
@@ -62,6 +71,7 @@ def runs(
 def evaluate(
     run: RunName,
     server_round: ServerRound = None,
+    combine: Combine = None,
     membership: Annotated[
         bool, typer.Option(help="Also infer which records the global adapter was trained on.")
     ] = False,
@@ -81,6 +91,7 @@ def evaluate(
 ) -> None:
     """Run the evaluation protocol on a round of a run and write evaluation.json.
 
+    With another --combine than the run's own, evaluation_COMBINE.json.
     A stopped evaluation resumes where it was. Example: fedlora evaluate latest
     """
     from fedlora_app.evaluation.choices import open_round
@@ -91,14 +102,14 @@ def evaluate(
 
     run_dir = choose_run(run)
     root = find_project_root(str(run_dir / "config.json"))  # the checkout that it lies in
-    saved = open_round(load_run(run_dir), root, server_round)
+    saved = open_round(load_run(run_dir), root, server_round, combine)
     quiet_transformers()
     with show_progress(quiet=as_json) as show:
         evaluation = evaluate_round(
             saved, show, full=full, membership=membership, semantic_model=semantic
         )
-    path = saved.run.evaluation_path(saved.server_round)
-    page = write_report(run_dir) if saved.server_round == saved.run.last_round else None
+    path = saved.evaluation_path
+    page = write_report(run_dir) if path == saved.run.paths.evaluation else None
     if as_json:
         typer.echo(json.dumps(evaluation, ensure_ascii=False))
     else:
@@ -117,6 +128,7 @@ def compare(
 ) -> None:
     """Compare evaluated runs with the first one: differences, intervals, p-values.
 
+    RUN:COMBINE is the run's evaluation with another --combine than its own.
     Example: fedlora compare study-demo/dual-seed42 study-demo/fedavg-seed42
     """
     from fedlora_app.evaluation.comparison import compare_evaluations
@@ -125,14 +137,20 @@ def compare(
 
     evaluations = {}
     for name in runs:
-        run = load_run(choose_run(name))
-        if run.name in evaluations:
-            raise RunDirectoryError(f"{run.name} is given twice; name different runs.")
-        if run.evaluation is None:
+        asked, combination, option = _split_combination(name)
+        run = load_run(choose_run(asked))
+        label = run.name + (f":{combination}" if combination else "")
+        if label in evaluations:
+            raise RunDirectoryError(f"{label} is given twice; name different runs.")
+        evaluation = run.evaluation
+        if combination is not None:
+            evaluation = run.find_evaluation(run.last_round, combination)
+        if evaluation is None:
+            how = option and f" with{option}"
             raise RunDirectoryError(
-                f"{run.path} is not evaluated yet. Run: fedlora evaluate {name}"
+                f"{run.path} is not evaluated yet{how}. Run: fedlora evaluate {asked}{option}"
             )
-        evaluations[run.name] = run.evaluation
+        evaluations[label] = evaluation
     if len(evaluations) < 2:
         raise RunDirectoryError("One run has nothing to be compared with; name two or more.")
     comparison = compare_evaluations(evaluations)
@@ -175,6 +193,16 @@ def report(
             show(path.name, number, len(paths))
     page = output or Path(commonpath([path.parent for path in paths])) / COMPARISON_FILE
     typer.echo(f"Report: {write_comparison(paths, page)}")
+
+
+def _split_combination(name: str) -> tuple[str, Combination | None, str]:
+    """Return the run of RUN or RUN:COMBINE, the combination, and evaluate's option for it."""
+    from fedlora_app.config.combination import COMBINATIONS
+
+    run, _, combination = name.rpartition(":")
+    if combination not in COMBINATIONS:
+        return name, None, ""
+    return run, combination, f" --combine {combination}"
 
 
 def _read_figures(run: PartialRun) -> str:

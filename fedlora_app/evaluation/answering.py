@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from fedlora_app.config.combination import GATE, SCALE, Combination, as_configured
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdaptersConfig, ConfigError
 from fedlora_app.runs.reading import SavedRun
 
@@ -22,13 +23,19 @@ class Answering:
     with_global: bool = False
     local: str | None = None
     scale: float = 1.0
-    asks_gate: bool = True
-    """Whether the gate decides for each question, where the run has one."""
+    combine: Combination | None = None
+    """How both adapters answer together; None: as the run's configuration says."""
 
     @classmethod
-    def own(cls, active: Sequence[str], client: str, scale: float = 1.0) -> Answering:
+    def own(
+        cls,
+        active: Sequence[str],
+        client: str,
+        scale: float = 1.0,
+        combine: Combination | None = None,
+    ) -> Answering:
         """Return what a client answers with where its adapters ``active`` do."""
-        return cls(GLOBAL in active, client if LOCAL in active else None, scale)
+        return cls(GLOBAL in active, client if LOCAL in active else None, scale, combine)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -42,25 +49,58 @@ class Answering:
         parts += [f"{LOCAL}:{self.local}"] if self.local else []
         return "+".join(parts) or "base"
 
+    def combination(self, config: AdaptersConfig) -> Combination:
+        """Return how its adapters answer together; what is no pair has only its scale."""
+        if not (self.with_global and self.local is not None):
+            return SCALE
+        return self.combine or as_configured(config)
+
     def has_gate(self, config: AdaptersConfig) -> bool:
         """Return whether a gate weighs the local adapter: only beside the global one."""
-        is_pair = self.with_global and self.local is not None
-        return config.gate != "none" and self.asks_gate and is_pair
+        return self.combination(config) == GATE
 
     def behind_gate(self, config: AdaptersConfig) -> dict[bool, Answering]:
         """Return who answers where the gate opens (True) and where it does not (False)."""
         if not self.has_gate(config):
             return dict.fromkeys((True, False), self)
-        return {True: replace(self, asks_gate=False), False: Answering(with_global=True)}
+        return {True: replace(self, combine=SCALE), False: Answering(with_global=True)}
 
 
 @dataclass(frozen=True)
 class SavedAdapters:
-    """The adapters of a complete round, as choices of who answers; nothing is read yet."""
+    """The adapters of a complete round, as choices of who answers; nothing is read yet.
+
+    Raises:
+        ConfigError: a combination is asked for, and clients do not answer with two adapters.
+    """
 
     run: SavedRun
     server_round: int
     root: Path
+    combine: Combination | None = field(default=None, kw_only=True)
+    """How both adapters answer together; None: as the run's configuration says."""
+
+    def __post_init__(self) -> None:
+        """Refuse what has no effect, before anything is loaded."""
+        if self.combine is None or set(self.active) == {GLOBAL, LOCAL}:
+            return
+        answering = " + ".join(self.active) or "the base model alone"
+        raise ConfigError(
+            f"The combination {self.combine} has no effect: it takes a global and a local adapter, "
+            f"and in mode {self.run.config.federated.mode} clients answer with {answering} after "
+            f"round {self.server_round}. Leave it out."
+        )
+
+    @property
+    def combination(self) -> Combination:
+        """How a client's adapters answer together."""
+        first = Answering.own(self.active, self.clients[0], combine=self.combine)
+        return first.combination(self.run.config.adapters)
+
+    @property
+    def evaluation_path(self) -> Path:
+        """Where what is found out about these adapters is kept."""
+        return self.run.evaluation_path(self.server_round, self.combine)
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -92,7 +132,7 @@ class SavedAdapters:
                 f"The scale (lambda) {scale:g} has no effect: in mode {mode} there is no local "
                 f"adapter after round {self.server_round}. Leave it out."
             )
-        return Answering.own(self.active, client, scale)
+        return Answering.own(self.active, client, scale, self.combine)
 
     def foreign(self, client: str, scale: float = 1.0) -> list[Answering]:
         """Return the client's adapters with other clients' local ones in the place of its own."""

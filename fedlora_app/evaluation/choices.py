@@ -18,12 +18,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from fedlora_app.config.combination import SCALE, Combination
 from fedlora_app.config.schema import GLOBAL, LOCAL, ModelConfig
 from fedlora_app.data.client_files import ClientFiles, load_all_files
 from fedlora_app.data.questions import Question
-from fedlora_app.evaluation.answering import OPEN_ABOVE, Answering, SavedAdapters
+from fedlora_app.evaluation.answering import Answering, SavedAdapters
+from fedlora_app.evaluation.combiner import GLOBAL_ALONE
 from fedlora_app.evaluation.gate_files import FORMAT as GATE_FORMAT
-from fedlora_app.evaluation.saved_model import SavedModel
+from fedlora_app.evaluation.saved_model import FITTED, SavedModel
 from fedlora_app.evaluation.score_store import ScoreStore
 from fedlora_app.evaluation.scores import Score, score_answer
 from fedlora_app.evaluation.scoring import Answered, Prompt, ask_nothing, score_prompts
@@ -61,11 +63,20 @@ class SavedRound(SavedAdapters):
     files: dict[str, ClientFiles]
 
 
-def open_round(run: SavedRun, root: Path, server_round: int | None = None) -> SavedRound:
+def open_round(
+    run: SavedRun,
+    root: Path,
+    server_round: int | None = None,
+    combine: Combination | None = None,
+) -> SavedRound:
     """Check a round's adapters and all clients' files before anything large is loaded.
+
+    Args:
+        combine: how both adapters answer together; None: as the run's configuration says.
 
     Raises:
         RunDirectoryError, DataError: naming what is missing or was changed.
+        ConfigError: a combination has no effect.
     """
     chosen = run.last_round if server_round is None else server_round
     config, trained = run.config, run.plan(chosen).trained
@@ -74,7 +85,8 @@ def open_round(run: SavedRun, root: Path, server_round: int | None = None) -> Sa
         hashes[GLOBAL] = run.adapter_sha256(chosen)
     if LOCAL in trained:
         hashes |= {f"{LOCAL}:{c}": run.adapter_sha256(chosen, c) for c in config.client_ids}
-    return SavedRound(run, chosen, root, hashes, load_all_files(config, root))
+    files = load_all_files(config, root)
+    return SavedRound(run, chosen, root, hashes, files, combine=combine)
 
 
 def describe_precision(config: ModelConfig) -> str:
@@ -99,7 +111,7 @@ class Evaluator:
     def __post_init__(self) -> None:
         """Name the adapters that are to answer; nothing is loaded yet."""
         saved = self.saved
-        self.model = SavedModel(saved.run, saved.server_round, saved.root)
+        self.model = SavedModel(saved.run, saved.server_round, saved.root, combine=saved.combine)
 
     def evaluate(self, cells: Sequence[Cell]) -> dict[Cell, list[Score]]:
         """Score every question of every cell, with PMI against an empty question."""
@@ -144,19 +156,18 @@ class Evaluator:
         loaded, _ = self.model.load()
         settings = self.saved.run.config.evaluation
         missing.sort(key=lambda prompt: len(prompt.question) + sum(map(len, prompt.candidates)))
-        if answering.has_gate(self.saved.run.config.adapters):
-            closed = self._find_closed(answering, missing, loaded.tokenizer)
+        if left := self._find_left_to_global(answering, missing, loaded.tokenizer):
             alone = Answering(with_global=True)
-            self._answer(alone, list(closed), done, total)
-            shared = [self.store.get(self._identify(alone), prompt) for prompt in closed]
+            self._answer(alone, list(left), done, total)
+            shared = [self.store.get(self._identify(alone), prompt) for prompt in left]
             answers = [
                 replace(answer, openness=openness)
-                for answer, openness in zip(shared, closed.values(), strict=True)
+                for answer, openness in zip(shared, left.values(), strict=True)
             ]
-            store.add(who, list(closed), answers)
-            missing = [prompt for prompt in missing if prompt not in closed]
-            done += len(closed)
-        with self.model.answering(answering) as (model, gate):
+            store.add(who, list(left), answers)
+            missing = [prompt for prompt in missing if prompt not in left]
+            done += len(left)
+        with self.model.answering(answering) as (model, combiner):
             for start in range(0, len(missing), CHUNK):
                 chunk = missing[start : start + CHUNK]
 
@@ -169,21 +180,23 @@ class Evaluator:
                     chunk,
                     batch_size=settings.batch_size,
                     max_new_tokens=settings.max_new_tokens,
-                    gate=gate,
+                    combiner=combiner,
                     progress=report,
                 )
                 store.add(who, chunk, answers)
 
-    def _find_closed(
+    def _find_left_to_global(
         self, answering: Answering, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase
-    ) -> dict[Prompt, float]:
-        """Return the prompts that the gate leaves to the global adapter, each with its openness."""
-        with self.model.answering(answering) as (model, gate):
-            if gate is None:
+    ) -> dict[Prompt, float | None]:
+        """Return the prompts that the global adapter answers alone, with the gate's openness."""
+        with self.model.answering(answering) as (model, combiner):
+            if combiner is None:
                 return {}
-            ids = [gate.encode(tokenizer, prompt.question) for prompt in prompts]
-            openness = gate.compute_openness(model, ids).tolist()
-        return {p: value for p, value in zip(prompts, openness, strict=True) if value <= OPEN_ABOVE}
+            ids = [combiner.encode(tokenizer, prompt.question) for prompt in prompts]
+            weights = combiner.find_weights(model, ids)
+            openness = combiner.find_openness(model, ids)
+        found = zip(prompts, weights, openness, strict=True)
+        return {prompt: value for prompt, weight, value in found if weight == GLOBAL_ALONE}
 
     def _behind_gate(self, answering: Answering) -> dict[bool, Answering]:
         return answering.behind_gate(self.saved.run.config.adapters)
@@ -216,21 +229,22 @@ class Evaluator:
         return collected
 
     def _identify(self, answering: Answering) -> str:
-        """Return a key that changes with any adapter's bytes and with the scale."""
+        """Return a key that changes with any adapter's bytes, the scale and the combination."""
         hashes = self.saved.hashes
         parts = [hashes[GLOBAL]] if answering.with_global else []
         if answering.local is not None:
             parts += [hashes[f"{LOCAL}:{answering.local}"], f"{answering.scale:g}"]
-        parts += [] if answering.asks_gate else ["without a gate"]
+        parts += [answering.combination(self.saved.run.config.adapters)] if parts else []
         return f"{answering.label} {'+'.join(parts)}"
 
 
 def open_store(saved: SavedRound, path: Path) -> ScoreStore:
     """Return the scores that a stopped evaluation of this run left, or none."""
-    config = saved.run.config
-    settings: list[Any] = [f"{config.adapters.gate} {GATE_FORMAT}"]
-    if config.adapters.gate != "none":  # a gate is fitted to the training prompts
-        settings += [(f.universal.sha256, f.local.sha256) for f in saved.files.values()]
+    settings: list[Any] = [saved.combination, GATE_FORMAT]
+    if saved.combination in FITTED:
+        settings.append(FITTED[saved.combination].FORMAT)
+    if saved.combination != SCALE:  # it is fitted to training and validation records
+        settings += [f.hashes for f in saved.files.values()]
     return ScoreStore(path, _identify_context(saved, settings))
 
 

@@ -193,7 +193,7 @@ def evaluate_questions(
             prompts,
             batch_size=settings.batch_size,
             max_new_tokens=settings.max_new_tokens,
-            gate=gate,
+            combiner=gate,
             progress=progress,
         )
     if priors is not None:

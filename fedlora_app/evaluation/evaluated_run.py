@@ -12,6 +12,7 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
+from fedlora_app.config.combination import GATE, SCALE
 from fedlora_app.data.questions import CONFLICT
 from fedlora_app.evaluation.names import (
     EXACT_MATCH,
@@ -81,6 +82,12 @@ class EvaluatedRun:
     def conditions(self) -> list[dict[str, str]]:
         """What has to be equal in a fair comparison, apart from the questions."""
         return [describe(self) for describe in CONDITIONS.values()]
+
+    @property
+    def combination(self) -> str:
+        """How its adapters answered together; evaluations of old knew the gate alone."""
+        was_gated = any(row.get("gate") is not None for row in self.evaluation["questions"])
+        return self.evaluation.get("combination") or (GATE if was_gated else SCALE)
 
     @property
     def num_parameters(self) -> int:
@@ -167,13 +174,13 @@ def read_runs(evaluations: Evaluations) -> list[EvaluatedRun]:
 def group_alike(runs: Iterable[EvaluatedRun]) -> list[list[EvaluatedRun]]:
     """Return groups of runs that differ in their seeds at most.
 
-    Alike are runs of one mode, number of parameters and settings, trained and tested under the
-    same conditions.
+    Alike are runs of one mode, number of parameters, settings and combination of adapters, trained
+    and tested under the same conditions.
     """
     alike: dict[str, list[EvaluatedRun]] = {}
     for run in runs:
         names = ("mode", "answering", "num_parameters", "files", "settings")
-        identity = [*map(run.evaluation.get, names), run.conditions]
+        identity = [*map(run.evaluation.get, names), run.conditions, run.combination]
         alike.setdefault(json.dumps(identity, sort_keys=True), []).append(run)
     return list(alike.values())
 

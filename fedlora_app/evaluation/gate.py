@@ -16,9 +16,7 @@ That tells kinds of questions apart and not facts, so it is of use where the nea
 every fact are of its own kind (``GateFigures.purity``).
 
 A gate is made from the client's data where it is needed; nothing of it but how well it
-separates is ever sent. The idea of weighing the local adapter by instance is that of FedDPA (Yang
-et al. 2024, https://arxiv.org/abs/2403.19211, section 3.3), which weighs by cosine similarity to
-the mean of training questions instead.
+separates is ever sent.
 """
 
 from __future__ import annotations
@@ -35,6 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from fedlora_app.data.dialogue import encode_prompt
 from fedlora_app.data.records import Record, format_question
 from fedlora_app.evaluation.answering import OPEN_ABOVE
+from fedlora_app.evaluation.combiner import GLOBAL_ALONE, WHOLE_PAIR, Combiner, Weights
 from fedlora_app.evaluation.feature_space import Space
 from fedlora_app.evaluation.prompt_features import compute_features
 from fedlora_app.foundation.seeds import derive_seed
@@ -83,7 +82,7 @@ class GateFigures:
 
 
 @dataclass(frozen=True)
-class Gate:
+class Gate(Combiner):
     """Opens for questions that are nearer to the client's local than to its universal ones.
 
     All tensors are fp32, as they are kept on disk. ``means`` (G, D) per feature are the unit
@@ -102,9 +101,13 @@ class Gate:
     """The client's own, under which questions are judged whatever prompt they are asked with."""
     _known: dict[tuple[int, ...], float] = field(default_factory=dict, repr=False, compare=False)
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-        """Return the prompt by which a question is judged."""
-        return encode_prompt(tokenizer, self.system_prompt, question)
+    def find_weights(self, model: AdaptedModel, prompts: Sequence[list[int]]) -> list[Weights]:
+        """Return the whole pair's weights where it opens, and those of global alone elsewhere."""
+        return [WHOLE_PAIR if own else GLOBAL_ALONE for own in self.weigh(model, prompts).tolist()]
+
+    def find_openness(self, model: AdaptedModel, prompts: Sequence[list[int]]) -> list[float]:
+        """Return how sure it is that each prompt is the client's own, in [0, 1]."""
+        return self.compute_openness(model, prompts).tolist()
 
     def weigh(self, model: AdaptedModel, prompts: Sequence[list[int]]) -> torch.Tensor:
         """Return the factor of each prompt's local adapter, (B,): 1 where it answers, or 0."""
@@ -187,21 +190,6 @@ def choose_wordings(records: Sequence[Record], *, all_facts: bool) -> list[list[
         if total <= MAX_PROMPTS or not chosen:
             chosen.append(questions)
     return chosen
-
-
-def split_by_gate(
-    model: AdaptedModel, gate: Gate | None, prompts: Sequence[list[int]]
-) -> list[tuple[float, list[int]]]:
-    """Return the factor of the local adapter with the places of the prompts that it is for.
-
-    Prompts that different adapters answer never share a forward pass: a mixture of experts mixes
-    the rows of a batch, so that a factor for each row could not follow them.
-    """
-    if gate is None:
-        return [(1.0, list(range(len(prompts))))]
-    factors = gate.weigh(model, prompts).tolist()
-    split = [(f, [i for i, own in enumerate(factors) if own == f]) for f in (0.0, 1.0)]
-    return [(factor, places) for factor, places in split if places]
 
 
 def separate(facts: Sequence[FactFeatures], by_fact: bool | None = None) -> Gate:

@@ -7,21 +7,25 @@ adapter stays.
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from fedlora_app.config.schema import ClientConfig
 from fedlora_app.data.client_files import ClientFiles
 from fedlora_app.evaluation.feature_space import Space
+from fedlora_app.evaluation.fitted_files import (
+    UNREADABLE,
+    About,
+    about_file,
+    load_fitted,
+    save_fitted,
+    tensors_file,
+)
 from fedlora_app.evaluation.gate import Gate, GateFigures, fit_gate
 from fedlora_app.evaluation.prompt_features import DESCRIPTION
 from fedlora_app.foundation.files import make_private_dir, replace_folder
@@ -29,18 +33,15 @@ from fedlora_app.model.adapters import AdaptedModel
 from fedlora_app.model.base import LoadedModel
 
 FORMAT = 1
-TENSORS_FILE = "gate.safetensors"
-ABOUT_FILE = "gate.json"
-MAX_ABOUT_BYTES = 1 << 20
+NAME = "gate"
+TENSORS_FILE = tensors_file(NAME)
+ABOUT_FILE = about_file(NAME)
 RULE = (
     "A feature x becomes c + basis ((basis^T c) * gains) with c = x - centre, divided by its "
     "length; a similarity is the mean over the features of its inner product with a row of means. "
     "With l and u the largest similarities to local and to universal rows, the local adapter "
     "answers where coefficients[0] l + coefficients[1] u + coefficients[2] > 0 and l >= floor."
 )
-
-About = Mapping[str, str | None]
-"""What a gate was fitted to: the base model and hashes of the client's data and prompt."""
 
 
 def find_gate(
@@ -98,10 +99,6 @@ def save_gate(folder: Path, gate: Gate, about: About, **more: Any) -> None:
     for name, space, means in zip(DESCRIPTION, gate.spaces, gate.means, strict=True):
         parts = {"centre": space.centre, "basis": space.basis, "gains": space.gains, "means": means}
         tensors |= {f"{name}.{part}": tensor.contiguous() for part, tensor in parts.items()}
-    try:
-        save_file(tensors, folder / TENSORS_FILE)
-    except SafetensorError as error:  # a full disk, for one
-        raise OSError(errno.EIO, str(error), str(folder / TENSORS_FILE)) from error
     content = {
         "format": FORMAT,
         "fitted_to": dict(about),
@@ -112,7 +109,7 @@ def save_gate(folder: Path, gate: Gate, about: About, **more: Any) -> None:
         "figures": asdict(gate.figures),
         **more,
     }
-    (folder / ABOUT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    save_fitted(folder, NAME, tensors, content)
 
 
 def load_gate(folder: Path, about: About, system_prompt: str = "") -> Gate | None:
@@ -123,15 +120,10 @@ def load_gate(folder: Path, about: About, system_prompt: str = "") -> Gate | Non
     Args:
         system_prompt: the client's own, of which ``about`` has the hash.
     """
-    paths = folder / ABOUT_FILE, folder / TENSORS_FILE
-    if any(path.is_symlink() for path in (folder, *paths)):
-        return None
     try:
-        with paths[0].open("rb") as file:
-            content: dict[str, Any] = json.loads(file.read(MAX_ABOUT_BYTES))
-        if content["format"] != FORMAT or content["fitted_to"] != dict(about):
+        if (found := load_fitted(folder, NAME, FORMAT, about)) is None:
             return None
-        tensors = load_file(paths[1])
+        tensors, content = found
         spaces = [
             Space(*(tensors[f"{name}.{part}"] for part in ("centre", "basis", "gains")))
             for name in DESCRIPTION
@@ -142,7 +134,7 @@ def load_gate(folder: Path, about: About, system_prompt: str = "") -> Gate | Non
         gate = Gate(tuple(spaces), means, *parts, figures, system_prompt)
         figures.metrics()
         return gate if _is_whole(gate) else None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError):
+    except UNREADABLE:
         return None  # it is fitted again
 
 

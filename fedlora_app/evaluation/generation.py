@@ -14,10 +14,14 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from fedlora_app.data.dialogue import encode_answer
+from fedlora_app.evaluation.combiner import (
+    Combiner,
+    combined_answering,
+    group_by_weights,
+    weighted_pair,
+)
 from fedlora_app.evaluation.decoding import decode
-from fedlora_app.evaluation.gate import Gate, split_by_gate
-from fedlora_app.model.adapters import AdaptedModel, scaled_local
-from fedlora_app.model.fused import fused_answering
+from fedlora_app.model.adapters import AdaptedModel
 
 LEAVING_SHARE = 1 / 8
 """Rows leave a batch once so many of them have ended: each time costs a copy of what is kept."""
@@ -34,21 +38,20 @@ def generate_answer(
     prompt_ids: list[int],
     *,
     max_new_tokens: int,
-    gate: Gate | None = None,
-    gate_ids: list[int] | None = None,
+    combiner: Combiner | None = None,
+    judged_ids: list[int] | None = None,
     streamer: BaseStreamer | None = None,
 ) -> str:
     """Return the greedy answer to one prompt, of a conversation for instance.
 
     Args:
-        gate: decides by the prompt, or by ``gate_ids`` if they are given, whether the local
-            adapter answers.
+        combiner: weighs the two adapters by the prompt, or by ``judged_ids`` if they are given.
         streamer: is given the prompt's tokens and then each new one.
     """
     model.eval()
     stop_ids = find_stop_ids(tokenizer)
-    ((factor, _),) = split_by_gate(model, gate, [gate_ids or prompt_ids])
-    with fused_answering(model), scaled_local(model, factor):
+    ((weights, _),) = group_by_weights(model, combiner, [judged_ids or prompt_ids])
+    with combined_answering(model, combiner), weighted_pair(model, weights):
         (text,) = generate(model, tokenizer, [prompt_ids], stop_ids, max_new_tokens, streamer)
     return text
 

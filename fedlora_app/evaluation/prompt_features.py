@@ -1,13 +1,14 @@
 """What the frozen base model makes of a question, as two vectors.
 
 The mean of the prompt's states two thirds up the layers, where a question's topic is clearest,
-and the last layer's state of the last token, from which the answer begins. No adapter is
-active, so features are the same in every round.
+and the last layer's state of the last token, from which the answer begins. For a gate no adapter
+is active, so that features are the same in every round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from transformers import PreTrainedModel
@@ -34,9 +35,15 @@ def find_middle_layer(num_layers: int) -> int:
 
 @torch.inference_mode()
 def compute_features(
-    model: AdaptedModel, prompts: Sequence[list[int]]
+    model: AdaptedModel,
+    prompts: Sequence[list[int]],
+    seen_by: Callable[[AdaptedModel], AbstractContextManager] = base_only,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return both features of each prompt, (B, D) each, fp64 on the CPU."""
+    """Return both features of each prompt, (B, D) each, fp64 on the CPU.
+
+    Args:
+        seen_by: the context in which the model looks at them: by default as the base alone.
+    """
     base = model.get_base_model()
     layers, decoder = _find_layers(base), find_decoder(base)
     states: list[torch.Tensor] = []
@@ -69,7 +76,7 @@ def compute_features(
     found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     handle = layers[find_middle_layer(len(layers)) - 1].register_forward_hook(keep)
     try:
-        with base_only(model):
+        with seen_by(model):
             room = find_room(model, GATE, AnswerBatch(BATCH_SIZE, max(lengths), 0))
             for indices in _batches(order, lengths, room):
                 found.update(zip(indices, room.run(indices, read, count), strict=True))

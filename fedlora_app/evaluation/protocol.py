@@ -98,7 +98,7 @@ def evaluate_round(
     )
     if full and not has_controls:
         evaluation["notes"].append(NO_CONTROLS)
-    write_json(saved.run.evaluation_path(saved.server_round), evaluation)
+    write_json(saved.evaluation_path, evaluation)
     store.remove()
     return evaluation
 

@@ -6,15 +6,27 @@ Input: a run directory and a choice of its adapters. Output: the model that answ
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
+from fedlora_app.config.combination import GATE, INSTANCE, MIXER, SCALE, SEARCH, Combination
 from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.data.client_files import load_client_files
 from fedlora_app.data.dialogue import pin_date
 from fedlora_app.evaluation.answering import Answering, SavedAdapters
+from fedlora_app.evaluation.combiner import Combiner
+from fedlora_app.evaluation.fitted import (
+    FittedCombiner,
+    FittingTask,
+    describe_fit,
+    load_combiner,
+    save_combiner,
+)
 from fedlora_app.evaluation.gate import Gate
 from fedlora_app.evaluation.gate_files import describe_origin, find_gate, load_gate
+from fedlora_app.evaluation.instance import InstanceWeights
+from fedlora_app.evaluation.search import SearchedWeights
+from fedlora_app.evaluation.token_mixer import TokenMixer
 from fedlora_app.model.adapter_files import load_adapter
 from fedlora_app.model.adapters import (
     AdaptedModel,
@@ -27,13 +39,20 @@ from fedlora_app.model.adapters import (
 from fedlora_app.model.base import LoadedModel, ModelError, load_base_model
 from fedlora_app.model.fingerprint import explain_fingerprint
 
+FITTED: dict[Combination, type[FittedCombiner]] = {
+    INSTANCE: InstanceWeights,
+    SEARCH: SearchedWeights,
+    MIXER: TokenMixer,
+}
+"""What is fitted on a round's adapters."""
+
 
 @dataclass(frozen=True)
 class SavedModel(SavedAdapters):
     """The base model with the adapters of one round; loaded at the first need."""
 
     _states: dict[str, AdapterState] = field(default_factory=dict)
-    _gates: dict[str, Gate | None] = field(default_factory=dict)
+    _combiners: dict[tuple[str, Combination], Combiner | None] = field(default_factory=dict)
 
     def load(self) -> tuple[LoadedModel, AdaptedModel]:
         """Return the base model, and with its adapters' modules on it.
@@ -59,19 +78,20 @@ class SavedModel(SavedAdapters):
             )
 
     @contextmanager
-    def answering(self, who: Answering) -> Iterator[tuple[AdaptedModel, Gate | None]]:
+    def answering(self, who: Answering) -> Iterator[tuple[AdaptedModel, Combiner | None]]:
         """Have exactly these adapters answer while the block runs.
 
         Yields:
-            The model, and the gate before its local adapter, if there is one.
+            The model, and what combines its adapters, if anything but their scales does.
         """
         loaded, model = self.load()
         if who.with_global:
             set_state(model, GLOBAL, self.state(None))
         if who.local is not None:
             set_state(model, LOCAL, self.state(who.local))
+        combiner = self.find_combiner(who, loaded.fingerprint)
         with only_adapters(model, who.adapters), scaled_local(model, who.scale):
-            yield model, self.find_gate(who, loaded.fingerprint)
+            yield model, combiner
 
     def state(self, client: str | None) -> AdapterState:
         """Return a client's local adapter, or the global one with None; read and checked once."""
@@ -91,25 +111,63 @@ class SavedModel(SavedAdapters):
         role, name = GLOBAL if client is None else LOCAL, self.run.config.model.name
         return load_adapter(folder, model, role, name, within=self.run.path, sha256=sha256)
 
-    def find_gate(self, who: Answering, fingerprint: str) -> Gate | None:
-        """Return the gate before the local adapter: the one that its owner has kept, or a new one.
+    def find_combiner(self, who: Answering, fingerprint: str) -> Combiner | None:
+        """Return what combines a pair: what the local adapter's owner has kept, or a new one.
 
         The base model is loaded only to fit one; ``fingerprint`` says which it is.
+
+        Raises:
+            DataError: there is none yet, and the client's data are not there.
         """
-        config, owner = self.run.config, who.local
-        if not who.has_gate(config.adapters):
+        name = who.combination(self.run.config.adapters)
+        if name == SCALE:
             return None
-        if owner not in self._gates:
-            self._gates.clear()  # one at a time, as of local adapters
-            client = config.client(owner)
-            folder = self.run.paths.gate(owner)
-            # Fitted to the data of the run, which may have changed since or be elsewhere.
-            hashes = self.run.manifest["clients"].get(owner, {})
-            about = describe_origin(fingerprint, client, hashes)
-            gate = load_gate(folder, about, client.system_prompt)
-            if gate is None:
-                files = load_client_files(config, client, self.root)
-                loaded, model = self.load()
-                gate = find_gate(folder, model, loaded, client, files)
-            self._gates[owner] = gate
-        return self._gates[owner]
+        key = who.local, name
+        if key not in self._combiners:
+            self._combiners.clear()  # one at a time, as of local adapters
+            find = self._find_gate if name == GATE else self._find_fitted
+            self._combiners[key] = find(who, fingerprint)
+        return self._combiners[key]
+
+    def _find_gate(self, who: Answering, fingerprint: str) -> Gate | None:
+        config, owner = self.run.config, who.local
+        client = config.client(owner)
+        folder = self.run.paths.gate(owner)
+        # Fitted to the data of the run, which may have changed since or be elsewhere.
+        about = describe_origin(fingerprint, client, self._recorded_hashes(owner))
+        gate = load_gate(folder, about, client.system_prompt)
+        if gate is None:
+            files = load_client_files(config, client, self.root)
+            loaded, model = self.load()
+            gate = find_gate(folder, model, loaded, client, files)
+        return gate
+
+    def _find_fitted(self, who: Answering, fingerprint: str) -> FittedCombiner:
+        config, owner = self.run.config, who.local
+        kind = FITTED[who.combination(config.adapters)]
+        client, folder = config.client(owner), self.run.paths.combiner(owner, kind.NAME)
+        sha256 = {
+            GLOBAL: self.run.adapter_sha256(self.server_round),
+            LOCAL: self.run.adapter_sha256(self.server_round, owner),
+        }
+        of_run = self._recorded_hashes(owner)
+        about = describe_fit(kind, config, client, fingerprint, sha256, of_run)
+        if (kept := load_combiner(kind, folder, about, client.system_prompt)) is not None:
+            return kept
+        files = load_client_files(config, client, self.root)
+        about = describe_fit(kind, config, client, fingerprint, sha256, files.hashes)
+        if (kept := load_combiner(kind, folder, about, client.system_prompt)) is not None:
+            return kept  # to data that have changed since the run
+        loaded, model = self.load()
+        set_state(model, GLOBAL, self.state(None))
+        set_state(model, LOCAL, self.state(owner))
+        task = FittingTask(model, loaded.tokenizer, config, client, files, self.root)
+        with only_adapters(model, who.adapters):
+            fitted = kind.fit(task)
+        with suppress(OSError):  # who can only read a run may ask it, and fits again
+            save_combiner(folder, fitted, about)
+        return fitted
+
+    def _recorded_hashes(self, client: str) -> dict[str, str]:
+        """Return the hashes of the data that a client had in the run."""
+        return self.run.manifest["clients"].get(client, {})

@@ -18,8 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fedlora_app.data.dialogue import encode_with_answers
 from fedlora_app.data.tokens import Example
 from fedlora_app.evaluation.answering import OPEN_ABOVE
+from fedlora_app.evaluation.combiner import (
+    ByWeights,
+    Combiner,
+    combined_answering,
+    group_by_weights,
+    weighted_pair,
+)
 from fedlora_app.evaluation.decoding import decode
-from fedlora_app.evaluation.gate import Gate, split_by_gate
 from fedlora_app.evaluation.generation import find_stop_ids, generate
 from fedlora_app.evaluation.memory import AnswerBatch
 from fedlora_app.evaluation.room import GENERATING, SCORING, find_room
@@ -33,10 +39,9 @@ from fedlora_app.evaluation.rows import (
     largest_generated,
     largest_scored,
 )
-from fedlora_app.model.adapters import AdaptedModel, scaled_local
+from fedlora_app.model.adapters import AdaptedModel
 from fedlora_app.model.base import find_decoder
 from fedlora_app.model.device import is_out_of_memory
-from fedlora_app.model.fused import fused_answering
 from fedlora_app.model.head import Head, find_head
 from fedlora_app.training.losses import LOGIT_ROWS, answer_log_likelihoods
 
@@ -86,8 +91,6 @@ class Answered:
 
 Scored = tuple[float, bool]
 """A candidate's log-likelihood, and whether it is the greedy answer."""
-ByGate = Sequence[tuple[float, Sequence[int]]]
-"""The local adapter's factor with the places of the prompts that it is for."""
 
 
 @torch.inference_mode()
@@ -98,23 +101,23 @@ def score_prompts(
     *,
     batch_size: int,
     max_new_tokens: int,
-    gate: Gate | None = None,
+    combiner: Combiner | None = None,
     progress: Progress | None = None,
 ) -> list[Answered]:
     """Score every prompt with whatever adapters are active.
 
     Args:
         batch_size: candidates, or prompts to generate for, in one forward pass.
-        gate: decides by the prompt whether the local adapter answers.
+        combiner: weighs the two adapters by the question.
     """
     model.eval()
     encoded = [
         encode_with_answers(tokenizer, p.system_prompt, p.question, p.candidates) for p in prompts
     ]
     prompt_ids, answer_ids = ([pair[part] for pair in encoded] for part in (0, 1))
-    gate_ids = prompt_ids
-    if gate is not None:
-        gate_ids = [gate.encode(tokenizer, prompt.question) for prompt in prompts]
+    judged_ids, openness = prompt_ids, [None] * len(prompts)
+    if combiner is not None:
+        judged_ids = [combiner.encode(tokenizer, prompt.question) for prompt in prompts]
     totals = [[0.0] * len(p.candidates) for p in prompts]
     greedy: dict[int, list[int]] = {}
     per_row = min(CANDIDATES_PER_ROW, batch_size) if shares_prefix(model) else 1
@@ -122,9 +125,9 @@ def score_prompts(
     num_left = [len(p.candidates) for p in prompts]
     done = sum(not p.candidates and not p.generates for p in prompts)
 
-    with fused_answering(model):
-        by_gate = split_by_gate(model, gate, gate_ids)
-        for scored in _score_candidates(model, rows, by_gate, batch_size):
+    with combined_answering(model, combiner):
+        by_weights = group_by_weights(model, combiner, judged_ids)
+        for scored in _score_candidates(model, rows, by_weights, batch_size):
             for row, scores in scored:
                 for candidate, ids, (total, is_greedy) in zip(
                     row.candidates, row.answer_ids, scores, strict=True
@@ -146,14 +149,15 @@ def score_prompts(
         if waiting:
             stop_ids = find_stop_ids(tokenizer, prompts[0].system_prompt, prompts[0].question)
             limits = (batch_size, max_new_tokens)
-            for texts in _generate_answers(model, tokenizer, waiting, by_gate, stop_ids, *limits):
+            for texts in _generate_answers(
+                model, tokenizer, waiting, by_weights, stop_ids, *limits
+            ):
                 generated |= texts
                 done += len(texts)
                 if progress is not None:
                     progress(done)
-    openness = [None] * len(prompts)
-    if gate is not None:
-        openness = gate.compute_openness(model, gate_ids).tolist()
+    if combiner is not None:
+        openness = combiner.find_openness(model, judged_ids)
     return [
         Answered(tuple(totals[i]), generated.get(i, ""), openness=openness[i])
         for i in range(len(prompts))
@@ -161,7 +165,7 @@ def score_prompts(
 
 
 def _score_candidates(
-    model: AdaptedModel, rows: Sequence[Row], by_gate: ByGate, batch_size: int
+    model: AdaptedModel, rows: Sequence[Row], by_weights: ByWeights, batch_size: int
 ) -> Iterator[list[tuple[Row, list[Scored]]]]:
     """Yield each batch of rows, or of their parts, with what their candidates score."""
 
@@ -169,11 +173,11 @@ def _score_candidates(
         return list(zip(batch, _score_rows(model, batch), strict=True))
 
     room = find_room(model, SCORING, largest_scored(rows, batch_size))
-    for factor, places in by_gate:
+    for weights, places in by_weights:
         chosen = set(places)
         those = [row for row in rows if row.prompt in chosen]
         for batch in build_batches(those, batch_size, room):
-            with scaled_local(model, factor):
+            with weighted_pair(model, weights):
                 scored = room.run(batch, score, count_tokens, Row.divide)
             yield scored
 
@@ -182,7 +186,7 @@ def _generate_answers(
     model: AdaptedModel,
     tokenizer: PreTrainedTokenizerBase,
     waiting: Mapping[int, list[int]],
-    by_gate: ByGate,
+    by_weights: ByWeights,
     stop_ids: list[int],
     batch_size: int,
     max_new_tokens: int,
@@ -203,10 +207,10 @@ def _generate_answers(
     lengths = {place: len(ids) for place, ids in waiting.items()}
     largest = largest_generated(max(lengths.values()), batch_size, max_new_tokens)
     room = find_room(model, GENERATING, largest)
-    for factor, places in by_gate:
+    for weights, places in by_weights:
         those = [place for place in places if place in waiting]
         for batch in batch_prompts(those, lengths, batch_size, max_new_tokens, room):
-            with scaled_local(model, factor):
+            with weighted_pair(model, weights):
                 texts = room.run(batch, answer, count)
             yield dict(zip(batch, texts, strict=True))
 

@@ -91,6 +91,7 @@ def build_evaluation(
         "base_model": run.manifest["base_model"],
         "adapters": saved.hashes,
         "answering": adapters_label(saved.active),
+        "combination": saved.combination,
         "files": {c: {n: f.sha256 for n, f in fs.all.items()} for c, fs in saved.files.items()},
         "system_prompts": {c: config.client(c).system_prompt for c in saved.clients},
         "num_steps": run.count_steps(saved.server_round),

@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from fedlora_app.config.combination import SCALE
 from fedlora_app.evaluation.chance import Chances, describe_chance, read_chances
 from fedlora_app.evaluation.gate_report import BLAMED, GatedSet, read_gated_sets
 from fedlora_app.evaluation.membership import ATTACKS, FALSE_POSITIVE_RATES
@@ -51,7 +52,7 @@ def describe_evaluation(evaluation: Row) -> str:
     """Return the tables of an evaluation, 100 columns wide and without colour."""
     title = (
         f"{evaluation['run']}, round {evaluation['round']}: {evaluation['mode']}, clients answer "
-        f"with {evaluation['answering']}"
+        f"with {evaluation['answering']}{_describe_combination(evaluation)}"
     )
     chances = read_chances(evaluation)
     figures = _figure_table(evaluation["summary"], "Local adapter as trained", chances)
@@ -81,6 +82,11 @@ def describe_evaluation(evaluation: Row) -> str:
         lines.append(f"{len(evaluation['warnings'])} findings about the question sets:")
         lines += [f"  {warning}" for warning in evaluation["warnings"]]
     return "\n\n".join([*blocks, *(["\n".join(lines)] if lines else [])])
+
+
+def _describe_combination(evaluation: Row) -> str:
+    name = evaluation.get("combination", SCALE)
+    return "" if name == SCALE else f" by {name}"
 
 
 def _figure_table(summary: dict[str, Row], title: str, chances: Chances) -> Table:

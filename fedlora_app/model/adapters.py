@@ -11,7 +11,7 @@ not name the adapter; so a state always travels and is stored together with its 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -259,17 +259,44 @@ def only_adapters(model: AdaptedModel, names: Iterable[str]) -> Iterator[None]:
 
 
 @contextmanager
-def scaled_local(model: AdaptedModel, factor: float) -> Iterator[None]:
-    """Multiply what the local adapter adds by ``factor`` (lambda) while the block runs."""
-    layers = lora_layers(model, LOCAL)
-    before = [layer.scaling[LOCAL] for layer in layers]
-    for layer, scaling in zip(layers, before, strict=True):
-        layer.scaling[LOCAL] = factor * scaling
+def scaled_adapters(model: AdaptedModel, factors: Mapping[str, float]) -> Iterator[None]:
+    """Multiply what each of these adapters adds by its factor while the block runs."""
+    factors = {part: factors[name] for name in factors for part in with_frozen(model, [name])}
+    before = [
+        (layer, name, layer.scaling[name]) for name in factors for layer in lora_layers(model, name)
+    ]
+    for layer, name, scaling in before:
+        layer.scaling[name] = factors[name] * scaling
     try:
         yield
     finally:
-        for layer, scaling in zip(layers, before, strict=True):
-            layer.scaling[LOCAL] = scaling
+        for layer, name, scaling in before:
+            layer.scaling[name] = scaling
+
+
+@contextmanager
+def scaled_local(model: AdaptedModel, factor: float) -> Iterator[None]:
+    """Multiply what the local adapter adds by ``factor`` (lambda) while the block runs."""
+    with scaled_adapters(model, {LOCAL: factor}):
+        yield
+
+
+@contextmanager
+def alone_at_full_scale(model: AdaptedModel, name: str) -> Iterator[None]:
+    """Have one of the active adapters add what it was trained to, and the others nothing.
+
+    Whatever they are scaled by outside of the block, in which adapters may be fused.
+    """
+    before = [(layer, dict(layer.scaling)) for layer in lora_layers(model)]
+    for layer, scaling in before:
+        for other in scaling:
+            is_it = other == name
+            layer.scaling[other] = layer.lora_alpha[name] / layer.r[name] if is_it else 0.0
+    try:
+        yield
+    finally:
+        for layer, scaling in before:
+            layer.scaling.update(scaling)
 
 
 def compute_overlap(model: AdaptedModel) -> torch.Tensor:

@@ -44,9 +44,16 @@ class RunPaths:
         self.final_global = self.final / "global"
         self.final_locals = self.final / "clients"
 
-    def earlier_evaluation(self, server_round: int) -> Path:
-        """Return where the evaluation of a round that is not the newest one is kept."""
-        return self.folder / f"evaluation_{_name_round(server_round)}.json"
+    def other_evaluation(self, server_round: int | None, combination: str | None) -> Path:
+        """Return where an evaluation is kept of another round or another combination.
+
+        Args:
+            server_round: None for the newest one.
+            combination: None for that of the run's configuration.
+        """
+        parts = [_name_round(server_round)] if server_round is not None else []
+        parts += [combination] if combination is not None else []
+        return self.folder / f"{'_'.join(['evaluation', *parts])}.json"
 
     def global_adapter(self, server_round: int) -> Path:
         """Return the folder of the global adapter after a round."""
@@ -70,7 +77,11 @@ class RunPaths:
 
     def gate(self, client: str) -> Path:
         """Return the folder of the gate before a client's local adapter."""
-        return self.client(client) / "gate"
+        return self.combiner(client, "gate")
+
+    def combiner(self, client: str, combination: str) -> Path:
+        """Return the folder of what combines a client's adapters in that way."""
+        return self.client(client) / combination
 
     def final_local(self, client: str) -> Path:
         """Return the folder of the local adapter to use."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from fedlora_app.config.combination import Combination, as_configured
 from fedlora_app.config.loading import parse_config
 from fedlora_app.config.rounds import RoundPlan, plan_round
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config, ConfigError
@@ -89,17 +90,27 @@ class SavedRun:
         path = self.paths.evaluation
         return _read_object(path) if path.exists() else None
 
-    def find_evaluation(self, server_round: int) -> dict[str, Any] | None:
-        """Return what ``fedlora evaluate`` wrote for a round, None if it did not."""
-        path = self.evaluation_path(server_round)
+    def find_evaluation(
+        self, server_round: int, combination: Combination | None = None
+    ) -> dict[str, Any] | None:
+        """Return what ``fedlora evaluate`` wrote for a round, None if it did not.
+
+        Args:
+            combination: of the two adapters; None: as the run's configuration says.
+        """
+        path = self.evaluation_path(server_round, combination)
         found = _read_object(path) if path.exists() else None
         return found if found and found.get("round") == server_round else None
 
-    def evaluation_path(self, server_round: int) -> Path:
-        """Where the evaluation of a round is kept."""
-        if server_round == self.last_round:
+    def evaluation_path(self, server_round: int, combination: Combination | None = None) -> Path:
+        """Where the evaluation of a round and of a combination is kept."""
+        is_last = server_round == self.last_round
+        is_own = combination in (None, as_configured(self.config.adapters))
+        if is_last and is_own:
             return self.paths.evaluation
-        return self.paths.earlier_evaluation(server_round)
+        return self.paths.other_evaluation(
+            None if is_last else server_round, None if is_own else combination
+        )
 
     def count_steps(self, server_round: int) -> int:
         """Return the optimizer steps of all clients and phases up to a round."""

@@ -76,7 +76,7 @@ class Conversation:
         """
         if not question.strip():
             raise QuestionError("The question is empty.")
-        with self.saved.answering(self.who) as (model, gate):
+        with self.saved.answering(self.who) as (model, combiner):
             tokenizer = self.saved.load()[0].tokenizer
             turns, prompt_ids = self._fit(model.get_base_model(), tokenizer, question)
             pieces = _Pieces(tokenizer, on_text)
@@ -85,9 +85,9 @@ class Conversation:
                 tokenizer,
                 prompt_ids,
                 max_new_tokens=self.max_new_tokens,
-                gate=gate,
-                # The gate knows single questions under the client's own system prompt.
-                gate_ids=gate and gate.encode(tokenizer, question),
+                combiner=combiner,
+                # It knows single questions under the client's own system prompt.
+                judged_ids=combiner and combiner.encode(tokenizer, question),
                 streamer=pieces,
             )
         num_dropped = len(self.turns) - len(turns)

@@ -4,7 +4,8 @@ Input: a run directory and a client. Output: a folder that PEFT, Transformers an
 servers such as vLLM load without this package. The pair ``s_G B_G A_G + lambda s_L B_L A_L`` is
 one adapter of rank r_G + r_L: ``A = [A_G; A_L]``, ``B = [s_G B_G, lambda s_L B_L]``. Where a gate
 decides whether the local adapter answers, that is a choice between two plain adapters, the
-global one and the pair, and the gate that makes it is written beside them.
+global one and the pair, and the gate that makes it is written beside them. Weights that were
+searched for make one adapter, too; those that change with the question or the token make none.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError
 
+from fedlora_app.config.combination import GATE, SCALE, SEARCH
 from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.data.dialogue import find_prompt_frame, pin_date
 from fedlora_app.evaluation.answering import Answering
+from fedlora_app.evaluation.combiner import WHOLE_PAIR, Weights
 from fedlora_app.evaluation.gate import Gate
 from fedlora_app.evaluation.gate_files import save_gate
 from fedlora_app.evaluation.prompt_features import find_middle_layer
 from fedlora_app.evaluation.saved_model import SavedModel
+from fedlora_app.evaluation.search import SearchedWeights
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import hash_file, make_private_dir, replace_folder
 from fedlora_app.model.adapter_files import save_plain_adapter
@@ -81,14 +85,15 @@ def export_adapter(
         scale: of the local adapter (lambda); folded in.
 
     Raises:
-        ExportError: nothing is left of the pair, or the folder is in use.
+        ExportError: nothing is left of the pair, no adapter combines as it does, or the folder is
+            in use.
         ConfigError: there is no such client, or the scale has no effect.
-        ModelError: a gate needs the base model, which is not there or not the run's.
+        ModelError: a gate or a search needs the base model, which is not there or not the run's.
     """
     who = _choose(saved, client_id, scale)
     folder = _require_unused(output_dir)
-    gate = _find_gate(saved, who)
-    sources = tuple(_list_sources(saved, who))
+    gate, weights = _find_combiner(saved, who)
+    sources = tuple(_list_sources(saved, who, weights))
     rank = sum(source.config.rank for source in sources)
     at, figures = saved.server_round, gate and gate.figures
     export = Export(folder, saved.run, at, client_id, who, sources, dtype, rank, figures)
@@ -124,14 +129,15 @@ def export_merged(
     """
     who = _choose(saved, client_id, scale)
     folder = _require_unused(output_dir)
-    if _find_gate(saved, who) is not None:
+    gate, weights = _find_combiner(saved, who)
+    if gate is not None:
         raise ExportError(
-            "This run has a gate (adapters.gate: prompt), which decides for every question "
+            "A gate (adapters.gate: prompt, or --combine gate) decides for every question "
             f"whether the local adapter answers, so no single model answers as {client_id} does. "
             "Leave out --merged to get the global adapter, the pair and the router that chooses "
             "between them, or merge with --scale 0 the global adapter alone."
         )
-    sources = tuple(_list_sources(saved, who))
+    sources = tuple(_list_sources(saved, who, weights))
     adapter = _combine_saved(saved, sources)
     config = saved.run.config.model
     report("loading the base model")
@@ -193,12 +199,27 @@ def _choose(saved: SavedModel, client_id: str, scale: float) -> Answering:
     return who
 
 
-def _find_gate(saved: SavedModel, who: Answering) -> Gate | None:
-    if not who.has_gate(saved.run.config.adapters):
-        return None
+def _find_combiner(saved: SavedModel, who: Answering) -> tuple[Gate | None, Weights]:
+    """Return a gate, if one decides, and the constant weights of the two adapters.
+
+    Raises:
+        ExportError: the weights are not constant.
+    """
+    name = who.combination(saved.run.config.adapters)
+    if name == SCALE:
+        return None, WHOLE_PAIR
+    if name not in (GATE, SEARCH):
+        raise ExportError(
+            f"{name} weighs the two adapters anew for every question or token, which no LoRA "
+            "adapter and no model can do by itself. Export with --combine scale or search (one "
+            "adapter), or gate (two and a router); ask and serve answer with all of them."
+        )
     fingerprint = compute_fingerprint(saved.run.config.model, saved.root)
     saved.check_base(fingerprint)
-    return saved.find_gate(who, fingerprint)
+    combiner = saved.find_combiner(who, fingerprint)
+    if isinstance(combiner, SearchedWeights):
+        return None, combiner.weights
+    return combiner, WHOLE_PAIR
 
 
 def _require_unused(output_dir: Path) -> Path:
@@ -208,14 +229,16 @@ def _require_unused(output_dir: Path) -> Path:
     return folder
 
 
-def _list_sources(saved: SavedModel, who: Answering) -> Iterator[Source]:
+def _list_sources(saved: SavedModel, who: Answering, weights: Weights) -> Iterator[Source]:
+    """Yield the adapters that have any effect; one that has none stays at home."""
     adapters = saved.run.config.adapters
-    if who.with_global:
+    if who.with_global and weights.of_global != 0:
         sha256 = saved.run.adapter_sha256(saved.server_round)
-        yield Source(GLOBAL, None, adapters.global_.joint, 1.0, sha256)
-    if who.local is not None:
+        yield Source(GLOBAL, None, adapters.global_.joint, weights.of_global, sha256)
+    if who.local is not None and weights.of_local != 0:
         sha256 = saved.run.adapter_sha256(saved.server_round, who.local)
-        yield Source(LOCAL, who.local, adapters.local, who.scale, sha256)
+        scale = weights.of_local * who.scale
+        yield Source(LOCAL, who.local, adapters.local, scale, sha256)
 
 
 def _combine_saved(saved: SavedModel, sources: Sequence[Source]) -> PlainAdapter:

@@ -31,7 +31,7 @@ class Source:
 
     @property
     def factor(self) -> float:
-        """What ``B A`` is multiplied by: alpha / rank, and lambda for a local adapter."""
+        """What ``B A`` is multiplied by: alpha / rank, and its weight in the pair (lambda)."""
         return self.scale * self.config.alpha / self.config.rank
 
 

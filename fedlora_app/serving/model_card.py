@@ -195,7 +195,7 @@ vllm serve path/to/this/folder --served-model-name {export.client}
 
 def _figures(export: Export) -> Iterator[str]:
     """Yield the client's own figures, if exactly these adapters were evaluated."""
-    evaluation = export.run.find_evaluation(export.server_round) or {}
+    evaluation = export.run.find_evaluation(export.server_round, export.who.combine) or {}
     wanted = (export.client, export.who.label, export.who.scale)
     rows = [
         row
@@ -236,7 +236,8 @@ def _provenance(export: Export) -> Iterator[tuple[str, str]]:
     yield "run", f"{run.name}, mode {manifest['mode']}, seed {manifest['seed']}"
     yield "round, client", f"{export.server_round}, {export.client}"
     for source in export.sources:
-        scale = f", scale (lambda) {source.scale:g}" if source.role == LOCAL else ""
+        is_scaled = source.role == LOCAL or source.scale != 1
+        scale = f", scale (lambda) {source.scale:g}" if is_scaled else ""
         config = source.config
         layers = f", from decoder layer {config.first_layer}" if config.first_layer else ""
         yield (

@@ -202,7 +202,7 @@ def train_phase(
     activate(model, active, trainable, factors)
     reset_peak_memory(model.device)
     checkpointing = training.gradient_checkpointing is True
-    _set_checkpointing(model, checkpointing)
+    set_checkpointing(model, checkpointing)
     protects_global = tuple(trainable) == (LOCAL,) and GLOBAL in active and _has_penalty(training)
     penalised = training if protects_global else None
     total = _Tally()
@@ -336,7 +336,8 @@ def _has_penalty(training: TrainingConfig) -> bool:
     return training.local_kl_weight > 0 or training.local_orthogonality > 0
 
 
-def _set_checkpointing(model: AdaptedModel, wanted: bool) -> None:
+def set_checkpointing(model: AdaptedModel, wanted: bool) -> None:
+    """Have the model compute activations twice in training, which saves memory, or not."""
     inner = model.get_base_model()
     if wanted and not inner.is_activation_checkpointing:
         inner.activation_checkpointing_enable({"use_reentrant": False})

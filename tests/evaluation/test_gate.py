@@ -263,7 +263,7 @@ def test_each_row_is_gated_by_its_own_prompt(adapted, tokenizer, gate):
     ]
     activate(adapted, (GLOBAL, LOCAL))
     settings = {"batch_size": 8, "max_new_tokens": 6}
-    gated = score_prompts(adapted, tokenizer, prompts, gate=gate, **settings)
+    gated = score_prompts(adapted, tokenizer, prompts, combiner=gate, **settings)
     for prompt, answered in zip(prompts, gated, strict=True):
         weight = gate.weigh(adapted, encode(tokenizer, prompt.question)).item()
         assert weight == (answered.openness > 0.5)
@@ -281,7 +281,7 @@ def test_the_prompt_that_a_question_is_asked_with_does_not_open_a_gate(adapted, 
         for system in (SYSTEM, "", "Two lines.\nAbout Northgate, and the ways of its people.")
     ]
     settings = {"batch_size": 8, "max_new_tokens": 2}
-    answers = score_prompts(adapted, tokenizer, prompts, gate=gate, **settings)
+    answers = score_prompts(adapted, tokenizer, prompts, combiner=gate, **settings)
     openness = [answered.openness for answered in answers]
     assert len(set(openness[:3])) == len(set(openness[3:])) == 1 and openness[0] > openness[3]
 
@@ -419,7 +419,7 @@ def test_pmi_compares_with_the_adapters_that_answered(gated_run, tiny_project, t
     for name, questions in sets.items():
         cells = [
             Cell("ann", name, who, client.system_prompt, tuple(questions))
-            for who in (own, dataclasses.replace(own, asks_gate=False), alone)
+            for who in (own, dataclasses.replace(own, combine="scale"), alone)
         ]
         by_cell = evaluator.evaluate(cells)
         for gated, pair, shared in zip(*(by_cell[cell] for cell in cells), strict=True):

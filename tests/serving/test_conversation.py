@@ -62,7 +62,7 @@ def generate(saved: SavedModel, who: Answering, system_prompt: str, question: st
             [Prompt(system_prompt, question)],
             batch_size=8,
             max_new_tokens=LIMIT,
-            gate=gate,
+            combiner=gate,
         )
     return answered.generated
 
@@ -187,7 +187,7 @@ def test_the_gate_weighs_each_question(runs, monkeypatch):
 
 def test_no_client_data_is_needed_without_a_gate(runs, tiny_project, tmp_path):
     (tmp_path / "model").symlink_to(tiny_project / "model")
-    elsewhere = replace(runs(), root=tmp_path, _states={}, _gates={})
+    elsewhere = replace(runs(), root=tmp_path, _states={}, _combiners={})
     expected = open_conversation(runs(), "ann").ask(QUESTION)
     assert open_conversation(elsewhere, "ann").ask(QUESTION) == expected
 

@@ -18,10 +18,12 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedlora_app.config.combination import GATE, INSTANCE, MIXER, SCALE, SEARCH
 from fedlora_app.config.schema import GLOBAL, ConfigError
 from fedlora_app.data.dialogue import encode_prompt
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.choices import open_round
+from fedlora_app.evaluation.combiner import weighted_pair
 from fedlora_app.evaluation.decoding import decode
 from fedlora_app.evaluation.gate_files import load_gate
 from fedlora_app.evaluation.generation import find_stop_ids
@@ -525,13 +527,13 @@ def test_the_exported_router_says_all_that_it_takes(runs, tokenizer, tmp_path):
 
 
 def test_a_router_that_the_client_has_kept_needs_no_model_in_memory(runs, tmp_path, monkeypatch):
-    fresh = replace(runs("gated"), _states={}, _gates={})
+    fresh = replace(runs("gated"), _states={}, _combiners={})
     expected = export_adapter(fresh, "ann", tmp_path / "one").files
 
     def refuse(self):
         raise AssertionError("the base model is loaded")
 
-    fresh._gates.clear()
+    fresh._combiners.clear()
     with monkeypatch.context() as patch:
         patch.setattr(SavedModel, "load", refuse)
         assert export_adapter(fresh, "ann", tmp_path / "two").files == expected
@@ -583,7 +585,59 @@ def test_a_gate_cannot_be_merged_but_the_global_adapter_alone_can(runs, tmp_path
 
 
 def test_a_client_whose_data_allow_no_gate_has_one_adapter(runs, tmp_path):
-    saved = replace(runs("gated"), _gates={"ann": None})  # what is found where one kind is missing
+    # What is found where one kind of question is missing.
+    saved = replace(runs("gated"), _combiners={("ann", GATE): None})
     files = export_adapter(saved, "ann", tmp_path / "out").files
     assert set(files) == {"adapter_model.safetensors"}
     export_merged(saved, "ann", tmp_path / "merged")
+
+
+def test_searched_weights_are_folded_into_one_adapter(runs, tiny_project, tokenizer, tmp_path):
+    """Also where some layers have one of the adapters only; the card says which weights."""
+    for kind, scale in (("dual", 1.0), ("apart", 0.5)):
+        saved = replace(runs(kind), combine=SEARCH, _states={}, _combiners={})
+        export = export_adapter(saved, "ann", tmp_path / kind, scale)
+        with saved.answering(saved.own("ann", scale)) as (model, combiner):
+            assert combiner.weights != (1.0, 1.0)
+            with weighted_pair(model, combiner.weights):
+                expected = all_logits(model, tokenizer, "You are ann.")
+        model = PeftModel.from_pretrained(load_base(tiny_project), tmp_path / kind)
+        found = all_logits(model, tokenizer, "You are ann.")
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        both = combiner.weights.of_global, combiner.weights.of_local * scale
+        weights = [weight for weight in both if weight != 0]
+        assert [source.scale for source in export.sources] == weights
+        card = (tmp_path / kind / "README.md").read_text()
+        assert all(f"scale (lambda) {weight:g}" in card for weight in weights)
+        merged = export_merged(saved, "ann", tmp_path / f"{kind}-merged", scale)
+        whole = AutoModelForCausalLM.from_pretrained(merged.folder, dtype=torch.float32)
+        logits = all_logits(whole, tokenizer, "You are ann.")
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_an_adapter_without_weight_stays_at_home(runs, tmp_path):
+    saved = replace(runs("dual"), combine=SEARCH, _states={}, _combiners={})
+    with saved.answering(saved.own("ann")) as (_, combiner):
+        pass
+    key = "ann", SEARCH
+    saved._combiners[key] = replace(combiner, weights=combiner.weights._replace(of_local=0.0))
+    export = export_adapter(saved, "ann", tmp_path / "out")
+    assert [source.role for source in export.sources] == [GLOBAL] and export.rank == 4
+
+
+@pytest.mark.parametrize("export", [export_adapter, export_merged])
+@pytest.mark.parametrize("name", [INSTANCE, MIXER])
+def test_what_no_adapter_can_do_is_refused(runs, tmp_path, export, name):
+    saved = replace(runs("dual"), combine=name)
+    with pytest.raises(ExportError, match=rf"{name} weighs .* --combine scale or search"):
+        export(saved, "ann", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gated_run_can_be_exported_without_its_gate_and_another_with_one(runs, tmp_path):
+    plain = replace(runs("gated"), combine=SCALE)
+    assert set(export_adapter(plain, "ann", tmp_path / "one").files) == {
+        "adapter_model.safetensors"
+    }
+    gated = replace(runs("dual"), combine=GATE, _combiners={})
+    assert (export_adapter(gated, "ann", tmp_path / "two").folder / "router").is_dir()
