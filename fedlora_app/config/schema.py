@@ -137,6 +137,9 @@ class TrainingConfig(Section):
     local_orthogonality: float = Field(0.0, ge=0)
     """Holds the two adapters' input subspaces apart: weight of their overlap (0 to 1, mean over
     modules), in the local phase of mode dual."""
+    proximal_mu: float = Field(0.0, ge=0)
+    """FedProx: holds the global adapter near the one that was received while it is trained. Adds
+    mu / 2 times the squared distance of their weights to the loss."""
     max_grad_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: Literal["auto", True, False] = "auto"
     """auto: on where the activations would not fit into the memory that is free."""

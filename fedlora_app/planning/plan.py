@@ -51,6 +51,7 @@ from fedlora_app.training.activations import (
 )
 from fedlora_app.training.decay import describe_decay
 from fedlora_app.training.phase_memory import BaseSizes, PhaseMemory, adapter_sizes
+from fedlora_app.training.proximal import describe_proximal
 from fedlora_app.training.selection import describe_long_phases
 
 UPLOAD_BYTES = {"float32": 4, "bfloat16": 2}
@@ -208,6 +209,7 @@ def _note_settings(config: Config, on_cpu: bool) -> Iterator[str]:
     """Yield what settings make of a run that the figures do not show."""
     if config.training.liger_kernels or config.training.compile:
         yield "What training.liger_kernels and training.compile save is not in these figures."
+    yield from describe_proximal(config)
     at_once = min(config.federated.clients_at_once, len(config.federated.clients))
     if at_once > 1:
         where = "the machine's memory must hold all" if on_cpu else "they spread over the cards"

@@ -9,6 +9,7 @@ from typing import Any
 from fedlora_app.config.rounds import plan_round, training_clients
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdapterConfig, Config
 from fedlora_app.training.decay import describe_decay
+from fedlora_app.training.proximal import describe_proximal
 from fedlora_app.training.selection import describe_long_phases
 
 UNREACHABLE = {
@@ -36,6 +37,7 @@ def describe_start(
         f"  travels         {_describe_traffic(config, sizes[GLOBAL])}",
         f"  training        {training.schedule}, learning rate {training.learning_rate:g}, "
         f"batch {training.batch_size} x {training.gradient_accumulation_steps}",
+        *(f"  {'':<15} {line}" for line in describe_proximal(config)),
         *(f"  {'':<15} {line}" for line in describe_decay(config, counts)),
         *(f"  {'':<15} {line}" for line in describe_long_phases(config, counts)),
         "  server          no model, no device",
