@@ -118,18 +118,22 @@ class Client:
         about = {"device": describe_device(), "findings": json.dumps(named)}
         return counts, files.hashes | about
 
-    def verify(self, local_round: int, local_sha256: str) -> dict[str, str]:
+    def verify(
+        self, local_round: int, local_sha256: str, feedback_round: int, feedback_sha256: str
+    ) -> dict[str, str]:
         """Check that this client still holds what the run is to resume with.
 
         Returns:
             The base model's fingerprint, as a fact.
 
         Raises:
-            AdapterError: the local adapter is missing, or is not what the run wrote.
+            AdapterError: a file is missing, or is not what the run wrote.
         """
         self.folder.remove_partials()
         if local_round >= 0:
             self.folder.require_local(local_round, local_sha256)
+        if feedback_round >= 0:
+            self.folder.feedback.require(feedback_round, feedback_sha256)
         return {"base_model": model_module.compute_fingerprint(self.config.model, self.root)}
 
     def global_shapes(self) -> dict[str, torch.Size]:

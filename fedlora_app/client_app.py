@@ -36,6 +36,7 @@ from fedlora_app.federation.messages import (
     read_task,
     unpack_state,
 )
+from fedlora_app.federation.quantised import FEEDBACK, is_quantised
 from fedlora_app.federation.ray_pool import watch_workers
 from fedlora_app.foundation.files import keep_files_private
 from fedlora_app.foundation.project import (
@@ -105,7 +106,10 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def _register(client: Client, task: Task, message: Message) -> Message:
     if task.client_id:
-        counts, facts = {}, client.verify(task.local_round, task.local_sha256)
+        counts = {}
+        facts = client.verify(
+            task.local_round, task.local_sha256, task.feedback_round, task.feedback_sha256
+        )
         if ADAPTER_RECORD in message.content.array_records:
             state = _received_state(client, task, message)
             facts["global_adapter"] = client.keep_global(state)
@@ -119,6 +123,10 @@ def _train(client: Client, task: Task, message: Message) -> Message:
     update, metrics, facts = client.train(
         task.server_round, state, task.local_round, task.local_sha256
     )
+    upload_dtype = client.config.federated.upload_dtype
+    if is_quantised(upload_dtype):
+        settle = client.folder.feedback.settle
+        update, facts[FEEDBACK] = settle(update, client.global_shapes(), upload_dtype, task)
     return build_reply(
         message,
         client.client_id,
@@ -126,7 +134,7 @@ def _train(client: Client, task: Task, message: Message) -> Message:
         metrics,
         facts,
         update=update,
-        update_dtype=client.config.federated.upload_dtype,
+        update_dtype=upload_dtype,
         shapes=client.global_shapes(),
     )
 

@@ -24,7 +24,7 @@ from fedlora_app.federation.messages import REGISTRATION_ROUND, Task
 from fedlora_app.federation.ray_pool import current_pool, require_usable_environment
 from fedlora_app.federation.registration import is_simulation, register_clients
 from fedlora_app.federation.replies import Reply
-from fedlora_app.federation.roster import NO_LOCAL
+from fedlora_app.federation.roster import NOTHING_KEPT
 from fedlora_app.foundation.files import keep_files_private
 from fedlora_app.foundation.project import hash_package
 from fedlora_app.foundation.seeds import derive_seed
@@ -134,8 +134,8 @@ def build_registration(settings: Settings) -> Task:
     return Task(
         client_id="",
         server_round=REGISTRATION_ROUND,
-        local_round=NO_LOCAL[0],
-        local_sha256=NO_LOCAL[1],
+        local_round=NOTHING_KEPT[0],
+        local_sha256=NOTHING_KEPT[1],
         global_sha256="",
         resumes=settings.resumption is not None,
         run_name=settings.run_name,
@@ -207,7 +207,7 @@ def _restore(
         sha256=resumption.global_sha256,
     )
     sha256 = resumption.global_sha256
-    arrays = strategy.restore(state, sha256, after, resumption.local_adapters)
+    arrays = strategy.restore(state, sha256, after, resumption.local_adapters, resumption.feedback)
     strategy.verify_clients(grid, arrays, resumption.evaluated_clients)
     return arrays
 

@@ -32,6 +32,7 @@ from fedlora_app.federation.messages import (
     pack_state,
     unpack_state,
 )
+from fedlora_app.federation.quantised import FEEDBACK, is_quantised
 from fedlora_app.federation.registration import find_returned, verify_clients
 from fedlora_app.federation.replies import (
     Reply,
@@ -81,8 +82,8 @@ class GlobalAdapterFedAvg(FedAvg):
         self.serving_order = config.client_ids
         self.roster = Roster(nodes)
         if config.federated.keep_rounds is not None:
-            keeps = partial(run.oldest_local_round, keep_rounds=config.federated.keep_rounds)
-            self.roster.oldest_local_round = keeps
+            keeps = partial(run.oldest_kept_round, keep_rounds=config.federated.keep_rounds)
+            self.roster.oldest_kept_round = keeps
         self._task = task
         self._model = model
         self._shapes = state_shapes(model, GLOBAL)
@@ -113,6 +114,7 @@ class GlobalAdapterFedAvg(FedAvg):
         sha256: str,
         after_round: int,
         local_adapters: dict[str, tuple[int, str]],
+        feedback: dict[str, tuple[int, str]],
     ) -> ArrayRecord:
         """Resume after a complete round, with its adapters; return the global one as arrays.
 
@@ -121,6 +123,7 @@ class GlobalAdapterFedAvg(FedAvg):
         self._global_state, self._global_sha256 = state, sha256
         self._rounds_before = after_round
         self.roster.locals |= local_adapters
+        self.roster.feedback |= feedback
         return pack_state(state)
 
     def verify_clients(self, grid: Grid, arrays: ArrayRecord | None, holders: set[str]) -> None:
@@ -170,6 +173,7 @@ class GlobalAdapterFedAvg(FedAvg):
         if plan.train is not None:
             clients = training_clients(self.config)
             expected = ["local_adapter"] if LOCAL in plan.train.trainable else []
+            expected += [FEEDBACK] if is_quantised(self.config.federated.upload_dtype) else []
             # A client cannot have trained on more than it had when it registered, or all had.
             reports = self._run.manifest["clients"]
             pools = self.config.federated.mode == "centralized"
@@ -183,7 +187,9 @@ class GlobalAdapterFedAvg(FedAvg):
             self._aggregation.begin(self._global_state)
             for reply in self._valid_replies(server_round, "train", len(clients), replies, fold):
                 self._round.add_metrics(reply.client_id, plan.train.name, reply.metrics)
-                if expected:
+                if FEEDBACK in expected:
+                    self._note_feedback(reply, server_round)
+                if "local_adapter" in expected:
                     self._note_local(reply, server_round, is_last=plan.personalise is None)
             self._global_state = self._aggregation.result()
             if (errors := self._aggregation.error_by_module) is not None:
@@ -305,6 +311,12 @@ class GlobalAdapterFedAvg(FedAvg):
         self.roster.locals[reply.client_id] = (server_round, sha256)
         if is_last:
             self._round.adapters[f"{LOCAL}:{reply.client_id}"] = sha256
+
+    def _note_feedback(self, reply: Reply, server_round: int) -> None:
+        """Remember what a client says that the rounding of the update has left, which counts."""
+        sha256 = reply.facts[FEEDBACK]
+        self.roster.feedback[reply.client_id] = (server_round, sha256)
+        self._round.adapters[f"{FEEDBACK}:{reply.client_id}"] = sha256
 
     def _require_same_data(self, reply: Reply) -> None:
         recorded = self._run.manifest["clients"].get(reply.client_id, {})

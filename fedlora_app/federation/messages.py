@@ -21,6 +21,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import Config
+from fedlora_app.federation.quantised import (
+    WIRE_DTYPES,
+    count_wire_bytes,
+    dequantise,
+    is_quantised,
+    quantise,
+)
 from fedlora_app.model.adapters import AdapterState, check_names, check_state
 
 REGISTRATION_ROUND = 0
@@ -30,7 +37,6 @@ TASK_RECORD = "task"
 METRIC_RECORD = "metrics"
 ABOUT_RECORD = "about"
 SPOILT = "process-is-spoilt"
-WIRE_BYTES = {"float32": 4, "uint16": 2}
 MAX_ARRAY_HEADER_BYTES = 4096
 MAX_ERROR_CHARS = 10_000
 MAX_PATH_CHARS = 4096
@@ -68,7 +74,7 @@ SHA256 = r"[0-9a-f]{64}"
 DECLARED_FACTS = {
     r"sha256/(universal|local)_train|sha256/(universal|local|conflict)(_validation)?"
     r"|sha256/public": SHA256,
-    r"base_model|global_adapter|local_adapter": SHA256,
+    r"base_model|global_adapter|local_adapter|feedback": SHA256,
     r"device": r"[^\n]{1,200}",
     r"process": r"\d+, base model loaded \d+ times",
     r"findings": r"\[.*\]",
@@ -87,10 +93,12 @@ class Task:
     """What the server asks of a client, beside the adapter itself.
 
     ``local_round`` is the round whose local adapter the client continues from, -1 for none, and
-    ``local_sha256`` its hash. ``global_sha256`` is that of the global adapter, which the client has
-    kept where the message does not bring it. ``resumes`` tells that the run is continued, so that
-    the client's folder may be there already. ``oldest_local_round`` is the oldest of the client's
-    local adapters that a kept round needs. ``date`` is the day that chat templates write.
+    ``local_sha256`` its hash; ``feedback_round`` and ``feedback_sha256`` say the same of what the
+    rounding of its updates has left (``quantised``). ``global_sha256`` is that of the global
+    adapter, which the client has kept where the message does not bring it. ``resumes`` tells that
+    the run is continued, so that the client's folder may be there already. A kept round needs the
+    client's local adapters from ``oldest_local_round`` on, and what was left from
+    ``oldest_feedback_round`` on. ``date`` is the day that chat templates write.
     ``project_dir`` and ``output_dir`` hold for simulated nodes, which share the server's disk;
     others have folders of their own.
     """
@@ -108,6 +116,9 @@ class Task:
     experiment: str
     oldest_local_round: int = 0
     date: str = ""
+    feedback_round: int = -1
+    feedback_sha256: str = ""
+    oldest_feedback_round: int = 0
 
     @property
     def config(self) -> Config:
@@ -121,7 +132,7 @@ class Task:
 
 
 def pack_state(state: AdapterState, dtype: str = "float32") -> ArrayRecord:
-    """Return a state as Flower arrays; bfloat16 travels as its 16 bits."""
+    """Return a state as Flower arrays; bfloat16 travels as its 16 bits, int8 and nf4 as bytes."""
     return ArrayRecord({key: Array(_to_wire(tensor, dtype)) for key, tensor in state.items()})
 
 
@@ -135,7 +146,7 @@ def unpack_state(
     Raises:
         MessageError, AdapterError: naming the sender and the tensor.
     """
-    wire_dtype = "uint16" if dtype == "bfloat16" else dtype
+    wire_dtype = WIRE_DTYPES[dtype]
     check_names(record, shapes, f"{sender} sent")
     state = {}
     for key, shape in shapes.items():
@@ -144,14 +155,14 @@ def unpack_state(
             raise MessageError(
                 f"{sender} sent {key} as {array.dtype:.50}, expected {wire_dtype} (for {dtype})."
             )
-        if len(array.data) > shape.numel() * WIRE_BYTES[wire_dtype] + MAX_ARRAY_HEADER_BYTES:
+        most = count_wire_bytes(shape.numel(), dtype) + MAX_ARRAY_HEADER_BYTES
+        if len(array.data) > most:
             raise MessageError(f"{sender} sent {key} as {len(array.data)} bytes, too many for it.")
         try:
-            tensor = _view_array(array)
+            state[key] = _from_wire(_view_array(array), shape, dtype)
         except Exception as error:  # numpy raises nearly anything for damaged bytes
             reason = str(error)[:200]
             raise MessageError(f"{sender} sent {key} as a damaged array: {reason!a}.") from None
-        state[key] = tensor.view(torch.bfloat16).float() if dtype == "bfloat16" else tensor
     check_state(state, shapes, f"{sender} sent")
     return state
 
@@ -306,7 +317,21 @@ def _view_array(array: Array) -> torch.Tensor:
         return torch.from_numpy(values.reshape(shape))
 
 
+def _from_wire(values: torch.Tensor, shape: torch.Size, dtype: str) -> torch.Tensor:
+    """Return the fp32 tensor of this shape that the values of an array stand for."""
+    if dtype == "bfloat16":
+        return values.view(torch.bfloat16).float()
+    if not is_quantised(dtype):
+        return values
+    expected = (count_wire_bytes(shape.numel(), dtype),)
+    if values.shape != expected:
+        raise ValueError(f"it has shape {tuple(values.shape)}, expected {expected}")
+    return dequantise(values, shape, dtype)
+
+
 def _to_wire(tensor: torch.Tensor, dtype: str) -> Any:
     if dtype == "bfloat16":
         return tensor.bfloat16().view(torch.uint16).numpy()
+    if is_quantised(dtype):
+        return quantise(tensor, dtype).numpy()
     return tensor.float().numpy()

@@ -12,10 +12,12 @@ from typing import Literal
 
 from flwr.app import ArrayRecord, Message, RecordDict
 
+from fedlora_app.config.schema import LOCAL
 from fedlora_app.federation.grid import build_message
 from fedlora_app.federation.messages import Task, build_task_content
+from fedlora_app.federation.quantised import FEEDBACK
 
-NO_LOCAL = (-1, "")  # the round of a client's local adapter, and its sha256
+NOTHING_KEPT = (-1, "")  # the round of what a client has kept, and its sha256
 UNKNOWN = "an unknown node"
 
 
@@ -29,10 +31,13 @@ class Roster:
     def __init__(self, nodes: dict[str, int]) -> None:
         self.nodes = nodes
         self.held: dict[str, str] = {}  # sha256 of the global adapter that a client has kept
-        self.locals: dict[str, tuple[int, str]] = dict.fromkeys(nodes, NO_LOCAL)
+        self.locals: dict[str, tuple[int, str]] = dict.fromkeys(nodes, NOTHING_KEPT)
+        self.feedback: dict[str, tuple[int, str]] = dict.fromkeys(nodes, NOTHING_KEPT)
+        """The round of a client's local adapter, and of what the rounding of its updates has left,
+        each with its sha256."""
         self.traffic = Traffic()
-        self.oldest_local_round: Callable[[str], int] = lambda client: 0
-        """Returns the oldest round whose local adapter a client is to keep."""
+        self.oldest_kept_round: Callable[[str, str], int] = lambda role, client: 0
+        """Returns the oldest round of which a client is to keep what has this role."""
         self._clients = {node: client for client, node in nodes.items()}
 
     def sender(self, message: Message) -> str:
@@ -51,18 +56,22 @@ class Roster:
         """Yield one message per client, made when its turn comes.
 
         Args:
-            task: its client, and what concerns the client's local adapter, are filled in.
+            task: its client, and what concerns what the client has kept, are filled in.
             arrays: the clients in order, and the global adapter that each is sent unless it
                 holds it already.
         """
         for client, record in arrays.items():
-            local_round, sha256 = self.locals[client]
+            local_round, local_sha256 = self.locals[client]
+            feedback_round, feedback_sha256 = self.feedback[client]
             own = replace(
                 task,
                 client_id=client,
                 local_round=local_round,
-                local_sha256=sha256,
-                oldest_local_round=self.oldest_local_round(client),
+                local_sha256=local_sha256,
+                oldest_local_round=self.oldest_kept_round(LOCAL, client),
+                feedback_round=feedback_round,
+                feedback_sha256=feedback_sha256,
+                oldest_feedback_round=self.oldest_kept_round(FEEDBACK, client),
             )
             is_held = task.global_sha256 and self.held.pop(client, "") == task.global_sha256
             content = build_task_content(own, None if is_held else record)

@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.config.rounds import plan_round, training_clients
-from fedlora_app.config.schema import GLOBAL, Config
+from fedlora_app.config.schema import Config
 from fedlora_app.data.client_files import load_all_files
+from fedlora_app.federation.quantised import WIRE_DTYPES, count_wire_bytes
 from fedlora_app.model.base import (
     ModelError,
     build_empty_model,
@@ -43,7 +44,6 @@ from fedlora_app.planning.workload import (
     missing_questions,
 )
 from fedlora_app.training.activations import (
-    FP32_BYTES,
     Numerics,
     first_trained_layer,
     keeps_states,
@@ -54,8 +54,6 @@ from fedlora_app.training.phase_memory import BaseSizes, PhaseMemory, adapter_si
 from fedlora_app.training.proximal import describe_proximal
 from fedlora_app.training.selection import describe_long_phases
 
-UPLOAD_BYTES = {"float32": 4, "bfloat16": 2}
-
 
 @dataclass(frozen=True)
 class Traffic:
@@ -65,10 +63,8 @@ class Traffic:
     down_per_client: int
     num_senders: int
     num_receivers: int
-    least_up_per_client: int
-    """The same update in two bytes a weight."""
-    least_down_per_client: int
-    """The average in two bytes a weight."""
+    up_by_dtype: dict[str, int]
+    """What ``up_per_client`` would be with each ``federated.upload_dtype``."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +191,7 @@ def build_plan(config: Config, root: Path, gpu_memory: str = "") -> Plan:
         phases=phases,
         work=work,
         num_rounds=config.federated.num_rounds,
-        traffic=_plan_traffic(config, adapter_sizes(sizes, config.adapters)[GLOBAL]),
+        traffic=_plan_traffic(config, sizes.global_tensors),
         cards=[_plan_card(config, card, predict, work) for card in cards],
         verdict=_judge(config, predict, phases, limit, source, parts),
         notes=notes,
@@ -277,17 +273,25 @@ def _find_questions(
     return measure_questions(config, files, tokenizer)
 
 
-def _plan_traffic(config: Config, num_parameters: int) -> Traffic:
+def _plan_traffic(config: Config, tensors: dict[int, int]) -> Traffic:
+    """Count what travels of a global adapter.
+
+    Args:
+        tensors: how many of its tensors have so many parameters per unit of rank.
+    """
     if plan_round(config, 1).train is None:
-        return Traffic(0, 0, 0, len(config.client_ids), 0, 0)
-    upload = UPLOAD_BYTES[config.federated.upload_dtype]
+        return Traffic(0, 0, 0, len(config.client_ids), {})
+    rank = config.adapters.global_.rank
+    up = {
+        dtype: sum(n * count_wire_bytes(rank * unit, dtype) for unit, n in tensors.items())
+        for dtype in WIRE_DTYPES
+    }
     return Traffic(
-        up_per_client=upload * num_parameters,
-        down_per_client=FP32_BYTES * num_parameters,
+        up_per_client=up[config.federated.upload_dtype],
+        down_per_client=up["float32"],
         num_senders=len(training_clients(config)),
         num_receivers=len(config.client_ids),
-        least_up_per_client=2 * num_parameters,
-        least_down_per_client=2 * num_parameters,
+        up_by_dtype=up,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 
 import torch
 from transformers import PreTrainedModel
@@ -33,10 +33,13 @@ def measure_sizes(empty: PreTrainedModel, adapters: AdaptersConfig) -> BaseSizes
     total = sum(parameter.numel() for parameter in empty.parameters())
     model = attach_adapters(empty, adapters)
     ranks = {GLOBAL: adapters.global_.rank, LOCAL: adapters.local.rank}
-    counts = {name: sum(map(math.prod, state_shapes(model, name).values())) for name in ranks}
+    tensors = {
+        n: [s.numel() // rank for s in state_shapes(model, n).values()] for n, rank in ranks.items()
+    }
     return BaseSizes(
         **sizes,
         other=total - sum(sizes.values()),
         largest_linear=max(linear),
-        adapter_units={name: counts[name] // rank for name, rank in ranks.items()},
+        adapter_units={name: sum(units) for name, units in tensors.items()},
+        global_tensors=dict(sorted(Counter(tensors[GLOBAL]).items())),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from fedlora_app.config.rounds import plan_round, training_clients
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdapterConfig, Config
+from fedlora_app.federation.quantised import count_upload_bytes
 from fedlora_app.training.decay import describe_decay
 from fedlora_app.training.proximal import describe_proximal
 from fedlora_app.training.selection import describe_long_phases
@@ -34,7 +35,7 @@ def describe_start(
         f"  global adapter  {_describe(config.adapters.global_)}, {sizes[GLOBAL]:,} parameters",
         f"  local adapter   {_describe(config.adapters.local)}, {sizes[LOCAL]:,} parameters"
         + ("" if LOCAL in plan.evaluated else " (not used in this mode)"),
-        f"  travels         {_describe_traffic(config, sizes[GLOBAL])}",
+        f"  travels         {_describe_traffic(config, shapes[GLOBAL])}",
         f"  training        {training.schedule}, learning rate {training.learning_rate:g}, "
         f"batch {training.batch_size} x {training.gradient_accumulation_steps}",
         *(f"  {'':<15} {line}" for line in describe_proximal(config)),
@@ -54,11 +55,11 @@ def _describe(adapter: AdapterConfig) -> str:
     return f"rank {adapter.rank}{layers}"
 
 
-def _describe_traffic(config: Config, num_parameters: int) -> str:
+def _describe_traffic(config: Config, shapes: Mapping[str, Sequence[int]]) -> str:
     if plan_round(config, 1).train is None:
         return "nothing but metrics leaves a client"
-    up = num_parameters * (2 if config.federated.upload_dtype == "bfloat16" else 4)
-    down = num_parameters * 4
+    dtypes = config.federated.upload_dtype, "float32"
+    up, down = (count_upload_bytes(shapes, dtype) for dtype in dtypes)
     senders = len(training_clients(config))
     return (
         f"the global adapter's update up ({up / 1e6:.2f} MB per round from each of {senders}), "

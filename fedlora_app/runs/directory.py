@@ -173,13 +173,16 @@ class RunDirectory:
         for server_round in complete_rounds(self.manifest)[:-keep_rounds]:
             shutil.rmtree(self.paths.global_adapter(server_round), ignore_errors=True)
 
-    def oldest_local_round(self, client: str, keep_rounds: int) -> int:
+    def oldest_kept_round(self, role: str, client: str, keep_rounds: int) -> int:
         """Return the oldest round whose local adapter a client needs for the rounds to keep.
 
         If it took no part in the oldest of these, that is the round whose adapter it still had.
+
+        Args:
+            role: of the local adapter, or of something else that clients keep by rounds.
         """
         kept = complete_rounds(self.manifest)[-keep_rounds:]
-        return find_local_round(self.manifest, client, kept[0]) if kept else 0
+        return find_local_round(self.manifest, client, kept[0], role) if kept else 0
 
     @staticmethod
     def require_absent(path: Path) -> None:

@@ -78,12 +78,15 @@ def complete_rounds(manifest: Manifest, up_to: float = math.inf) -> list[int]:
     return sorted(entry["round"] for entry in manifest["rounds"] if entry["round"] <= up_to)
 
 
-def find_local_round(manifest: Manifest, client: str, server_round: int) -> int:
+def find_local_round(manifest: Manifest, client: str, server_round: int, role: str = LOCAL) -> int:
     """Return the round of the local adapter that a client had after a round.
 
     It is an earlier one where the client took no part in the round.
+
+    Args:
+        role: of something else that clients keep by rounds.
     """
-    name = f"{LOCAL}:{client}"
+    name = f"{role}:{client}"
     rounds = [e["round"] for e in manifest["rounds"] if name in e["adapters"]]
     return max((number for number in rounds if number <= server_round), default=server_round)
 

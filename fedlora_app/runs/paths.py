@@ -16,6 +16,7 @@ from fedlora_app.foundation.files import LOCK_FILE
 LATEST = "latest"
 """The link to the newest run, beside it."""
 ROUND = "round_"
+SAFETENSORS = ".safetensors"
 MAX_NAME_LENGTH = 64
 
 
@@ -58,6 +59,10 @@ class RunPaths:
         """Return the folder of a client's local adapter after a round."""
         return self.client(client) / _name_round(server_round)
 
+    def feedback(self, client: str, server_round: int) -> Path:
+        """Return the file of what the rounding of a client's updates has left after a round."""
+        return self.client(client) / "feedback" / f"{_name_round(server_round)}{SAFETENSORS}"
+
     def received_global(self, client: str) -> Path:
         """Return the folder of the global adapter that a client keeps for its next message."""
         return self.client(client) / "received"
@@ -78,8 +83,11 @@ class RunPaths:
 
 
 def list_rounds(folder: Path) -> dict[int, Path]:
-    """Return the folders of rounds in ``server`` or in a client's folder, oldest first."""
-    numbers = {path: path.name.removeprefix(ROUND) for path in folder.glob(f"{ROUND}*")}
+    """Return what a folder of the run has by rounds, folders or files, oldest first."""
+    numbers = {
+        path: path.name.removeprefix(ROUND).removesuffix(SAFETENSORS)
+        for path in folder.glob(f"{ROUND}*")
+    }
     return dict(sorted((int(n), path) for path, n in numbers.items() if n.isdecimal()))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config, ConfigError
+from fedlora_app.federation.quantised import FEEDBACK
 from fedlora_app.foundation.project import hash_package
 from fedlora_app.runs.history import read_rounds
 from fedlora_app.runs.manifest import complete_rounds
@@ -53,11 +54,19 @@ class Resumption:
     @property
     def local_adapters(self) -> dict[str, tuple[int, str]]:
         """Each client's newest local adapter: the round that it is of, and its sha256."""
+        return self._find_newest(LOCAL)
+
+    @property
+    def feedback(self) -> dict[str, tuple[int, str]]:
+        """The same of what the rounding of each client's updates has left."""
+        return self._find_newest(FEEDBACK)
+
+    def _find_newest(self, wanted: str) -> dict[str, tuple[int, str]]:
         newest = {}
         for entry in sorted(self.entries, key=lambda entry: entry["round"]):
             for name, sha256 in entry["adapters"].items():
                 role, _, client = name.partition(":")
-                if role == LOCAL:
+                if role == wanted:
                     newest[client] = (entry["round"], sha256)
         return newest
 

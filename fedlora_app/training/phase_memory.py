@@ -84,6 +84,8 @@ class BaseSizes:
     """Norms and biases."""
     largest_linear: int
     adapter_units: dict[str, int] = field(default_factory=dict)
+    global_tensors: dict[int, int] = field(default_factory=dict)
+    """How many tensors of the global adapter have so many parameters per unit of rank."""
 
     @property
     def is_tied(self) -> bool:

@@ -13,7 +13,7 @@ from fedlora_app.federation.messages import (
     pack_state,
     read_task,
 )
-from fedlora_app.federation.roster import NO_LOCAL, UNKNOWN, Roster, Traffic, count_bytes
+from fedlora_app.federation.roster import NOTHING_KEPT, UNKNOWN, Roster, Traffic, count_bytes
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
 
@@ -34,7 +34,7 @@ def test_only_who_does_not_hold_the_global_adapter_gets_it():
         ann, bob = roster.messages(TASK, MessageType.TRAIN, {"ann": arrays, "bob": arrays})
         assert (ADAPTER_RECORD in ann.content) == (attempt == 2)
         assert ADAPTER_RECORD in bob.content and bob.metadata.dst_node_id == 6
-    assert (read_task(ann).local_round, read_task(ann).local_sha256) == NO_LOCAL
+    assert (read_task(ann).local_round, read_task(ann).local_sha256) == NOTHING_KEPT
     assert (read_task(bob).client_id, read_task(bob).local_round) == ("bob", 0)
     assert roster.traffic.by_client["bob"]["adapter_bytes_down"] > 0
 

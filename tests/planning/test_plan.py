@@ -384,8 +384,20 @@ def test_data_are_counted_as_they_are_trained_on(tiny_project):
     assert ann.longest < 128 and plan.phases[0].micro_batch_tokens <= 2 * ann.longest
     parameters = plan.adapter_parameters[GLOBAL]
     assert plan.traffic.up_per_client == 4 * parameters
-    assert plan.traffic.least_up_per_client == 2 * parameters
+    assert plan.traffic.up_by_dtype["bfloat16"] == 2 * parameters
+    assert plan.traffic.up_by_dtype["nf4"] > parameters / 2
     assert all(card.fits and card.round_seconds > 0 for card in plan.cards)
+
+
+def test_the_update_of_a_7b_model_is_planned_by_dtype(seven_b):
+    plan = plan_for(seven_b, "qwen2.5-7b-4090.yaml", "24GB", "federated.upload_dtype=nf4")
+    up = plan.traffic.up_by_dtype
+    assert plan.traffic.up_per_client == up["nf4"] < 22e6
+    assert (up["float32"], up["bfloat16"]) == (4 * 40370176, 2 * 40370176)
+    assert up["int8"] == 40370176 * (1 + 4 / 128)
+    assert plan.traffic.down_per_client == up["float32"]
+    said = " ".join(describe_plan(plan).split())
+    assert "float32 161.5 MB, bfloat16 80.7 MB, int8 41.6 MB, nf4 21.4 MB" in said
 
 
 @pytest.mark.parametrize(
