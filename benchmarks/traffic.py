@@ -1,9 +1,10 @@
 """Bytes that travel per client and round, over the least that could.
 
-The least is the global adapter's update once up, in ``federated.upload_dtype``, and its fp32
-weights once down. Counted are the messages of a real federation, each in full
-as Flower serialises it; and for Qwen2.5-7B its rank-16 adapter, packed as in a message, beside what
-else the real messages held. Bytes of local adapters are looked for in everything that was sent.
+The least is the global adapter's update once up, in ``federated.upload_dtype`` (of int8 and nf4 the
+codes alone, without their scales), and its fp32 weights once down. Counted are the messages of a
+real federation, each in full as Flower serialises it; and for Qwen2.5-7B its rank-16 adapter,
+packed as in a message, beside what else the real messages held. Bytes of local adapters are looked
+for in all that was sent.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fedlora_app.federation.messages import ADAPTER_RECORD, UPDATE_RECORD, pack_
 from fedlora_app.foundation.files import WEIGHTS_FILE
 from fedlora_app.model.adapters import attach_adapters, state_shapes
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "nf4": 0.5}
 FP32_BYTES = 4
 SEARCHED_BYTES = 64
 """Of each tensor of a local adapter, looked for in all that was sent."""
@@ -37,7 +38,7 @@ MODEL = {"hidden_size": 512, "intermediate_size": 1024}
 def measure(
     num_rounds: int = 2, rank: int = 128, large_rank: int = 16, **sizes: int
 ) -> dict[str, Any]:
-    """Count for both dtypes; ``sizes`` change the federation's model."""
+    """Count for every dtype; ``sizes`` change the federation's model."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for dtype in DTYPE_BYTES:
@@ -95,10 +96,11 @@ def _count_run(
             names |= set(content.array_records)
             for record in content.array_records.values():
                 totals[f"array_bytes_{direction}"] += sum(len(a.data) for a in record.values())
-                shapes |= {key: array.shape for key, array in record.items()}
+                if direction == "down":  # an update may travel as bytes
+                    shapes |= {key: array.shape for key, array in record.items()}
     per_client = {key: total / num_rounds / len(CLIENTS) for key, total in totals.items()}
     num_parameters = sum(map(math.prod, shapes.values()))
-    least = (DTYPE_BYTES[dtype] + FP32_BYTES) * num_parameters
+    least = round((DTYPE_BYTES[dtype] + FP32_BYTES) * num_parameters)
     return {
         "what": f"{len(CLIENTS)} clients, {num_rounds} rounds, counted",
         "upload_dtype": dtype,
@@ -124,7 +126,7 @@ def _calculate(counted: dict[str, Any], rank: int) -> dict[str, Any]:
         "up": _serialised_bytes(RecordDict({UPDATE_RECORD: pack_state(state, dtype)})),
     }
     num_parameters = sum(map(math.prod, shapes.values()))
-    least = (DTYPE_BYTES[dtype] + FP32_BYTES) * num_parameters
+    least = round((DTYPE_BYTES[dtype] + FP32_BYTES) * num_parameters)
     # Names and headers of the counted run's arrays are in here too, which is on the safe side.
     sent = {
         f"bytes_{direction}": size

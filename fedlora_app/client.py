@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +41,8 @@ from fedlora_app.evaluation.gate import Gate
 from fedlora_app.evaluation.gate_files import find_gate
 from fedlora_app.evaluation.gold import count_gold_answers
 from fedlora_app.evaluation.room import count_halvings
+from fedlora_app.federation.messages import OWN_GLOBAL, Kept
+from fedlora_app.federation.quantised import FEEDBACK
 from fedlora_app.foundation.progress import step_lines
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model import base as model_module
@@ -71,19 +74,8 @@ from fedlora_app.training.phase import (
 )
 from fedlora_app.training.selection import select_phase, take_part
 
-
-@dataclass(frozen=True)
-class Kept:
-    """What a client continues from, as the server knows it.
-
-    Rounds below 0 mean that there is none yet, empty hashes that they are not known.
-    """
-
-    local_round: int = -1
-    local_sha256: str = ""
-    own_round: int = -1
-    """Of the global adapter that the client has for itself, under rules that leave it one."""
-    own_sha256: str = ""
+FromKept = Mapping[str, Kept]
+"""What a client continues from, by role; it begins anew with what is not in it."""
 
 
 @dataclass(frozen=True)
@@ -135,20 +127,24 @@ class Client:
         about = {"device": describe_device(), "findings": json.dumps(named)}
         return counts, files.hashes | about
 
-    def verify(self, kept: Kept) -> dict[str, str]:
+    def verify(self, kept: FromKept) -> dict[str, str]:
         """Check that this client still holds what the run is to resume with.
 
         Returns:
             The base model's fingerprint, as a fact.
 
         Raises:
-            AdapterError: an adapter of its own is missing, or is not what the run wrote.
+            AdapterError: a file is missing, or is not what the run wrote.
         """
         self.folder.remove_partials()
-        if kept.local_round >= 0:
-            self.folder.require_local(kept.local_round, kept.local_sha256)
-        if kept.own_round >= 0:
-            self.folder.require_own_global(kept.own_round, kept.own_sha256)
+        requirements = {
+            LOCAL: self.folder.require_local,
+            OWN_GLOBAL: self.folder.require_own_global,
+            FEEDBACK: self.folder.feedback.require,
+        }
+        for role, entry in kept.items():
+            if entry.round >= 0:
+                requirements[role](entry.round, entry.sha256)
         return {"base_model": model_module.compute_fingerprint(self.config.model, self.root)}
 
     def global_shapes(self) -> dict[str, torch.Size]:
@@ -176,7 +172,7 @@ class Client:
         return self.folder.load_global(self._load_model()[1], sha256)
 
     def train(
-        self, server_round: int, global_state: AdapterState, kept: Kept
+        self, server_round: int, global_state: AdapterState, kept: FromKept
     ) -> tuple[AdapterState, Metrics, dict[str, str]]:
         """Run the phase before the average.
 
@@ -213,17 +209,13 @@ class Client:
         self,
         server_round: int,
         global_state: AdapterState,
-        kept: Kept,
-        oldest_local_round: int = 0,
+        kept: FromKept,
     ) -> tuple[Metrics, dict[str, str]]:
         """Fit the local adapter to the new global one, keep it, and evaluate.
 
         Round 0 makes the initial local adapter and evaluates the base model alone.
 
         The global adapter is kept for the next message, unless this is the last round.
-
-        Args:
-            oldest_local_round: older local adapters are deleted.
 
         Returns:
             The metrics, of which ``peak_memory_bytes`` is the evaluation's, and facts: hashes of
@@ -256,7 +248,7 @@ class Client:
                 self.folder.save_final(model)
         else:
             facts["global_adapter"] = self.folder.save_global(model, global_state)
-        self.folder.thin(oldest_local_round)
+        self.folder.thin({role: entry.oldest for role, entry in kept.items()})
         return metrics, facts
 
     def _evaluate_round(
@@ -295,7 +287,7 @@ class Client:
         metrics["peak_memory_bytes"] = read_peak_memory(model.device)
         return metrics
 
-    def evaluate(self, global_state: AdapterState, kept: Kept) -> Metrics:
+    def evaluate(self, global_state: AdapterState, kept: FromKept) -> Metrics:
         """Score the question sets with a round's adapters, without training."""
         loaded, model = self._prepare(global_state, kept)
         files = load_client_files(self.config, self._own, self.root)
@@ -321,20 +313,23 @@ class Client:
             for owner in list_owners(self.config, self.client_id)
         }
 
-    def _prepare(self, global_state: AdapterState, kept: Kept) -> tuple[LoadedModel, AdaptedModel]:
+    def _prepare(
+        self, global_state: AdapterState, kept: FromKept
+    ) -> tuple[LoadedModel, AdaptedModel]:
         """Set both adapters from scratch.
 
         What this client has kept of the global one for itself takes the received one's place.
         """
         loaded, model = self._load_model()
-        if kept.own_round >= 0 and (factors := STAY.get(self.config.federated.rule)):
-            own = self.folder.load_own_global(model, kept.own_round, kept.own_sha256)
+        own_global, local = (kept.get(role, Kept()) for role in (OWN_GLOBAL, LOCAL))
+        if own_global.round >= 0 and (factors := STAY.get(self.config.federated.rule)):
+            own = self.folder.load_own_global(model, own_global.round, own_global.sha256)
             global_state = global_state | of_factors(own, factors)
-        if kept.local_round < 0:
+        if local.round < 0:
             seed = derive_seed(self.config.experiment.seed, "initial", self.client_id)
             local_state = build_initial_state(model, LOCAL, seed)
         else:
-            local_state = self.folder.load_local(model, kept.local_round, kept.local_sha256)
+            local_state = self.folder.load_local(model, local.round, local.sha256)
         set_state(model, GLOBAL, global_state)
         set_state(model, LOCAL, local_state)
         return loaded, model

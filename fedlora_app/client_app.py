@@ -22,12 +22,13 @@ import transformers
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedlora_app.client import Client, Kept
+from fedlora_app.client import Client
 from fedlora_app.config.schema import Config, ConfigError
 from fedlora_app.data.records import DataError
 from fedlora_app.evaluation.room import EvaluationError
 from fedlora_app.federation.messages import (
     ADAPTER_RECORD,
+    Kept,
     MessageError,
     Task,
     build_error_reply,
@@ -36,6 +37,7 @@ from fedlora_app.federation.messages import (
     read_task,
     unpack_state,
 )
+from fedlora_app.federation.quantised import FEEDBACK, is_quantised
 from fedlora_app.federation.ray_pool import watch_workers
 from fedlora_app.foundation.files import keep_files_private
 from fedlora_app.foundation.project import (
@@ -105,7 +107,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def _register(client: Client, task: Task, message: Message) -> Message:
     if task.client_id:
-        counts, facts = {}, client.verify(_kept(task))
+        counts, facts = {}, client.verify(task.from_kept)
         if ADAPTER_RECORD in message.content.array_records:
             state = _received_state(client, task, message)
             facts["global_adapter"] = client.keep_global(state)
@@ -116,7 +118,16 @@ def _register(client: Client, task: Task, message: Message) -> Message:
 
 def _train(client: Client, task: Task, message: Message) -> Message:
     state = _received_state(client, task, message)
-    update, metrics, facts = client.train(task.server_round, state, _kept(task))
+    update, metrics, facts = client.train(task.server_round, state, task.from_kept)
+    upload_dtype = client.config.federated.upload_dtype
+    if is_quantised(upload_dtype):
+        update, facts[FEEDBACK] = client.folder.feedback.settle(
+            update,
+            client.global_shapes(),
+            upload_dtype,
+            task.server_round,
+            task.from_kept.get(FEEDBACK, Kept()),
+        )
     return build_reply(
         message,
         client.client_id,
@@ -124,21 +135,15 @@ def _train(client: Client, task: Task, message: Message) -> Message:
         metrics,
         facts,
         update=update,
-        update_dtype=client.config.federated.upload_dtype,
+        update_dtype=upload_dtype,
         shapes=client.update_shapes(task.server_round),
     )
 
 
 def _personalise(client: Client, task: Task, message: Message) -> Message:
     state = _received_state(client, task, message)
-    metrics, facts = client.personalise(
-        task.server_round, state, _kept(task), task.oldest_local_round
-    )
+    metrics, facts = client.personalise(task.server_round, state, task.from_kept)
     return build_reply(message, client.client_id, task.server_round, metrics, facts)
-
-
-def _kept(task: Task) -> Kept:
-    return Kept(task.local_round, task.local_sha256, task.own_round, task.own_sha256)
 
 
 def _answer(message: Message, context: Context, handle: Handler) -> Message:

@@ -24,7 +24,6 @@ from fedlora_app.federation.messages import REGISTRATION_ROUND, Task
 from fedlora_app.federation.ray_pool import current_pool, require_usable_environment
 from fedlora_app.federation.registration import is_simulation, register_clients
 from fedlora_app.federation.replies import Reply
-from fedlora_app.federation.roster import NO_LOCAL
 from fedlora_app.foundation.files import keep_files_private
 from fedlora_app.foundation.project import hash_package
 from fedlora_app.foundation.seeds import derive_seed
@@ -134,8 +133,6 @@ def build_registration(settings: Settings) -> Task:
     return Task(
         client_id="",
         server_round=REGISTRATION_ROUND,
-        local_round=NO_LOCAL[0],
-        local_sha256=NO_LOCAL[1],
         global_sha256="",
         resumes=settings.resumption is not None,
         run_name=settings.run_name,
@@ -209,7 +206,13 @@ def _restore(
     memory = {}
     if resumption.memory_sha256 is not None:
         path = saved.adapter_folder(after) / MEMORY_FILE
-        memory = load_tensors(path, within=saved.path, sha256=resumption.memory_sha256)
+        memory = load_tensors(
+            path,
+            None,
+            within=saved.path,
+            sha256=resumption.memory_sha256,
+            expected="what the aggregation keeps from round to round. Restore it.",
+        )
     arrays = strategy.restore(state, memory, resumption)
     strategy.verify_clients(grid, resumption.evaluated_clients)
     return arrays

@@ -28,12 +28,15 @@ from fedlora_app.config.sharing import PERSONAL, STAY
 from fedlora_app.evaluation.reported import describe_round, split_evaluation
 from fedlora_app.federation.aggregation import Aggregation
 from fedlora_app.federation.messages import (
+    KEPT,
+    OWN_GLOBAL,
     REGISTRATION_ROUND,
     MessageError,
     Task,
     pack_state,
     unpack_state,
 )
+from fedlora_app.federation.quantised import FEEDBACK, is_quantised
 from fedlora_app.federation.registration import find_returned, verify_clients
 from fedlora_app.federation.replies import (
     Reply,
@@ -48,7 +51,7 @@ from fedlora_app.foundation.progress import client_lines
 from fedlora_app.model.adapter_files import save_adapter, save_tensors
 from fedlora_app.model.adapters import AdaptedModel, AdapterState, state_shapes
 from fedlora_app.runs.directory import RunDirectory
-from fedlora_app.runs.manifest import MEMORY, OWN_GLOBAL, describe_missing_finals
+from fedlora_app.runs.manifest import MEMORY, describe_missing_finals
 from fedlora_app.runs.paths import MEMORY_FILE
 from fedlora_app.runs.resuming import (
     DATA_HASH,
@@ -58,9 +61,6 @@ from fedlora_app.runs.resuming import (
     suggest_earlier,
 )
 from fedlora_app.runs.round_record import RoundRecord
-
-FACTS = {LOCAL: "local_adapter", OWN_GLOBAL: "own_global_adapter"}
-"""What clients call the adapters that they write."""
 
 
 class GlobalAdapterFedAvg(FedAvg):
@@ -88,8 +88,8 @@ class GlobalAdapterFedAvg(FedAvg):
         self.serving_order = config.client_ids
         self.roster = Roster(nodes)
         if config.federated.keep_rounds is not None:
-            keeps = partial(run.oldest_local_round, keep_rounds=config.federated.keep_rounds)
-            self.roster.oldest_local_round = keeps
+            keeps = partial(run.oldest_kept_round, keep_rounds=config.federated.keep_rounds)
+            self.roster.oldest_kept_round = keeps
         self._task = task
         self._model = model
         self._shapes = state_shapes(model, GLOBAL)
@@ -128,8 +128,7 @@ class GlobalAdapterFedAvg(FedAvg):
         self._global_state, self._global_sha256 = state, resumption.global_sha256
         self._rounds_before = resumption.after_round
         self._aggregation.recall(memory)
-        self.roster.locals |= resumption.find_adapters(LOCAL)
-        self.roster.own_globals |= resumption.find_adapters(OWN_GLOBAL)
+        self.roster.kept = {role: resumption.find_kept(role) for role in KEPT}
         self._packed = pack_state(state)
         return self._packed
 
@@ -182,8 +181,9 @@ class GlobalAdapterFedAvg(FedAvg):
         plan = plan_round(self.config, server_round)
         if plan.train is not None:
             clients = training_clients(self.config, server_round)
-            expected = ["local_adapter"] if LOCAL in plan.train.trainable else []
-            expected += ["own_global_adapter"] if self.config.federated.rule in STAY else []
+            expected = [KEPT[LOCAL]] if LOCAL in plan.train.trainable else []
+            expected += [KEPT[OWN_GLOBAL]] if self.config.federated.rule in STAY else []
+            expected += [KEPT[FEEDBACK]] if is_quantised(self.config.federated.upload_dtype) else []
             # A client cannot have trained on more than it had when it registered, or all had.
             reports = self._run.manifest["clients"]
             pools = self.config.federated.mode == "centralized"
@@ -197,7 +197,7 @@ class GlobalAdapterFedAvg(FedAvg):
             self._aggregation.begin(self._global_state, server_round)
             for reply in self._valid_replies(server_round, "train", len(clients), replies, fold):
                 self._round.add_metrics(reply.client_id, plan.train.name, reply.metrics)
-                self._note_adapters(reply, server_round, is_last=plan.personalise is None)
+                self._note_kept(reply, server_round, is_last=plan.personalise is None)
             self._global_state = self._aggregation.result()
             self._forget_own_states()
             if (errors := self._aggregation.error_by_module) is not None:
@@ -229,9 +229,9 @@ class GlobalAdapterFedAvg(FedAvg):
         server_round += self._rounds_before
         plan = plan_round(self.config, server_round)
         expected = ["base_model"]
-        expected += ["local_adapter"] if LOCAL in plan.evaluated else []
+        expected += [KEPT[LOCAL]] if LOCAL in plan.evaluated else []
         expected += ["global_adapter"] if server_round < self.config.federated.num_rounds else []
-        expected += ["own_global_adapter"] if self.config.federated.rule in PERSONAL else []
+        expected += [KEPT[OWN_GLOBAL]] if self.config.federated.rule in PERSONAL else []
         check = partial(require_facts, expected)
         num_asked = len(self._members(server_round))
         reports: dict[str, dict[str, Any]] = {}
@@ -242,7 +242,7 @@ class GlobalAdapterFedAvg(FedAvg):
             if training and plan.personalise is not None:
                 self._round.add_metrics(client, plan.personalise.name, training)
             self._round.add_metrics(client, "evaluate", evaluation)
-            self._note_adapters(reply, server_round, is_last=True)
+            self._note_kept(reply, server_round, is_last=True)
             self.roster.held[client] = reply.facts.get("global_adapter", "")
             self._base_models[client] = reply.facts["base_model"]
             facts = {k: v for k, v in reply.facts.items() if not k.startswith(DATA_HASH)}
@@ -312,19 +312,19 @@ class GlobalAdapterFedAvg(FedAvg):
         required = min(self.config.federated.required_clients, num_asked)
         self._round.require_valid(num_valid, required, num_asked)
 
-    def _note_adapters(self, reply: Reply, server_round: int, is_last: bool) -> None:
-        """Remember the adapters that a client says it has written.
+    def _note_kept(self, reply: Reply, server_round: int, is_last: bool) -> None:
+        """Remember the files that a client says it has written.
 
         Args:
-            is_last: the round writes no others in their place, which may be there and the hashes
-                lost.
+            is_last: the round writes no other adapters in their place, which may be there and the
+                hashes lost.
         """
-        for role, kept in ((LOCAL, self.roster.locals), (OWN_GLOBAL, self.roster.own_globals)):
-            sha256 = reply.facts.get(FACTS[role])
+        for role, fact in KEPT.items():
+            sha256 = reply.facts.get(fact)
             if sha256 is None:
                 continue
-            kept[reply.client_id] = (server_round, sha256)
-            if is_last:
+            self.roster.kept[role][reply.client_id] = (server_round, sha256)
+            if is_last or role == FEEDBACK:
                 self._round.adapters[f"{role}:{reply.client_id}"] = sha256
 
     def _members(self, server_round: int) -> list[str]:

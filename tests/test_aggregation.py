@@ -8,32 +8,51 @@ import pytest
 import torch
 from conftest import build_tiny_config
 from loopback import Federation
+from observation import find_windows
 from safetensors.torch import load_file
 
+from fedlora_app.config.participation import training_clients
+from fedlora_app.config.schema import GLOBAL
+from fedlora_app.evaluation.choices import Evaluator, open_round
+from fedlora_app.evaluation.saved_model import SavedModel
+from fedlora_app.evaluation.score_store import ScoreStore
 from fedlora_app.federation.messages import UPDATE_RECORD
 from fedlora_app.federation.rules import RULES, build_rule
+from fedlora_app.model.adapters import get_state
+from fedlora_app.model.ranks import rank_axis, take_ranks
 from fedlora_app.runs.paths import MEMORY_FILE
+from fedlora_app.runs.reading import load_run
+from fedlora_app.serving.conversation import open_conversation
 
 CLIENTS = ("ann", "bob", "cy")
 WEIGHTS = "adapter_model.safetensors"
+IN_FAST_TESTS = ("svd", "share-a", "residual")
 
 
-def configure(rule: str, clients=CLIENTS, adapters=None, **federated):
+def configure(rule: str, clients=CLIENTS, of_clients=None, **federated):
+    """Return the tiny experiment under a rule, without evaluation.
+
+    Args:
+        of_clients: settings by client.
+    """
     if rule == "trimmed-mean":
         federated["trim_share"] = 0.34
-    return build_tiny_config(
-        clients,
-        federated={"aggregation": rule, **federated},
-        evaluation={"interval": 0},
-        data={"conflict_test": None},
-        adapters=adapters or {},
-    )
+    settings = {
+        "federated": {"aggregation": rule, **federated},
+        "evaluation": {"interval": 0},
+        "data": {"conflict_test": None},
+    }
+    if of_clients:
+        plain = build_tiny_config(clients).federated.clients
+        settings["federated"]["clients"] = [
+            client.model_dump() | of_clients.get(client.id, {}) for client in plain
+        ]
+    return build_tiny_config(clients, **settings)
 
 
 def adapter_files(run):
-    return {
-        str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*.safetensors"))
-    }
+    paths = sorted(run.rglob("*.safetensors"))
+    return {str(path.relative_to(run)): path.read_bytes() for path in paths}
 
 
 def updates_in(grid, server_round: int):
@@ -41,11 +60,10 @@ def updates_in(grid, server_round: int):
     found = {}
     for reply in grid.received:
         about = reply.content.config_records["about"]
-        if UPDATE_RECORD not in reply.content or about["server-round"] != server_round:
-            continue
-        arrays = reply.content.array_records[UPDATE_RECORD]
-        update = {key: torch.tensor(array.numpy()) for key, array in arrays.items()}
-        found[about["client-id"]] = (update, reply.content["metrics"]["num-examples"])
+        if UPDATE_RECORD in reply.content and about["server-round"] == server_round:
+            arrays = reply.content.array_records[UPDATE_RECORD]
+            update = {key: torch.tensor(array.numpy()) for key, array in arrays.items()}
+            found[about["client-id"]] = (update, reply.content["metrics"]["num-examples"])
     return found
 
 
@@ -53,39 +71,19 @@ def server_state(run, server_round: int):
     return load_file(run / "server" / f"round_{server_round:03d}" / WEIGHTS)
 
 
-@pytest.mark.parametrize(
-    "rule",
-    [
-        rule
-        if rule in ("svd", "share-a", "residual")
-        else pytest.param(rule, marks=pytest.mark.slow)
-        for rule in RULES
-    ],
-)
-def test_a_run_is_what_the_rule_says_and_resumes_to_the_byte(rule, tiny_project, tmp_path):
-    config = configure(rule)
-    whole = Federation(tiny_project, tmp_path / "whole", config)
-    run = whole.run()
-    expected = build_rule(config)
-    for server_round in (1, 2):
-        expected.begin(server_state(run, server_round - 1), server_round)
-        for client, (update, weight) in updates_in(whole.grids[0], server_round).items():
-            expected.add(client, update, weight)
-        result = expected.result()
-        for key, tensor in server_state(run, server_round).items():
-            torch.testing.assert_close(tensor, result[key], rtol=0, atol=1e-6)
-    stopped = Federation(tiny_project, tmp_path / "stopped", config)
+def entries(run, server_round: int, phase: str):
+    """Return each client's metrics of a phase."""
+    history = json.loads((run / "history.json").read_text())
+    found = [e for e in history if (e["round"], e["phase"]) == (server_round, phase)]
+    return {entry["client"]: entry["metrics"] for entry in found}
 
-    def stop(message, reply):
-        is_second = reply.content.config_records["about"].get("server-round") == 2
-        return None if is_second and UPDATE_RECORD not in reply.content else reply
 
-    with pytest.raises(KeyboardInterrupt):
-        stopped.run(tamper=interrupt_in_round(2))
-    again = stopped.run(resume=str(stopped.path))
-    assert adapter_files(again) == adapter_files(run)
-    kept = {path.name for path in run.rglob(MEMORY_FILE)}
-    assert kept == ({MEMORY_FILE} if rule == "rest-of-world" else set())
+def global_state(run, project, client: str):
+    """Return the client's global adapter as evaluation has it answer."""
+    saved = open_round(load_run(run), project)
+    model = SavedModel(saved.run, saved.server_round, saved.root)
+    with model.answering(saved.own(client)) as (adapted, _):
+        return get_state(adapted, GLOBAL)
 
 
 def interrupt_in_round(server_round: int):
@@ -100,11 +98,168 @@ def interrupt_in_round(server_round: int):
     return tamper
 
 
-def bytes_up(run, server_round: int = 1) -> int:
-    history = json.loads((run / "history.json").read_text())
-    (entry,) = [
-        e
-        for e in history
-        if (e["round"], e["client"], e["phase"]) == (server_round, "ann", "traffic")
-    ]
-    return entry["metrics"]["adapter_bytes_up"]
+@pytest.mark.parametrize(
+    "rule",
+    [r if r in IN_FAST_TESTS else pytest.param(r, marks=pytest.mark.slow) for r in RULES],
+)
+def test_a_run_is_what_the_rule_says_and_resumes_to_the_byte(rule, tiny_project, tmp_path):
+    config = configure(rule)
+    whole = Federation(tiny_project, tmp_path / "whole", config)
+    run = whole.run()
+    expected = build_rule(config)
+    for server_round in (1, 2):
+        expected.begin(server_state(run, server_round - 1), server_round)
+        for client, (update, weight) in updates_in(whole.grids[0], server_round).items():
+            expected.add(client, update, weight)
+        result = expected.result()
+        for key, tensor in server_state(run, server_round).items():
+            torch.testing.assert_close(tensor, result[key], rtol=0, atol=1e-6)
+    stopped = Federation(tiny_project, tmp_path / "stopped", config)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run(tamper=interrupt_in_round(2))
+    again = stopped.run(resume=str(stopped.path))
+    assert adapter_files(again) == adapter_files(run)
+    kept = {path.name for path in run.rglob(MEMORY_FILE)}
+    assert kept == ({MEMORY_FILE} if rule == "rest-of-world" else set())
+
+
+class TestGlobalAdaptersOfTheirOwn:
+    """What stays with a client stays there, and is what its answers are made with."""
+
+    @pytest.mark.parametrize("rule", ["share-a", "share-b"])
+    def test_one_factor_is_the_mean_and_the_other_the_client_s(self, rule, tiny_project, tmp_path):
+        federation = Federation(tiny_project, tmp_path, configure(rule, ("ann", "bob")))
+        run = federation.run()
+        mark = ".lora_A." if rule == "share-a" else ".lora_B."
+        shared, first = server_state(run, 2), server_state(run, 0)
+        states = {client: global_state(run, tiny_project, client) for client in ("ann", "bob")}
+        for key, tensor in shared.items():
+            ann, bob = (states[client][key] for client in ("ann", "bob"))
+            if mark in key:
+                assert torch.equal(ann, tensor) and torch.equal(bob, tensor)
+            else:
+                assert torch.equal(tensor, first[key]) and not torch.equal(ann, bob)
+        kept = [
+            tensor.numpy()
+            for path in (run / "clients").glob("*/global/round_00[12]/*.safetensors")
+            for key, tensor in load_file(path).items()
+            if mark not in key
+        ]
+        assert len(kept) == 2 * 2 * len(shared) / 2
+        grid = federation.grids[0]
+        assert find_windows(kept, grid.bytes_received() + grid.bytes_sent()) == 0
+        final = load_file(run / "final" / "globals" / "ann" / WEIGHTS)
+        assert all(torch.equal(final[key], states["ann"][key]) for key in final)
+        saved = SavedModel(load_run(run), 2, tiny_project)
+        open_conversation(saved, "ann", max_new_tokens=2).ask("Which office is red?")
+
+    def test_each_gets_the_mean_of_the_others_once_a_round(self, tiny_project, tmp_path):
+        run = Federation(tiny_project, tmp_path, configure("rest-of-world")).run()
+        states = [global_state(run, tiny_project, client) for client in CLIENTS]
+        for key, tensor in server_state(run, 2).items():
+            assert not torch.equal(states[0][key], states[1][key])
+            assert not torch.equal(states[0][key], tensor)
+        traffic = entries(run, 2, "traffic")
+        assert {m["adapter_bytes_down"] for m in traffic.values()} == {
+            m["adapter_bytes_up"] for m in traffic.values()
+        }
+
+    def test_one_client_s_answers_are_not_taken_for_another_s(self, tiny_project, tmp_path):
+        run = Federation(tiny_project, tmp_path, configure("share-a", ("ann", "bob"))).run()
+        saved = open_round(load_run(run), tiny_project)
+        evaluator = Evaluator(saved, ScoreStore(tmp_path / "scores", "x"), lambda *_: None)
+        keys = {evaluator._identify(saved.alone(client)) for client in ("ann", "bob")}
+        assert len(keys) == 2 and all(key.startswith("global ") for key in keys)
+
+
+def test_clients_of_lower_rank_train_and_answer_with_it(tiny_project, tmp_path):
+    config = configure("svd", of_clients={"ann": {"rank": 2}})
+    run = Federation(tiny_project, tmp_path, config).run()
+    traffic = entries(run, 2, "traffic")
+    for direction in ("up", "down"):
+        ann, bob = (traffic[c][f"adapter_bytes_{direction}"] for c in ("ann", "bob"))
+        assert ann < 0.8 * bob
+    ann, bob = (global_state(run, tiny_project, client) for client in ("ann", "bob"))
+    server = server_state(run, 2)
+    for key, tensor in server.items():
+        assert torch.equal(bob[key], tensor)
+        assert torch.equal(take_ranks(ann, 0, 2)[key], take_ranks(server, 0, 2)[key])
+        assert not take_ranks(ann, 2, 4)[key].any()
+
+
+@pytest.mark.parametrize("rule", ["freeze-a", "alternate"])
+def test_half_of_the_adapter_travels_up(rule, tiny_project, tmp_path):
+    run = Federation(tiny_project, tmp_path, configure(rule, ("ann", "bob"))).run()
+    for server_round in (1, 2):
+        traffic = entries(run, server_round, "traffic")["ann"]
+        share = traffic["adapter_bytes_up"] / traffic["adapter_bytes_down"]
+        assert 0.3 < share < 0.7
+    before, after = server_state(run, 1), server_state(run, 2)
+    changed = {key for key in after if not torch.equal(after[key], before[key])}
+    mark = ".lora_A." if rule == "alternate" else ".lora_B."
+    assert changed == {key for key in after if mark in key}
+
+
+def test_a_frozen_part_answers_and_is_not_trained(tiny_project, tmp_path):
+    run = Federation(tiny_project, tmp_path, configure("stack", ("ann", "bob"))).run()
+    rank, num_clients = 4, 2
+    for server_round in (1, 2):
+        state = server_state(run, server_round)
+        for key, tensor in state.items():
+            assert tensor.shape[rank_axis(key)] == rank + num_clients * rank
+            if ".lora_B." in key:
+                assert not tensor[:, :rank].any() and tensor[:, rank:].any()
+    config = json.loads((run / "final" / "global" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (12, 24)  # PEFT loads it as one adapter
+    state = global_state(run, tiny_project, "ann")
+    assert all(torch.equal(state[key], tensor) for key, tensor in server_state(run, 2).items())
+
+
+class TestWhoTakesPart:
+    def test_a_sample_of_the_clients_trains_and_all_fit_their_own(self, tiny_project, tmp_path):
+        config = configure("fedavg", fraction=0.5)
+        run = Federation(tiny_project, tmp_path, config).run()
+        for server_round in (1, 2):
+            trained = set(entries(run, server_round, "global"))
+            assert trained == set(training_clients(config, server_round)) and len(trained) == 2
+            assert set(entries(run, server_round, "local")) == set(CLIENTS)
+
+    def test_clients_join_and_leave(self, tiny_project, tmp_path):
+        of_clients = {"ann": {"last_round": 1}, "bob": {"first_round": 2}}
+        config = configure("fedavg", of_clients=of_clients)
+        run = Federation(tiny_project, tmp_path, config).run()
+        for phase in ("global", "local", "evaluate"):
+            assert set(entries(run, 1, phase)) == {"ann", "cy"}
+            assert set(entries(run, 2, phase)) == {"bob", "cy"}
+        assert load_run(run).local_round(2, "ann") == 1
+        assert not any(entry.get("failures") for entry in load_run(run).manifest["rounds"])
+
+    @pytest.mark.parametrize(
+        ("weighting", "weights"), [("equal", (1, 1, 1)), ("given", (0.5, 2.0, 1.0))]
+    )
+    def test_updates_count_as_the_weighting_says(self, weighting, weights, tiny_project, tmp_path):
+        by_client = dict(zip(CLIENTS, weights, strict=True))
+        of_clients = {c: {"weight": w} for c, w in by_client.items()}
+        config = configure(
+            "fedavg",
+            of_clients=of_clients if weighting == "given" else None,
+            weighting=weighting,
+            num_rounds=1,
+        )
+        federation = Federation(tiny_project, tmp_path, config)
+        run = federation.run()
+        updates = updates_in(federation.grids[0], 1)
+        before, after = server_state(run, 0), server_state(run, 1)
+        for key in after:
+            mean = sum(w * updates[c][0][key] for c, w in by_client.items()) / sum(weights)
+            torch.testing.assert_close(after[key], before[key] + mean, rtol=0, atol=1e-6)
+
+
+def test_a_server_optimizer_goes_on_after_a_stop(tiny_project, tmp_path):
+    config = configure("fedavg", ("ann", "bob"), server_optimizer="adam")
+    run = Federation(tiny_project, tmp_path / "whole", config).run()
+    stopped = Federation(tiny_project, tmp_path / "stopped", config)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run(tamper=interrupt_in_round(2))
+    assert adapter_files(stopped.run(resume=str(stopped.path))) == adapter_files(run)
+    assert (run / "server" / "round_002" / MEMORY_FILE).is_file()

@@ -19,7 +19,7 @@ from observation import find_windows
 from safetensors.torch import load_file
 
 from fedlora_app import client as client_module
-from fedlora_app.client import Client, Kept
+from fedlora_app.client import Client
 from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import ConfigError
 from fedlora_app.evaluation import room
@@ -365,7 +365,7 @@ def test_what_is_fine_tuned_is_a_copy_of_the_average(tiny_project, tmp_path):
         key: 0.1 * torch.randn(shape, generator=generator)
         for key, shape in client.global_shapes().items()
     }
-    client.personalise(1, average, Kept())
+    client.personalise(1, average, {})
     assert equal(local_state(tmp_path / "run", "ann", 1), average)
 
 

@@ -34,7 +34,7 @@ def strategy(tokenizer, tmp_path):
     return GlobalAdapterFedAvg(
         config,
         nodes={client["id"]: index + 1 for index, client in enumerate(clients)},
-        task=Task("", 0, -1, "", "", False, "run", "", "", "", "{}"),
+        task=Task("", 0, "", False, "run", "", "", "", "{}"),
         model=model,
         run=RunDirectory.create(
             tmp_path / "run", config, tmp_path, {client["id"]: CHECKED_IN for client in clients}

@@ -165,6 +165,9 @@ class TrainingConfig(Section):
     local_orthogonality: float = Field(0.0, ge=0)
     """Holds the two adapters' input subspaces apart: weight of their overlap (0 to 1, mean over
     modules), in the local phase of mode dual."""
+    proximal_mu: float = Field(0.0, ge=0)
+    """FedProx: holds the global adapter near the one that was received while it is trained. Adds
+    mu / 2 times the squared distance of their weights to the loss."""
     max_grad_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: Literal["auto", True, False] = "auto"
     """auto: on where the activations would not fit into the memory that is free."""
@@ -242,8 +245,9 @@ class FederatedConfig(Section):
     """Adapters of only so many complete rounds are kept, the newest always. null: all."""
     min_clients: int | None = Field(None, ge=1)
     """Fewer answers than this stop the run. null: all clients must answer."""
-    upload_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the update that a client sends; bfloat16 halves the bytes."""
+    upload_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"
+    """Of the update that a client sends; bfloat16 halves the bytes, int8 takes a quarter and nf4 an
+    eighth of them. What the rounding of int8 and nf4 loses, a client adds to its next update."""
     clients: list[ClientConfig] = Field(min_length=1)
 
     @property

@@ -20,12 +20,13 @@ from pathlib import Path
 
 import transformers
 
-from fedlora_app.client import Client, Kept
+from fedlora_app.client import Client
 from fedlora_app.config.loading import parse_config, parse_overrides, set_dotted
 from fedlora_app.config.rounds import BOTH, adapters_label
-from fedlora_app.config.schema import GLOBAL, Config, ConfigError
+from fedlora_app.config.schema import GLOBAL, LOCAL, Config, ConfigError
 from fedlora_app.evaluation.client_round import Metrics
 from fedlora_app.evaluation.names import EXACT_MATCH, QUESTION_SETS
+from fedlora_app.federation.messages import Kept
 from fedlora_app.foundation.files import hash_file, write_json
 from fedlora_app.foundation.project import find_project_root
 from fedlora_app.model.adapter_files import load_adapter
@@ -152,8 +153,8 @@ def retrain(client: Client, states: Sequence[AdapterState]) -> Metrics:
     """
     metrics: Metrics = {}
     for server_round, state in enumerate(states[1:], start=1):
-        local_round = server_round - 1 if server_round > 1 else -1  # -1: a fresh one
-        metrics, _ = client.personalise(server_round, state, Kept(local_round))
+        kept = {LOCAL: Kept(server_round - 1)} if server_round > 1 else {}  # a fresh one
+        metrics, _ = client.personalise(server_round, state, kept)
     return metrics
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedlora_app.config.combination import GATE, SCALE, Combination, as_configured
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdaptersConfig, ConfigError
+from fedlora_app.config.sharing import PERSONAL
 from fedlora_app.runs.reading import SavedRun
 
 OPEN_ABOVE = 0.5
@@ -25,6 +26,8 @@ class Answering:
     scale: float = 1.0
     combine: Combination | None = None
     """How both adapters answer together; None: as the run's configuration says."""
+    global_of: str | None = None
+    """Whose global adapter, where clients differ in it; None: the server's."""
 
     @classmethod
     def own(
@@ -63,7 +66,10 @@ class Answering:
         """Return who answers where the gate opens (True) and where it does not (False)."""
         if not self.has_gate(config):
             return dict.fromkeys((True, False), self)
-        return {True: replace(self, combine=SCALE), False: Answering(with_global=True)}
+        return {
+            True: replace(self, combine=SCALE),
+            False: Answering(with_global=True, global_of=self.global_of),
+        }
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,22 @@ class SavedAdapters:
                 f"The scale (lambda) {scale:g} has no effect: in mode {mode} there is no local "
                 f"adapter after round {self.server_round}. Leave it out."
             )
-        return Answering.own(self.active, client, scale, self.combine)
+        own = Answering.own(self.active, client, scale, self.combine)
+        return replace(own, global_of=self._owner_of_global(client)) if own.with_global else own
+
+    def alone(self, client: str) -> Answering:
+        """Return the global adapter alone, as that client has it."""
+        return Answering(with_global=True, global_of=self._owner_of_global(client))
+
+    @property
+    def has_own_globals(self) -> bool:
+        """Whether clients have different global adapters."""
+        config = self.run.config
+        of_rule = config.federated.rule in PERSONAL
+        return of_rule or any(config.adapters_of(c) is not config.adapters for c in self.clients)
+
+    def _owner_of_global(self, client: str) -> str | None:
+        return client if self.has_own_globals else None
 
     def foreign(self, client: str, scale: float = 1.0) -> list[Answering]:
         """Return the client's adapters with other clients' local ones in the place of its own."""
@@ -140,9 +161,12 @@ class SavedAdapters:
             return []
         position = self.clients.index(client)
         ring = (self.clients[position + 1 :] + self.clients[:position])[:NUM_FOREIGN]
-        return [self.own(other, scale) for other in ring]
+        own = self.own(client, scale)
+        return [replace(own, local=other) for other in ring]
 
     def swaps(self, client: str) -> list[Answering]:
         """Return every choice of adapters that the swap table tries on a client's questions."""
-        alone = [Answering(), *(Answering.own([name], client) for name in self.trained)]
+        alone = [Answering()]
+        for name in self.trained:
+            alone.append(self.alone(client) if name == GLOBAL else Answering.own([name], client))
         return list(dict.fromkeys([*alone, self.own(client), *self.foreign(client)]))

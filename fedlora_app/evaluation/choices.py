@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.config.combination import SCALE, Combination
 from fedlora_app.config.schema import GLOBAL, LOCAL, ModelConfig
+from fedlora_app.config.sharing import PERSONAL
 from fedlora_app.data.client_files import ClientFiles, load_all_files
 from fedlora_app.data.questions import Question
 from fedlora_app.evaluation.answering import Answering, SavedAdapters
@@ -30,6 +31,7 @@ from fedlora_app.evaluation.score_store import ScoreStore
 from fedlora_app.evaluation.scores import Score, score_answer
 from fedlora_app.evaluation.scoring import Answered, Prompt, ask_nothing, score_prompts
 from fedlora_app.evaluation.semantic import Embedder
+from fedlora_app.federation.messages import OWN_GLOBAL
 from fedlora_app.model.base import compute_dtype, describe_device, uses_4bit
 from fedlora_app.runs.reading import SavedRun
 
@@ -59,7 +61,7 @@ class SavedRound(SavedAdapters):
     """A complete round with its adapters and the clients' files, all of them checked."""
 
     hashes: dict[str, str]
-    """sha256 of the global adapter and of each client's local one, as in the manifest."""
+    """sha256 of the global adapter and of each client's own ones, as in the manifest."""
     files: dict[str, ClientFiles]
 
 
@@ -85,6 +87,11 @@ def open_round(
         hashes[GLOBAL] = run.adapter_sha256(chosen)
     if LOCAL in trained:
         hashes |= {f"{LOCAL}:{c}": run.adapter_sha256(chosen, c) for c in config.client_ids}
+    if GLOBAL in trained and config.federated.rule in PERSONAL:
+        hashes |= {
+            f"{OWN_GLOBAL}:{c}": run.adapter_sha256(chosen, c, OWN_GLOBAL)
+            for c in config.client_ids
+        }
     files = load_all_files(config, root)
     return SavedRound(run, chosen, root, hashes, files, combine=combine)
 
@@ -157,7 +164,7 @@ class Evaluator:
         settings = self.saved.run.config.evaluation
         missing.sort(key=lambda prompt: len(prompt.question) + sum(map(len, prompt.candidates)))
         if left := self._find_left_to_global(answering, missing, loaded.tokenizer):
-            alone = Answering(with_global=True)
+            alone = answering.behind_gate(self.saved.run.config.adapters)[False]
             self._answer(alone, list(left), done, total)
             shared = [self.store.get(self._identify(alone), prompt) for prompt in left]
             answers = [
@@ -231,7 +238,13 @@ class Evaluator:
     def _identify(self, answering: Answering) -> str:
         """Return a key that changes with any adapter's bytes, the scale and the combination."""
         hashes = self.saved.hashes
-        parts = [hashes[GLOBAL]] if answering.with_global else []
+        parts = []
+        if answering.with_global:
+            own = hashes.get(f"{OWN_GLOBAL}:{answering.global_of}")
+            parts = [own or hashes[GLOBAL]]
+            if own is None and answering.global_of is not None:
+                rank = self.saved.run.config.adapters_of(answering.global_of).global_.rank
+                parts.append(f"its first {rank} ranks")
         if answering.local is not None:
             parts += [hashes[f"{LOCAL}:{answering.local}"], f"{answering.scale:g}"]
         parts += [answering.combination(self.saved.run.config.adapters)] if parts else []

@@ -104,8 +104,8 @@ def evaluate_round(
 
 
 def _infer_membership(saved: SavedRound, evaluator: Evaluator) -> list[dict[str, Any]]:
-    if GLOBAL not in saved.trained:
-        return []  # nothing is shared
+    if GLOBAL not in saved.trained or saved.has_own_globals:
+        return []  # there is not one adapter that all share
     loaded, _ = evaluator.model.load()
     config = saved.run.config
     report = partial(evaluator.report, "membership")
@@ -168,8 +168,8 @@ def swap_cells(saved: SavedRound) -> Iterator[Cell]:
 
 def core_cells(saved: SavedRound) -> Iterator[Cell]:
     """Yield every test set of every client under the base model, what is shared and its own."""
-    shared = [Answering(with_global=True)] if GLOBAL in saved.trained else []
     for client, sets in _question_sets(saved).items():
+        shared = [saved.alone(client)] if GLOBAL in saved.trained else []
         prompt = saved.run.config.client(client).system_prompt
         for name, questions in sets.items():
             for answering in dict.fromkeys([Answering(), *shared, saved.own(client)]):
@@ -193,7 +193,7 @@ def control_cells(saved: SavedRound) -> Iterator[Cell]:
         if other != client:
             same = other_prompt == own_prompt
             prompts["foreign identity"] = _name_client(other) if same else other_prompt
-        shared = Answering(with_global=GLOBAL in saved.trained)
+        shared = saved.alone(client) if GLOBAL in saved.trained else Answering()
         for kind, prompt in prompts.items():
             for name in (n for n in (LOCAL_SET, CONFLICT) if n in sets):
                 for answering in dict.fromkeys([shared, saved.own(client)]):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from fedlora_app.config.combination import GATE, INSTANCE, MIXER, SCALE, SEARCH, Combination
 from fedlora_app.config.schema import GLOBAL, LOCAL
+from fedlora_app.config.sharing import PERSONAL
 from fedlora_app.data.client_files import load_client_files
 from fedlora_app.data.dialogue import pin_date
 from fedlora_app.evaluation.answering import Answering, SavedAdapters
@@ -27,6 +28,7 @@ from fedlora_app.evaluation.gate_files import describe_origin, find_gate, load_g
 from fedlora_app.evaluation.instance import InstanceWeights
 from fedlora_app.evaluation.search import SearchedWeights
 from fedlora_app.evaluation.token_mixer import TokenMixer
+from fedlora_app.federation.messages import OWN_GLOBAL
 from fedlora_app.model.adapter_files import load_adapter
 from fedlora_app.model.adapters import (
     AdaptedModel,
@@ -38,6 +40,7 @@ from fedlora_app.model.adapters import (
 )
 from fedlora_app.model.base import LoadedModel, ModelError, load_base_model
 from fedlora_app.model.fingerprint import explain_fingerprint
+from fedlora_app.model.ranks import fit_client, widen_from_client
 
 FITTED: dict[Combination, type[FittedCombiner]] = {
     INSTANCE: InstanceWeights,
@@ -86,7 +89,7 @@ class SavedModel(SavedAdapters):
         """
         loaded, model = self.load()
         if who.with_global:
-            set_state(model, GLOBAL, self.state(None))
+            set_state(model, GLOBAL, self._global_state(who))
         if who.local is not None:
             set_state(model, LOCAL, self.state(who.local))
         combiner = self.find_combiner(who, loaded.fingerprint)
@@ -103,6 +106,34 @@ class SavedModel(SavedAdapters):
             _, model = self.load()
             self._states[key] = self.read_state(client, model)
         return self._states[key]
+
+    def _global_state(self, who: Answering) -> AdapterState:
+        """Return the global adapter as it answers there, with the ranks of all clients."""
+        if who.global_of is None:
+            return self.state(None)
+        return self.read_global(who.global_of, self.load()[1])
+
+    def read_global(self, owner: str | None, model: AdaptedModel) -> AdapterState:
+        """Read the global adapter as a client has it, with the ranks of all clients.
+
+        Args:
+            owner: None where clients do not differ in it.
+        """
+        config, name = self.run.config, self.run.config.model.name
+        if owner is None:
+            return self.read_state(None, model)
+        if config.federated.rule not in PERSONAL:
+            received = fit_client(config, owner, self.read_state(None, model))
+            return widen_from_client(config, owner, received)
+        sha256 = self.run.adapter_sha256(self.server_round, owner, OWN_GLOBAL)
+        folder = self.run.adapter_folder(self.server_round, owner, OWN_GLOBAL)
+        return load_adapter(folder, model, GLOBAL, name, within=self.run.path, sha256=sha256)
+
+    def global_sha256(self, owner: str | None) -> str:
+        """Return the hash of the global adapter's file that a client answers with."""
+        if owner is None or self.run.config.federated.rule not in PERSONAL:
+            return self.run.adapter_sha256(self.server_round)
+        return self.run.adapter_sha256(self.server_round, owner, OWN_GLOBAL)
 
     def read_state(self, client: str | None, model: AdaptedModel) -> AdapterState:
         """Read an adapter and check its file and its shapes; ``model`` may have no weights."""
@@ -147,7 +178,7 @@ class SavedModel(SavedAdapters):
         kind = FITTED[who.combination(config.adapters)]
         client, folder = config.client(owner), self.run.paths.combiner(owner, kind.NAME)
         sha256 = {
-            GLOBAL: self.run.adapter_sha256(self.server_round),
+            GLOBAL: self.global_sha256(who.global_of),
             LOCAL: self.run.adapter_sha256(self.server_round, owner),
         }
         of_run = self._recorded_hashes(owner)
@@ -159,7 +190,7 @@ class SavedModel(SavedAdapters):
         if (kept := load_combiner(kind, folder, about, client.system_prompt)) is not None:
             return kept  # to data that have changed since the run
         loaded, model = self.load()
-        set_state(model, GLOBAL, self.state(None))
+        set_state(model, GLOBAL, self._global_state(who))
         set_state(model, LOCAL, self.state(owner))
         task = FittingTask(model, loaded.tokenizer, config, client, files, self.root)
         with only_adapters(model, who.adapters):

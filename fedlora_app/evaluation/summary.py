@@ -93,10 +93,9 @@ class Results:
         """Return how much more global alone is right than the base, on what is a client's own."""
         if GLOBAL not in self.saved.trained:
             return NOTHING
-        shared = Answering(with_global=True)
         return compute_difference(
             (
-                (c, self.find(c, name, shared), [self.find(c, name, Answering())])
+                (c, self.find(c, name, self.saved.alone(c)), [self.find(c, name, Answering())])
                 for c in self.clients
             ),
             name,

@@ -17,7 +17,7 @@ from fedlora_app.data.questions import (
     UNIVERSAL,
     UNIVERSAL_UNSEEN,
 )
-from fedlora_app.evaluation.answering import OPEN_ABOVE, Answering
+from fedlora_app.evaluation.answering import OPEN_ABOVE
 from fedlora_app.evaluation.chance import read_chances
 from fedlora_app.evaluation.choices import Cell, SavedRound, describe_precision
 from fedlora_app.evaluation.names import (
@@ -274,7 +274,7 @@ def _question_rows(
     for client, own in answering:
         for name in ASKED_SETS:
             leads = MEASURES[leading.get(name, EXACT_MATCH.name)]
-            shared = iter(results.find(client, name, Answering(with_global=True)))
+            shared = iter(results.find(client, name, saved.alone(client)))
             for question, score in results.find(client, name, own):
                 _, by_global = next(shared, (None, None))
                 yield {

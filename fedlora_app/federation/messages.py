@@ -20,9 +20,21 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedlora_app.config.loading import parse_config
-from fedlora_app.config.schema import Config
+from fedlora_app.config.schema import LOCAL, Config
+from fedlora_app.federation.quantised import (
+    FEEDBACK,
+    WIRE_DTYPES,
+    count_wire_bytes,
+    dequantise,
+    is_quantised,
+    quantise,
+)
 from fedlora_app.model.adapters import AdapterState, check_names, check_state
 
+OWN_GLOBAL = "own-global"
+"""The role of a global adapter that a client has for itself, under rules that leave it one."""
+KEPT = {LOCAL: "local_adapter", OWN_GLOBAL: "own_global_adapter", FEEDBACK: "feedback"}
+"""What clients keep by rounds: its role, and the fact by which they name a file's hash."""
 REGISTRATION_ROUND = 0
 ADAPTER_RECORD = "global-adapter"
 UPDATE_RECORD = "global-update"
@@ -30,7 +42,6 @@ TASK_RECORD = "task"
 METRIC_RECORD = "metrics"
 ABOUT_RECORD = "about"
 SPOILT = "process-is-spoilt"
-WIRE_BYTES = {"float32": 4, "uint16": 2}
 MAX_ARRAY_HEADER_BYTES = 4096
 MAX_ERROR_CHARS = 10_000
 MAX_PATH_CHARS = 4096
@@ -68,7 +79,7 @@ SHA256 = r"[0-9a-f]{64}"
 DECLARED_FACTS = {
     r"sha256/(universal|local)_train|sha256/(universal|local|conflict)(_validation)?"
     r"|sha256/public": SHA256,
-    r"base_model|global_adapter|local_adapter|own_global_adapter": SHA256,
+    r"base_model|global_adapter|local_adapter|own_global_adapter|feedback": SHA256,
     r"device": r"[^\n]{1,200}",
     r"process": r"\d+, base model loaded \d+ times",
     r"findings": r"\[.*\]",
@@ -83,24 +94,38 @@ class MessageError(ValueError):
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What a client has kept in one role, as the server knows it."""
+
+    round: int = -1
+    """The last round whose file counts; below 0 there is none yet."""
+    sha256: str = ""
+    """Empty where it is not known."""
+    oldest: int = 0
+    """The oldest round that is still needed."""
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether the values are of their types and ranges."""
+        rounds = (self.round, self.oldest)
+        are_numbers = all(type(number) is int and -1 <= number < 2**31 for number in rounds)
+        return are_numbers and isinstance(self.sha256, str)
+
+
+@dataclass(frozen=True)
 class Task:
     """What the server asks of a client, beside the adapter itself.
 
-    ``local_round`` is the round whose local adapter the client continues from, -1 for none, and
-    ``local_sha256`` its hash. ``global_sha256`` is that of the global adapter, which the client has
-    kept where the message does not bring it. ``resumes`` tells that the run is continued, so that
-    the client's folder may be there already. ``oldest_local_round`` is the oldest of the client's
-    local adapters that a kept round needs. ``own_round`` and ``own_sha256`` are those of the global
-    adapter that the client has for itself, under rules that leave it one. ``date`` is the day that
-    chat templates write.
+    ``kept`` says as JSON what the client continues from of what it has kept, which ``from_kept``
+    reads. ``global_sha256`` is the hash of the global adapter, which the client has kept where the
+    message does not bring it. ``resumes`` tells that the run is continued, so that the client's
+    folder may be there already. ``date`` is the day that chat templates write.
     ``project_dir`` and ``output_dir`` hold for simulated nodes, which share the server's disk;
     others have folders of their own.
     """
 
     client_id: str
     server_round: int
-    local_round: int
-    local_sha256: str
     global_sha256: str
     resumes: bool
     run_name: str
@@ -108,10 +133,20 @@ class Task:
     output_dir: str
     package_sha256: str
     experiment: str
-    oldest_local_round: int = 0
     date: str = ""
-    own_round: int = -1
-    own_sha256: str = ""
+    kept: str = "{}"
+
+    @property
+    def from_kept(self) -> dict[str, Kept]:
+        """What the client continues from, by its role in ``KEPT``; nothing of the others."""
+        try:
+            kept = {role: Kept(*entry) for role, entry in json.loads(self.kept).items()}
+            is_known = all(role in KEPT and entry.is_possible for role, entry in kept.items())
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            is_known = False
+        if not is_known:
+            raise MessageError(f"The server sent {self.kept:.200} as what this client has kept.")
+        return kept
 
     @property
     def config(self) -> Config:
@@ -125,7 +160,7 @@ class Task:
 
 
 def pack_state(state: AdapterState, dtype: str = "float32") -> ArrayRecord:
-    """Return a state as Flower arrays; bfloat16 travels as its 16 bits."""
+    """Return a state as Flower arrays; bfloat16 travels as its 16 bits, int8 and nf4 as bytes."""
     return ArrayRecord({key: Array(_to_wire(tensor, dtype)) for key, tensor in state.items()})
 
 
@@ -139,7 +174,7 @@ def unpack_state(
     Raises:
         MessageError, AdapterError: naming the sender and the tensor.
     """
-    wire_dtype = "uint16" if dtype == "bfloat16" else dtype
+    wire_dtype = WIRE_DTYPES[dtype]
     check_names(record, shapes, f"{sender} sent")
     state = {}
     for key, shape in shapes.items():
@@ -148,14 +183,14 @@ def unpack_state(
             raise MessageError(
                 f"{sender} sent {key} as {array.dtype:.50}, expected {wire_dtype} (for {dtype})."
             )
-        if len(array.data) > shape.numel() * WIRE_BYTES[wire_dtype] + MAX_ARRAY_HEADER_BYTES:
+        most = count_wire_bytes(shape.numel(), dtype) + MAX_ARRAY_HEADER_BYTES
+        if len(array.data) > most:
             raise MessageError(f"{sender} sent {key} as {len(array.data)} bytes, too many for it.")
         try:
-            tensor = _view_array(array)
+            state[key] = _from_wire(_view_array(array), shape, dtype)
         except Exception as error:  # numpy raises nearly anything for damaged bytes
             reason = str(error)[:200]
             raise MessageError(f"{sender} sent {key} as a damaged array: {reason!a}.") from None
-        state[key] = tensor.view(torch.bfloat16).float() if dtype == "bfloat16" else tensor
     check_state(state, shapes, f"{sender} sent")
     return state
 
@@ -183,11 +218,8 @@ def read_task(message: Message) -> Task:
         found = type(getattr(task, field.name)).__name__
         if found != field.type:
             raise MessageError(f"The server sent {field.name} as {found}, expected {field.type}.")
-    if task.server_round < 0 or min(task.local_round, task.own_round) < -1:
-        raise MessageError(
-            f"The server sent round {task.server_round}, local round {task.local_round} and own "
-            f"round {task.own_round}."
-        )
+    if task.server_round < 0:
+        raise MessageError(f"The server sent round {task.server_round}.")
     return task
 
 
@@ -311,7 +343,21 @@ def _view_array(array: Array) -> torch.Tensor:
         return torch.from_numpy(values.reshape(shape))
 
 
+def _from_wire(values: torch.Tensor, shape: torch.Size, dtype: str) -> torch.Tensor:
+    """Return the fp32 tensor of this shape that the values of an array stand for."""
+    if dtype == "bfloat16":
+        return values.view(torch.bfloat16).float()
+    if not is_quantised(dtype):
+        return values
+    expected = (count_wire_bytes(shape.numel(), dtype),)
+    if values.shape != expected:
+        raise ValueError(f"it has shape {tuple(values.shape)}, expected {expected}")
+    return dequantise(values, shape, dtype)
+
+
 def _to_wire(tensor: torch.Tensor, dtype: str) -> Any:
     if dtype == "bfloat16":
         return tensor.bfloat16().view(torch.uint16).numpy()
+    if is_quantised(dtype):
+        return quantise(tensor, dtype).numpy()
     return tensor.float().numpy()

@@ -6,6 +6,7 @@ get its hash.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
@@ -13,9 +14,8 @@ from typing import Literal
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedlora_app.federation.grid import build_message
-from fedlora_app.federation.messages import Task, build_task_content
+from fedlora_app.federation.messages import KEPT, Task, build_task_content
 
-NO_LOCAL = (-1, "")  # the round of a client's local adapter, and its sha256
 UNKNOWN = "an unknown node"
 
 
@@ -29,12 +29,11 @@ class Roster:
     def __init__(self, nodes: dict[str, int]) -> None:
         self.nodes = nodes
         self.held: dict[str, str] = {}  # sha256 of the global adapter that a client has kept
-        self.locals: dict[str, tuple[int, str]] = dict.fromkeys(nodes, NO_LOCAL)
-        self.own_globals: dict[str, tuple[int, str]] = dict.fromkeys(nodes, NO_LOCAL)
-        """Likewise of the global adapter that a client has for itself, if it has one."""
+        self.kept: dict[str, dict[str, tuple[int, str]]] = {role: {} for role in KEPT}
+        """By role and client the last round whose file counts, and its sha256."""
         self.traffic = Traffic()
-        self.oldest_local_round: Callable[[str], int] = lambda client: 0
-        """Returns the oldest round whose local adapter a client is to keep."""
+        self.oldest_kept_round: Callable[[str, str], int] = lambda role, client: 0
+        """Returns the oldest round of which a client is to keep what has this role."""
         self.gets_own_state: Callable[[str], bool] = lambda client: False
         """Returns whether a client gets another global adapter than the server's, whose hash the
         client alone knows."""
@@ -60,26 +59,20 @@ class Roster:
         """Yield one message per client, made when its turn comes.
 
         Args:
-            task: its client, and what concerns the client's own adapters, are filled in.
+            task: its client, and what concerns what the client has kept, are filled in.
             clients: in order.
             arrays_for: returns the global adapter that a client is sent unless it holds it already.
         """
         for client in clients:
-            local_round, local_sha256 = self.locals[client]
-            own_round, own_sha256 = self.own_globals[client]
             held, expected = self.held.pop(client, ""), task.global_sha256
             if self.gets_own_state(client):
                 expected = held
-            own = replace(
-                task,
-                client_id=client,
-                global_sha256=expected,
-                local_round=local_round,
-                local_sha256=local_sha256,
-                own_round=own_round,
-                own_sha256=own_sha256,
-                oldest_local_round=self.oldest_local_round(client),
-            )
+            kept = {
+                role: [*found[client], self.oldest_kept_round(role, client)]
+                for role, found in self.kept.items()
+                if client in found
+            }
+            own = replace(task, client_id=client, global_sha256=expected, kept=json.dumps(kept))
             is_held = expected and held == expected
             content = build_task_content(own, None if is_held else arrays_for(client))
             message = build_message(content, message_type, self.nodes[client])

@@ -1,4 +1,7 @@
-"""Adapters on disk: PEFT folders, written atomically and checked when they are read."""
+"""Adapters on disk: PEFT folders, written atomically and checked when they are read.
+
+So are plain files of an adapter's tensors, which are no adapter by themselves.
+"""
 
 from __future__ import annotations
 
@@ -81,17 +84,15 @@ def load_adapter(
     """
     weights, config_path = folder / WEIGHTS_FILE, folder / CONFIG_FILE
     shapes = state_shapes(model, name)
-    largest = MAX_HEADER_BYTES + sum(FP32_BYTES * shape.numel() for shape in shapes.values())
-    content, config = (
-        _read_adapter_file(path, limit, within or folder, name)
-        for path, limit in ((weights, largest), (config_path, MAX_CONFIG_BYTES))
+    expected = (
+        f"a PEFT folder with {CONFIG_FILE} and {WEIGHTS_FILE}; a {name} adapter is never silently "
+        "restarted."
     )
-    found = hashlib.sha256(content).hexdigest()
-    if sha256 is not None and found != sha256:
-        raise AdapterError(
-            f"{weights} is not the file that was written: its sha256 begins with {found[:12]}, "
-            f"expected {sha256[:12]}. Restore it."
-        )
+    content, config = (
+        _read_adapter_file(path, limit, within or folder, expected)
+        for path, limit in ((weights, _largest_file(shapes)), (config_path, MAX_CONFIG_BYTES))
+    )
+    _require_hash(weights, content, sha256)
     stored_base = _parse_object(config, config_path).get("base_model_name_or_path")
     role, state = _parse_weights(content, weights)
     if role != name:
@@ -102,47 +103,93 @@ def load_adapter(
             f"{folder} was trained on the base model {str(stored_base)[:MAX_SHOWN_CHARS]!r}, and "
             f"this run uses {base_name!r}."
         )
-    for key, tensor in state.items():
-        if tensor.dtype != torch.float32:
-            raise AdapterError(f"{folder}: {key} holds {tensor.dtype}, expected torch.float32.")
+    _require_fp32(state, str(folder))
     check_state(state, shapes, str(folder))
     return state
 
 
-def save_tensors(path: Path, tensors: AdapterState) -> str:
-    """Write tensors that are no adapter of their own, atomically; return the file's sha256."""
-    content = save({key: tensors[key].contiguous().clone() for key in sorted(tensors)})
+def save_tensors(path: Path, state: AdapterState) -> str:
+    """Write some of an adapter's tensors to a safetensors file atomically; return its sha256."""
+    content = save({key: state[key].contiguous().clone() for key in sorted(state)})
     write_atomically(path, content)
     return hashlib.sha256(content).hexdigest()
 
 
-def load_tensors(path: Path, *, within: Path, sha256: str) -> AdapterState:
-    """Read what ``save_tensors`` wrote.
+def load_tensors(
+    path: Path,
+    shapes: dict[str, torch.Size] | None,
+    *,
+    within: Path,
+    sha256: str,
+    expected: str,
+) -> AdapterState:
+    """Read what ``save_tensors`` has written.
 
     Args:
+        shapes: of all of the adapter's tensors, any of which may be in the file; None for tensors
+            that are not an adapter's, of which the hash alone tells what they are.
         within: the run directory that a link may not lead out of.
+        expected: what the file should hold, and what follows where it is not there.
 
     Raises:
-        AdapterError: the file is missing, or is not what was written.
+        AdapterError: the file is missing, damaged or belongs to something else.
     """
-    if not path.is_file() or not path.resolve().is_relative_to(within.resolve()):
-        raise AdapterError(f"{path} does not exist or is a link that leads out of {within}.")
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise AdapterError(f"{path} is not the file that was written. Restore it.")
-    return _parse_weights(content, path)[1]
+    largest = _largest_file(shapes) if shapes is not None else path.stat().st_size
+    content = _read_adapter_file(path, largest, within, expected)
+    _require_hash(path, content, sha256)
+    _, state = _parse_weights(content, path)
+    if shapes is None:
+        return state
+    _require_fp32(state, str(path))
+    check_state(state, {key: shapes[key] for key in state if key in shapes}, str(path))
+    return state
 
 
-def _read_adapter_file(path: Path, largest: int, within: Path, name: str) -> bytes:
+def require_file(path: Path, sha256: str) -> None:
+    """Raise ``AdapterError`` unless a file that a run resumes with is there and as it was written.
+
+    Args:
+        sha256: its hash as the server knows it, empty where it does not.
+    """
+    if not path.is_file():
+        raise AdapterError(
+            f"{path} does not exist, and the run is to resume with it. Restore it, or resume from "
+            "an earlier round."
+        )
+    if sha256 and hash_file(path) != sha256:
+        raise AdapterError(
+            f"{path} is damaged: its sha256 is not that of the file that the run wrote. Restore "
+            "it, or resume from an earlier round."
+        )
+
+
+def _largest_file(shapes: dict[str, torch.Size]) -> int:
+    return MAX_HEADER_BYTES + sum(FP32_BYTES * shape.numel() for shape in shapes.values())
+
+
+def _require_hash(path: Path, content: bytes, sha256: str | None) -> None:
+    found = hashlib.sha256(content).hexdigest()
+    if sha256 is not None and found != sha256:
+        raise AdapterError(
+            f"{path} is not the file that was written: its sha256 begins with {found[:12]}, "
+            f"expected {sha256[:12]}. Restore it."
+        )
+
+
+def _require_fp32(state: AdapterState, what: str) -> None:
+    for key, tensor in state.items():
+        if tensor.dtype != torch.float32:
+            raise AdapterError(f"{what}: {key} holds {tensor.dtype}, expected torch.float32.")
+
+
+def _read_adapter_file(path: Path, largest: int, within: Path, expected: str) -> bytes:
     """Return the content of a regular file that lies, links followed, inside ``within``."""
     try:
         if path.exists() and not path.resolve().is_relative_to(within.resolve()):
             raise AdapterError(f"{path} is a link that leads out of {within}. Put a copy there.")
         if not path.is_file():
             raise AdapterError(
-                f"{path} does not exist or is not a regular file. Expected a PEFT folder with "
-                f"{CONFIG_FILE} and {WEIGHTS_FILE}; a {name} adapter is never silently "
-                "restarted."
+                f"{path} does not exist or is not a regular file. Expected {expected}"
             )
         with path.open("rb") as file:
             content = file.read(largest + 1)

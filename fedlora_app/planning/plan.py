@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.config.participation import training_clients
 from fedlora_app.config.rounds import plan_round
-from fedlora_app.config.schema import GLOBAL, Config
+from fedlora_app.config.schema import Config
+from fedlora_app.config.sharing import FACTORS, travelling_factors
 from fedlora_app.data.client_files import load_all_files
+from fedlora_app.federation.quantised import WIRE_DTYPES, count_wire_bytes
 from fedlora_app.model.base import (
     ModelError,
     build_empty_model,
@@ -44,7 +46,6 @@ from fedlora_app.planning.workload import (
     missing_questions,
 )
 from fedlora_app.training.activations import (
-    FP32_BYTES,
     Numerics,
     first_trained_layer,
     keeps_states,
@@ -52,9 +53,8 @@ from fedlora_app.training.activations import (
 )
 from fedlora_app.training.decay import describe_decay
 from fedlora_app.training.phase_memory import BaseSizes, PhaseMemory, adapter_sizes
+from fedlora_app.training.proximal import describe_proximal
 from fedlora_app.training.selection import describe_long_phases
-
-UPLOAD_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,8 @@ class Traffic:
     down_per_client: int
     num_senders: int
     num_receivers: int
-    least_up_per_client: int
-    """The same update in two bytes a weight."""
-    least_down_per_client: int
-    """The average in two bytes a weight."""
+    up_by_dtype: dict[str, int]
+    """What ``up_per_client`` would be with each ``federated.upload_dtype``."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +193,7 @@ def build_plan(config: Config, root: Path, gpu_memory: str = "") -> Plan:
         phases=phases,
         work=work,
         num_rounds=config.federated.num_rounds,
-        traffic=_plan_traffic(config, adapter_sizes(sizes, config.adapters)[GLOBAL]),
+        traffic=_plan_traffic(config, sizes.global_tensors),
         cards=[_plan_card(config, card, predict, work) for card in cards],
         verdict=_judge(config, predict, phases, limit, source, parts),
         notes=notes,
@@ -209,6 +207,7 @@ def _note_settings(config: Config, on_cpu: bool) -> Iterator[str]:
     """Yield what settings make of a run that the figures do not show."""
     if config.training.liger_kernels or config.training.compile:
         yield "What training.liger_kernels and training.compile save is not in these figures."
+    yield from describe_proximal(config)
     at_once = min(config.federated.clients_at_once, len(config.federated.clients))
     if at_once > 1:
         where = "the machine's memory must hold all" if on_cpu else "they spread over the cards"
@@ -276,17 +275,27 @@ def _find_questions(
     return measure_questions(config, files, tokenizer)
 
 
-def _plan_traffic(config: Config, num_parameters: int) -> Traffic:
+def _plan_traffic(config: Config, tensors: dict[str, dict[int, int]]) -> Traffic:
+    """Count what travels of a global adapter in the first round.
+
+    Args:
+        tensors: by factor, how many tensors have so many parameters per unit of rank.
+    """
     if plan_round(config, 1).train is None:
-        return Traffic(0, 0, 0, len(config.client_ids), 0, 0)
-    upload = UPLOAD_BYTES[config.federated.upload_dtype]
+        return Traffic(0, 0, 0, len(config.client_ids), {})
+
+    def count(rank: int, dtype: str, factors: Sequence[str]) -> int:
+        units = [entry for factor in factors for entry in tensors[factor].items()]
+        return sum(n * count_wire_bytes(rank * unit, dtype) for unit, n in units)
+
+    ours, sent = config.adapters.global_, travelling_factors(config, 1)
+    up = {dtype: count(ours.rank, dtype, sent) for dtype in WIRE_DTYPES}
     return Traffic(
-        up_per_client=upload * num_parameters,
-        down_per_client=FP32_BYTES * num_parameters,
+        up_per_client=up[config.federated.upload_dtype],
+        down_per_client=count(ours.joint.rank, "float32", FACTORS),
         num_senders=len(training_clients(config, 1)),
         num_receivers=len(config.client_ids),
-        least_up_per_client=2 * num_parameters,
-        least_down_per_client=2 * num_parameters,
+        up_by_dtype=up,
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 
 import torch
 from transformers import PreTrainedModel
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdaptersConfig
+from fedlora_app.config.sharing import FACTORS, of_factors
 from fedlora_app.model.adapters import attach_adapters, state_shapes
 from fedlora_app.training.phase_memory import BaseSizes
 
@@ -32,11 +33,16 @@ def measure_sizes(empty: PreTrainedModel, adapters: AdaptersConfig) -> BaseSizes
     }
     total = sum(parameter.numel() for parameter in empty.parameters())
     model = attach_adapters(empty, adapters)
-    ranks = {GLOBAL: adapters.global_.rank, LOCAL: adapters.local.rank}
-    counts = {name: sum(map(math.prod, state_shapes(model, name).values())) for name in ranks}
+    ranks = {GLOBAL: adapters.global_.joint.rank, LOCAL: adapters.local.rank}
+    units = {
+        name: {key: s.numel() // rank for key, s in state_shapes(model, name).items()}
+        for name, rank in ranks.items()
+    }
+    by_factor = {factor: of_factors(units[GLOBAL], [factor]).values() for factor in FACTORS}
     return BaseSizes(
         **sizes,
         other=total - sum(sizes.values()),
         largest_linear=max(linear),
-        adapter_units={name: counts[name] // rank for name, rank in ranks.items()},
+        adapter_units={name: sum(found.values()) for name, found in units.items()},
+        global_tensors={f: dict(sorted(Counter(found).items())) for f, found in by_factor.items()},
     )

@@ -118,12 +118,11 @@ def _describe_traffic(traffic: Traffic) -> str:
         return "Per round nothing but metrics leaves a client."
     up, down = traffic.up_per_client, traffic.down_per_client
     total = up * traffic.num_senders + down * traffic.num_receivers
+    by_dtype = ", ".join(f"{name} {format_size(n)}" for name, n in traffic.up_by_dtype.items())
     return (
         f"Per round {format_size(up)} up from each of {traffic.num_senders} clients and "
         f"{format_size(down)} down to each of {traffic.num_receivers}, {format_size(total)} in "
-        f"all; at least {format_size(traffic.least_up_per_client)} and "
-        f"{format_size(traffic.least_down_per_client)}, with two bytes a weight. Local adapters "
-        "never travel."
+        f"all. By federated.upload_dtype up: {by_dtype}. Local adapters never travel."
     )
 
 

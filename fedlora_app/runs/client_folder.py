@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora_app.config.schema import GLOBAL, LOCAL
-from fedlora_app.foundation.files import WEIGHTS_FILE, hash_file, make_private_dir, remove_partials
-from fedlora_app.model.adapter_files import load_adapter, save_adapter
+from fedlora_app.federation.messages import OWN_GLOBAL
+from fedlora_app.foundation.files import WEIGHTS_FILE, make_private_dir, remove_partials
+from fedlora_app.model.adapter_files import load_adapter, require_file, save_adapter
 from fedlora_app.model.adapters import AdaptedModel, AdapterError, AdapterState, get_state
+from fedlora_app.runs.feedback import FeedbackFolder
 from fedlora_app.runs.paths import RunPaths, list_rounds, require_within
 
 
@@ -40,6 +43,11 @@ class ClientFolder:
         """The folder of the gate before this client's local adapter."""
         return self.paths.gate(self.client_id)
 
+    @property
+    def feedback(self) -> FeedbackFolder:
+        """What the rounding of this client's updates has left to send."""
+        return FeedbackFolder(self.paths, self.client_id)
+
     def require_own(self) -> None:
         """Raise ``RunDirectoryError`` where links lead from what is kept here out of the run.
 
@@ -54,6 +62,7 @@ class ClientFolder:
         """Remove what a killed process has left half written."""
         remove_partials(self.path)
         remove_partials(self._final.parent, self.client_id)
+        self.feedback.remove_partials()
 
     def require_local(self, local_round: int, sha256: str) -> None:
         """Raise ``AdapterError`` unless a round's local adapter is as it was written.
@@ -61,24 +70,11 @@ class ClientFolder:
         Args:
             sha256: its weights' hash as the server knows it, empty where it does not.
         """
-        self._require(self._local(local_round), sha256)
+        require_file(self._local(local_round) / WEIGHTS_FILE, sha256)
 
     def require_own_global(self, server_round: int, sha256: str) -> None:
         """Raise likewise for the global adapter that this client has for itself."""
-        self._require(self._own_global(server_round), sha256)
-
-    def _require(self, folder: Path, sha256: str) -> None:
-        weights = folder / WEIGHTS_FILE
-        if not weights.is_file():
-            raise AdapterError(
-                f"{weights} does not exist, and the run is to resume with it. Restore it, or "
-                "resume from an earlier round."
-            )
-        if sha256 and hash_file(weights) != sha256:
-            raise AdapterError(
-                f"{weights} is damaged: its sha256 is not that of the file that the run wrote. "
-                "Restore it, or resume from an earlier round."
-            )
+        require_file(self._own_global(server_round) / WEIGHTS_FILE, sha256)
 
     def load_local(self, model: AdaptedModel, local_round: int, sha256: str = "") -> AdapterState:
         """Read a round's local adapter.
@@ -141,11 +137,15 @@ class ClientFolder:
             with suppress(OSError):  # it holds local adapters
                 folder.rmdir()
 
-    def thin(self, oldest_round: int) -> None:
-        """Delete this client's own adapters of earlier rounds."""
-        for place in (self.path, self._own_global(0).parent):
+    def thin(self, oldest: Mapping[str, int]) -> None:
+        """Delete this client's adapters of earlier rounds.
+
+        Args:
+            oldest: by role, the round from which on they are needed.
+        """
+        for role, place in ((LOCAL, self.path), (OWN_GLOBAL, self._own_global(0).parent)):
             for number, folder in list_rounds(place).items():
-                if number < oldest_round:
+                if number < oldest.get(role, 0):
                     shutil.rmtree(folder, ignore_errors=True)
 
     @property

@@ -9,7 +9,11 @@ from typing import Any
 from fedlora_app.config.participation import training_clients
 from fedlora_app.config.rounds import plan_round
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdapterConfig, Config
+from fedlora_app.config.sharing import of_factors, travelling_factors
+from fedlora_app.federation.quantised import count_upload_bytes
+from fedlora_app.model.ranks import resize_ranks
 from fedlora_app.training.decay import describe_decay
+from fedlora_app.training.proximal import describe_proximal
 from fedlora_app.training.selection import describe_long_phases
 
 UNREACHABLE = {
@@ -34,9 +38,10 @@ def describe_start(
         f"  global adapter  {_describe(config.adapters.global_)}, {sizes[GLOBAL]:,} parameters",
         f"  local adapter   {_describe(config.adapters.local)}, {sizes[LOCAL]:,} parameters"
         + ("" if LOCAL in plan.evaluated else " (not used in this mode)"),
-        f"  travels         {_describe_traffic(config, sizes[GLOBAL])}",
+        f"  travels         {_describe_traffic(config, shapes[GLOBAL])}",
         f"  training        {training.schedule}, learning rate {training.learning_rate:g}, "
         f"batch {training.batch_size} x {training.gradient_accumulation_steps}",
+        *(f"  {'':<15} {line}" for line in describe_proximal(config)),
         *(f"  {'':<15} {line}" for line in describe_decay(config, counts)),
         *(f"  {'':<15} {line}" for line in describe_long_phases(config, counts)),
         "  server          no model, no device",
@@ -50,14 +55,17 @@ def describe_start(
 
 def _describe(adapter: AdapterConfig) -> str:
     layers = f", from layer {adapter.first_layer}" if adapter.first_layer else ""
-    return f"rank {adapter.rank}{layers}"
+    frozen = f" and {adapter.frozen_rank} frozen" if adapter.frozen_rank else ""
+    return f"rank {adapter.rank}{frozen}{layers}"
 
 
-def _describe_traffic(config: Config, num_parameters: int) -> str:
+def _describe_traffic(config: Config, shapes: Mapping[str, Sequence[int]]) -> str:
     if plan_round(config, 1).train is None:
         return "nothing but metrics leaves a client"
-    up = num_parameters * (2 if config.federated.upload_dtype == "bfloat16" else 4)
-    down = num_parameters * 4
+    learning = resize_ranks(shapes, config.adapters.global_.rank)
+    sent = of_factors(learning, travelling_factors(config, 1))
+    up = count_upload_bytes(sent, config.federated.upload_dtype)
+    down = count_upload_bytes(shapes, "float32")
     senders = len(training_clients(config, 1))
     return (
         f"the global adapter's update up ({up / 1e6:.2f} MB per round from each of {senders}), "

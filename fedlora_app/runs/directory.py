@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-from fedlora_app.config.schema import LOCAL, Config
+from fedlora_app.config.schema import Config
 from fedlora_app.foundation.files import (
     extend_atomically,
     extend_json_list,
@@ -31,7 +31,7 @@ from fedlora_app.foundation.files import (
 )
 from fedlora_app.foundation.project import hash_package
 from fedlora_app.runs.history import read_rounds
-from fedlora_app.runs.manifest import OWN_GLOBAL, complete_rounds, find_own_round
+from fedlora_app.runs.manifest import complete_rounds, find_kept_round
 from fedlora_app.runs.paths import LATEST, RunDirectoryError, RunPaths, require_within
 from fedlora_app.runs.tracking import Trackers
 
@@ -173,16 +173,16 @@ class RunDirectory:
         for server_round in complete_rounds(self.manifest)[:-keep_rounds]:
             shutil.rmtree(self.paths.global_adapter(server_round), ignore_errors=True)
 
-    def oldest_local_round(self, client: str, keep_rounds: int) -> int:
-        """Return the oldest round whose own adapters a client needs for the rounds to keep.
+    def oldest_kept_round(self, role: str, client: str, keep_rounds: int) -> int:
+        """Return the oldest round whose local adapter a client needs for the rounds to keep.
 
         If it took no part in the oldest of these, that is the round whose adapter it still had.
+
+        Args:
+            role: of the local adapter, or of something else that clients keep by rounds.
         """
         kept = complete_rounds(self.manifest)[-keep_rounds:]
-        if not kept:
-            return 0
-        roles = (LOCAL, OWN_GLOBAL)
-        return min(find_own_round(self.manifest, client, kept[0], role) for role in roles)
+        return find_kept_round(self.manifest, client, kept[0], role) if kept else 0
 
     @staticmethod
     def require_absent(path: Path) -> None:

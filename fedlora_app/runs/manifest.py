@@ -14,8 +14,6 @@ from typing import Any
 from fedlora_app.config.schema import LOCAL
 from fedlora_app.runs.paths import RunPaths
 
-OWN_GLOBAL = "own-global"
-"""The role of a global adapter that a client has for itself."""
 MEMORY = "memory"
 """What a round calls the hash of what the aggregation keeps beside the adapter."""
 EXAMPLE_COUNTS = ("universal_examples", "local_examples")
@@ -82,13 +80,13 @@ def complete_rounds(manifest: Manifest, up_to: float = math.inf) -> list[int]:
     return sorted(entry["round"] for entry in manifest["rounds"] if entry["round"] <= up_to)
 
 
-def find_own_round(manifest: Manifest, client: str, server_round: int, role: str = LOCAL) -> int:
+def find_kept_round(manifest: Manifest, client: str, server_round: int, role: str = LOCAL) -> int:
     """Return the round of the local adapter that a client had after a round.
 
     It is an earlier one where the client took no part in the round.
 
     Args:
-        role: ``OWN_GLOBAL`` for the global adapter that it had for itself.
+        role: of something else that clients keep by rounds.
     """
     name = f"{role}:{client}"
     rounds = [e["round"] for e in manifest["rounds"] if name in e["adapters"]]
@@ -100,7 +98,7 @@ def describe_missing_finals(manifest: Manifest) -> Iterator[str]:
     paths = RunPaths(Path())
     last = max(complete_rounds(manifest), default=0)
     for client in manifest["clients"]:
-        newest = find_own_round(manifest, client, last)  # the last one where it has none at all
+        newest = find_kept_round(manifest, client, last)  # the last one where it has none at all
         if manifest.get("mode") == "finetuned" and not _has_local(manifest, client, last):
             yield (
                 f"{client} did not report in the last round and has no copy that was fine-tuned "

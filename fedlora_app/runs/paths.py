@@ -18,6 +18,7 @@ LATEST = "latest"
 ROUND = "round_"
 MEMORY_FILE = "memory.safetensors"
 """In the folder of a round's global adapter: what the aggregation keeps beside it."""
+SAFETENSORS = ".safetensors"
 MAX_NAME_LENGTH = 64
 
 
@@ -71,6 +72,10 @@ class RunPaths:
         """Return the folder of the global adapter that a client has for itself after a round."""
         return self.client(client) / "global" / _name_round(server_round)
 
+    def feedback(self, client: str, server_round: int) -> Path:
+        """Return the file of what the rounding of a client's updates has left after a round."""
+        return self.client(client) / "feedback" / f"{_name_round(server_round)}{SAFETENSORS}"
+
     def received_global(self, client: str) -> Path:
         """Return the folder of the global adapter that a client keeps for its next message."""
         return self.client(client) / "received"
@@ -99,8 +104,11 @@ class RunPaths:
 
 
 def list_rounds(folder: Path) -> dict[int, Path]:
-    """Return the folders of rounds in ``server`` or in a client's folder, oldest first."""
-    numbers = {path: path.name.removeprefix(ROUND) for path in folder.glob(f"{ROUND}*")}
+    """Return what a folder of the run has by rounds, folders or files, oldest first."""
+    numbers = {
+        path: path.name.removeprefix(ROUND).removesuffix(SAFETENSORS)
+        for path in folder.glob(f"{ROUND}*")
+    }
     return dict(sorted((int(n), path) for path, n in numbers.items() if n.isdecimal()))
 
 

@@ -21,6 +21,7 @@ from fedlora_app.config.combination import Combination, as_configured
 from fedlora_app.config.loading import parse_config
 from fedlora_app.config.rounds import RoundPlan, plan_round
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config, ConfigError
+from fedlora_app.federation.messages import OWN_GLOBAL
 from fedlora_app.foundation.files import WEIGHTS_FILE, hash_file, is_locked
 from fedlora_app.foundation.project import ProjectNotFoundError, find_project_root
 from fedlora_app.runs.history import read_history
@@ -29,7 +30,7 @@ from fedlora_app.runs.manifest import (
     check_manifest,
     complete_rounds,
     describe_missing_finals,
-    find_own_round,
+    find_kept_round,
     read_date,
 )
 from fedlora_app.runs.paths import RunDirectoryError, RunPaths, require_within
@@ -146,16 +147,29 @@ class SavedRun:
 
     def local_round(self, server_round: int, client_id: str) -> int:
         """Return the round of the local adapter that a client had after a round."""
-        return find_own_round(self.manifest, client_id, server_round)
+        return find_kept_round(self.manifest, client_id, server_round)
 
-    def adapter_folder(self, server_round: int, client_id: str | None = None) -> Path:
-        """Folder of the global adapter after a round, or of the local one that a client had."""
+    def adapter_folder(
+        self, server_round: int, client_id: str | None = None, role: str = LOCAL
+    ) -> Path:
+        """Folder of the global adapter after a round, or of one that a client had for itself.
+
+        Args:
+            role: of the client's, ``LOCAL`` or ``OWN_GLOBAL``.
+        """
         if client_id is None:
             return self.paths.global_adapter(server_round)
-        return self.paths.local_adapter(client_id, self.local_round(server_round, client_id))
+        own_round = find_kept_round(self.manifest, client_id, server_round, role)
+        find = self.paths.own_global if role == OWN_GLOBAL else self.paths.local_adapter
+        return find(client_id, own_round)
 
-    def adapter_sha256(self, server_round: int, client_id: str | None = None) -> str:
+    def adapter_sha256(
+        self, server_round: int, client_id: str | None = None, role: str = LOCAL
+    ) -> str:
         """Return an adapter's hash after comparing the file with the manifest.
+
+        Args:
+            role: as for ``adapter_folder``.
 
         Raises:
             RunDirectoryError: the round is not complete, or the file is not what was written.
@@ -167,10 +181,10 @@ class SavedRun:
                 f"{self.path} has no complete round {server_round}. Complete: {done}."
             )
         if client_id is not None:
-            own_round = self.local_round(server_round, client_id)
+            own_round = find_kept_round(self.manifest, client_id, server_round, role)
             entry = next(e for e in self.manifest["rounds"] if e["round"] == own_round)
-        recorded = entry["adapters"].get(GLOBAL if client_id is None else f"{LOCAL}:{client_id}")
-        weights = self._weights_file(server_round, client_id)
+        recorded = entry["adapters"].get(GLOBAL if client_id is None else f"{role}:{client_id}")
+        weights = self._weights_file(server_round, client_id, role)
         if recorded is None:
             raise RunDirectoryError(f"{weights} is not in the run's manifest.")
         if hash_file(weights) != recorded:
@@ -180,9 +194,9 @@ class SavedRun:
             )
         return recorded
 
-    def _weights_file(self, server_round: int, client_id: str | None) -> Path:
+    def _weights_file(self, server_round: int, client_id: str | None, role: str = LOCAL) -> Path:
         """Return an adapter's file after checking that it lies, links followed, in this run."""
-        weights = self.adapter_folder(server_round, client_id) / WEIGHTS_FILE
+        weights = self.adapter_folder(server_round, client_id, role) / WEIGHTS_FILE
         if not weights.is_file():
             raise RunDirectoryError(f"{weights} does not exist or is not a regular file.")
         require_within(weights, self.path)

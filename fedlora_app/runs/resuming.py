@@ -50,12 +50,8 @@ class Resumption:
         """The manifest's rounds that count."""
         return [e for e in self.saved.manifest["rounds"] if e["round"] <= self.after_round]
 
-    def find_adapters(self, role: str) -> dict[str, tuple[int, str]]:
-        """Return each client's newest adapter of a role: the round that it is of, and its sha256.
-
-        Args:
-            role: ``LOCAL``, or ``OWN_GLOBAL``.
-        """
+    def find_kept(self, role: str) -> dict[str, tuple[int, str]]:
+        """Return what each client has kept last in a role: the round that it is of, its sha256."""
         newest = {}
         for entry in sorted(self.entries, key=lambda entry: entry["round"]):
             for name, sha256 in entry["adapters"].items():

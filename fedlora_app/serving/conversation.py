@@ -170,7 +170,7 @@ def answer_side_by_side(
         for client in clients
     }
     first = asked[clients[0]]
-    if GLOBAL in saved.trained:
+    if GLOBAL in saved.trained and not saved.has_own_globals:
         prompts = {conversation.system_prompt for conversation in asked.values()}
         shared = first.system_prompt if len(prompts) == 1 else DEFAULT_SYSTEM_PROMPT
         who = Answering(with_global=True)

@@ -32,7 +32,13 @@ from fedlora_app.evaluation.search import SearchedWeights
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import hash_file, make_private_dir, replace_folder
 from fedlora_app.model.adapter_files import save_plain_adapter
-from fedlora_app.model.adapters import AdapterState, PlainAdapter, attach_adapters, merge_into_base
+from fedlora_app.model.adapters import (
+    AdaptedModel,
+    AdapterState,
+    PlainAdapter,
+    attach_adapters,
+    merge_into_base,
+)
 from fedlora_app.model.base import (
     DTYPES,
     build_empty_model,
@@ -195,7 +201,7 @@ def _choose(saved: SavedModel, client_id: str, scale: float) -> Answering:
     if who.local is None or who.scale == 0:
         if not who.with_global:
             raise ExportError(f"With scale 0 nothing of what {client_id} answers with is left.")
-        return Answering(with_global=True)  # a local adapter that is scaled away stays at home
+        return saved.alone(client_id)  # a local adapter that is scaled away stays at home
     return who
 
 
@@ -233,12 +239,19 @@ def _list_sources(saved: SavedModel, who: Answering, weights: Weights) -> Iterat
     """Yield the adapters that have any effect; one that has none stays at home."""
     adapters = saved.run.config.adapters
     if who.with_global and weights.of_global != 0:
-        sha256 = saved.run.adapter_sha256(saved.server_round)
-        yield Source(GLOBAL, None, adapters.global_.joint, weights.of_global, sha256)
+        sha256 = saved.global_sha256(who.global_of)
+        config, scale = adapters.global_.joint, weights.of_global
+        yield Source(GLOBAL, who.global_of, config, scale, sha256)
     if who.local is not None and weights.of_local != 0:
         sha256 = saved.run.adapter_sha256(saved.server_round, who.local)
         scale = weights.of_local * who.scale
         yield Source(LOCAL, who.local, adapters.local, scale, sha256)
+
+
+def _read(saved: SavedModel, source: Source, model: AdaptedModel) -> AdapterState:
+    if source.role == GLOBAL:
+        return saved.read_global(source.client, model)
+    return saved.read_state(source.client, model)
 
 
 def _combine_saved(saved: SavedModel, sources: Sequence[Source]) -> PlainAdapter:
@@ -248,10 +261,7 @@ def _combine_saved(saved: SavedModel, sources: Sequence[Source]) -> PlainAdapter
     names = [name for name, _ in empty.named_modules()]
     model = attach_adapters(empty, config.adapters)
     state = combine(
-        [
-            Part(saved.read_state(source.client, model), source.config.rank, source.factor)
-            for source in sources
-        ]
+        [Part(_read(saved, source, model), source.config.rank, source.factor) for source in sources]
     )
     modules = {_module(key).removeprefix("base_model.model.") for key in state}
     rank = sum(source.config.rank for source in sources)

@@ -50,6 +50,7 @@ from fedlora_app.training.losses import compute_losses
 from fedlora_app.training.optimizer import fresh_optimizer
 from fedlora_app.training.packing import packed_attention, using_attention
 from fedlora_app.training.phase_memory import predict_step_bytes
+from fedlora_app.training.proximal import ProximalTerm
 from fedlora_app.training.schedule import schedule_factor
 
 USABLE_SHARE = 0.9  # of the free memory; the rest is lost to fragmentation
@@ -71,7 +72,8 @@ class PhaseResult:
     train_loss: float
     final_train_loss: float
     penalty: float
-    """What protects the global adapter's knowledge, with its weights; not part of the losses."""
+    """What protects the global adapter's knowledge, or holds it near what was received, with its
+    weights; a mean over steps, not part of the losses."""
     seconds: float
     peak_memory_bytes: int
     """As ``model.device`` defines it: of this phase on a GPU, of the process on a CPU."""
@@ -155,7 +157,9 @@ def settle_checkpointing(
     if training.gradient_checkpointing != "auto":
         return training
     num_tokens = largest_micro_batch((len(example.input_ids) for example in examples), training)
-    parameters = [p for name in phase.trainable for p in adapter_parameters(model, name)]
+    learning = {
+        name: sum(p.numel() for p in adapter_parameters(model, name)) for name in phase.trainable
+    }
     try:
         needed = predict_step_bytes(
             model.get_base_model().config,
@@ -164,7 +168,7 @@ def settle_checkpointing(
             Numerics(uses_4bit(config.model), compute_dtype(config.model).itemsize),
             phase,
             MicroBatch(num_tokens, num_tokens),  # as if all were answers, which is the most
-            sum(p.numel() for p in parameters),
+            learning,
         )
         fits = needed <= USABLE_SHARE * read_free_memory(model.device)
     except PlanError:
@@ -205,6 +209,9 @@ def train_phase(
     set_checkpointing(model, checkpointing)
     protects_global = tuple(trainable) == (LOCAL,) and GLOBAL in active and _has_penalty(training)
     penalised = training if protects_global else None
+    proximal = None
+    if training.proximal_mu > 0 and GLOBAL in trainable:
+        proximal = ProximalTerm(adapter_parameters(model, GLOBAL), training.proximal_mu)
     total = _Tally()
     started = time.monotonic()
     decays = {name: weight_decays[name] for name in trainable}
@@ -225,6 +232,8 @@ def train_phase(
             for group in optimizer.param_groups:
                 group["lr"] = training.learning_rate * schedule_factor(position, training)
             loss, penalty = _accumulate_gradients(model, batch, training, penalised, kept)
+            if proximal is not None:
+                penalty += proximal.add_gradient()
             if not math.isfinite(loss + penalty):
                 raise TrainingError(
                     f"The loss became {loss + penalty} at step {step + 1} of {num_steps}. Lower "

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedlora_app.config.rounds import Phase
-from fedlora_app.config.schema import AdaptersConfig, TrainingConfig
+from fedlora_app.config.schema import GLOBAL, AdaptersConfig, TrainingConfig
 from fedlora_app.training.activations import (
     FP32_BYTES,
     MicroBatch,
@@ -84,6 +84,9 @@ class BaseSizes:
     """Norms and biases."""
     largest_linear: int
     adapter_units: dict[str, int] = field(default_factory=dict)
+    global_tensors: dict[str, dict[int, int]] = field(default_factory=dict)
+    """By factor, how many of the global adapter's tensors have so many parameters per unit of
+    rank."""
 
     @property
     def is_tied(self) -> bool:
@@ -112,7 +115,8 @@ def predict_phase(
     backward pass of a layer, and the loss.
     """
     num_parameters = adapter_sizes(sizes, adapters)
-    learning = sum(num_parameters[name] for name in phase.trainable)
+    num_learning = {name: num_parameters[name] for name in phase.trainable}
+    learning, received = sum(num_learning.values()), _received_bytes(training, num_learning)
     width = numerics.dtype_bytes
     kept, layer, loss = count_step_bytes(
         shape, adapters, training, numerics, phase, batch, checkpointing, sizes.largest_linear
@@ -122,7 +126,8 @@ def predict_phase(
     body = Item("base, linear layers", sizes.linear * width)
     if numerics.is_4bit:
         body = Item("base, linear layers", round(sizes.linear * NF4_BYTES), "NF4")
-    both = Item(ADAPTERS, FP32_BYTES * sum(num_parameters.values()), "both, fp32")
+    frozen = adapters.global_.frozen_rank * sizes.adapter_units.get(GLOBAL, 0)
+    both = Item(ADAPTERS, FP32_BYTES * (sum(num_parameters.values()) + frozen), "both, fp32")
     items = [
         body,
         *([] if numerics.embedding_on_cpu else [embedding]),
@@ -131,6 +136,7 @@ def predict_phase(
         both,
         Item("gradients", FP32_BYTES * learning, "+".join(phase.trainable)),
         Item("optimizer state", ADAM_BYTES[training.optimizer] * learning, training.optimizer),
+        *([Item("received adapter", received, "training.proximal_mu")] if received else []),
         Item("activations", kept, "layers' inputs" if checkpointing else "all layers"),
         Item("largest moment", max(layer, loss), moment),
     ]
@@ -154,7 +160,7 @@ def predict_phase(
 
 
 def adapter_sizes(sizes: BaseSizes, adapters: AdaptersConfig) -> dict[str, int]:
-    """Return each adapter's number of parameters."""
+    """Return each adapter's number of parameters that can learn."""
     return {
         name: adapter_config(adapters, name).rank * n for name, n in sizes.adapter_units.items()
     }
@@ -167,12 +173,12 @@ def predict_step_bytes(
     numerics: Numerics,
     phase: Phase,
     batch: MicroBatch,
-    num_learning: int,
+    num_learning: dict[str, int],
 ) -> int:
     """Return what a step without checkpointing needs beside the base and its adapters.
 
     Args:
-        num_learning: parameters that learn in the phase.
+        num_learning: parameters of each adapter that learns in the phase.
 
     Raises:
         PlanError: the configuration is not a decoder's.
@@ -182,5 +188,11 @@ def predict_step_bytes(
     kept, layer, loss = count_step_bytes(
         shape, adapters, training, numerics, phase, batch, False, largest
     )
-    learnt = (FP32_BYTES + ADAM_BYTES[training.optimizer]) * num_learning
+    learnt = (FP32_BYTES + ADAM_BYTES[training.optimizer]) * sum(num_learning.values())
+    learnt += _received_bytes(training, num_learning)
     return learnt + kept + max(layer, loss)
+
+
+def _received_bytes(training: TrainingConfig, num_learning: dict[str, int]) -> int:
+    """Return what the copy of the received adapter takes that ``proximal_mu`` measures from."""
+    return FP32_BYTES * num_learning.get(GLOBAL, 0) if training.proximal_mu > 0 else 0

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Message, RecordDict
@@ -15,6 +16,12 @@ from fedlora_app.federation.messages import (
     is_possible,
     pack_state,
     unpack_state,
+)
+from fedlora_app.federation.quantised import (
+    WIRE_DTYPES,
+    count_wire_bytes,
+    dequantise,
+    quantise,
 )
 from fedlora_app.model.adapters import AdapterError
 
@@ -112,15 +119,51 @@ def test_lists_hold_verdicts_or_the_numbers_of_facts(name, value, fits):
     assert is_possible(name, value) == fits
 
 
-@pytest.mark.parametrize(("dtype", "bytes_each"), [("float32", 4), ("bfloat16", 2)])
-def test_an_array_of_more_bytes_than_its_tensor_has_is_refused_unread(dtype, bytes_each):
+@pytest.mark.parametrize("dtype", WIRE_DTYPES)
+def test_an_array_of_more_bytes_than_its_tensor_has_is_refused_unread(dtype):
     key, tensor = next(iter(STATE.items()))
     record = pack_state(STATE, dtype)
     array = record[key]
-    most = tensor.numel() * bytes_each + MAX_ARRAY_HEADER_BYTES
+    most = count_wire_bytes(tensor.numel(), dtype) + MAX_ARRAY_HEADER_BYTES
     array.data += b"x" * (most + 1 - len(array.data))
     with pytest.raises(MessageError, match=f"ann sent {key} as {most + 1} bytes, too many for it"):
         unpack_state(record, SHAPES, "ann", dtype)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+def test_rounded_tensors_travel_as_bytes_and_come_back_as_they_were_rounded(dtype):
+    record = pack_state(STATE, dtype)
+    assert {array.dtype for array in record.values()} == {"uint8"}
+    back = unpack_state(record, SHAPES, "ann", dtype)
+    for key, tensor in STATE.items():
+        expected = dequantise(quantise(tensor, dtype), tensor.shape, dtype)
+        assert torch.equal(back[key], expected) and not torch.equal(back[key], tensor)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda wire: wire[:-1], r"damaged array: .it has shape \(\d+,\), expected \(\d+,\)"),
+        (lambda wire: np.append(wire, wire[-1:]), "damaged array: .it has shape"),
+        (lambda wire: wire[None], "damaged array: .it has shape"),
+        (lambda wire: wire[:0], "damaged array: .it has shape"),
+        (lambda wire: wire.astype(np.int8), "as int8, expected uint8"),
+        (lambda wire: wire.astype(np.float32), "as float32, expected uint8"),
+        (lambda wire: with_scale(wire, np.nan), "not finite"),
+        (lambda wire: with_scale(wire, np.inf), "not finite"),
+    ],
+)
+def test_bytes_that_no_rounding_gives_are_refused(dtype, spoil, expected):
+    record = pack_state(STATE, dtype)
+    key = next(iter(STATE))
+    record[key] = Array(spoil(record[key].numpy()))
+    with pytest.raises((MessageError, AdapterError), match=f"ann sent.*{key}.*{expected}"):
+        unpack_state(record, SHAPES, "ann", dtype)
+
+
+def with_scale(wire: np.ndarray, scale: float) -> np.ndarray:
+    return np.concatenate([np.array([scale], np.float32).view(np.uint8), wire[4:]])
 
 
 @pytest.mark.parametrize("name", ["answer", "local_weights", "train_global/text", "global/x/n"])

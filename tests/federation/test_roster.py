@@ -4,8 +4,10 @@ import pytest
 import torch
 from flwr.app import Error, Message, MessageType, RecordDict
 
+from fedlora_app.config.schema import LOCAL
 from fedlora_app.federation.messages import (
     ADAPTER_RECORD,
+    Kept,
     Task,
     build_error_reply,
     build_reply,
@@ -13,13 +15,13 @@ from fedlora_app.federation.messages import (
     pack_state,
     read_task,
 )
-from fedlora_app.federation.roster import NO_LOCAL, UNKNOWN, Roster, Traffic, count_bytes
+from fedlora_app.federation.roster import UNKNOWN, Roster, Traffic, count_bytes
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
 
 STATE = {"x.lora_A.weight": torch.randn(2, 3), "x.lora_B.weight": torch.randn(3, 2)}
 SHAPES = {key: tensor.shape for key, tensor in STATE.items()}
-TASK = Task("", 1, -1, "", "ab", False, "run", "", "", "", "{}")
+TASK = Task("", 1, "ab", False, "run", "", "", "", "{}")
 
 
 def build_request() -> Message:
@@ -29,13 +31,14 @@ def build_request() -> Message:
 def test_only_who_does_not_hold_the_global_adapter_gets_it():
     roster, arrays = Roster({"ann": 5, "bob": 6}), pack_state(STATE)
     roster.held = {"ann": "ab", "bob": "older"}
-    roster.locals["bob"] = (0, "cd")
+    roster.kept[LOCAL]["bob"] = (0, "cd")
     for attempt in (1, 2):  # what a client holds is told once; asked again, it gets the adapter
         ann, bob = roster.messages(TASK, MessageType.TRAIN, ["ann", "bob"], lambda _: arrays)
         assert (ADAPTER_RECORD in ann.content) == (attempt == 2)
         assert ADAPTER_RECORD in bob.content and bob.metadata.dst_node_id == 6
-    assert (read_task(ann).local_round, read_task(ann).local_sha256) == NO_LOCAL
-    assert (read_task(bob).client_id, read_task(bob).local_round) == ("bob", 0)
+    assert read_task(ann).from_kept == {}
+    assert read_task(bob).client_id == "bob"
+    assert read_task(bob).from_kept == {LOCAL: Kept(0, "cd", 0)}
     assert roster.traffic.by_client["bob"]["adapter_bytes_down"] > 0
 
 
@@ -61,9 +64,7 @@ def test_a_client_can_move_to_another_node():
 
 
 def test_the_bytes_of_a_message_grow_by_what_is_put_in():
-    task = Task(
-        "", 0, -1, "", "", False, "run", "", "", "", "{}"
-    )  # with empty texts, as at registration
+    task = Task("", 0, "", False, "run", "", "", "", "{}")  # with empty texts, as at registration
     without, arrays = count_bytes(build_task_content(task))
     assert without > 60 and arrays == 0
     packed = pack_state(STATE)
@@ -71,7 +72,7 @@ def test_the_bytes_of_a_message_grow_by_what_is_put_in():
     assert arrays == sum(len(array.data) for array in packed.values())
     assert both == without + arrays + sum(map(len, STATE))
     longer, _ = count_bytes(
-        build_task_content(Task("", 0, -1, "", "", False, "run", "", "", "", "{}" * 10))
+        build_task_content(Task("", 0, "", False, "run", "", "", "", "{}" * 10))
     )
     assert longer == without + 18
 
@@ -79,7 +80,7 @@ def test_the_bytes_of_a_message_grow_by_what_is_put_in():
 def test_traffic_is_counted_by_client_and_direction():
     traffic, request = Traffic(), build_request()
     request.content = build_task_content(
-        Task("ann", 1, 0, "", "", False, "r", "", "", "", ""), pack_state(STATE)
+        Task("ann", 1, "", False, "r", "", "", "", ""), pack_state(STATE)
     )
     traffic.add("ann", "down", request)
     reply = build_reply(request, "ann", 1, {"num-examples": 3}, {}, STATE, shapes=SHAPES)

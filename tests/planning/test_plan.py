@@ -152,7 +152,7 @@ def test_the_7b_shape_has_the_known_sizes(seven_b_sizes):
     model_config, adapters = Qwen2Config(**SEVEN_B), AdaptersConfig()
     needed = predict_step_bytes(
         *(model_config, adapters, TrainingConfig(), Numerics(is_4bit=False, dtype_bytes=2)),
-        *(JOINT_PHASE, MicroBatch(1024, 1), 0),
+        *(JOINT_PHASE, MicroBatch(1024, 1), {}),
     )
     assert needed / 1024 == pytest.approx(6.1e6, rel=0.15)  # all layers' activations, per token
     assert item_bytes(joint, "activations") / 1024 == pytest.approx(0.2e6, rel=0.01)
@@ -220,6 +220,27 @@ def test_the_peak_of_a_real_step(shape, lengths, checkpointing, phase, dtype, fi
         *(Numerics(is_4bit=False, dtype_bytes=dtype.itemsize), phase, batch, checkpointing),
     )
     assert step_bytes(predicted) == pytest.approx(memory.peak, rel=0.15)
+
+
+def test_holding_the_adapter_near_the_received_one_takes_a_copy_of_it():
+    adapted = attach_adapters(build_tiny_model(64, **SMALL), AdaptersConfig())
+    peaks = []
+    for mu in (0.0, 0.1):
+        with LiveMemory() as memory:
+            train_phase(
+                adapted,
+                examples_of([64] * 4),
+                TrainingConfig(proximal_mu=mu, batch_size=4, gradient_accumulation_steps=1),
+                active=(GLOBAL,),
+                trainable=(GLOBAL,),
+                num_steps=2,
+                run_span=(0.0, 1.0),
+                weight_decays={GLOBAL: 0.0},
+                seed=1,
+            )
+        peaks.append(memory.peak)
+    copy = 4 * sum(parameter.numel() for parameter in adapter_parameters(adapted, GLOBAL))
+    assert peaks[1] - peaks[0] == pytest.approx(copy, rel=0.05)
 
 
 @pytest.fixture
@@ -363,8 +384,20 @@ def test_data_are_counted_as_they_are_trained_on(tiny_project):
     assert ann.longest < 128 and plan.phases[0].micro_batch_tokens <= 2 * ann.longest
     parameters = plan.adapter_parameters[GLOBAL]
     assert plan.traffic.up_per_client == 4 * parameters
-    assert plan.traffic.least_up_per_client == 2 * parameters
+    assert plan.traffic.up_by_dtype["bfloat16"] == 2 * parameters
+    assert plan.traffic.up_by_dtype["nf4"] > parameters / 2
     assert all(card.fits and card.round_seconds > 0 for card in plan.cards)
+
+
+def test_the_update_of_a_7b_model_is_planned_by_dtype(seven_b):
+    plan = plan_for(seven_b, "qwen2.5-7b-4090.yaml", "24GB", "federated.upload_dtype=nf4")
+    up = plan.traffic.up_by_dtype
+    assert plan.traffic.up_per_client == up["nf4"] < 22e6
+    assert (up["float32"], up["bfloat16"]) == (4 * 40370176, 2 * 40370176)
+    assert up["int8"] == 40370176 * (1 + 4 / 128)
+    assert plan.traffic.down_per_client == up["float32"]
+    said = " ".join(describe_plan(plan).split())
+    assert "float32 161.5 MB, bfloat16 80.7 MB, int8 41.6 MB, nf4 21.4 MB" in said
 
 
 @pytest.mark.parametrize(
@@ -383,6 +416,18 @@ def test_other_modes(tiny_project, mode, phases, senders):
     assert plan.traffic.num_senders == senders
     assert len(plan.work) == {"finetuned": 4, "centralized": 1}.get(mode, 2)
     assert "GB" in describe_plan(plan)
+
+
+def test_the_received_adapter_is_planned_where_the_new_one_is_held_near_it(tiny_project):
+    changes = {"training": {"proximal_mu": 0.1}}
+    plain, held = (build_plan(build_tiny_config(**c), tiny_project, "8GB") for c in ({}, changes))
+    copy = item_bytes(held.phases[0], "received adapter")
+    assert copy == 4 * plain.adapter_parameters[GLOBAL]
+    assert [
+        h.torch_bytes - p.torch_bytes for p, h in zip(plain.phases, held.phases, strict=True)
+    ] == [copy, 0]
+    idle = build_tiny_config(federated={"mode": "local-only"}, **changes)
+    assert any("proximal_mu" in note for note in build_plan(idle, tiny_project, "8GB").notes)
 
 
 def test_the_fine_tuning_is_planned_with_the_steps_that_it_takes(tiny_project):

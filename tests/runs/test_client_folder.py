@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from fedlora_app.config.schema import LOCAL
 from fedlora_app.runs.client_folder import ClientFolder
 from fedlora_app.runs.paths import RunPaths
 
@@ -10,7 +11,7 @@ def test_old_rounds_go_and_what_was_received_goes_last(tmp_path):
     for number in range(4):
         paths.local_adapter("ann", number).mkdir(parents=True)
     paths.received_global("ann").mkdir()
-    folder.thin(2)
+    folder.thin({LOCAL: 2})
     kept = {"round_002", "round_003"}
     assert {path.name for path in folder.path.iterdir()} == kept | {"received"}
     folder.remove_global()

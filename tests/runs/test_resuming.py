@@ -60,7 +60,7 @@ def snapshot(run: Path) -> dict[str, object]:
 
     found: dict[str, object] = {
         str(path.relative_to(run)): hash_file(path)
-        for path in sorted(run.rglob(WEIGHTS_FILE))
+        for path in sorted(run.rglob("*.safetensors"))
         if ".partial" not in str(path)
     }
     found["history"] = strip(json.loads((run / "history.json").read_text()))
@@ -77,6 +77,7 @@ KINDS = {
     "phased": {},
     "evaluated": {"evaluation": {"interval": 1}},  # after every round
     "joint": {"training": {"schedule": "joint"}},
+    "nf4": {"federated": {"upload_dtype": "nf4"}},
     "fedavg": {"federated": {"mode": "fedavg"}},
     "finetuned": {"federated": {"mode": "finetuned"}, "adapters": ALIKE},
     "local-only": {"federated": {"mode": "local-only"}},
@@ -138,6 +139,7 @@ def stopped_run(project, folder, number, config=None):
         *(pytest.param("phased", number, marks=pytest.mark.slow) for number in (4, 6, 7, 9, 11)),
         *(("joint", number) for number in (9, 11)),
         pytest.param("joint", 6, marks=pytest.mark.slow),
+        ("nf4", 10),  # both clients have kept anew what is left, and only one of them has sent it
         ("fedavg", 7),
         ("finetuned", 12),
         pytest.param("finetuned", 7, marks=pytest.mark.slow),
@@ -656,7 +658,10 @@ def test_old_rounds_are_thinned_and_the_newest_never(tiny_project, tmp_path):
 
 
 def test_kept_rounds_keep_the_local_adapters_that_they_need(tiny_project, tmp_path):
-    """bob has no part in rounds 1 and 2, so that these need his adapter of round 0."""
+    """bob has no part in rounds 1 and 2, so that these need his adapter of round 0.
+
+    What the rounding of his updates left there does not count either.
+    """
 
     def fail(message, reply):
         task = message.content.config_records["task"]
@@ -664,7 +669,8 @@ def test_kept_rounds_keep_the_local_adapters_that_they_need(tiny_project, tmp_pa
             return Message(Error(0, "gone"), reply_to=message)
         return reply
 
-    config = build_tiny_config(federated={"num_rounds": 4, "min_clients": 1, "keep_rounds": 3})
+    settings = {"num_rounds": 4, "min_clients": 1, "keep_rounds": 3, "upload_dtype": "int8"}
+    config = build_tiny_config(federated=settings)
     federation = Federation(tiny_project, tmp_path, config)
     run = federation.run("run", tamper=fail)
     kept = [
@@ -674,11 +680,40 @@ def test_kept_rounds_keep_the_local_adapters_that_they_need(tiny_project, tmp_pa
     of_server = ["round_002", "round_003", "round_004"]
     assert kept[0] == of_server and kept[1] == ["round_001", *of_server]
     assert kept[2] == ["round_000", *kept[1]]
+    left = [path.stem for path in sorted((run / "clients" / "ann" / "feedback").iterdir())]
+    assert left == kept[1]
+    tasks = [
+        m.content.config_records["task"]
+        for m in federation.grids[0].sent
+        if m.metadata.message_type == "train"
+    ]
+    went_on_from = {
+        c: [json.loads(t["kept"]).get("feedback", [None])[0] for t in tasks if t["client_id"] == c]
+        for c in ("ann", "bob")
+    }
+    assert went_on_from == {"ann": [None, 1, 2, 3], "bob": [None, None, None, 3]}
     for server_round in (2, 3, 4):
         opened = open_round(load_run(run), tiny_project, server_round)
         assert (opened.run.local_round(server_round, "bob") == 0) == (server_round == 2)
     federation.run("run", config, resume="run@2")
     assert load_run(run).adapter_sha256(3, "bob")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda path: path.unlink(), "does not exist, and the run is to resume with it"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is damaged: its sha256 is not"),
+    ],
+)
+def test_what_rounding_has_left_is_checked_before_anything_is_trained(stopped_at, spoil, expected):
+    federation = stopped_at(10, "nf4")
+    spoil(federation.path / "clients" / "bob" / "feedback" / "round_001.safetensors")
+    with pytest.raises(
+        RoundError, match=f"(?s)bob: .*feedback/round_001.*{expected}.*resume='run@0'"
+    ):
+        federation.run("run", resume="run")
+    assert [message.metadata.message_type for message in federation.grids[-1].sent] == ["query"] * 4
 
 
 @pytest.mark.slow

@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import ROOT, build_tiny_config
 
-from fedlora_app.client import Client, Kept
+from fedlora_app.client import Client
 from fedlora_app.config.loading import load_config
 from fedlora_app.config.rounds import Phase, plan_round
 from fedlora_app.config.schema import GLOBAL, LOCAL, ConfigError
 from fedlora_app.data.tokens import Example
+from fedlora_app.federation.messages import Kept
 from fedlora_app.model.adapters import adapter_parameters, build_initial_state, scaled_local
 from fedlora_app.training.decay import (
     choose_decays,
@@ -171,8 +172,8 @@ def test_what_a_decay_erases_with_much_data_a_share_protects(tmp_path):
         if not states:
             states = train_alone(client)
         for server_round, state in enumerate(states, start=1):
-            local_round = server_round - 1 if server_round > 1 else -1
-            metrics, _ = client.personalise(server_round, state, Kept(local_round))
+            kept = {LOCAL: Kept(server_round - 1)} if server_round > 1 else {}
+            metrics, _ = client.personalise(server_round, state, kept)
         names = ("local", "conflict")
         found[kind] = [metrics[f"global+local/{name}/exact_match"] for name in names]
         print(kind, found[kind], metrics["train_local/num_steps"])
@@ -186,7 +187,7 @@ def train_alone(client: Client):
     model = client._load_model()[1]
     state, states = build_initial_state(model, GLOBAL, 1), []
     for server_round in range(1, client.config.federated.num_rounds + 1):
-        update, _, _ = client.train(server_round, state, Kept())
+        update, _, _ = client.train(server_round, state, {})
         state = {key: state[key] + update[key] for key in state}
         states.append(state)
     return states
