@@ -22,7 +22,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from fedlora_app.config.rounds import plan_round, training_clients
-from fedlora_app.config.schema import GLOBAL, LOCAL, Config
+from fedlora_app.config.schema import FEEDBACK, GLOBAL, LOCAL, Config
 from fedlora_app.evaluation.reported import describe_round, split_evaluation
 from fedlora_app.federation.aggregation import Aggregation
 from fedlora_app.federation.messages import (
@@ -32,7 +32,7 @@ from fedlora_app.federation.messages import (
     pack_state,
     unpack_state,
 )
-from fedlora_app.federation.quantised import FEEDBACK, is_quantised
+from fedlora_app.federation.quantised import is_quantised
 from fedlora_app.federation.registration import find_returned, verify_clients
 from fedlora_app.federation.replies import (
     Reply,

@@ -23,8 +23,6 @@ from fedlora_app.model.adapters import AdapterState, check_state
 
 BLOCK_SIZE = 128
 """Values that share a scale. At 64 NF4 would be 5 % more, and its error 4 % less."""
-FEEDBACK = "feedback"
-"""What a client keeps of its rounding is called so in messages, in the manifest and on its disk."""
 WIRE_DTYPES = {"float32": "float32", "bfloat16": "uint16", "int8": "uint8", "nf4": "uint8"}
 """Each ``federated.upload_dtype``, and the dtype of the arrays in which it travels."""
 CODE_BITS = {"int8": 8, "nf4": 4}

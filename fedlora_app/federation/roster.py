@@ -12,10 +12,9 @@ from typing import Literal
 
 from flwr.app import ArrayRecord, Message, RecordDict
 
-from fedlora_app.config.schema import LOCAL
+from fedlora_app.config.schema import FEEDBACK, LOCAL
 from fedlora_app.federation.grid import build_message
 from fedlora_app.federation.messages import Task, build_task_content
-from fedlora_app.federation.quantised import FEEDBACK
 
 NOTHING_KEPT = (-1, "")  # the round of what a client has kept, and its sha256
 UNKNOWN = "an unknown node"

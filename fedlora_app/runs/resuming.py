@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora_app.config.loading import parse_config
-from fedlora_app.config.schema import GLOBAL, LOCAL, Config, ConfigError
-from fedlora_app.federation.quantised import FEEDBACK
+from fedlora_app.config.schema import FEEDBACK, GLOBAL, LOCAL, Config, ConfigError
 from fedlora_app.foundation.project import hash_package
 from fedlora_app.runs.history import read_rounds
 from fedlora_app.runs.manifest import complete_rounds
