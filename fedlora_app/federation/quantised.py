@@ -7,7 +7,7 @@ fp32 scale for every block, then the codes.
 
 What rounding loses is not lost for good: a client adds it to its next update, which is rounded in
 its place (error feedback: Seide et al. 2014, https://doi.org/10.21437/Interspeech.2014-274;
-Karimireddy et al. 2019, https://arxiv.org/abs/1901.09847, algorithm 2). Over the rounds the server
+EF-SGD of Karimireddy et al. 2019, https://arxiv.org/abs/1901.09847). Over the rounds the server
 gets all that the client has learnt but for the last remainder.
 """
 
