@@ -20,8 +20,10 @@ import torch
 from fedlora_app.client_checks import check_client, list_owners
 from fedlora_app.config.rounds import BOTH, Phase, RoundPlan, plan_round
 from fedlora_app.config.schema import (
+    FEEDBACK,
     GLOBAL,
     LOCAL,
+    OWN_GLOBAL,
     ClientConfig,
     Config,
     TrainingConfig,
@@ -41,8 +43,7 @@ from fedlora_app.evaluation.gate import Gate
 from fedlora_app.evaluation.gate_files import find_gate
 from fedlora_app.evaluation.gold import count_gold_answers
 from fedlora_app.evaluation.room import count_halvings
-from fedlora_app.federation.messages import OWN_GLOBAL, Kept
-from fedlora_app.federation.quantised import FEEDBACK
+from fedlora_app.federation.messages import Kept
 from fedlora_app.foundation.progress import step_lines
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model import base as model_module

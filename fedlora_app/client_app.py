@@ -23,7 +23,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedlora_app.client import Client
-from fedlora_app.config.schema import Config, ConfigError
+from fedlora_app.config.schema import FEEDBACK, Config, ConfigError
 from fedlora_app.data.records import DataError
 from fedlora_app.evaluation.room import EvaluationError
 from fedlora_app.federation.messages import (
@@ -37,7 +37,7 @@ from fedlora_app.federation.messages import (
     read_task,
     unpack_state,
 )
-from fedlora_app.federation.quantised import FEEDBACK, is_quantised
+from fedlora_app.federation.quantised import is_quantised
 from fedlora_app.federation.ray_pool import watch_workers
 from fedlora_app.foundation.files import keep_files_private
 from fedlora_app.foundation.project import (

@@ -23,20 +23,19 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedlora_app.config.participation import members, training_clients, weigh
 from fedlora_app.config.rounds import plan_round
-from fedlora_app.config.schema import GLOBAL, LOCAL, Config
+from fedlora_app.config.schema import FEEDBACK, GLOBAL, LOCAL, OWN_GLOBAL, Config
 from fedlora_app.config.sharing import PERSONAL, STAY
 from fedlora_app.evaluation.reported import describe_round, split_evaluation
 from fedlora_app.federation.aggregation import Aggregation
 from fedlora_app.federation.messages import (
     KEPT,
-    OWN_GLOBAL,
     REGISTRATION_ROUND,
     MessageError,
     Task,
     pack_state,
     unpack_state,
 )
-from fedlora_app.federation.quantised import FEEDBACK, is_quantised
+from fedlora_app.federation.quantised import is_quantised
 from fedlora_app.federation.registration import find_returned, verify_clients
 from fedlora_app.federation.replies import (
     Reply,

@@ -14,6 +14,10 @@ from fedlora_app.foundation.errors import UserError
 
 GLOBAL = "global"
 LOCAL = "local"
+OWN_GLOBAL = "own-global"
+"""The role of a global adapter that a client has for itself, under rules that leave it one."""
+FEEDBACK = "feedback"
+"""What a client keeps of the rounding of its updates, as messages and manifest call it."""
 SAFE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 LARGEST_INTEGER = 2**31 - 1
 """Above it numbers fit neither into a message nor into a tensor's size."""

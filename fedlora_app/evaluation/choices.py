@@ -19,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.config.combination import SCALE, Combination
-from fedlora_app.config.schema import GLOBAL, LOCAL, ModelConfig
+from fedlora_app.config.schema import GLOBAL, LOCAL, OWN_GLOBAL, ModelConfig
 from fedlora_app.config.sharing import PERSONAL
 from fedlora_app.data.client_files import ClientFiles, load_all_files
 from fedlora_app.data.questions import Question
@@ -31,7 +31,6 @@ from fedlora_app.evaluation.score_store import ScoreStore
 from fedlora_app.evaluation.scores import Score, score_answer
 from fedlora_app.evaluation.scoring import Answered, Prompt, ask_nothing, score_prompts
 from fedlora_app.evaluation.semantic import Embedder
-from fedlora_app.federation.messages import OWN_GLOBAL
 from fedlora_app.model.base import compute_dtype, describe_device, uses_4bit
 from fedlora_app.runs.reading import SavedRun
 

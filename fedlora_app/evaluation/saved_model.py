@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from fedlora_app.config.combination import GATE, INSTANCE, MIXER, SCALE, SEARCH, Combination
-from fedlora_app.config.schema import GLOBAL, LOCAL
+from fedlora_app.config.schema import GLOBAL, LOCAL, OWN_GLOBAL
 from fedlora_app.config.sharing import PERSONAL
 from fedlora_app.data.client_files import load_client_files
 from fedlora_app.data.dialogue import pin_date
@@ -28,7 +28,6 @@ from fedlora_app.evaluation.gate_files import describe_origin, find_gate, load_g
 from fedlora_app.evaluation.instance import InstanceWeights
 from fedlora_app.evaluation.search import SearchedWeights
 from fedlora_app.evaluation.token_mixer import TokenMixer
-from fedlora_app.federation.messages import OWN_GLOBAL
 from fedlora_app.model.adapter_files import load_adapter
 from fedlora_app.model.adapters import (
     AdaptedModel,

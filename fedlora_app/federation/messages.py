@@ -20,9 +20,8 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedlora_app.config.loading import parse_config
-from fedlora_app.config.schema import LOCAL, Config
+from fedlora_app.config.schema import FEEDBACK, LOCAL, OWN_GLOBAL, Config
 from fedlora_app.federation.quantised import (
-    FEEDBACK,
     WIRE_DTYPES,
     count_wire_bytes,
     dequantise,
@@ -31,8 +30,6 @@ from fedlora_app.federation.quantised import (
 )
 from fedlora_app.model.adapters import AdapterState, check_names, check_state
 
-OWN_GLOBAL = "own-global"
-"""The role of a global adapter that a client has for itself, under rules that leave it one."""
 KEPT = {LOCAL: "local_adapter", OWN_GLOBAL: "own_global_adapter", FEEDBACK: "feedback"}
 """What clients keep by rounds: its role, and the fact by which they name a file's hash."""
 REGISTRATION_ROUND = 0

@@ -7,7 +7,7 @@ fp32 scale for every block, then the codes.
 
 What rounding loses is not lost for good: a client adds it to its next update, which is rounded in
 its place (error feedback: Seide et al. 2014, https://doi.org/10.21437/Interspeech.2014-274;
-Karimireddy et al. 2019, https://arxiv.org/abs/1901.09847, algorithm 2). Over the rounds the server
+EF-SGD of Karimireddy et al. 2019, https://arxiv.org/abs/1901.09847). Over the rounds the server
 gets all that the client has learnt but for the last remainder.
 """
 
@@ -23,8 +23,6 @@ from fedlora_app.model.adapters import AdapterState, check_state
 
 BLOCK_SIZE = 128
 """Values that share a scale. At 64 NF4 would be 5 % more, and its error 4 % less."""
-FEEDBACK = "feedback"
-"""What a client keeps of its rounding is called so in messages, in the manifest and on its disk."""
 WIRE_DTYPES = {"float32": "float32", "bfloat16": "uint16", "int8": "uint8", "nf4": "uint8"}
 """Each ``federated.upload_dtype``, and the dtype of the arrays in which it travels."""
 CODE_BITS = {"int8": 8, "nf4": 4}

@@ -8,8 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedlora_app.config.schema import GLOBAL, LOCAL
-from fedlora_app.federation.messages import OWN_GLOBAL
+from fedlora_app.config.schema import GLOBAL, LOCAL, OWN_GLOBAL
 from fedlora_app.foundation.files import WEIGHTS_FILE, make_private_dir, remove_partials
 from fedlora_app.model.adapter_files import load_adapter, require_file, save_adapter
 from fedlora_app.model.adapters import AdaptedModel, AdapterError, AdapterState, get_state

@@ -20,8 +20,7 @@ from safetensors import SafetensorError, safe_open
 from fedlora_app.config.combination import Combination, as_configured
 from fedlora_app.config.loading import parse_config
 from fedlora_app.config.rounds import RoundPlan, plan_round
-from fedlora_app.config.schema import GLOBAL, LOCAL, Config, ConfigError
-from fedlora_app.federation.messages import OWN_GLOBAL
+from fedlora_app.config.schema import GLOBAL, LOCAL, OWN_GLOBAL, Config, ConfigError
 from fedlora_app.foundation.files import WEIGHTS_FILE, hash_file, is_locked
 from fedlora_app.foundation.project import ProjectNotFoundError, find_project_root
 from fedlora_app.runs.history import read_history
