@@ -43,7 +43,7 @@ def load_config(path: Path, overrides: str = "", **settings: Any) -> Config:
     Raises:
         ConfigError: with every fault, each under its dotted path.
     """
-    return _change(_read_yaml(path), str(path), overrides, settings)
+    return _change(read_yaml(path), str(path), overrides, settings)
 
 
 def change_config(config: Config, overrides: str = "", **settings: Any) -> Config:
@@ -324,7 +324,12 @@ def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[st
             yield from _known_keys(ClientConfig, key)
 
 
-def _read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds.
+
+    Raises:
+        ConfigError: it is not there, too large, or no YAML.
+    """
     try:
         if path.exists() and not path.is_file():
             raise ConfigError(f"{path} is not a regular file. Expected a YAML file.")

@@ -18,7 +18,8 @@ SAFE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 LARGEST_INTEGER = 2**31 - 1
 """Above it numbers fit neither into a message nor into a tensor's size."""
 
-Mode = Literal["dual", "fedavg", "finetuned", "local-only", "centralized"]
+Mode = Literal["dual", "fedavg", "finetuned", "local-only", "centralized", "adapted"]
+"""What clients train; *adapted* is no mode of a federation: ``fedlora adapt`` writes such runs."""
 
 
 class ConfigError(UserError):
@@ -202,6 +203,9 @@ class DataConfig(Section):
     conflict_test: str | None = "data/conflict.json"
     universal_validation: str | None = None
     conflict_validation: str | None = None
+    conflict_clients: list[Annotated[str, Field(pattern=SAFE_NAME)]] = Field(default_factory=list)
+    """Ids that conflict records may name beside those of federated.clients: of clients that take no
+    part here, whose answers are among the wrong ones."""
     public: str | None = Field(None, min_length=1)
     """Records of nobody in particular, for training.local_kl_weight: the local phase of mode dual
     holds the pair near the global adapter alone on them and does not learn their answers. As many
@@ -256,6 +260,11 @@ class Config(Section):
     def client_ids(self) -> list[str]:
         """Ids in the order in which clients are served."""
         return sorted(client.id for client in self.federated.clients)
+
+    @property
+    def conflict_ids(self) -> list[str]:
+        """Ids that conflict records may name."""
+        return list(dict.fromkeys([*self.client_ids, *self.data.conflict_clients]))
 
     def dump(self) -> dict[str, Any]:
         """Return plain data that ``parse_config`` reads back to an equal object."""

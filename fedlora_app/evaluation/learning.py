@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from fedlora_app.config.rounds import BASE
+from fedlora_app.config.schema import Config
 from fedlora_app.evaluation.chance import describe_chance, find_reported_chances
 from fedlora_app.evaluation.names import (
     ACCURACY,
@@ -23,6 +24,7 @@ from fedlora_app.evaluation.names import (
 from fedlora_app.evaluation.reported import (
     Reports,
     collect_reports,
+    describe_run,
     find_reported_leading,
     sort_labels,
 )
@@ -117,6 +119,19 @@ def find_nothing_learned(history: Sequence[Mapping[str, Any]]) -> NothingLearned
         LEARNED_OTHERS if knows_others else ADVICE[trend] if loss else "",
     )
     return NothingLearned(HEADLINES[trend], " ".join(filter(None, sentences)))
+
+
+def describe_end(history: list[dict[str, Any]], config: Config) -> str:
+    """Return what a finished run prints before its last line."""
+    table = describe_run(history)
+    if (nothing := find_nothing_learned(history)) is not None:
+        return f"{table}\n{nothing.headline} {nothing.sentence}"
+    if config.federated.mode != "dual":
+        return table
+    return (
+        f"{table}\nTo see what one averaged adapter makes of the same work, run it with "
+        "mode='fedavg' in --run-config, or with fedlora train --mode fedavg."
+    )
 
 
 def find_loss(history: Sequence[Mapping[str, Any]]) -> Loss | None:

@@ -6,8 +6,9 @@ and a node that restarts in the middle of a run is a new one to Flower, and regi
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -80,6 +81,11 @@ def register_clients(
     if faults or known_faults:
         raise _refuse([*known_faults, *sorted(set(filter(None, faults)))])
     return registered
+
+
+def read_report(metrics: Mapping[str, Any], facts: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a client said of itself, with its list of findings about the data."""
+    return {**metrics, **facts, "findings": json.loads(facts.get("findings", "[]"))}
 
 
 def _refuse(faults: Iterable[str]) -> MessageError:

@@ -54,7 +54,12 @@ FOOTER = (
 )
 PLOTS_FOLDER = "plots"
 OWN_ALONE = "local:own"
-ANSWERS_WITH = {"dual": OWN_PAIR, "finetuned": OWN_ALONE, "local-only": OWN_ALONE}
+ANSWERS_WITH = {
+    "dual": OWN_PAIR,
+    "adapted": OWN_PAIR,
+    "finetuned": OWN_ALONE,
+    "local-only": OWN_ALONE,
+}
 """By mode; in the others with the global adapter."""
 MEANS = {
     figure_key(figure, EXACT_MATCH): FIGURES[figure]
@@ -77,6 +82,9 @@ def write_report(
     output, plots_dir = _place(output or run.path / REPORT_FILE)
     figures = _measure(run)
     schedule = (run.config.get("training") or {}).get("schedule")
+    if run.mode == "adapted":  # the shared adapter is of another run
+        origin = run.manifest.get("adapted_from") or {}
+        schedule = origin.get("schedule") if origin.get("mode") == "dual" else None
     prompts = [client.get("system_prompt") for client in run.clients]
     nothing = None
     try:

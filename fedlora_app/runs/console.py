@@ -38,7 +38,7 @@ def describe_start(
         f"batch {training.batch_size} x {training.gradient_accumulation_steps}",
         *(f"  {'':<15} {line}" for line in describe_decay(config, counts)),
         *(f"  {'':<15} {line}" for line in describe_long_phases(config, counts)),
-        "  server          no model, no device",
+        *(["  server          no model, no device"] if not plan.is_global_given else []),
     ]
     for client, report in clients.items():
         has = f"{report['universal_examples']} universal, {report['local_examples']} local"
@@ -53,7 +53,10 @@ def _describe(adapter: AdapterConfig) -> str:
 
 
 def _describe_traffic(config: Config, num_parameters: int) -> str:
-    if plan_round(config, 1).train is None:
+    plan = plan_round(config, 1)
+    if plan.is_global_given:
+        return "nothing: no server takes part"
+    if plan.train is None:
         return "nothing but metrics leaves a client"
     up = num_parameters * (2 if config.federated.upload_dtype == "bfloat16" else 4)
     down = num_parameters * 4

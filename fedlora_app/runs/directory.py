@@ -73,6 +73,7 @@ class RunDirectory:
         clients: dict[str, Any],
         base_commit: str | None = None,
         date: str | None = None,
+        **facts: Any,
     ) -> RunDirectory:
         """Create the folder with ``config.json`` and ``manifest.json``, and point latest to it.
 
@@ -80,6 +81,7 @@ class RunDirectory:
             clients: what each client reported when it registered.
             base_commit: the hub's commit of the base model, where it comes from there.
             date: the day that prompts are written for; None: this one.
+            facts: what else the manifest says.
 
         Raises:
             RunDirectoryError: the folder exists; nothing in it is touched.
@@ -105,6 +107,7 @@ class RunDirectory:
             "server_hardware": {"machine": platform.machine(), "cpu_count": os.cpu_count()},
             "clients": clients,
             "rounds": [],
+            **facts,
         }
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,7 @@ MODES = {
     "finetuned": "each client's own copy of the average, a baseline",
     "local-only": "a local adapter at each client and nothing shared, a baseline",
     "centralized": "one adapter trained on everybody's data, a baseline",
+    "adapted": "another run's global adapter and a local one at each new client",
 }
 """What clients answer with."""
 
@@ -140,7 +141,8 @@ class SavedRun:
     def adapter_folder(self, server_round: int, client_id: str | None = None) -> Path:
         """Folder of the global adapter after a round, or of the local one that a client had."""
         if client_id is None:
-            return self.paths.global_adapter(server_round)
+            is_given = self.plan(server_round).is_global_given  # and so it is kept once
+            return self.paths.global_adapter(0 if is_given else server_round)
         return self.paths.local_adapter(client_id, self.local_round(server_round, client_id))
 
     def adapter_sha256(self, server_round: int, client_id: str | None = None) -> str:
