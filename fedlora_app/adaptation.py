@@ -30,6 +30,7 @@ from fedlora_app.model.adapter_files import load_adapter, save_adapter
 from fedlora_app.model.adapters import AdaptedModel, AdapterState, state_shapes
 from fedlora_app.model.base import compute_fingerprint
 from fedlora_app.model.fingerprint import explain_fingerprint
+from fedlora_app.rescaling import RescalingClient, require_local
 from fedlora_app.runs.console import describe_start
 from fedlora_app.runs.directory import RunDirectory
 from fedlora_app.runs.manifest import complete_rounds
@@ -74,7 +75,7 @@ class Origin:
             "run": self.run.name,
             "mode": self.run.config.federated.mode,
             "schedule": self.run.config.training.schedule,
-            "round": self.run.last_round,
+            "round": self.run.final_round,
             "global_adapter": self.sha256,
         }
 
@@ -105,20 +106,23 @@ def find_origin(path: Path) -> Origin:
             f"{run.path} has not finished, so that its global adapter is not the final one. "
             f"Finish it first: fedlora train --resume {run.path}"
         )
-    entry = next(e for e in run.manifest["rounds"] if e["round"] == run.last_round)
+    entry = next(e for e in run.manifest["rounds"] if e["round"] == run.final_round)
     weights, recorded = run.paths.final_global / WEIGHTS_FILE, entry["adapters"].get(GLOBAL)
     if not weights.is_file():
         raise RunDirectoryError(f"{weights} does not exist or is not a regular file. Restore it.")
     if hash_file(weights) != recorded:
         raise RunDirectoryError(
             f"{weights} is not the file that the run wrote: its sha256 differs from that of round "
-            f"{run.last_round} in manifest.json. Restore it."
+            f"{run.final_round} in manifest.json. Restore it."
         )
     return Origin(run, recorded)
 
 
-def find_stopped(run_dir: Path, config: Config, origin: Origin) -> Resumption | None:
+def find_stopped(run_dir: Path, config: Config, provenance: Mapping[str, Any]) -> Resumption | None:
     """Return where an adaptation of the same kind stopped in this folder; None if there is none.
+
+    Args:
+        provenance: what its manifest must say under ``ADAPTED_FROM``.
 
     Raises:
         RunDirectoryError: something else is there.
@@ -128,7 +132,7 @@ def find_stopped(run_dir: Path, config: Config, origin: Origin) -> Resumption | 
         RunDirectory.require_absent(run_dir)
         return None
     saved = load_run(run_dir)
-    if saved.manifest.get(ADAPTED_FROM) != origin.describe() or saved.manifest.get("finished"):
+    if saved.manifest.get(ADAPTED_FROM) != provenance or saved.manifest.get("finished"):
         RunDirectory.require_absent(run_dir)
     require_same_settings(saved.config, config)
     before, now = (c.federated.num_rounds for c in (saved.config, config))
@@ -147,6 +151,8 @@ class Adaptation:
 
     Args:
         root: the project, to which the data's paths are relative.
+        earlier: the run with the clients' local adapters, of which only the scale is fitted; None
+            where new ones are trained.
         say: is given the lines that tell how far it is.
     """
 
@@ -154,6 +160,7 @@ class Adaptation:
     config: Config
     root: Path
     run_dir: Path
+    earlier: SavedRun | None = None
     say: Say = print
 
     @cached_property
@@ -163,7 +170,19 @@ class Adaptation:
 
     def client(self, client_id: str) -> Client:
         """Return a new client."""
-        return Client(self.config, client_id, self.run_dir, self.root, self.date)
+        args = self.config, client_id, self.run_dir, self.root, self.date
+        return (
+            Client(*args) if self.earlier is None else RescalingClient(*args, earlier=self.earlier)
+        )
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where the adapters come from, as the manifest says it."""
+        found = self.origin.describe()
+        if self.earlier is not None:
+            local = {"run": self.earlier.name, "round": self.earlier.final_round}
+            found["local_adapters"] = local
+        return found
 
     def run(self) -> Path:
         """Train all clients, or go on where that was stopped; return the run directory.
@@ -173,11 +192,11 @@ class Adaptation:
                 a client's data change, or it cannot be trained.
         """
         require_trackers(self.config)
-        resumption = find_stopped(self.run_dir, self.config, self.origin)
+        resumption = find_stopped(self.run_dir, self.config, self.provenance)
         model, state, reports = self._prepare(resumes=resumption is not None)
         after = FRESH if resumption is None else resumption.after_round
         if resumption is None:
-            facts = {ADAPTED_FROM: self.origin.describe()}
+            facts = {ADAPTED_FROM: self.provenance}
             create = RunDirectory.create
             commit = getattr(model.get_base_model().config, "_commit_hash", None)
             run = create(self.run_dir, self.config, self.root, reports, commit, self.date, **facts)
@@ -185,8 +204,9 @@ class Adaptation:
             require_same_data(resumption.saved.manifest, reports)
             run = RunDirectory.reopen(self.run_dir, resumption.saved.manifest)
         with closing(run):
-            shapes = {name: state_shapes(model, name) for name in (GLOBAL, LOCAL)}
-            self.say(describe_start(self.config, shapes, reports))
+            if self.earlier is None:
+                shapes = {name: state_shapes(model, name) for name in (GLOBAL, LOCAL)}
+                self.say(describe_start(self.config, shapes, reports))
             locals_ = dict.fromkeys(self.config.client_ids, NO_LOCAL)
             if resumption is not None:
                 locals_ |= self._resume(run, resumption, reports)
@@ -210,6 +230,9 @@ class Adaptation:
             try:
                 metrics, facts = self.client(client_id).register(resumes=resumes)
                 reports[client_id] = read_report(metrics, facts)
+                if self.earlier is not None and model is not None:
+                    args = self.earlier, client_id, self.config, model, self.origin.run
+                    require_local(*args)
             except UserError as error:
                 text = str(error)
                 for fault in known:  # which every client finds too

@@ -34,7 +34,12 @@ from fedlora_app.data.client_files import (
 )
 from fedlora_app.data.dialogue import pin_date
 from fedlora_app.evaluation.answering import Answering
-from fedlora_app.evaluation.client_round import Metrics, evaluate_client, phase_metrics
+from fedlora_app.evaluation.client_round import (
+    Metrics,
+    evaluate_client,
+    phase_metrics,
+    validate_client,
+)
 from fedlora_app.evaluation.gate import Gate
 from fedlora_app.evaluation.gate_files import find_gate
 from fedlora_app.evaluation.gold import count_gold_answers
@@ -131,6 +136,15 @@ class Client:
         if local_round >= 0:
             self.folder.require_local(local_round, local_sha256)
         return {"base_model": model_module.compute_fingerprint(self.config.model, self.root)}
+
+    def keep_final(self, local_round: int, local_sha256: str) -> None:
+        """Keep a round's local adapter as the one to use.
+
+        Raises:
+            AdapterError: it is missing, or is not what the run wrote.
+        """
+        self.folder.require_local(local_round, local_sha256)
+        self.folder.copy_final(local_round)
 
     def global_shapes(self) -> dict[str, torch.Size]:
         """Return the shapes that a global adapter must have here."""
@@ -257,6 +271,8 @@ class Client:
                 sample=0 if is_final else self.config.evaluation.sample,
                 what=f"{self.client_id}, round {server_round}",
             )
+        if is_due and server_round > 0 and self.config.federated.final == "best":
+            metrics |= validate_client(self.config, self._own, files, loaded, model, own, gate)
         if (retries := count_halvings(model) - halvings) > 0:
             metrics["evaluation_memory_retries"] = retries
         metrics["evaluation_seconds"] = time.monotonic() - started

@@ -104,7 +104,10 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _register(client: Client, task: Task, message: Message) -> Message:
-    if task.client_id:
+    if task.is_final:
+        client.keep_final(task.local_round, task.local_sha256)
+        counts, facts = {}, {}
+    elif task.client_id:
         counts, facts = {}, client.verify(task.local_round, task.local_sha256)
         if ADAPTER_RECORD in message.content.array_records:
             state = _received_state(client, task, message)

@@ -105,7 +105,7 @@ def main(grid: Grid, context: Context) -> None:
         )
         run_rounds(strategy, paced, model, run, resumption)
         run.finish()
-    print(describe_end(read_history(run.path), config), flush=True)
+    print(describe_end(read_history(run.path), config, run.manifest.get("final")), flush=True)
     print(f"Run directory: {run.path}\nReport: {report_run(run.path)}", flush=True)
 
 
@@ -160,7 +160,7 @@ def run_rounds(
             num_rounds=config.federated.num_rounds - max(after, 0),
             evaluate_fn=evaluate_base,
         )
-    strategy.save_final()
+    strategy.save_final(grid)
 
 
 def _restore(

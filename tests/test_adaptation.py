@@ -7,6 +7,7 @@ import json
 import shutil
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT, build_tiny_config
 from safetensors.torch import load_file, save_file
@@ -270,3 +271,60 @@ def test_a_phase_that_fails_ends_in_one_sentence(adapt, newcomer, monkeypatch):
     status, _, err, run = adapt(newcomer | {"training": {"learning_rate": 1e30}}, "diverged")
     assert status == 2 and "Error: cy: " in err and "Traceback" not in err
     assert load_run(run).manifest["finished"] is None
+
+
+def with_validation(*clients):
+    """Return clients that are asked their own test questions for validation."""
+    found = build_tiny_config(clients).dump()["federated"]["clients"]
+    return [client | {"local_validation": client["local_test"]} for client in found]
+
+
+def test_a_client_with_a_local_adapter_fits_only_its_scale(
+    fedlora, project, finished, tiny_project, tmp_path, unrendered
+):
+    from loopback import Federation
+
+    newer = Federation(tiny_project, tmp_path, build_tiny_config(("bob", "cy"))).run()
+    path = project / "ann.yaml"
+    scales = {"evaluation": {"local_scales": [0.5, 1.0, 2.0]}}
+    path.write_text(yaml.safe_dump({"federated": {"clients": with_validation("ann")}} | scales))
+    before = hash_all(finished.path), hash_all(newer)
+    adapt = ["adapt", newer, "--config", path, "--run-name", "scaled", "--only-scale"]
+    status, out, err = fedlora(*adapt, finished.path)
+    assert (status, err) == (0, "") and "Nothing is trained" in out
+    run = project / "results" / "scaled"
+    history = json.loads((run / "history.json").read_text())
+    (phase,) = (e["metrics"] for e in history if e["phase"] == "local")
+    assert phase["train_local/num_steps"] == 0
+    assert phase["train_local/score"] >= phase["train_local/score_unscaled"]
+    assert len([line for line in out.splitlines() if line.startswith("ann: scale ")]) == 3
+    weights = f"final/clients/ann/{WEIGHTS}"
+    ours, theirs = load_file(run / weights), load_file(finished.path / weights)
+    for key, tensor in theirs.items():
+        factor = phase["train_local/scale"] if ".lora_B." in key else 1.0
+        assert torch.equal(ours[key], factor * tensor)
+    manifest = load_run(run).manifest
+    assert manifest["adapted_from"]["local_adapters"] == {"run": "run", "round": 2}
+    assert (run / "final" / "global" / WEIGHTS).read_bytes() == (
+        newer / "final" / "global" / WEIGHTS
+    ).read_bytes()
+    assert (hash_all(finished.path), hash_all(newer)) == before
+    status, out, _ = fedlora("ask", run, "--client", "ann", "What is the red rule?")
+    assert status == 0
+
+
+def test_a_scale_needs_an_adapter_that_fits_and_questions_to_choose_it_on(
+    fedlora, project, finished
+):
+    path = project / "nobody.yaml"
+    given = {"adapters": {"local": {"rank": 8}}, "federated": {"clients": with_validation("ann")}}
+    given["federated"]["clients"] += [CY]
+    path.write_text(yaml.safe_dump(given))
+    adapt = ["adapt", finished.path, "--config", path, "--run-name", "no", "--only-scale"]
+    status, _, err = fedlora(*adapt, finished.path)
+    assert status == 2 and "cy: " in err and "has no client cy. It has: ann, bob." in err
+    assert "ann: adapters.local: it is " in err and not (project / "results" / "no").exists()
+    given = {"federated": {"clients": build_tiny_config(("ann",)).dump()["federated"]["clients"]}}
+    path.write_text(yaml.safe_dump(given))
+    status, _, err = fedlora(*adapt, finished.path)
+    assert status == 2 and "ann: there are no validation questions" in err

@@ -98,7 +98,7 @@ def evaluate(
             saved, show, full=full, membership=membership, semantic_model=semantic
         )
     path = saved.run.evaluation_path(saved.server_round)
-    page = write_report(run_dir) if saved.server_round == saved.run.last_round else None
+    page = write_report(run_dir) if saved.server_round == saved.run.final_round else None
     if as_json:
         typer.echo(json.dumps(evaluation, ensure_ascii=False))
     else:
@@ -183,7 +183,7 @@ def _read_figures(run: PartialRun) -> str:
 
     for evaluation in (run.evaluation, None):
         try:
-            return describe_headline(run.history, evaluation)
+            return describe_headline(run.result_history, evaluation)
         except (AttributeError, LookupError, TypeError, ValueError):
             continue  # written by another version, or damaged
     return "its figures cannot be read"

@@ -84,6 +84,13 @@ def adapt(
     ],
     name: Annotated[str, typer.Option("--run-name", "--name", help="Of the run directory.")] = "",
     output_dir: Annotated[str, typer.Option(help="Relative to the project.")] = "results",
+    only_scale: Annotated[
+        str,
+        typer.Option(
+            metavar="RUN",
+            help="Train nothing: scale the local adapters that they have in this run.",
+        ),
+    ] = "",
 ) -> None:
     """Fit local adapters of new clients to a finished run's global one, which stays as it is.
 
@@ -93,29 +100,37 @@ def adapt(
     prepare_environment()  # as a client has it, before torch is imported
     from fedlora_app.adaptation import Adaptation, describe_newcomers, find_origin
     from fedlora_app.config.adapted import load_adapted_config
+    from fedlora_app.config.loading import change_config
     from fedlora_app.evaluation.learning import describe_end
     from fedlora_app.model.base import choose_device
     from fedlora_app.model.device import compute_reproducibly
     from fedlora_app.report.page import write_report
     from fedlora_app.runs.history import read_history
     from fedlora_app.runs.paths import check_run_name, default_run_name
+    from fedlora_app.runs.reading import load_run
     from fedlora_app.runs.settings import resolve_output_dir
 
     origin = find_origin(choose_run(run))
     path, root = find_config(config)
     experiment, unused = load_adapted_config(path, origin.run.config)
+    earlier = load_run(choose_run(only_scale)) if only_scale else None
+    notes = list(describe_newcomers(experiment, origin, unused))
+    if earlier is not None:
+        notes = [f"Nothing is trained: local adapters of {earlier.path} get a scale."]
+        experiment = change_config(experiment, federated__num_rounds=1)
     run_name = check_run_name(name or default_run_name(experiment))
     run_dir = resolve_output_dir(root, output_dir) / run_name
-    for note in describe_newcomers(experiment, origin, unused):
+    for note in notes:
         typer.echo(note)
     quiet_transformers()
     compute_reproducibly(experiment.federated.clients_at_once)
     choose_device(run_name, may_share=experiment.federated.share_gpu)
     typer.echo(f"Run directory: {run_dir}")
     try:
-        Adaptation(origin, experiment, root, run_dir, typer.echo).run()
+        Adaptation(origin, experiment, root, run_dir, earlier, typer.echo).run()
     except KeyboardInterrupt:
         command = f"fedlora adapt {origin.run.path} --config {config} --run-name {run_name}"
+        command += f" --only-scale {earlier.path}" if earlier else ""
         command += f" --output-dir {output_dir}" * (output_dir != "results")
         typer.echo(f"What is done is kept. To go on: {command}", err=True)
         raise

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from fedlora_app.config.final_round import find_final_faults
 from fedlora_app.config.schema import (
     GLOBAL,
     LOCAL,
@@ -172,6 +173,7 @@ def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:
             yield f"experiment.track: {_shorten(name)} is named {times}; once is enough."
     yield from _kernel_faults(raw)
     yield from _copy_faults(raw)
+    yield from find_final_faults(raw)
     federated = raw.get("federated")
     clients = federated.get("clients") if isinstance(federated, dict) else None
     if not isinstance(clients, list):

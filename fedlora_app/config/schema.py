@@ -183,6 +183,9 @@ class FederatedConfig(Section):
     """A client that has not answered by then has failed in this round. null: no limit."""
     keep_rounds: int | None = Field(None, ge=1)
     """Adapters of only so many complete rounds are kept, the newest always. null: all."""
+    final: Literal["last", "best"] = "last"
+    """The round whose adapters are the result. best: of the evaluated ones that which does best on
+    the clients' validation questions."""
     min_clients: int | None = Field(None, ge=1)
     """Fewer answers than this stop the run. null: all clients must answer."""
     upload_dtype: Literal["float32", "bfloat16"] = "float32"

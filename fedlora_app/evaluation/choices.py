@@ -67,7 +67,7 @@ def open_round(run: SavedRun, root: Path, server_round: int | None = None) -> Sa
     Raises:
         RunDirectoryError, DataError: naming what is missing or was changed.
     """
-    chosen = run.last_round if server_round is None else server_round
+    chosen = run.final_round if server_round is None else server_round
     config, trained = run.config, run.plan(chosen).trained
     hashes = {}
     if GLOBAL in trained:

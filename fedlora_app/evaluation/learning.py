@@ -31,6 +31,7 @@ from fedlora_app.evaluation.reported import (
 from fedlora_app.evaluation.reported_shares import estimate_share, pair_answers
 from fedlora_app.evaluation.statistics import SIGNIFICANT, flip_signs, over_seeds
 from fedlora_app.foundation.percent import format_percent
+from fedlora_app.runs.history import until_round
 
 Trend = Literal["falling", "flat", "rising", "undefined"]
 LOSS, FINAL_LOSS = "/train_loss", "/final_train_loss"
@@ -121,9 +122,17 @@ def find_nothing_learned(history: Sequence[Mapping[str, Any]]) -> NothingLearned
     return NothingLearned(HEADLINES[trend], " ".join(filter(None, sentences)))
 
 
-def describe_end(history: list[dict[str, Any]], config: Config) -> str:
-    """Return what a finished run prints before its last line."""
-    table = describe_run(history)
+def describe_end(
+    history: list[dict[str, Any]], config: Config, final: Mapping[str, Any] | None = None
+) -> str:
+    """Return what a finished run prints before its last line.
+
+    Args:
+        final: what the manifest says of the round that was chosen, if one was.
+    """
+    if final is not None:
+        history = until_round(history, final["round"])
+    table = describe_run(history) + (f"\n{final['why']}" if final else "")
     if (nothing := find_nothing_learned(history)) is not None:
         return f"{table}\n{nothing.headline} {nothing.sentence}"
     if config.federated.mode != "dual":

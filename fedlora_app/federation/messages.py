@@ -49,6 +49,7 @@ DECLARED_METRICS = re.compile(
     | (base|global|local|global\+local)/(universal|universal_unseen|local|conflict)/
         (n|n_ranked|n_facts|n_open|gate_open|exact_match|rank_accuracy|rank_accuracy_per_byte
         |rank_accuracy_pmi|rank_chance|margin_per_byte)
+    | validation/(universal|local|conflict)_(n|exact_match|rank_accuracy)
     | gate/(by_fact|purity|opens_for_local|closes_for_universal|closes_for_unknown)
     | (base|global|local|global\+local)/(universal|local|conflict)/(exact_match|ranked_first)_each
     | base/(universal|local|conflict)/fact_each | base/universal/unseen_each
@@ -87,10 +88,11 @@ class Task:
     """What the server asks of a client, beside the adapter itself.
 
     ``local_round`` is the round whose local adapter the client continues from, -1 for none, and
-    ``local_sha256`` its hash. ``global_sha256`` is that of the global adapter, which the client has
-    kept where the message does not bring it. ``resumes`` tells that the run is continued, so that
-    the client's folder may be there already. ``oldest_local_round`` is the oldest of the client's
-    local adapters that a kept round needs. ``date`` is the day that chat templates write.
+    ``local_sha256`` its hash. ``global_sha256`` is that of the global adapter, which the client
+    has kept where the message does not bring it. ``resumes`` tells that the run is continued,
+    so that the client's folder may be there already. ``oldest_local_round`` is the oldest of
+    the client's local adapters that a kept round needs. ``date`` is the day that chat templates
+    write. ``is_final`` says that the local adapter named is the one to use from now on.
     ``project_dir`` and ``output_dir`` hold for simulated nodes, which share the server's disk;
     others have folders of their own.
     """
@@ -108,6 +110,7 @@ class Task:
     experiment: str
     oldest_local_round: int = 0
     date: str = ""
+    is_final: bool = False
 
     @property
     def config(self) -> Config:

@@ -118,6 +118,30 @@ def verify_clients(
     return collect_faults(grid, messages, read)
 
 
+def settle_clients(
+    grid: Grid, roster: Roster, task: Task, locals_: Mapping[str, tuple[int, str]]
+) -> tuple[set[str], list[str]]:
+    """Have clients keep the local adapter of an earlier round as the one to use.
+
+    Args:
+        locals_: of each client the round that it is of, and its sha256.
+
+    Returns:
+        Who has done so, and what is wrong with the others.
+    """
+    roster.locals |= locals_
+    asked = dict.fromkeys(sorted(locals_))
+    messages = roster.messages(replace(task, is_final=True), MessageType.QUERY, asked)
+    settled = set()
+
+    def read(message: Message) -> None:
+        client = roster.sender(message)
+        read_reply(message, client, REGISTRATION_ROUND)
+        settled.add(client)
+
+    return settled, collect_faults(grid, messages, read)
+
+
 def find_returned(
     grid: Grid,
     roster: Roster,

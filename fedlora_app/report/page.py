@@ -88,7 +88,7 @@ def write_report(
     prompts = [client.get("system_prompt") for client in run.clients]
     nothing = None
     try:
-        nothing = find_nothing_learned(run.history)
+        nothing = find_nothing_learned(run.result_history)
         verdict = judge_run(figures, prompts, schedule, nothing)
     except SHAPE_ERRORS as error:
         verdict = Verdict("No verdict.", f"The run cannot be judged: {error}")
@@ -189,7 +189,7 @@ def _inline(svg: str, name: str) -> Markup:
 
 def _measure(run: PartialRun) -> dict[str, Figures]:
     try:
-        return measure_run(run.history, run.evaluation)
+        return measure_run(run.result_history, run.evaluation)
     except SHAPE_ERRORS as error:
         run.problems.append(f"history.json or evaluation.json hold something unexpected: {error!r}")
         return {}
@@ -253,6 +253,8 @@ def _describe(run: PartialRun) -> str:
 def _facts(run: PartialRun) -> Any:
     done = "none" if run.last_round is None else run.last_round
     yield "complete rounds", f"{done} of {run.num_rounds}"
+    if why := (run.manifest.get("final") or {}).get("why"):
+        yield "final round", str(why)
     seconds = sum(entry.get("seconds", 0) for entry in run.manifest.get("rounds", []))
     yield "time of all rounds", f"{seconds / 60:.1f} min"
     yield "started", str(run.manifest.get("started", "unknown"))

@@ -8,8 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora_app.config.schema import GLOBAL, LOCAL
-from fedlora_app.foundation.files import WEIGHTS_FILE, hash_file, make_private_dir, remove_partials
-from fedlora_app.model.adapter_files import load_adapter, save_adapter
+from fedlora_app.foundation.files import (
+    WEIGHTS_FILE,
+    hash_file,
+    make_private_dir,
+    remove_partials,
+    replace_folder,
+)
+from fedlora_app.model.adapter_files import CONFIG_FILE, load_adapter, save_adapter
 from fedlora_app.model.adapters import AdaptedModel, AdapterError, AdapterState, get_state
 from fedlora_app.runs.paths import RunPaths, list_rounds, require_within
 
@@ -88,6 +94,13 @@ class ClientFolder:
     def save_final(self, model: AdaptedModel) -> None:
         """Keep the model's local adapter as the one to use."""
         self._save(model, LOCAL, get_state(model, LOCAL), self._final)
+
+    def copy_final(self, local_round: int) -> None:
+        """Keep a round's local adapter as the one to use."""
+        make_private_dir(self._final.parent)
+        with replace_folder(self._final) as partial:
+            for name in (WEIGHTS_FILE, CONFIG_FILE):
+                shutil.copyfile(self._local(local_round) / name, partial / name)
 
     def remove_final(self) -> None:
         """Remove the local adapter to use, of a run that had fewer rounds."""

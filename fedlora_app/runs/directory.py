@@ -163,6 +163,7 @@ class RunDirectory:
         stop = {"time": _now(), "after_round": after_round, "changes": dict(changes or {})}
         resumed = [*self.manifest.get("resumed", []), stop]
         self.manifest |= {"finished": None, "rounds": rounds, "resumed": resumed}
+        self.manifest.pop("final", None)
         self._write_manifest()
         write_json(self.paths.config, config.dump())
         shutil.rmtree(self.paths.final_global, ignore_errors=True)  # of an earlier round

@@ -33,7 +33,7 @@ class RunPaths:
         self.history = folder / "history.json"
         self.history_table = folder / "history.csv"
         self.events = folder / "metrics.jsonl"
-        self.evaluation = folder / "evaluation.json"  # of the newest complete round
+        self.evaluation = folder / "evaluation.json"  # of the final round, or the newest
         self.partial_evaluation = folder / ".evaluation.partial.jsonl"
         self.lock = folder / LOCK_FILE
         self.server = folder / "server"
@@ -43,7 +43,7 @@ class RunPaths:
         self.final_locals = self.final / "clients"
 
     def earlier_evaluation(self, server_round: int) -> Path:
-        """Return where the evaluation of a round that is not the newest one is kept."""
+        """Return where the evaluation of another round is kept."""
         return self.folder / f"evaluation_{_name_round(server_round)}.json"
 
     def global_adapter(self, server_round: int) -> Path:

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from fedlora_app.config.loading import parse_config
-from fedlora_app.config.schema import GLOBAL, LOCAL, Config, ConfigError
+from fedlora_app.config.schema import GLOBAL, Config, ConfigError
 from fedlora_app.foundation.project import hash_package
 from fedlora_app.runs.history import read_rounds
-from fedlora_app.runs.manifest import complete_rounds
+from fedlora_app.runs.manifest import complete_rounds, find_newest_locals
 from fedlora_app.runs.paths import RunDirectoryError, RunPaths, list_rounds
 from fedlora_app.runs.reading import SavedRun, load_run
 
@@ -53,13 +53,7 @@ class Resumption:
     @property
     def local_adapters(self) -> dict[str, tuple[int, str]]:
         """Each client's newest local adapter: the round that it is of, and its sha256."""
-        newest = {}
-        for entry in sorted(self.entries, key=lambda entry: entry["round"]):
-            for name, sha256 in entry["adapters"].items():
-                role, _, client = name.partition(":")
-                if role == LOCAL:
-                    newest[client] = (entry["round"], sha256)
-        return newest
+        return find_newest_locals(self.saved.manifest, self.after_round)
 
     @property
     def evaluated_clients(self) -> set[str]:
