@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from fedlora_app.client import Client
-from fedlora_app.config.rounds import plan_round
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config, ConfigError
 from fedlora_app.evaluation.reported import describe_round, split_evaluation
 from fedlora_app.federation.registration import read_report
@@ -292,39 +291,54 @@ class Adaptation:
         state: AdapterState,
         locals_: dict[str, tuple[int, str]],
     ) -> None:
-        """Have every client take its local phase and evaluate, and enter the round."""
+        """Have every client take its local phase and evaluate, and enter the round.
+
+        Args:
+            locals_: each client's local adapter, of which round it is and its sha256; changed.
+        """
+        federated, reports = self.config.federated, {}
         record = RoundRecord(run, server_round, self.say)
         record.adapters[GLOBAL] = self.origin.sha256
-        plan, keep_rounds = (
-            plan_round(self.config, server_round),
-            self.config.federated.keep_rounds,
-        )
-        reports = {}
         for client_id in self.config.client_ids:
-            oldest = run.oldest_local_round(client_id, keep_rounds) if keep_rounds else 0
+            keeps = federated.keep_rounds
+            oldest = run.oldest_local_round(client_id, keeps) if keeps else 0
+            args = server_round, state, *locals_[client_id], oldest
             try:
-                client = self.client(client_id)
-                args = server_round, state, *locals_[client_id], oldest
-                reports[client_id], facts = client.personalise(*args)
+                reports[client_id], facts = self.client(client_id).personalise(*args)
             except TrainingError as error:
                 raise AdaptationError(f"{client_id}: {error}") from None
-            if changed := find_changed_data(run.manifest["clients"][client_id], facts):
-                raise AdaptationError(describe_changed_data(self.config, client_id, changed))
-            require_same_base(run.manifest["base_model"], {client_id: facts["base_model"]})
-            evaluation, training = split_evaluation(reports[client_id])
-            if training:
-                record.add_metrics(client_id, plan.personalise.name, training)
-            record.add_metrics(client_id, "evaluate", evaluation)
+            self._enter(run, record, client_id, reports[client_id], facts)
             locals_[client_id] = server_round, facts["local_adapter"]
-            record.adapters[f"{LOCAL}:{client_id}"] = facts["local_adapter"]
-            told = {k: v for k, v in facts.items() if not k.startswith(DATA_HASH)}
-            record.log("facts", client=client_id, **told)
-        seconds = record.complete({}, {})
-        num_rounds, left = self.config.federated.num_rounds, None
+        seconds, left = record.complete({}, {}), None
         if server_round > 0:  # round 0 trains nothing
-            left = seconds * (num_rounds - server_round)
+            left = seconds * (federated.num_rounds - server_round)
         sample = self.config.evaluation.sample
-        self.say(describe_round(server_round, num_rounds, reports, seconds, left, sample))
+        line = describe_round(server_round, federated.num_rounds, reports, seconds, left, sample)
+        self.say(line)
+
+    def _enter(
+        self,
+        run: RunDirectory,
+        record: RoundRecord,
+        client_id: str,
+        metrics: Mapping[str, Any],
+        facts: Mapping[str, str],
+    ) -> None:
+        """Enter what a client did in a round, as a server would.
+
+        Raises:
+            AdaptationError: its data are no longer what it began with.
+        """
+        if changed := find_changed_data(run.manifest["clients"][client_id], facts):
+            raise AdaptationError(describe_changed_data(self.config, client_id, changed))
+        require_same_base(run.manifest["base_model"], {client_id: facts["base_model"]})
+        evaluation, training = split_evaluation(dict(metrics))
+        if training:
+            record.add_metrics(client_id, LOCAL, training)
+        record.add_metrics(client_id, "evaluate", evaluation)
+        record.adapters[f"{LOCAL}:{client_id}"] = facts["local_adapter"]
+        told = {key: value for key, value in facts.items() if not key.startswith(DATA_HASH)}
+        record.log("facts", client=client_id, **told)
 
 
 def describe_newcomers(config: Config, origin: Origin, unused: list[str]) -> Iterator[str]:

@@ -105,10 +105,16 @@ def test_a_new_client_gets_a_local_adapter_and_the_run_keeps_its_bytes(
 
 
 def test_the_same_command_gives_the_same_bytes_and_a_stopped_one_goes_on_to_them(
-    adapt, newcomer, monkeypatch
+    adapt, newcomer, finished, tmp_path, monkeypatch
 ):
     whole = adapt(newcomer, "whole")[-1]
-    assert hash_adapters(adapt(newcomer, "again")[-1]) == hash_adapters(whole)
+    handed_out = tmp_path / finished.path.name  # all that a server need give a new client
+    shutil.copytree(finished.path / "final" / "global", handed_out / "final" / "global")
+    for name in ("config.json", "manifest.json"):
+        shutil.copy(finished.path / name, handed_out)
+    again = adapt(newcomer, "again", handed_out)[-1]
+    assert hash_adapters(again) == hash_adapters(whole)
+    assert load_run(again).manifest["adapted_from"] == load_run(whole).manifest["adapted_from"]
     personalise = Client.personalise
 
     def stop(client, server_round, *args):
