@@ -38,7 +38,12 @@ from fedlora_app.data.client_files import (
 )
 from fedlora_app.data.dialogue import pin_date
 from fedlora_app.evaluation.answering import Answering
-from fedlora_app.evaluation.client_round import Metrics, evaluate_client, phase_metrics
+from fedlora_app.evaluation.client_round import (
+    Metrics,
+    evaluate_client,
+    phase_metrics,
+    validate_client,
+)
 from fedlora_app.evaluation.gate import Gate
 from fedlora_app.evaluation.gate_files import find_gate
 from fedlora_app.evaluation.gold import count_gold_answers
@@ -147,6 +152,16 @@ class Client:
             if entry.round >= 0:
                 requirements[role](entry.round, entry.sha256)
         return {"base_model": model_module.compute_fingerprint(self.config.model, self.root)}
+
+    def keep_final(self, kept: FromKept) -> None:
+        """Keep adapters of a round as those to use.
+
+        Raises:
+            AdapterError: one is missing, or is not what the run wrote.
+        """
+        for role in (LOCAL, OWN_GLOBAL):
+            if (entry := kept.get(role)) is not None:
+                self.folder.copy_final(role, entry.round, entry.sha256)
 
     def global_shapes(self) -> dict[str, torch.Size]:
         """Return the shapes that a global adapter must have here."""
@@ -282,6 +297,8 @@ class Client:
                 sample=0 if is_final else self.config.evaluation.sample,
                 what=f"{self.client_id}, round {server_round}",
             )
+        if is_due and server_round > 0 and self.config.federated.final == "best":
+            metrics |= validate_client(self.config, self._own, files, loaded, model, own, gate)
         if (retries := count_halvings(model) - halvings) > 0:
             metrics["evaluation_memory_retries"] = retries
         metrics["evaluation_seconds"] = time.monotonic() - started

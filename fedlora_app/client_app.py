@@ -106,7 +106,10 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _register(client: Client, task: Task, message: Message) -> Message:
-    if task.client_id:
+    if task.is_final:
+        client.keep_final(task.from_kept)
+        counts, facts = {}, {}
+    elif task.client_id:
         counts, facts = {}, client.verify(task.from_kept)
         if ADAPTER_RECORD in message.content.array_records:
             state = _received_state(client, task, message)

@@ -11,32 +11,26 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from fedlora_app.config.schema import GLOBAL, LOCAL, Config
-from fedlora_app.evaluation.learning import find_nothing_learned
-from fedlora_app.evaluation.reported import describe_run
+from fedlora_app.config.schema import GLOBAL, LOCAL
+from fedlora_app.evaluation.learning import describe_end
 from fedlora_app.federation.grid import PacedGrid
 from fedlora_app.federation.messages import REGISTRATION_ROUND, Task
 from fedlora_app.federation.ray_pool import current_pool, require_usable_environment
-from fedlora_app.federation.registration import is_simulation, register_clients
-from fedlora_app.federation.replies import Reply
+from fedlora_app.federation.registration import is_simulation, read_report, register_clients
 from fedlora_app.foundation.files import keep_files_private
 from fedlora_app.foundation.project import hash_package
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model.adapter_files import load_adapter, load_tensors
 from fedlora_app.model.adapters import (
     AdaptedModel,
-    AdapterError,
-    attach_adapters,
     build_initial_state,
     describe_adapted,
     state_shapes,
 )
-from fedlora_app.model.base import ModelError, build_empty_model
 from fedlora_app.runs.console import describe_start
 from fedlora_app.runs.directory import RunDirectory
 from fedlora_app.runs.history import read_history
@@ -50,8 +44,7 @@ from fedlora_app.runs.resuming import (
 from fedlora_app.runs.settings import Settings, read_settings
 from fedlora_app.runs.tracking import build_trackers
 from fedlora_app.strategy import GlobalAdapterFedAvg
-from fedlora_app.training.attention import PackingError
-from fedlora_app.training.packing import require_separable
+from fedlora_app.training.shapes import build_shapes
 
 app = ServerApp()
 
@@ -69,7 +62,7 @@ def main(grid: Grid, context: Context) -> None:
         if resumption is not None:  # nobody else may write in it from here on
             run = RunDirectory.reopen(settings.run_dir, resumption.saved.manifest)
             stack.enter_context(closing(run))
-        model, faults = build_shapes(settings)
+        model, faults = build_shapes(config, settings.root)
         paced = PacedGrid(
             grid,
             config.federated.clients_at_once,
@@ -83,7 +76,8 @@ def main(grid: Grid, context: Context) -> None:
         registrations = register_clients(paced, config, task, context.run_config, faults)
         paced.names = {node: client for client, (node, _) in registrations.items()}
         reports = {
-            client: _read_report(reply) for client, (_, reply) in sorted(registrations.items())
+            client: read_report(reply.metrics, reply.facts)
+            for client, (_, reply) in sorted(registrations.items())
         }
         if resumption is None:
             base_commit = getattr(model.get_base_model().config, "_commit_hash", None)
@@ -110,22 +104,8 @@ def main(grid: Grid, context: Context) -> None:
         )
         run_rounds(strategy, paced, model, run, resumption)
         run.finish()
-    print(describe_end(read_history(run.path), config), flush=True)
+    print(describe_end(read_history(run.path), config, run.manifest.get("final")), flush=True)
     print(f"Run directory: {run.path}\nReport: {report_run(run.path)}", flush=True)
-
-
-def build_shapes(settings: Settings) -> tuple[AdaptedModel | None, list[str]]:
-    """Return the base model with its adapters, without weights; or None, and why there is none."""
-    config = settings.config
-    try:
-        empty = build_empty_model(config.model, settings.root)
-        model = attach_adapters(empty, config.adapters)
-        if config.training.packing:
-            trusts = config.model.trust_remote_code
-            require_separable(empty.config, trust_remote_code=trusts)
-        return model, []
-    except (ModelError, AdapterError, PackingError) as error:
-        return None, [str(error)]
 
 
 def build_registration(settings: Settings) -> Task:
@@ -177,7 +157,7 @@ def run_rounds(
             num_rounds=config.federated.num_rounds - max(after, 0),
             evaluate_fn=evaluate_base,
         )
-    strategy.save_final()
+    strategy.save_final(grid)
 
 
 def _restore(
@@ -226,25 +206,6 @@ def report_run(run_dir: Path) -> str:
         return str(write_report(run_dir))
     except Exception as error:  # whatever it is, the run itself has ended well
         return f"not written ({type(error).__name__}: {error}). Try: fedlora report {run_dir}"
-
-
-def describe_end(history: list[dict[str, Any]], config: Config) -> str:
-    """Return what a finished run prints before its last line."""
-    table = describe_run(history)
-    if (nothing := find_nothing_learned(history)) is not None:
-        return f"{table}\n{nothing.headline} {nothing.sentence}"
-    if config.federated.mode != "dual":
-        return table
-    return (
-        f"{table}\nTo see what one averaged adapter makes of the same work, run it with "
-        "mode='fedavg' in --run-config, or with fedlora train --mode fedavg."
-    )
-
-
-def _read_report(reply: Reply) -> dict[str, Any]:
-    """Return what a client said of itself, with its list of findings about the data."""
-    findings = json.loads(reply.facts.get("findings", "[]"))
-    return {**reply.metrics, **reply.facts, "findings": findings}
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from fedlora_app.config.participation import members, training_clients, weigh
 from fedlora_app.config.rounds import plan_round
 from fedlora_app.config.schema import FEEDBACK, GLOBAL, LOCAL, OWN_GLOBAL, Config
 from fedlora_app.config.sharing import PERSONAL, STAY
+from fedlora_app.evaluation.final_round import choose_round
 from fedlora_app.evaluation.reported import describe_round, split_evaluation
 from fedlora_app.federation.aggregation import Aggregation
 from fedlora_app.federation.messages import (
@@ -36,7 +37,7 @@ from fedlora_app.federation.messages import (
     unpack_state,
 )
 from fedlora_app.federation.quantised import is_quantised
-from fedlora_app.federation.registration import find_returned, verify_clients
+from fedlora_app.federation.registration import find_returned, settle_clients, verify_clients
 from fedlora_app.federation.replies import (
     Reply,
     RoundError,
@@ -47,10 +48,11 @@ from fedlora_app.federation.replies import (
 )
 from fedlora_app.federation.roster import Roster, Traffic
 from fedlora_app.foundation.progress import client_lines
-from fedlora_app.model.adapter_files import save_adapter, save_tensors
+from fedlora_app.model.adapter_files import load_adapter, save_adapter, save_tensors
 from fedlora_app.model.adapters import AdaptedModel, AdapterState, state_shapes
 from fedlora_app.runs.directory import RunDirectory
-from fedlora_app.runs.manifest import MEMORY, describe_missing_finals
+from fedlora_app.runs.history import read_history
+from fedlora_app.runs.manifest import MEMORY, describe_missing_finals, find_kept
 from fedlora_app.runs.paths import MEMORY_FILE
 from fedlora_app.runs.resuming import (
     DATA_HASH,
@@ -255,11 +257,42 @@ class GlobalAdapterFedAvg(FedAvg):
         messages = self.configure_evaluate(0, arrays, ConfigRecord(), grid)
         self.aggregate_evaluate(0, grid.send_and_receive(messages))
 
-    def save_final(self) -> None:
-        """Keep the last global adapter where users look for it, and say who has no local one."""
+    def save_final(self, grid: Grid) -> None:
+        """Keep the global adapter where users look for it, and say who has no local one.
+
+        It is the last one, unless validation is to choose among all of them.
+        """
+        if self.config.federated.final == "best":
+            self._return_to_best(grid)
         self._save_global(self._run.paths.final_global)
         for sentence in describe_missing_finals(self._run.manifest):
             self._report(sentence)
+
+    def _return_to_best(self, grid: Grid) -> None:
+        """Return to the adapters of the round that validation chooses, as the clients do."""
+        manifest, last = self._run.manifest, self.config.federated.num_rounds
+        chosen = choose_round(read_history(self._run.path), last)
+        missing: list[str] = []
+        if (best := chosen.server_round) != last:
+            entry = next(e for e in manifest["rounds"] if e["round"] == best)
+            self._global_sha256 = entry["adapters"][GLOBAL]
+            self._global_state = load_adapter(
+                self._run.paths.global_adapter(best),
+                self._model,
+                GLOBAL,
+                self.config.model.name,
+                within=self._run.path,
+                sha256=self._global_sha256,
+            )
+            adapters = {role: find_kept(manifest, role, best) for role in (LOCAL, OWN_GLOBAL)}
+            self.roster.kept |= adapters
+            asked = sorted(set().union(*adapters.values()))
+            task = self._task_of(REGISTRATION_ROUND)
+            settled, faults = settle_clients(grid, self.roster, task, asked)
+            missing = sorted(set(asked) - settled)
+            for fault in faults:
+                self._report(fault)
+        manifest["final"] = chosen.dump(last) | ({"missing": missing} if missing else {})
 
     def _begin_round(self, server_round: int) -> None:
         self._round = RoundRecord(self._run, server_round, self._report)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -257,6 +258,21 @@ def imported(tiny_project, tmp_path_factory) -> Path:
     run = Federation(project, project / "results", import_table(project)).run()
     evaluate_round(open_round(load_run(run), project), lambda *_: None)
     return run
+
+
+@pytest.fixture
+def fedlora(capsys, monkeypatch):
+    """Call the command as users type it: its status, and what it printed to both streams."""
+    from fedlora_app import cli as command
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedlora", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            command.main()
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return call
 
 
 @pytest.fixture

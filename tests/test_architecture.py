@@ -18,7 +18,16 @@ MODULES = {
 ORDER = [
     *("foundation", "config", "model", "data", "training"),
     *("federation", "runs", "evaluation", "report", "planning", "serving"),
-    *("preflight", "client_checks", "client", "strategy", "client_app", "server_app"),
+    *(
+        "preflight",
+        "client_checks",
+        "client",
+        "rescaling",
+        "adaptation",
+        "strategy",
+        "client_app",
+        "server_app",
+    ),
     *("launch", "study", "demo", "cli"),
 ]
 """Packages and the root's modules; each imports from itself and from what stands before it."""

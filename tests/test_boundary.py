@@ -131,7 +131,7 @@ def observed(tokenizer, tiny_project, tmp_path_factory):
     ]
     config = build_tiny_config(
         experiment={"track": ["tensorboard"]},
-        federated={"clients": clients, "num_rounds": NUM_ROUNDS},
+        federated={"clients": clients, "num_rounds": NUM_ROUNDS, "final": "best"},
         training={"max_seq_length": 256},
         data={
             "universal_test": write("all/test.json", records("the universal test")),

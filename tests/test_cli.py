@@ -16,7 +16,6 @@ import yaml
 from conftest import ROOT, build_tiny_config
 from loopback import Federation
 
-from fedlora_app import cli as command
 from fedlora_app.cli import app
 from fedlora_app.foundation.files import lock_folder
 from fedlora_app.runs.reading import load_run
@@ -36,18 +35,6 @@ def project(tiny_project):
         )
         Federation(tiny_project, tiny_project / "results", config).run(name)
     return tiny_project
-
-
-@pytest.fixture
-def fedlora(capsys, monkeypatch):
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedlora", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            command.main()
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return call
 
 
 def test_evaluate_and_compare(fedlora, project):

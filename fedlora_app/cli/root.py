@@ -30,7 +30,7 @@ RunName = Annotated[
     str, typer.Argument(metavar="RUN", help='A run directory, its name below results, or "latest".')
 ]
 ServerRound = Annotated[
-    int | None, typer.Option("--round", min=0, help="A complete round; the last by default.")
+    int | None, typer.Option("--round", min=0, help="A complete round; the final one by default.")
 ]
 Scale = Annotated[float, typer.Option(help="Of the local adapter (lambda).")]
 Combine = Annotated[
@@ -84,7 +84,7 @@ def open_model(
     quiet_transformers()
     run_dir = choose_run(run)
     found = load_run(run_dir)
-    chosen = found.last_round if server_round is None else server_round
+    chosen = found.final_round if server_round is None else server_round
     root = find_project_root(str(run_dir / "config.json"))
     return SavedModel(found, chosen, root, combine=combine)
 

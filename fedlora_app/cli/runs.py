@@ -211,7 +211,7 @@ def _read_figures(run: PartialRun) -> str:
 
     for evaluation in (run.evaluation, None):
         try:
-            return describe_headline(run.history, evaluation)
+            return describe_headline(run.result_history, evaluation)
         except (AttributeError, LookupError, TypeError, ValueError):
             continue  # written by another version, or damaged
     return "its figures cannot be read"

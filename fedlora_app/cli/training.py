@@ -1,4 +1,4 @@
-"""The command that trains: ``flwr run`` with a check before it and an exit status after it."""
+"""Commands that train: a federation with Flower, and new clients of a finished run without it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedlora_app.cli.root import app, find_config
+from fedlora_app.cli.root import RunName, app, choose_run, find_config, quiet_transformers
+from fedlora_app.foundation.environment import prepare_environment
 
 if TYPE_CHECKING:
     from fedlora_app.runs.settings import Settings
@@ -72,3 +73,66 @@ def _describe_resuming(settings: Settings, config: str) -> str:
     if not RunPaths(settings.run_dir).manifest.exists():
         return "The run had not begun; nothing is kept."
     return f"What is done is kept. To go on: fedlora train {config}--resume {settings.run_dir}"
+
+
+@app.command()
+def adapt(
+    run: RunName,
+    config: Annotated[
+        Path,
+        typer.Option(help="A YAML with the new clients; what it does not say is as in the run."),
+    ],
+    name: Annotated[str, typer.Option("--run-name", "--name", help="Of the run directory.")] = "",
+    output_dir: Annotated[str, typer.Option(help="Relative to the project.")] = "results",
+    only_scale: Annotated[
+        str,
+        typer.Option(
+            metavar="RUN",
+            help="Train nothing: scale the local adapters that they have in this run.",
+        ),
+    ] = "",
+) -> None:
+    """Fit local adapters of new clients to a finished run's global one, which stays as it is.
+
+    Nothing of the run is changed, and no server takes part. Ctrl-C stops the work, and the same
+    command with --run-name goes on. Example: fedlora adapt latest --config ayr.yaml
+    """
+    prepare_environment()  # as a client has it, before torch is imported
+    from fedlora_app.adaptation import Adaptation, describe_newcomers, find_origin
+    from fedlora_app.config.adapted import load_adapted_config
+    from fedlora_app.config.loading import change_config
+    from fedlora_app.evaluation.learning import describe_end
+    from fedlora_app.model.base import choose_device
+    from fedlora_app.model.device import compute_reproducibly
+    from fedlora_app.report.page import write_report
+    from fedlora_app.runs.history import read_history
+    from fedlora_app.runs.paths import check_run_name, default_run_name
+    from fedlora_app.runs.reading import load_run
+    from fedlora_app.runs.settings import resolve_output_dir
+
+    origin = find_origin(choose_run(run))
+    path, root = find_config(config)
+    experiment, unused = load_adapted_config(path, origin.run.config)
+    earlier = load_run(choose_run(only_scale)) if only_scale else None
+    notes = list(describe_newcomers(experiment, origin, unused))
+    if earlier is not None:
+        notes = [f"Nothing is trained: local adapters of {earlier.path} get a scale."]
+        experiment = change_config(experiment, federated__num_rounds=1)
+    run_name = check_run_name(name or default_run_name(experiment))
+    run_dir = resolve_output_dir(root, output_dir) / run_name
+    for note in notes:
+        typer.echo(note)
+    quiet_transformers()
+    compute_reproducibly(experiment.federated.clients_at_once)
+    choose_device(run_name, may_share=experiment.federated.share_gpu)
+    typer.echo(f"Run directory: {run_dir}")
+    try:
+        Adaptation(origin, experiment, root, run_dir, earlier, typer.echo).run()
+    except KeyboardInterrupt:
+        command = f"fedlora adapt {origin.run.path} --config {config} --run-name {run_name}"
+        command += f" --only-scale {earlier.path}" if earlier else ""
+        command += f" --output-dir {output_dir}" * (output_dir != "results")
+        typer.echo(f"What is done is kept. To go on: {command}", err=True)
+        raise
+    typer.echo(describe_end(read_history(run_dir), experiment))
+    typer.echo(f"Run directory: {run_dir}\nReport: {write_report(run_dir)}")

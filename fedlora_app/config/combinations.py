@@ -102,7 +102,8 @@ def _rank_faults(
             f"adapters.global.frozen_rank: {rule} keeps there what the mean misses, and it is 0. "
             "Leave it out for the ranks of all clients together."
         )
-    if rule not in WITH_FROZEN_PART and isinstance(frozen, int) and frozen > 0:
+    makes_none = rule not in WITH_FROZEN_PART and mode != "adapted"  # which has what was made
+    if makes_none and isinstance(frozen, int) and frozen > 0:
         yield (
             f"adapters.global.frozen_rank: {rule} makes no such part. Leave it out, or use one of "
             f"{', '.join(WITH_FROZEN_PART)}."

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fedlora_app.config.combinations import fill_frozen_rank, find_faults
+from fedlora_app.config.final_round import find_final_faults
 from fedlora_app.config.schema import (
     GLOBAL,
     LOCAL,
@@ -44,7 +45,7 @@ def load_config(path: Path, overrides: str = "", **settings: Any) -> Config:
     Raises:
         ConfigError: with every fault, each under its dotted path.
     """
-    return _change(_read_yaml(path), str(path), overrides, settings)
+    return _change(read_yaml(path), str(path), overrides, settings)
 
 
 def change_config(config: Config, overrides: str = "", **settings: Any) -> Config:
@@ -174,6 +175,7 @@ def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:
             yield f"experiment.track: {_shorten(name)} is named {times}; once is enough."
     yield from _kernel_faults(raw)
     yield from _copy_faults(raw)
+    yield from find_final_faults(raw)
     federated = raw.get("federated")
     clients = federated.get("clients") if isinstance(federated, dict) else None
     if not isinstance(clients, list):
@@ -326,7 +328,12 @@ def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[st
             yield from _known_keys(ClientConfig, key)
 
 
-def _read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds.
+
+    Raises:
+        ConfigError: it is not there, too large, or no YAML.
+    """
     try:
         if path.exists() and not path.is_file():
             raise ConfigError(f"{path} is not a regular file. Expected a YAML file.")

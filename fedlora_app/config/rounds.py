@@ -51,11 +51,13 @@ class RoundPlan:
     train: Phase | None
     personalise: Phase | None
     evaluated: tuple[str, ...]
+    is_global_given: bool = False
+    """The global adapter is that of another run, and the same in every round."""
 
     @property
     def trained(self) -> tuple[str, ...]:
         """The adapters that have learnt something by the end of the round."""
-        shared = (GLOBAL,) if self.train is not None else ()
+        shared = (GLOBAL,) if self.train is not None or self.is_global_given else ()
         return shared + tuple(name for name in self.evaluated if name == LOCAL)
 
 
@@ -68,6 +70,8 @@ def plan_round(config: Config, server_round: int) -> RoundPlan:
     a copy on all of its data, with the steps of all local phases at once. A copy made in an earlier
     round would be thrown away with the next average, so this spends no step in vain; both parts
     have a whole learning-rate schedule of their own.
+
+    In *adapted* every round is the local phase of dual, beside a global adapter that stands still.
     """
     mode, schedule = config.federated.mode, config.training.schedule
     is_last = server_round == config.federated.num_rounds
@@ -76,6 +80,8 @@ def plan_round(config: Config, server_round: int) -> RoundPlan:
     if mode == "dual" and schedule == "phased":
         shared = Phase((GLOBAL,), (GLOBAL,), "universal", factors=factors)
         return RoundPlan(shared, personalise, BOTH)
+    if mode == "adapted":
+        return RoundPlan(None, personalise, BOTH, is_global_given=True)
     if mode == "dual":
         shared = Phase(BOTH, BOTH, "mixed", factors=factors)
         return RoundPlan(shared, personalise if is_last else None, BOTH)

@@ -22,7 +22,8 @@ SAFE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 LARGEST_INTEGER = 2**31 - 1
 """Above it numbers fit neither into a message nor into a tensor's size."""
 
-Mode = Literal["dual", "fedavg", "finetuned", "local-only", "centralized"]
+Mode = Literal["dual", "fedavg", "finetuned", "local-only", "centralized", "adapted"]
+"""What clients train; *adapted* is no mode of a federation: ``fedlora adapt`` writes such runs."""
 AVERAGING_MODES = ("dual", "fedavg", "finetuned")
 """Modes in which the server makes one global adapter of several clients' updates."""
 Aggregation = Literal[
@@ -247,6 +248,9 @@ class FederatedConfig(Section):
     """A client that has not answered by then has failed in this round. null: no limit."""
     keep_rounds: int | None = Field(None, ge=1)
     """Adapters of only so many complete rounds are kept, the newest always. null: all."""
+    final: Literal["last", "best"] = "last"
+    """The round whose adapters are the result. best: of the evaluated ones that which does best on
+    the clients' validation questions."""
     min_clients: int | None = Field(None, ge=1)
     """Fewer answers than this stop the run. null: all clients must answer."""
     upload_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"
@@ -273,6 +277,9 @@ class DataConfig(Section):
     conflict_test: str | None = "data/conflict.json"
     universal_validation: str | None = None
     conflict_validation: str | None = None
+    conflict_clients: list[Annotated[str, Field(pattern=SAFE_NAME)]] = Field(default_factory=list)
+    """Ids that conflict records may name beside those of federated.clients: of clients that take no
+    part here, whose answers are among the wrong ones."""
     public: str | None = Field(None, min_length=1)
     """Records of nobody in particular, for training.local_kl_weight: the local phase of mode dual
     holds the pair near the global adapter alone on them and does not learn their answers. As many
@@ -338,6 +345,11 @@ class Config(Section):
     def client_ids(self) -> list[str]:
         """Ids in the order in which clients are served."""
         return sorted(client.id for client in self.federated.clients)
+
+    @property
+    def conflict_ids(self) -> list[str]:
+        """Ids that conflict records may name."""
+        return list(dict.fromkeys([*self.client_ids, *self.data.conflict_clients]))
 
     def dump(self) -> dict[str, Any]:
         """Return plain data that ``parse_config`` reads back to an equal object."""

@@ -100,7 +100,7 @@ def _load_files(
     data, skip = config.data, config.data.skip_invalid
 
     def load_own_conflicts(path: Path, skip_invalid: bool) -> RecordFile:
-        return load_conflicts(path, config.client_ids, skip_invalid=skip_invalid)
+        return load_conflicts(path, config.conflict_ids, skip_invalid=skip_invalid)
 
     def read(section: DataConfig | ClientConfig, key: str, load=load_records) -> RecordFile | None:
         if (name := getattr(section, key)) is None:

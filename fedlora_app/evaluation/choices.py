@@ -79,7 +79,7 @@ def open_round(
         RunDirectoryError, DataError: naming what is missing or was changed.
         ConfigError: a combination has no effect.
     """
-    chosen = run.last_round if server_round is None else server_round
+    chosen = run.final_round if server_round is None else server_round
     config, trained = run.config, run.plan(chosen).trained
     hashes = {}
     if GLOBAL in trained:

@@ -21,6 +21,7 @@ from fedlora_app.data.questions import (
     cluster_of,
 )
 from fedlora_app.evaluation.answering import Answering
+from fedlora_app.evaluation.final_round import validation_key
 from fedlora_app.evaluation.gate import Gate
 from fedlora_app.evaluation.gold import GoldReader
 from fedlora_app.evaluation.names import (
@@ -41,6 +42,9 @@ from fedlora_app.foundation.progress import prompt_lines
 from fedlora_app.model.adapters import AdaptedModel, only_adapters
 from fedlora_app.model.base import LoadedModel
 from fedlora_app.training.phase import PhaseResult
+
+VALIDATED = ("n", EXACT_MATCH.reported, ACCURACY.reported)
+"""What is reported of a validation set."""
 
 Metrics = dict[str, Any]
 Priors = Mapping[bool, Mapping[str, float]]
@@ -121,6 +125,32 @@ def evaluate_client(
         if name == CONFLICT and show_example:
             print(f'{client.id}: "{questions[0].text}" -> "{scores[0].generated}"', flush=True)
     return metrics | (describe_records(client, files) if adapters == BASE else {})
+
+
+def validate_client(
+    config: Config,
+    client: ClientConfig,
+    files: ClientFiles,
+    loaded: LoadedModel,
+    model: AdaptedModel,
+    who: Answering,
+    gate: Gate | None = None,
+) -> Metrics:
+    """Score a client's validation questions, all of them in every round, for ``final_round``."""
+    metrics: Metrics = {}
+    for name, questions in build_question_sets(client, files, validation=True).items():
+        scores = evaluate_questions(
+            model,
+            loaded.tokenizer,
+            questions,
+            active=who.adapters,
+            system_prompt=client.system_prompt,
+            settings=config.evaluation,
+            gate=gate,
+        )
+        summary = summarise(scores)
+        metrics |= {validation_key(name, f): summary[f] for f in VALIDATED if f in summary}
+    return metrics
 
 
 def describe_records(client: ClientConfig, files: ClientFiles) -> Metrics:

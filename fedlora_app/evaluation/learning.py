@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from fedlora_app.config.rounds import BASE
+from fedlora_app.config.schema import Config
 from fedlora_app.evaluation.chance import describe_chance, find_reported_chances
 from fedlora_app.evaluation.names import (
     ACCURACY,
@@ -23,12 +24,14 @@ from fedlora_app.evaluation.names import (
 from fedlora_app.evaluation.reported import (
     Reports,
     collect_reports,
+    describe_run,
     find_reported_leading,
     sort_labels,
 )
 from fedlora_app.evaluation.reported_shares import estimate_share, pair_answers
 from fedlora_app.evaluation.statistics import SIGNIFICANT, flip_signs, over_seeds
 from fedlora_app.foundation.percent import format_percent
+from fedlora_app.runs.history import until_round
 
 Trend = Literal["falling", "flat", "rising", "undefined"]
 LOSS, FINAL_LOSS = "/train_loss", "/final_train_loss"
@@ -117,6 +120,27 @@ def find_nothing_learned(history: Sequence[Mapping[str, Any]]) -> NothingLearned
         LEARNED_OTHERS if knows_others else ADVICE[trend] if loss else "",
     )
     return NothingLearned(HEADLINES[trend], " ".join(filter(None, sentences)))
+
+
+def describe_end(
+    history: list[dict[str, Any]], config: Config, final: Mapping[str, Any] | None = None
+) -> str:
+    """Return what a finished run prints before its last line.
+
+    Args:
+        final: what the manifest says of the round that was chosen, if one was.
+    """
+    if final is not None:
+        history = until_round(history, final["round"])
+    table = describe_run(history) + (f"\n{final['why']}" if final else "")
+    if (nothing := find_nothing_learned(history)) is not None:
+        return f"{table}\n{nothing.headline} {nothing.sentence}"
+    if config.federated.mode != "dual":
+        return table
+    return (
+        f"{table}\nTo see what one averaged adapter makes of the same work, run it with "
+        "mode='fedavg' in --run-config, or with fedlora train --mode fedavg."
+    )
 
 
 def find_loss(history: Sequence[Mapping[str, Any]]) -> Loss | None:

@@ -27,7 +27,7 @@ from fedlora_app.foundation.terminal import render_table
 
 EVALUATION_PREFIXES = (
     *(f"{answerer}/" for answerer in ("base", "global", "local", "global+local")),
-    *("gate/", "evaluation_", "peak_memory_bytes"),
+    *("gate/", "validation/", "evaluation_", "peak_memory_bytes"),
 )
 COUNTS = {EXACT_MATCH.name: "n", ACCURACY.name: "n_ranked"}
 """What a history calls the number of answers by a measure."""

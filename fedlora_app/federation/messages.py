@@ -57,6 +57,7 @@ DECLARED_METRICS = re.compile(
     | (base|global|local|global\+local)/(universal|universal_unseen|local|conflict)/
         (n|n_ranked|n_facts|n_open|gate_open|exact_match|rank_accuracy|rank_accuracy_per_byte
         |rank_accuracy_pmi|rank_chance|margin_per_byte)
+    | validation/(universal|local|conflict)_(n|exact_match|rank_accuracy)
     | gate/(by_fact|purity|opens_for_local|closes_for_universal|closes_for_unknown)
     | (base|global|local|global\+local)/(universal|local|conflict)/(exact_match|ranked_first)_each
     | base/(universal|local|conflict)/fact_each | base/universal/unseen_each
@@ -116,7 +117,8 @@ class Task:
     ``kept`` says as JSON what the client continues from of what it has kept, which ``from_kept``
     reads. ``global_sha256`` is the hash of the global adapter, which the client has kept where the
     message does not bring it. ``resumes`` tells that the run is continued, so that the client's
-    folder may be there already. ``date`` is the day that chat templates write.
+    folder may be there already. ``date`` is the day that chat templates write. ``is_final`` says
+    that the adapters named in ``kept`` are those to use from now on.
     ``project_dir`` and ``output_dir`` hold for simulated nodes, which share the server's disk;
     others have folders of their own.
     """
@@ -132,6 +134,7 @@ class Task:
     experiment: str
     date: str = ""
     kept: str = "{}"
+    is_final: bool = False
 
     @property
     def from_kept(self) -> dict[str, Kept]:

@@ -6,8 +6,9 @@ and a node that restarts in the middle of a run is a new one to Flower, and regi
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -82,6 +83,11 @@ def register_clients(
     return registered
 
 
+def read_report(metrics: Mapping[str, Any], facts: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a client said of itself, with its list of findings about the data."""
+    return {**metrics, **facts, "findings": json.loads(facts.get("findings", "[]"))}
+
+
 def _refuse(faults: Iterable[str]) -> MessageError:
     return MessageError("\n".join(["The run cannot start:", *faults]))
 
@@ -110,6 +116,26 @@ def verify_clients(
         roster.held[client] = reply.facts.get("global_adapter", "")
 
     return collect_faults(grid, messages, read)
+
+
+def settle_clients(
+    grid: Grid, roster: Roster, task: Task, clients: list[str]
+) -> tuple[set[str], list[str]]:
+    """Have clients keep the adapters that the roster names as those to use.
+
+    Returns:
+        Who has done so, and what is wrong with the others.
+    """
+    final = replace(task, is_final=True)
+    messages = roster.messages(final, MessageType.QUERY, clients, lambda client: None)
+    settled = set()
+
+    def read(message: Message) -> None:
+        client = roster.sender(message)
+        read_reply(message, client, REGISTRATION_ROUND)
+        settled.add(client)
+
+    return settled, collect_faults(grid, messages, read)
 
 
 def find_returned(

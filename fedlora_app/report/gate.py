@@ -42,7 +42,7 @@ NO_GATE = "no gate"
 
 def show_gate(run: PartialRun, plotter: Plotter) -> Section | None:
     """Return the section on the gate; None for a run that has none."""
-    gates = collect_gates(run.history)
+    gates = collect_gates(run.result_history)
     sets = {} if run.evaluation is None else read_gated_sets(run.evaluation)
     if not gates and not sets:
         return None
@@ -74,7 +74,7 @@ def show_gate(run: PartialRun, plotter: Plotter) -> Section | None:
 def point_to_gate(run: PartialRun) -> Iterator[str]:
     """Yield what the head of a page says of gates that separate badly."""
     try:
-        warning = warn_of_gates(collect_gates(run.history))
+        warning = warn_of_gates(collect_gates(run.result_history))
     except SHAPE_ERRORS:
         return  # the section says it
     if warning:

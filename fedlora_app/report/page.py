@@ -54,7 +54,12 @@ FOOTER = (
 )
 PLOTS_FOLDER = "plots"
 OWN_ALONE = "local:own"
-ANSWERS_WITH = {"dual": OWN_PAIR, "finetuned": OWN_ALONE, "local-only": OWN_ALONE}
+ANSWERS_WITH = {
+    "dual": OWN_PAIR,
+    "adapted": OWN_PAIR,
+    "finetuned": OWN_ALONE,
+    "local-only": OWN_ALONE,
+}
 """By mode; in the others with the global adapter."""
 MEANS = {
     figure_key(figure, EXACT_MATCH): FIGURES[figure]
@@ -77,10 +82,13 @@ def write_report(
     output, plots_dir = _place(output or run.path / REPORT_FILE)
     figures = _measure(run)
     schedule = (run.config.get("training") or {}).get("schedule")
+    if run.mode == "adapted":  # the shared adapter is of another run
+        origin = run.manifest.get("adapted_from") or {}
+        schedule = origin.get("schedule") if origin.get("mode") == "dual" else None
     prompts = [client.get("system_prompt") for client in run.clients]
     nothing = None
     try:
-        nothing = find_nothing_learned(run.history)
+        nothing = find_nothing_learned(run.result_history)
         verdict = judge_run(figures, prompts, schedule, nothing)
     except SHAPE_ERRORS as error:
         verdict = Verdict("No verdict.", f"The run cannot be judged: {error}")
@@ -181,7 +189,7 @@ def _inline(svg: str, name: str) -> Markup:
 
 def _measure(run: PartialRun) -> dict[str, Figures]:
     try:
-        return measure_run(run.history, run.evaluation)
+        return measure_run(run.result_history, run.evaluation)
     except SHAPE_ERRORS as error:
         run.problems.append(f"history.json or evaluation.json hold something unexpected: {error!r}")
         return {}
@@ -245,6 +253,8 @@ def _describe(run: PartialRun) -> str:
 def _facts(run: PartialRun) -> Any:
     done = "none" if run.last_round is None else run.last_round
     yield "complete rounds", f"{done} of {run.num_rounds}"
+    if why := (run.manifest.get("final") or {}).get("why"):
+        yield "final round", str(why)
     seconds = sum(entry.get("seconds", 0) for entry in run.manifest.get("rounds", []))
     yield "time of all rounds", f"{seconds / 60:.1f} min"
     yield "started", str(run.manifest.get("started", "unknown"))

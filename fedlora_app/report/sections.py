@@ -104,7 +104,7 @@ def _show_training(run: PartialRun, plotter: Plotter) -> Section:
                     lambda phase=phase: plots.plot_loss(history, phase),
                 )
             )
-    if run.mode != "local-only":
+    if run.mode not in ("local-only", "adapted"):  # where nothing is averaged
         for make in (plots.plot_update_norm, plots.plot_aggregation_error):
             name = make.__name__.removeprefix("plot_")
             section.plots.append(plotter.draw(name, lambda make=make: make(history)))
@@ -181,6 +181,9 @@ def describe_command(run: PartialRun) -> str:
     config = run.path / "config.json"
     if run.root is not None and config.is_relative_to(run.root):
         config = config.relative_to(run.root)
+    if run.mode == "adapted":
+        origin = (run.manifest.get("adapted_from") or {}).get("run", "RUN")
+        return f"fedlora adapt {origin} --config {config.as_posix()}"
     federation = f'--federation-config "num-supernodes={len(run.clients)}"'
     return f"flwr run . --stream {federation} --run-config \"config='{config.as_posix()}'\""
 

@@ -9,8 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, OWN_GLOBAL
-from fedlora_app.foundation.files import WEIGHTS_FILE, make_private_dir, remove_partials
-from fedlora_app.model.adapter_files import load_adapter, require_file, save_adapter
+from fedlora_app.foundation.files import (
+    WEIGHTS_FILE,
+    make_private_dir,
+    remove_partials,
+    replace_folder,
+)
+from fedlora_app.model.adapter_files import CONFIG_FILE, load_adapter, require_file, save_adapter
 from fedlora_app.model.adapters import AdaptedModel, AdapterError, AdapterState, get_state
 from fedlora_app.runs.feedback import FeedbackFolder
 from fedlora_app.runs.paths import RunPaths, list_rounds, require_within
@@ -108,6 +113,20 @@ class ClientFolder:
     def save_final(self, model: AdaptedModel) -> None:
         """Keep the model's local adapter as the one to use."""
         self._save(model, LOCAL, get_state(model, LOCAL), self._final)
+
+    def copy_final(self, role: str, server_round: int, sha256: str) -> None:
+        """Keep a round's adapter of a role as the one to use.
+
+        Raises:
+            AdapterError: it is missing, or is not what the run wrote.
+        """
+        own = (self._own_global(server_round), self.paths.final_own_global(self.client_id))
+        source, target = own if role == OWN_GLOBAL else (self._local(server_round), self._final)
+        require_file(source / WEIGHTS_FILE, sha256)
+        make_private_dir(target.parent)
+        with replace_folder(target) as partial:
+            for name in (WEIGHTS_FILE, CONFIG_FILE):
+                shutil.copyfile(source / name, partial / name)
 
     def remove_final(self) -> None:
         """Remove the adapters to use, of a run that had fewer rounds."""

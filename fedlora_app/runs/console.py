@@ -44,7 +44,7 @@ def describe_start(
         *(f"  {'':<15} {line}" for line in describe_proximal(config)),
         *(f"  {'':<15} {line}" for line in describe_decay(config, counts)),
         *(f"  {'':<15} {line}" for line in describe_long_phases(config, counts)),
-        "  server          no model, no device",
+        *(["  server          no model, no device"] if not plan.is_global_given else []),
     ]
     for client, report in clients.items():
         has = f"{report['universal_examples']} universal, {report['local_examples']} local"
@@ -60,7 +60,10 @@ def _describe(adapter: AdapterConfig) -> str:
 
 
 def _describe_traffic(config: Config, shapes: Mapping[str, Sequence[int]]) -> str:
-    if plan_round(config, 1).train is None:
+    plan = plan_round(config, 1)
+    if plan.is_global_given:
+        return "nothing: no server takes part"
+    if plan.train is None:
         return "nothing but metrics leaves a client"
     learning = resize_ranks(shapes, config.adapters.global_.rank)
     sent = of_factors(learning, travelling_factors(config, 1))

@@ -73,6 +73,7 @@ class RunDirectory:
         clients: dict[str, Any],
         base_commit: str | None = None,
         date: str | None = None,
+        **facts: Any,
     ) -> RunDirectory:
         """Create the folder with ``config.json`` and ``manifest.json``, and point latest to it.
 
@@ -80,6 +81,7 @@ class RunDirectory:
             clients: what each client reported when it registered.
             base_commit: the hub's commit of the base model, where it comes from there.
             date: the day that prompts are written for; None: this one.
+            facts: what else the manifest says.
 
         Raises:
             RunDirectoryError: the folder exists; nothing in it is touched.
@@ -105,6 +107,7 @@ class RunDirectory:
             "server_hardware": {"machine": platform.machine(), "cpu_count": os.cpu_count()},
             "clients": clients,
             "rounds": [],
+            **facts,
         }
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,6 +163,7 @@ class RunDirectory:
         stop = {"time": _now(), "after_round": after_round, "changes": dict(changes or {})}
         resumed = [*self.manifest.get("resumed", []), stop]
         self.manifest |= {"finished": None, "rounds": rounds, "resumed": resumed}
+        self.manifest.pop("final", None)
         self._write_manifest()
         write_json(self.paths.config, config.dump())
         shutil.rmtree(self.paths.final_global, ignore_errors=True)  # of an earlier round

@@ -74,6 +74,11 @@ def read_history(run_dir: Path) -> list[dict[str, Any]]:
     raise RunDirectoryError(f"{run_dir} has neither {names}.")
 
 
+def until_round(history: Iterable[dict[str, Any]], server_round: int) -> list[dict[str, Any]]:
+    """Return the entries of the rounds up to one."""
+    return [entry for entry in history if entry["round"] <= server_round]
+
+
 def read_rounds(run_dir: Path, rounds: Iterable[int]) -> list[dict[str, Any]]:
     """Return the entries of ``history.json`` that are of these rounds, each of which it must hold.
 

@@ -42,6 +42,10 @@ def check_manifest(manifest: Manifest) -> tuple[Manifest, list[str]]:
             faults.append(f"round {entry['round']} is there twice")
         else:
             rounds[entry["round"]] = entry
+    final = manifest.get("final")
+    if final is not None and (not isinstance(final, dict) or final.get("round") not in rounds):
+        faults.append('"final" names no complete round')
+        manifest = {key: value for key, value in manifest.items() if key != "final"}
     sections: dict[str, dict[str, Any]] = {}
     for name in ("base_model", "clients", "versions"):
         sections[name] = manifest.get(name)
@@ -80,6 +84,23 @@ def complete_rounds(manifest: Manifest, up_to: float = math.inf) -> list[int]:
     return sorted(entry["round"] for entry in manifest["rounds"] if entry["round"] <= up_to)
 
 
+def find_final_round(manifest: Manifest) -> int | None:
+    """Return the round whose adapters are the result: that which was chosen, or else the newest."""
+    chosen = manifest.get("final") or {}
+    return chosen.get("round", max(complete_rounds(manifest), default=None))
+
+
+def find_kept(manifest: Manifest, role: str, server_round: int) -> dict[str, tuple[int, str]]:
+    """Return what each client had kept last in a role after a round: of which round, its sha256."""
+    newest = {}
+    for entry in sorted(manifest["rounds"], key=lambda entry: entry["round"]):
+        for name, sha256 in entry["adapters"].items():
+            found, _, client = name.partition(":")
+            if found == role and entry["round"] <= server_round:
+                newest[client] = (entry["round"], sha256)
+    return newest
+
+
 def find_kept_round(manifest: Manifest, client: str, server_round: int, role: str = LOCAL) -> int:
     """Return the round of the local adapter that a client had after a round.
 
@@ -97,6 +118,15 @@ def describe_missing_finals(manifest: Manifest) -> Iterator[str]:
     """Yield a sentence for each client without a local adapter of the last round."""
     paths = RunPaths(Path())
     last = max(complete_rounds(manifest), default=0)
+    if find_final_round(manifest) not in (None, last):
+        for client in manifest["final"].get("missing", []):
+            newest = find_kept_round(manifest, client, manifest["final"]["round"])
+            yield (
+                f"{client} could not be told that round {manifest['final']['round']} is the final "
+                f"one; what may be in {paths.final_local(client)} is of the last round. fedlora "
+                f"ask, evaluate and export take {paths.local_adapter(client, newest)}."
+            )
+        return
     for client in manifest["clients"]:
         newest = find_kept_round(manifest, client, last)  # the last one where it has none at all
         if manifest.get("mode") == "finetuned" and not _has_local(manifest, client, last):

@@ -36,7 +36,7 @@ class RunPaths:
         self.history = folder / "history.json"
         self.history_table = folder / "history.csv"
         self.events = folder / "metrics.jsonl"
-        self.evaluation = folder / "evaluation.json"  # of the newest complete round
+        self.evaluation = folder / "evaluation.json"  # of the final round, or the newest
         self.partial_evaluation = folder / ".evaluation.partial.jsonl"
         self.lock = folder / LOCK_FILE
         self.server = folder / "server"
@@ -49,7 +49,7 @@ class RunPaths:
         """Return where an evaluation is kept of another round or another combination.
 
         Args:
-            server_round: None for the newest one.
+            server_round: None for the final one.
             combination: None for that of the run's configuration.
         """
         parts = [_name_round(server_round)] if server_round is not None else []

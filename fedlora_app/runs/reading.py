@@ -23,12 +23,13 @@ from fedlora_app.config.rounds import RoundPlan, plan_round
 from fedlora_app.config.schema import GLOBAL, LOCAL, OWN_GLOBAL, Config, ConfigError
 from fedlora_app.foundation.files import WEIGHTS_FILE, hash_file, is_locked
 from fedlora_app.foundation.project import ProjectNotFoundError, find_project_root
-from fedlora_app.runs.history import read_history
+from fedlora_app.runs.history import read_history, until_round
 from fedlora_app.runs.manifest import (
     Manifest,
     check_manifest,
     complete_rounds,
     describe_missing_finals,
+    find_final_round,
     find_kept_round,
     read_date,
 )
@@ -41,6 +42,7 @@ MODES = {
     "finetuned": "each client's own copy of the average, a baseline",
     "local-only": "a local adapter at each client and nothing shared, a baseline",
     "centralized": "one adapter trained on everybody's data, a baseline",
+    "adapted": "another run's global adapter and a local one at each new client",
 }
 """What clients answer with."""
 
@@ -80,13 +82,22 @@ class SavedRun:
             raise RunDirectoryError(f"{self.path} has no complete round; nothing to evaluate.")
         return rounds[-1]
 
+    @property
+    def final_round(self) -> int:
+        """The round whose adapters are the result, of a stopped run the newest one.
+
+        Raises:
+            RunDirectoryError: not one is complete.
+        """
+        return self.last_round if (found := find_final_round(self.manifest)) is None else found
+
     def plan(self, server_round: int) -> RoundPlan:
         """Return what a round of this run does, and which adapters clients answer with after it."""
         return plan_round(self.config, server_round)
 
     @cached_property
     def evaluation(self) -> dict[str, Any] | None:
-        """What ``fedlora evaluate`` wrote for the newest round, None before that."""
+        """What ``fedlora evaluate`` wrote for the final round, None before that."""
         path = self.paths.evaluation
         return _read_object(path) if path.exists() else None
 
@@ -104,12 +115,12 @@ class SavedRun:
 
     def evaluation_path(self, server_round: int, combination: Combination | None = None) -> Path:
         """Where the evaluation of a round and of a combination is kept."""
-        is_last = server_round == self.last_round
+        is_final = server_round == self.final_round
         is_own = combination in (None, as_configured(self.config.adapters))
-        if is_last and is_own:
+        if is_final and is_own:
             return self.paths.evaluation
         return self.paths.other_evaluation(
-            None if is_last else server_round, None if is_own else combination
+            None if is_final else server_round, None if is_own else combination
         )
 
     def count_steps(self, server_round: int) -> int:
@@ -157,7 +168,8 @@ class SavedRun:
             role: of the client's, ``LOCAL`` or ``OWN_GLOBAL``.
         """
         if client_id is None:
-            return self.paths.global_adapter(server_round)
+            is_given = self.plan(server_round).is_global_given  # and so it is kept once
+            return self.paths.global_adapter(0 if is_given else server_round)
         own_round = find_kept_round(self.manifest, client_id, server_round, role)
         find = self.paths.own_global if role == OWN_GLOBAL else self.paths.local_adapter
         return find(client_id, own_round)
@@ -247,6 +259,17 @@ class PartialRun:
         return max(complete_rounds(self.manifest), default=None)
 
     @property
+    def final_round(self) -> int | None:
+        """The round whose adapters are the result, of a stopped run the newest one."""
+        return find_final_round(self.manifest)
+
+    @property
+    def result_history(self) -> list[dict[str, Any]]:
+        """The history up to the final round, whose figures are the last ones in it."""
+        final = self.manifest.get("final")
+        return until_round(self.history, final["round"]) if final else self.history
+
+    @property
     def state(self) -> str:
         """Whether the run is "finished", "running" at this moment, or "stopped"."""
         if self.manifest.get("finished") is not None:
@@ -330,10 +353,11 @@ def read_what_is_left(path: Path, name: str = "") -> PartialRun:
     if paths.evaluation.exists():
         evaluation = attempt(lambda: _read_object(paths.evaluation), None)
     run = PartialRun(path, name or path.name, config, manifest, history, evaluation, problems)
-    if evaluation is not None and evaluation.get("round") != run.last_round:
+    if evaluation is not None and evaluation.get("round") != run.final_round:
+        which = "final one" if run.manifest.get("final") else "last complete one"
         problems.append(
-            f"{paths.evaluation.name} is of round {evaluation.get('round')} and not of the last "
-            f"complete one, {run.last_round}; it is left out."
+            f"{paths.evaluation.name} is of round {evaluation.get('round')} and not of the "
+            f"{which}, {run.final_round}; it is left out."
         )
         run = replace(run, evaluation=None)
     problems += _find_what_is_missing(run)

@@ -19,7 +19,7 @@ from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import GLOBAL, Config, ConfigError
 from fedlora_app.foundation.project import hash_package
 from fedlora_app.runs.history import read_rounds
-from fedlora_app.runs.manifest import MEMORY, complete_rounds
+from fedlora_app.runs.manifest import MEMORY, complete_rounds, find_kept
 from fedlora_app.runs.paths import RunDirectoryError, RunPaths, list_rounds
 from fedlora_app.runs.reading import SavedRun, load_run
 
@@ -52,13 +52,7 @@ class Resumption:
 
     def find_kept(self, role: str) -> dict[str, tuple[int, str]]:
         """Return what each client has kept last in a role: the round that it is of, its sha256."""
-        newest = {}
-        for entry in sorted(self.entries, key=lambda entry: entry["round"]):
-            for name, sha256 in entry["adapters"].items():
-                found, _, client = name.partition(":")
-                if found == role:
-                    newest[client] = (entry["round"], sha256)
-        return newest
+        return find_kept(self.saved.manifest, role, self.after_round)
 
     @property
     def evaluated_clients(self) -> set[str]:

@@ -60,6 +60,7 @@ def read_settings(run_config: dict[str, Any]) -> Settings:
     }
     if not run_config["resume"]:
         config = load_config(root / config_path, **changes)
+        _require_federation(config)
         require_trackers(config)
         name = check_run_name(str(run_config["run-name"] or default_run_name(config)))
         return Settings(config, root, name, output_dir)
@@ -72,6 +73,7 @@ def read_settings(run_config: dict[str, Any]) -> Settings:
     elif run_config["overrides"] or mode:  # of the run's own configuration
         given = change_config(resumption.saved.config, **changes)
         resumption = resumption.with_changes(given, num_rounds)
+    _require_federation(resumption.config)
     require_trackers(resumption.config)
     path = resumption.saved.path
     return Settings(resumption.config, root, path.name, str(path.parent), resumption)
@@ -82,3 +84,12 @@ def resolve_output_dir(root: Path, output_dir: str) -> Path:
     if not output_dir.strip():
         raise ConfigError("output-dir is empty. Name a folder; the default is results.")
     return (root / Path(output_dir).expanduser()).resolve()
+
+
+def _require_federation(config: Config) -> None:
+    """Raise where a run has no server, and nothing that Flower could run."""
+    if config.federated.mode == "adapted":
+        raise ConfigError(
+            "federated.mode: adapted is what new clients of a finished run do, without a server. "
+            "To begin or go on: fedlora adapt RUN --config CONFIG"
+        )

@@ -83,7 +83,9 @@ def _privacy(export: Export) -> str:
             "private data. Whoever has it can ask for that: keep it as you keep the data."
         )
     config = export.run.config
-    if config.federated.mode == "dual" and config.training.schedule == "phased":
+    trained = {"mode": config.federated.mode, "schedule": config.training.schedule}
+    trained = export.run.manifest.get("adapted_from") or trained
+    if trained.get("mode") == "dual" and trained.get("schedule") == "phased":
         return "There is no local adapter in it, only the global one that all clients share."
     return (
         "**Private.** There is no local adapter in it, but in this run the global one was trained "

@@ -7,8 +7,7 @@ import math
 import pytest
 from conftest import build_tiny_config
 
-from fedlora_app.evaluation.learning import find_loss, find_nothing_learned
-from fedlora_app.server_app import describe_end
+from fedlora_app.evaluation.learning import describe_end, find_loss, find_nothing_learned
 
 FALLING, FLAT = [3.0, 2.5, 2.1, 1.8], [2.0, 2.03, 1.98, 2.01]
 PHASES = ("global", "local")

@@ -42,12 +42,12 @@ def find_unknown_keyword_owners(client: LintedClient, config: Config) -> Iterato
     for file in client.question_files:
         owners: dict[str, list[int]] = defaultdict(list)
         for position, record in enumerate(file.records):
-            for owner in set(record.keywords) - set(config.client_ids):
+            for owner in set(record.keywords) - set(config.conflict_ids):
                 owners[owner].append(position)
         for owner, positions in owners.items():
             text = (
                 f'has keywords of "{owner}", which is not a client (so in '
-                f"{format_count(len(positions))}). Clients: {', '.join(config.client_ids)}."
+                f"{format_count(len(positions))}). Clients: {', '.join(config.conflict_ids)}."
             )
             yield file.finding("warning", "keyword-owner", positions[0], text)
 

@@ -1,0 +1,46 @@
+"""Why a run cannot choose its final round by validation, on raw data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+SETS = ("universal_validation", "conflict_validation")
+
+
+def find_final_faults(raw: Mapping[str, Any]) -> Iterator[str]:
+    """Find what ``federated.final: best`` cannot be had with."""
+    federated, training, data, evaluation = (
+        raw[name] if isinstance(raw.get(name), Mapping) else {}
+        for name in ("federated", "training", "data", "evaluation")
+    )
+    if federated.get("final") != "best":
+        return
+    clients = federated.get("clients")
+    clients = [c for c in clients if isinstance(c, Mapping)] if isinstance(clients, list) else []
+    has_own = any(client.get("local_validation") is not None for client in clients)
+    if not has_own and all(data.get(name) is None for name in SETS):
+        yield (
+            "federated.final: best is chosen on validation questions, and there are none. Name a "
+            "file in data.universal_validation, data.conflict_validation or a client's "
+            "local_validation, or set it to last."
+        )
+    if evaluation.get("interval") == 0:
+        yield (
+            "federated.final: best is one of the rounds that are evaluated, and with "
+            "evaluation.interval 0 none is. Set that to 1 or more, or federated.final to last."
+        )
+    keep_rounds, num_rounds = federated.get("keep_rounds"), federated.get("num_rounds", 5)
+    if isinstance(keep_rounds, int) and isinstance(num_rounds, int) and keep_rounds < num_rounds:
+        yield (
+            f"federated.final: best may be any round's adapters, and federated.keep_rounds keeps "
+            f"those of {keep_rounds} of {num_rounds}. Set that to null, or federated.final to last."
+        )
+    mode = federated.get("mode", "dual")
+    is_joint = mode == "dual" and training.get("schedule") == "joint"
+    if mode == "finetuned" or is_joint:
+        what = "training.schedule joint" if is_joint else "mode finetuned"
+        yield (
+            f"federated.final: best needs rounds with adapters to answer with, and in {what} the "
+            "local ones are fitted to a global one in the last round alone. Set it to last."
+        )
