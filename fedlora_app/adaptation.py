@@ -108,8 +108,8 @@ def find_origin(path: Path) -> Origin:
         )
     if (rule := run.config.federated.rule) in STAY:
         raise RunDirectoryError(
-            f"{run.path} is of the aggregation rule {rule}: its clients keep a factor of the global "
-            "adapter for themselves, and what they share does nothing by itself."
+            f"{run.path} is of the aggregation rule {rule}: its clients keep a factor of the "
+            "global adapter for themselves, and what they share does nothing by itself."
         )
     entry = next(e for e in run.manifest["rounds"] if e["round"] == run.final_round)
     weights, recorded = run.paths.final_global / WEIGHTS_FILE, entry["adapters"].get(GLOBAL)
