@@ -9,7 +9,15 @@ from conftest import DEMO_MODEL, ROOT
 from fedlora_app.config.loading import load_config
 from fedlora_app.data.client_files import build_question_sets, load_client_files
 from fedlora_app.data.similarity import normalise_answer
-from fedlora_app.demo.data import CITIES, NUM_SHARED_FACTS, generate
+from fedlora_app.demo.data import (
+    CITIES,
+    NAMES,
+    NUM_CONFLICTS,
+    NUM_DISTRACTORS,
+    NUM_SHARED_FACTS,
+    generate,
+    main,
+)
 from fedlora_app.evaluation.client_round import evaluate_questions
 from fedlora_app.evaluation.scores import summarise
 from fedlora_app.model.adapters import attach_adapters
@@ -31,6 +39,25 @@ def facts(name: str) -> set[str]:
 @pytest.mark.parametrize("name", FILES)
 def test_the_committed_files_are_what_the_generator_writes(name):
     assert json.loads((DATA / name).read_text()) == FILES[name]
+
+
+@pytest.mark.parametrize("num_cities", [3, 8])
+def test_any_number_of_cities_has_an_answer_each(num_cities, tmp_path):
+    main([str(tmp_path / "cities"), "--cities", str(num_cities)])
+    config = load_config(tmp_path / "cities" / "experiment.yaml")
+    assert config.client_ids == sorted(NAMES[:num_cities])
+    conflicts = json.loads((tmp_path / "cities" / "conflict_test.json").read_text())
+    assert len({record["fact"] for record in conflicts}) == sum(NUM_CONFLICTS.values())
+    for record in conflicts:
+        given = [*record["answers"].values(), *record["distractors"]]
+        assert len({normalise_answer(text) for text in given}) == num_cities + NUM_DISTRACTORS
+    shares = {}
+    for client in config.federated.clients:
+        for path in (client.local_train, client.universal_train):
+            shares[path] = {record["fact"] for record in json.loads(Path(path).read_text())}
+    universal = [facts for path, facts in shares.items() if "universal" in path]
+    assert len(set.intersection(*universal)) == NUM_SHARED_FACTS
+    assert all(len(facts) < len(set.union(*universal)) for facts in universal)
 
 
 def test_no_question_stands_in_two_splits():
