@@ -28,6 +28,7 @@ __getattr__, __all__ = offer(
             "plot_seconds",
             "plot_swap_table",
             "plot_traffic",
+            "plot_update_cosine",
             "plot_update_norm",
         ],
         "report.drawing": ["draw"],

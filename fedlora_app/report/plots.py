@@ -114,12 +114,20 @@ def plot_update_norm(history: pandas.DataFrame) -> Figure:
 
 @styled
 def plot_aggregation_error(history: pandas.DataFrame) -> Figure:
-    """Draw how far averaging A and B apart is from averaging their products, relatively."""
+    """Draw how far the new adapter's product is from the mean of the clients' ones, relatively."""
     rows = _select(history, "aggregation_error")
-    title = "aggregation error: averaging A and B apart"
-    figure, axes = _plot_curves(history, rows, title, label="of the mean's product", from_zero=True)
+    title = "aggregation error: from the mean of the products"
+    figure, axes = _plot_curves(history, rows, title, label="of the new product", from_zero=True)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     return figure
+
+
+@styled
+def plot_update_cosine(history: pandas.DataFrame) -> Figure:
+    """Draw how alike the clients' updates are, the mean cosine between two of them."""
+    rows = _select(history, "update_cosine")
+    title = "cosine between two clients' updates, mean"
+    return _plot_curves(history, rows, title, from_zero=True)[0]
 
 
 @styled

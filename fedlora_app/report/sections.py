@@ -105,7 +105,11 @@ def _show_training(run: PartialRun, plotter: Plotter) -> Section:
                 )
             )
     if run.mode not in ("local-only", "adapted"):  # where nothing is averaged
-        for make in (plots.plot_update_norm, plots.plot_aggregation_error):
+        for make in (
+            plots.plot_update_norm,
+            plots.plot_update_cosine,
+            plots.plot_aggregation_error,
+        ):
             name = make.__name__.removeprefix("plot_")
             section.plots.append(plotter.draw(name, lambda make=make: make(history)))
     return section
