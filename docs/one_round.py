@@ -51,13 +51,14 @@ def train(client, phase):
 
 # 1. Every client trains the global adapter alone, from the same start, on its universal records.
 start = build_initial_state(model, GLOBAL, derive_seed(config.experiment.seed, "initial"))
-rule = build_rule(config.federated.aggregation)
-rule.begin(start)
+rule = build_rule(config)
+rule.begin(start, SERVER_ROUND)
 for client in config.federated.clients:
     set_state(model, GLOBAL, start)
     num_examples = train(client, plan.train)
     trained = get_state(model, GLOBAL)
-    rule.add({key: trained[key] - start[key] for key in start}, num_examples)  # all that is sent
+    update = {key: trained[key] - start[key] for key in start}  # all that is sent
+    rule.add(client.id, update, num_examples)
 
 # 2. The server averages the updates, weighted by the numbers of examples. It needs no model.
 average = rule.result()

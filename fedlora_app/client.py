@@ -167,13 +167,14 @@ class Client:
         """Return the shapes that a global adapter must have here."""
         return state_shapes(self._load_model()[1], GLOBAL)
 
+    def learning_shapes(self) -> dict[str, torch.Size]:
+        """Return the shapes of what this client can train of the global adapter."""
+        rank = self.config.adapters_of(self.client_id).global_.rank
+        return resize_ranks(self.global_shapes(), rank)
+
     def update_shapes(self, server_round: int) -> dict[str, torch.Size]:
         """Return the shapes of the update that this client sends in a round."""
-        model = self._load_model()[1]
-        learning = resize_ranks(
-            state_shapes(model, GLOBAL), self.config.adapters_of(self.client_id).global_.rank
-        )
-        return of_factors(learning, travelling_factors(self.config, server_round))
+        return of_factors(self.learning_shapes(), travelling_factors(self.config, server_round))
 
     def keep_global(self, state: AdapterState) -> str:
         """Keep the global adapter for a later message; return its file's sha256."""

@@ -126,7 +126,7 @@ def _train(client: Client, task: Task, message: Message) -> Message:
     if is_quantised(upload_dtype):
         update, facts[FEEDBACK] = client.folder.feedback.settle(
             update,
-            client.global_shapes(),
+            client.learning_shapes(),
             upload_dtype,
             task.server_round,
             task.from_kept.get(FEEDBACK, Kept()),

@@ -200,6 +200,24 @@ def test_half_of_the_adapter_travels_up(rule, tiny_project, tmp_path):
     assert changed == {key for key in after if mark in key}
 
 
+@pytest.mark.parametrize("rule", ["alternate", "residual"])
+def test_what_rounding_leaves_waits_until_its_factor_travels(rule, tiny_project, tmp_path):
+    """Two rounds of nf4 through real messages: of half an adapter, and beside a frozen part."""
+    config = configure(rule, ("ann", "bob"), upload_dtype="nf4", num_rounds=3)
+    run = Federation(tiny_project, tmp_path, config).run()
+    left = [
+        load_file(run / "clients" / "ann" / "feedback" / f"round_{n:03d}.safetensors")
+        for n in (1, 2, 3)
+    ]
+    shapes = {k: t.shape for k, t in take_ranks(server_state(run, 0), 0, 4).items()}
+    assert {key: tensor.shape for key, tensor in left[1].items()} == shapes
+    if rule == "alternate":  # B travels in the first and third round, A in the second
+        of_b = [{k: t for k, t in found.items() if ".lora_B." in k} for found in left]
+        assert set(left[0]) == set(of_b[0])
+        assert all(torch.equal(of_b[1][key], of_b[0][key]) for key in of_b[0])
+        assert not all(torch.equal(of_b[2][key], of_b[0][key]) for key in of_b[0])
+
+
 def test_a_frozen_part_answers_and_is_not_trained(tiny_project, tmp_path):
     run = Federation(tiny_project, tmp_path, configure("stack", ("ann", "bob"))).run()
     rank, num_clients = 4, 2

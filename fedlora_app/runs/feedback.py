@@ -43,7 +43,7 @@ class FeedbackFolder:
 
         Args:
             update: what was learnt, of the tensors that travel.
-            shapes: of all of the global adapter's tensors.
+            shapes: of all that the client can train of the global adapter.
             kept: says after which round something was left, and of which rounds it is kept.
 
         Returns:
