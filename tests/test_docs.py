@@ -22,7 +22,7 @@ WRITTEN_LATER = {
     "data/alpaca",
     "data/entangled",
     "data/states-de",
-    "fedlora_app/federation/rules/momentum.py",
+    "fedlora_app/federation/rules/norm_clipped.py",
 }
 
 
