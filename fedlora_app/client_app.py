@@ -24,6 +24,7 @@ from flwr.clientapp import ClientApp
 
 from fedlora_app.client import Client
 from fedlora_app.config.schema import FEEDBACK, Config, ConfigError
+from fedlora_app.config.sharing import of_factors, travelling_factors
 from fedlora_app.data.records import DataError
 from fedlora_app.evaluation.room import EvaluationError
 from fedlora_app.federation.messages import (
@@ -222,13 +223,17 @@ def _folders(task: Task, context: Context) -> tuple[Path, str]:
 
 
 def _received_state(client: Client, task: Task, message: Message) -> AdapterState:
-    """Return the global adapter that came with the message, or else was kept."""
+    """Return the global adapter that came with the message, or was kept, or both in parts."""
     arrays = message.content.array_records.get(ADAPTER_RECORD)
     if arrays is None and task.global_sha256:
         return client.kept_global(task.global_sha256)
     if arrays is None:
         raise MessageError("The server sent no global adapter and named none.")
-    return unpack_state(arrays, client.global_shapes(), "The server")
+    shapes = client.global_shapes()
+    if not task.base_sha256:
+        return unpack_state(arrays, shapes, "The server")
+    changed = of_factors(shapes, travelling_factors(client.config, task.server_round))
+    return client.kept_global(task.base_sha256) | unpack_state(arrays, changed, "The server")
 
 
 def _check_package(task: Task) -> None:

@@ -24,7 +24,7 @@ from flwr.serverapp.strategy import FedAvg
 from fedlora_app.config.participation import members, training_clients, weigh
 from fedlora_app.config.rounds import plan_round
 from fedlora_app.config.schema import FEEDBACK, GLOBAL, LOCAL, OWN_GLOBAL, Config
-from fedlora_app.config.sharing import PERSONAL, STAY
+from fedlora_app.config.sharing import FACTORS, PERSONAL, STAY, of_factors, travelling_factors
 from fedlora_app.evaluation.final_round import choose_round
 from fedlora_app.evaluation.reported import describe_round, split_evaluation
 from fedlora_app.federation.aggregation import Aggregation
@@ -46,7 +46,7 @@ from fedlora_app.federation.replies import (
     require_facts,
     require_same_base,
 )
-from fedlora_app.federation.roster import Roster, Traffic
+from fedlora_app.federation.roster import Patch, Roster, Traffic
 from fedlora_app.foundation.progress import client_lines
 from fedlora_app.model.adapter_files import load_adapter, save_adapter, save_tensors
 from fedlora_app.model.adapters import AdaptedModel, AdapterState, state_shapes
@@ -99,7 +99,7 @@ class GlobalAdapterFedAvg(FedAvg):
         self._run = run
         self._report = report
         self._global_state: AdapterState = {}
-        self._global_sha256 = ""
+        self._global_sha256 = self._sha256_before = ""
         self._base_models: dict[str, str] = {}
         self._rounds_before = 0  # that an earlier process has completed
         self._round_seconds: list[float] = []
@@ -204,6 +204,7 @@ class GlobalAdapterFedAvg(FedAvg):
             if (errors := self._aggregation.error_by_module) is not None:
                 self._round.log("aggregation", relative_error=errors)
         folder = self._run.paths.global_adapter(server_round)
+        self._sha256_before = self._global_sha256
         self._global_sha256 = self._save_global(folder)
         self._round.adapters[GLOBAL] = self._global_sha256
         if memory := self._aggregation.memory:
@@ -216,7 +217,9 @@ class GlobalAdapterFedAvg(FedAvg):
         """Yield one message per client, with the new global adapter."""
         server_round += self._rounds_before
         self._packed = arrays
-        return self._ask(grid, MessageType.EVALUATE, server_round, self._members(server_round))
+        members = self._members(server_round)
+        patch = self._build_patch(server_round)
+        return self._ask(grid, MessageType.EVALUATE, server_round, members, patch)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -244,7 +247,7 @@ class GlobalAdapterFedAvg(FedAvg):
                 self._round.add_metrics(client, plan.personalise.name, training)
             self._round.add_metrics(client, "evaluate", evaluation)
             self._note_kept(reply, server_round, is_last=True)
-            self.roster.held[client] = reply.facts.get("global_adapter", "")
+            self.roster.note_global(client, reply.facts.get("global_adapter", ""))
             self._base_models[client] = reply.facts["base_model"]
             facts = {k: v for k, v in reply.facts.items() if not k.startswith(DATA_HASH)}
             self._round.log("facts", client=client, **facts)
@@ -308,6 +311,7 @@ class GlobalAdapterFedAvg(FedAvg):
         message_type: str,
         server_round: int,
         clients: list[str],
+        patch: Patch | None = None,
     ) -> Iterator[Message]:
         """Return the clients' messages, and keep how to send one again with the global adapter."""
         build = partial(self.roster.messages, self._task_of(server_round), message_type)
@@ -317,7 +321,14 @@ class GlobalAdapterFedAvg(FedAvg):
             return grid.send_and_receive(build(clients, self._arrays_for))
 
         self._ask_again = ask_again
-        return build(clients, self._arrays_for)
+        return build(clients, self._arrays_for, patch)
+
+    def _build_patch(self, server_round: int) -> Patch | None:
+        """Return what a round has changed of the global adapter, None where that is all of it."""
+        changed = travelling_factors(self.config, server_round)
+        if changed == FACTORS or plan_round(self.config, server_round).train is None:
+            return None
+        return Patch(self._sha256_before, pack_state(of_factors(self._global_state, changed)))
 
     def _valid_replies(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -187,17 +188,36 @@ def test_clients_of_lower_rank_train_and_answer_with_it(tiny_project, tmp_path):
         assert not take_ranks(ann, 2, 4)[key].any()
 
 
-@pytest.mark.parametrize("rule", ["freeze-a", "alternate"])
-def test_half_of_the_adapter_travels_up(rule, tiny_project, tmp_path):
-    run = Federation(tiny_project, tmp_path, configure(rule, ("ann", "bob"))).run()
-    for server_round in (1, 2):
+@pytest.mark.parametrize("rule", ["freeze-a", "alternate", "share-a"])
+def test_half_of_the_adapter_travels_up_and_down(rule, tiny_project, tmp_path):
+    config = configure(rule, ("ann", "bob"), num_rounds=3)
+    federation = Federation(tiny_project, tmp_path, config)
+    run = federation.run()
+    whole = entries(run, 0, "traffic")["ann"]["adapter_bytes_down"]
+    for server_round in (1, 2, 3):
         traffic = entries(run, server_round, "traffic")["ann"]
-        share = traffic["adapter_bytes_up"] / traffic["adapter_bytes_down"]
-        assert 0.3 < share < 0.7
-    before, after = server_state(run, 1), server_state(run, 2)
+        for direction in ("up", "down"):
+            assert 0.3 < traffic[f"adapter_bytes_{direction}"] / whole < 0.7
+    before, after = server_state(run, 2), server_state(run, 3)
     changed = {key for key in after if not torch.equal(after[key], before[key])}
-    mark = ".lora_A." if rule == "alternate" else ".lora_B."
+    mark = ".lora_A." if rule == "share-a" else ".lora_B."
     assert changed == {key for key in after if mark in key}
+
+
+def test_who_has_lost_what_a_part_is_laid_over_gets_the_whole(tiny_project, tmp_path):
+    config = configure("freeze-a", ("ann", "bob"))
+    plain = Federation(tiny_project, tmp_path / "plain", config).run()
+    federation = Federation(tiny_project, tmp_path / "lost", config)
+
+    def lose(message, reply):
+        if UPDATE_RECORD in reply.content:
+            shutil.rmtree(federation.path / "clients" / "ann" / "received", ignore_errors=True)
+        return reply
+
+    run = federation.run(tamper=lose)
+    lost = entries(run, 1, "traffic")["ann"]["adapter_bytes_down"]
+    assert lost > 1.4 * entries(plain, 1, "traffic")["ann"]["adapter_bytes_down"]
+    assert adapter_files(run) == adapter_files(plain)
 
 
 @pytest.mark.parametrize("rule", ["alternate", "residual"])

@@ -118,7 +118,9 @@ class Task:
     reads. ``global_sha256`` is the hash of the global adapter, which the client has kept where the
     message does not bring it. ``resumes`` tells that the run is continued, so that the client's
     folder may be there already. ``date`` is the day that chat templates write. ``is_final`` says
-    that the adapters named in ``kept`` are those to use from now on.
+    that the adapters named in ``kept`` are those to use from now on. With ``base_sha256`` the
+    message brings only the tensors that the round has changed since that global adapter, which
+    the client has kept.
     ``project_dir`` and ``output_dir`` hold for simulated nodes, which share the server's disk;
     others have folders of their own.
     """
@@ -135,6 +137,7 @@ class Task:
     date: str = ""
     kept: str = "{}"
     is_final: bool = False
+    base_sha256: str = ""
 
     @property
     def from_kept(self) -> dict[str, Kept]:

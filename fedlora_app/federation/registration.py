@@ -113,7 +113,7 @@ def verify_clients(
         reply = read_reply(message, client, REGISTRATION_ROUND)
         require_facts(["base_model"], reply)
         require_same_base(base_model, {client: reply.facts["base_model"]})
-        roster.held[client] = reply.facts.get("global_adapter", "")
+        roster.note_global(client, reply.facts.get("global_adapter", ""))
 
     return collect_faults(grid, messages, read)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from flwr.app import ArrayRecord, Message, RecordDict
@@ -17,6 +17,14 @@ from fedlora_app.federation.grid import build_message
 from fedlora_app.federation.messages import KEPT, Task, build_task_content
 
 UNKNOWN = "an unknown node"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """The tensors that have changed since a global adapter."""
+
+    base_sha256: str
+    arrays: ArrayRecord
 
 
 class Roster:
@@ -28,7 +36,10 @@ class Roster:
 
     def __init__(self, nodes: dict[str, int]) -> None:
         self.nodes = nodes
-        self.held: dict[str, str] = {}  # sha256 of the global adapter that a client has kept
+        self.held: dict[str, str] = {}
+        """sha256 of the global adapter that a client has kept, until it is relied on once."""
+        self.on_disk: dict[str, str] = {}
+        """The same for as long as nothing else has taken its place there."""
         self.kept: dict[str, dict[str, tuple[int, str]]] = {role: {} for role in KEPT}
         """By role and client the last round whose file counts, and its sha256."""
         self.traffic = Traffic()
@@ -43,6 +54,10 @@ class Roster:
         """Return which client a message is from, or ``UNKNOWN``."""
         return self._clients.get(message.metadata.src_node_id, UNKNOWN)
 
+    def note_global(self, client: str, sha256: str) -> None:
+        """Remember which global adapter a client says it has kept, "" for none."""
+        self.held[client] = self.on_disk[client] = sha256
+
     def move(self, client: str, node: int) -> None:
         """Have a client be another node from here on."""
         del self._clients[self.nodes[client]]
@@ -55,6 +70,7 @@ class Roster:
         message_type: str,
         clients: Iterable[str],
         arrays_for: Callable[[str], ArrayRecord | None],
+        patch: Patch | None = None,
     ) -> Iterator[Message]:
         """Yield one message per client, made when its turn comes.
 
@@ -62,6 +78,7 @@ class Roster:
             task: its client, and what concerns what the client has kept, are filled in.
             clients: in order.
             arrays_for: returns the global adapter that a client is sent unless it holds it already.
+            patch: is sent instead to who holds what it is laid over.
         """
         for client in clients:
             held, expected = self.held.pop(client, ""), task.global_sha256
@@ -73,8 +90,13 @@ class Roster:
                 if client in found
             }
             own = replace(task, client_id=client, global_sha256=expected, kept=json.dumps(kept))
-            is_held = expected and held == expected
-            content = build_task_content(own, None if is_held else arrays_for(client))
+            if expected and held == expected:
+                content = build_task_content(own)
+            elif patch is not None and self.on_disk.get(client) == patch.base_sha256:
+                patched = replace(own, base_sha256=patch.base_sha256)
+                content = build_task_content(patched, patch.arrays)
+            else:
+                content = build_task_content(own, arrays_for(client))
             message = build_message(content, message_type, self.nodes[client])
             self.traffic.add(client, "down", message)
             yield message
