@@ -34,7 +34,7 @@ def learning_factors(config: Config, server_round: int) -> tuple[str, ...]:
 
 
 def travelling_factors(config: Config, server_round: int) -> tuple[str, ...]:
-    """Return of which factors clients send their updates in a round; the others stay as they are."""
+    """Return of which factors clients send their updates; the server's others stay as they are."""
     kept = STAY.get(config.federated.rule, ())
     return tuple(f for f in learning_factors(config, server_round) if f not in kept)
 
