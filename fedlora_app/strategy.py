@@ -167,7 +167,7 @@ class GlobalAdapterFedAvg(FedAvg):
         self._packed = arrays
         if plan_round(self.config, server_round).train is None:
             return iter(())
-        asked = training_clients(self.config, server_round)
+        asked = self._in_order(training_clients(self.config, server_round))
         return self._ask(grid, MessageType.TRAIN, server_round, asked)
 
     def aggregate_train(
@@ -371,7 +371,10 @@ class GlobalAdapterFedAvg(FedAvg):
                 self._round.adapters[f"{role}:{reply.client_id}"] = sha256
 
     def _members(self, server_round: int) -> list[str]:
-        return members(self.config, server_round)
+        return self._in_order(members(self.config, server_round))
+
+    def _in_order(self, clients: list[str]) -> list[str]:
+        return [client for client in self.serving_order if client in clients]
 
     def _arrays_for(self, client: str) -> ArrayRecord:
         """Return the global adapter that a client gets, as arrays."""

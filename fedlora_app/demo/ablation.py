@@ -105,7 +105,7 @@ def ablate(
         sums.setdefault("steps", []).append(steps)
         validated = Client(use_validation_files(config), client_id, work_dir, root, run.date)
         for part, asked in (("validation", validated), ("test", client)):
-            metrics = asked.evaluate(states[-1], config.federated.num_rounds)
+            metrics = asked.evaluate(states[-1], {LOCAL: Kept(config.federated.num_rounds)})
             for name in QUESTION_SETS:
                 value = metrics[f"{adapters_label(BOTH)}/{name}/{EXACT_MATCH.reported}"]
                 sums.setdefault(f"{part}/{name}", []).append(value)

@@ -163,7 +163,7 @@ class Evaluator:
         settings = self.saved.run.config.evaluation
         missing.sort(key=lambda prompt: len(prompt.question) + sum(map(len, prompt.candidates)))
         if left := self._find_left_to_global(answering, missing, loaded.tokenizer):
-            alone = answering.behind_gate(self.saved.run.config.adapters)[False]
+            alone = Answering(with_global=True, global_of=answering.global_of)
             self._answer(alone, list(left), done, total)
             shared = [self.store.get(self._identify(alone), prompt) for prompt in left]
             answers = [

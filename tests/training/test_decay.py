@@ -14,7 +14,12 @@ from fedlora_app.config.rounds import Phase, plan_round
 from fedlora_app.config.schema import GLOBAL, LOCAL, ConfigError
 from fedlora_app.data.tokens import Example
 from fedlora_app.federation.messages import Kept
-from fedlora_app.model.adapters import adapter_parameters, build_initial_state, scaled_local
+from fedlora_app.model.adapters import (
+    activate,
+    adapter_parameters,
+    build_initial_state,
+    scaled_local,
+)
 from fedlora_app.training.decay import (
     choose_decays,
     compute_kept_share,
@@ -58,9 +63,9 @@ def test_the_same_share_is_left_in_runs_of_every_shape(adapted, kind):
     before = norm_of(adapted)
     rates = learning_rates(training, num_steps, num_rounds).reshape(num_rounds, num_steps)
     for rates_of_round in rates:
+        activate(adapted, (LOCAL,), (LOCAL,))
         with fresh_optimizer(adapted, training, {LOCAL: decays[LOCAL]}) as optimizer:
             for parameter in adapter_parameters(adapted, LOCAL):
-                parameter.requires_grad_(True)
                 parameter.grad = torch.zeros_like(parameter)
             for rate in rates_of_round:
                 optimizer.param_groups[0]["lr"] = rate

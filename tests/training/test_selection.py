@@ -63,7 +63,8 @@ def test_other_modes_train_on_the_clients_own_data(mode, count, truncated):
 def test_every_mode_takes_as_many_steps_in_a_run(max_steps):
     """Of ann's 3 universal and 5 local examples, 3 replayed, 2 a step; and of bob's likewise."""
     found = {}
-    for mode in get_args(Mode):
+    modes = [mode for mode in get_args(Mode) if mode != "adapted"]  # which has a global adapter
+    for mode in modes:
         config = build_tiny_config(
             federated={"mode": mode, "num_rounds": 3},
             training={"max_steps": max_steps, "global_epochs": 3},
@@ -79,7 +80,7 @@ def test_every_mode_takes_as_many_steps_in_a_run(max_steps):
                 for client in clients if phase else []:
                     found[mode] += select_phase(config, client, phase, server_round, load).num_steps
     per_client = 3 * (6 + 4) if max_steps is None else 3 * (1 + 1)
-    assert found == dict.fromkeys(get_args(Mode), 2 * per_client)
+    assert found == dict.fromkeys(modes, 2 * per_client)
 
 
 @pytest.mark.parametrize(
