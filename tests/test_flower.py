@@ -81,7 +81,8 @@ def test_a_run_started_from_a_foreign_folder(flower, tiny_experiment, tiny_proje
         str(ROOT),
         cwd=tmp_path,
         run_config=f"config='{tiny_experiment}' run-name='foreign' num-rounds=3 "
-        "overrides='training.learning_rate=1e-4 adapters.local.rank=3'",
+        "overrides='training.learning_rate=1e-4 adapters.local.rank=3 federated.final=best "
+        "data.universal_validation=universal_test.json'",
     )
     run = tiny_project / "results" / "foreign"
     assert run.is_dir(), output
@@ -97,6 +98,12 @@ def test_a_run_started_from_a_foreign_folder(flower, tiny_experiment, tiny_proje
     folder = run / "final" / "clients" / "ann"
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 3
     assert output.count("CUDA_VISIBLE_DEVICES is '7'") == 2, output
+    assert manifest["final"]["round"] == 2, "as good as the last, and earlier"
+    for final, kept in (("global", "server"), ("clients/ann", "clients/ann")):
+        folders = run / "final" / final, run / kept / "round_002"
+        ours, theirs = (folder / "adapter_model.safetensors" for folder in folders)
+        assert ours.read_bytes() == theirs.read_bytes()
+    assert "final/ holds round 2 of 3, which does best" in output
 
 
 def test_another_number_of_nodes_stops_with_the_line_that_fixes_it(flower, tiny_experiment):

@@ -43,7 +43,7 @@ def check_manifest(manifest: Manifest) -> tuple[Manifest, list[str]]:
         else:
             rounds[entry["round"]] = entry
     final = manifest.get("final")
-    if final is not None and (not isinstance(final, dict) or final.get("round") not in rounds):
+    if final is not None and not _is_final(final, list(rounds)):
         faults.append('"final" names no complete round')
         manifest = {key: value for key, value in manifest.items() if key != "final"}
     sections: dict[str, dict[str, Any]] = {}
@@ -162,3 +162,9 @@ def _is_round(entry: Any) -> bool:
         and isinstance(entry.get("seconds", 0), int | float)
         and isinstance(entry.get("failures", {}), dict)
     )
+
+
+def _is_final(final: Any, rounds: list[int]) -> bool:
+    if not isinstance(final, dict) or not isinstance(final.get("missing", []), list):
+        return False
+    return type(final.get("round")) is int and final["round"] in rounds

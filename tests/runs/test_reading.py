@@ -45,6 +45,8 @@ def test_of_a_whole_run_both_read_the_same(paths):
         ({"clients": {"ann": 1}}, "\"clients\" has no object for 'ann'", None),
         ({"clients": {"ann": {"local_examples": ""}}}, "no number of examples for 'ann'", None),
         ({"base_model": {"name": None}}, "\"base_model\" has no text as 'name'", None),
+        ({"final": {"round": 9}}, '"final" names no complete round', None),
+        ({"final": {"round": [1]}}, '"final" names no complete round', None),
         ({"versions": None}, '"versions" is not an object', None),
     ],
 )
