@@ -217,6 +217,11 @@ def test_a_mixer_learns_which_adapter_knows_an_answer(adapted, tokenizer):
     assert not any(p.requires_grad for p in adapted.parameters()) and not adapted.training
     again = train_mixer(adapted, examples, training, num_phases=4, seed=1)
     assert all(torch.equal(again[name], matrix) for name, matrix in matrices.items())
+    sparing = training.model_copy(update={"gradient_checkpointing": True})
+    again = train_mixer(adapted, examples, sparing, num_phases=4, seed=1)
+    for name, matrix in matrices.items():
+        torch.testing.assert_close(again[name], matrix, atol=1e-3, rtol=1e-3)
+    assert not adapted.get_base_model().is_activation_checkpointing
 
 
 def test_a_mixer_whose_loss_is_not_finite_is_refused(adapted, tokenizer):
