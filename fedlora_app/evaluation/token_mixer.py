@@ -8,7 +8,8 @@ with M of two rows, without a bias, the one thing that learns. There the mixer l
 individual adapter in all rounds, and its partner is the average of the other clients; here it is
 fitted to a finished run, both adapters frozen, and its partner is the global one. It begins with
 zeros, which is one half of each adapter, and takes as many passes over the client's training
-records of both kinds as a local phase takes, ``training.local_epochs``, at the run's learning rate.
+records of both kinds as all local phases of the run together over theirs, at the run's learning
+rates.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class TokenMixer(FittedCombiner):
     FORMAT = 1
     ADAPTERS = (GLOBAL, LOCAL)
     FILES = TRAIN_FILES
-    SETTINGS = ("training",)
+    SETTINGS = ("training", "federated")
 
     matrices: Tensors
     """M (2, in), fp32, by the layer's name."""
@@ -65,7 +66,8 @@ class TokenMixer(FittedCombiner):
             task.config, task.client, task.files, task.tokenizer, task.root
         )
         examples = [*found.local.examples, *found.universal.examples]
-        matrices = train_mixer(task.model, examples, task.config.training, task.seed(MIXER))
+        training, num_rounds = task.config.training, task.config.federated.num_rounds
+        matrices = train_mixer(task.model, examples, training, num_rounds, task.seed(MIXER))
         return cls(matrices, task.client.system_prompt)
 
     def find_weights(self, model: AdaptedModel, prompts: Sequence[list[int]]) -> list[Weights]:
@@ -91,9 +93,16 @@ class TokenMixer(FittedCombiner):
 
 
 def train_mixer(
-    model: AdaptedModel, examples: Sequence[Example], training: TrainingConfig, seed: int
+    model: AdaptedModel,
+    examples: Sequence[Example],
+    training: TrainingConfig,
+    num_phases: int,
+    seed: int,
 ) -> Tensors:
     """Return the matrices (2, in) of each layer after training, fp32 on the CPU.
+
+    Args:
+        num_phases: how many times as many steps as a local phase of these examples has.
 
     Raises:
         FitError: the loss is not finite.
@@ -101,7 +110,7 @@ def train_mixer(
     # Padded rows, which every base model takes.
     training = training.model_copy(update={"packing": False})
     num_steps = count_steps(len(examples), training.local_epochs, training)
-    num_steps = min(num_steps, training.max_steps or num_steps)
+    num_steps = num_phases * min(num_steps, training.max_steps or num_steps)
     activate(model, MIXED)
     layers = find_mixed_layers(model)
     matrices = {
