@@ -27,7 +27,8 @@ from fedlora_app.federation.replies import require_same_base
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import WEIGHTS_FILE, hash_file
 from fedlora_app.model.adapter_files import load_adapter, save_adapter
-from fedlora_app.model.adapters import AdaptedModel, AdapterState, state_shapes
+from fedlora_app.model.adapter_state import AdapterState
+from fedlora_app.model.adapters import AdaptedModel, state_shapes
 from fedlora_app.model.base import compute_fingerprint
 from fedlora_app.model.fingerprint import explain_fingerprint
 from fedlora_app.rescaling import RescalingClient, require_local

@@ -52,9 +52,9 @@ from fedlora_app.federation.messages import Kept
 from fedlora_app.foundation.progress import step_lines
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model import base as model_module
+from fedlora_app.model.adapter_state import AdapterState
 from fedlora_app.model.adapters import (
     AdaptedModel,
-    AdapterState,
     attach_once,
     build_initial_state,
     get_state,

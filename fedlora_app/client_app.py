@@ -48,7 +48,7 @@ from fedlora_app.foundation.project import (
     hash_package,
     is_unpacked_bundle,
 )
-from fedlora_app.model.adapters import AdapterError, AdapterState
+from fedlora_app.model.adapter_state import AdapterError, AdapterState
 from fedlora_app.model.base import ModelError, choose_device
 from fedlora_app.model.cards import CardError
 from fedlora_app.model.device import (

@@ -49,7 +49,8 @@ from fedlora_app.federation.replies import (
 from fedlora_app.federation.roster import Patch, Roster, Traffic
 from fedlora_app.foundation.progress import client_lines
 from fedlora_app.model.adapter_files import load_adapter, save_adapter, save_tensors
-from fedlora_app.model.adapters import AdaptedModel, AdapterState, state_shapes
+from fedlora_app.model.adapter_state import AdapterState
+from fedlora_app.model.adapters import AdaptedModel, state_shapes
 from fedlora_app.runs.directory import RunDirectory
 from fedlora_app.runs.history import read_history
 from fedlora_app.runs.manifest import MEMORY, describe_missing_finals, find_kept

@@ -51,12 +51,8 @@ from fedlora_app.federation.messages import (
 from fedlora_app.federation.replies import read_reply
 from fedlora_app.foundation.files import hash_file
 from fedlora_app.model.adapter_files import load_adapter, save_adapter
-from fedlora_app.model.adapters import (
-    AdapterError,
-    attach_adapters,
-    build_initial_state,
-    state_shapes,
-)
+from fedlora_app.model.adapter_state import AdapterError
+from fedlora_app.model.adapters import attach_adapters, build_initial_state, state_shapes
 from fedlora_app.model.base import ModelError
 from fedlora_app.runs.paths import RunDirectoryError, check_run_name
 from fedlora_app.runs.reading import load_run

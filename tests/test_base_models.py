@@ -22,9 +22,9 @@ from fedlora_app.evaluation.prompt_features import compute_features
 from fedlora_app.evaluation.scoring import Prompt, score_prompts
 from fedlora_app.federation.messages import MessageError
 from fedlora_app.model.adapter_files import save_adapter, save_plain_adapter
+from fedlora_app.model.adapter_state import AdapterError
 from fedlora_app.model.adapters import (
     AdaptedModel,
-    AdapterError,
     PlainAdapter,
     activate,
     adapter_parameters,

@@ -30,7 +30,8 @@ from fedlora_app.federation.messages import Kept
 from fedlora_app.foundation.files import hash_file, write_json
 from fedlora_app.foundation.project import find_project_root
 from fedlora_app.model.adapter_files import load_adapter
-from fedlora_app.model.adapters import AdapterState, attach_adapters
+from fedlora_app.model.adapter_state import AdapterState
+from fedlora_app.model.adapters import attach_adapters
 from fedlora_app.model.base import build_empty_model, decoder_layers
 from fedlora_app.runs.history import read_history
 from fedlora_app.runs.paths import RunPaths

@@ -29,9 +29,9 @@ from fedlora_app.evaluation.instance import InstanceWeights
 from fedlora_app.evaluation.search import SearchedWeights
 from fedlora_app.evaluation.token_mixer import TokenMixer
 from fedlora_app.model.adapter_files import load_adapter
+from fedlora_app.model.adapter_state import AdapterState
 from fedlora_app.model.adapters import (
     AdaptedModel,
-    AdapterState,
     attach_once,
     only_adapters,
     scaled_local,

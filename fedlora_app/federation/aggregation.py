@@ -16,7 +16,7 @@ from fedlora_app.federation.rules.fedavg import FedAvg
 from fedlora_app.federation.server_optimizer import ServerOptimizer
 from fedlora_app.federation.telemetry import UpdateTelemetry
 from fedlora_app.federation.weighted_mean import RejectedUpdateError
-from fedlora_app.model.adapters import AdapterState
+from fedlora_app.model.adapter_state import AdapterState
 from fedlora_app.model.ranks import fit_client, resize_ranks
 
 OPTIMIZER = "optimizer:"

@@ -22,7 +22,7 @@ import torch
 from fedlora_app.federation.rules.fedavg import FedAvg
 from fedlora_app.federation.weighted_mean import RejectedUpdateError, WeightedMean
 from fedlora_app.foundation.seeds import derive_seed
-from fedlora_app.model.adapters import AdapterState
+from fedlora_app.model.adapter_state import AdapterState
 
 NUM_COLUMNS = 8
 """Of W. The squared norm of a matrix of rank one then has a standard error of

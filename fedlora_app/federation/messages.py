@@ -28,7 +28,7 @@ from fedlora_app.federation.quantised import (
     is_quantised,
     quantise,
 )
-from fedlora_app.model.adapters import AdapterState, check_names, check_state
+from fedlora_app.model.adapter_state import AdapterState, check_names, check_state
 
 KEPT = {LOCAL: "local_adapter", OWN_GLOBAL: "own_global_adapter", FEEDBACK: "feedback"}
 """What clients keep by rounds: its role, and the fact by which they name a file's hash."""

@@ -19,7 +19,7 @@ from math import ceil, prod
 
 import torch
 
-from fedlora_app.model.adapters import AdapterState, check_state
+from fedlora_app.model.adapter_state import AdapterState, check_state
 
 BLOCK_SIZE = 128
 """Values that share a scale. At 64 NF4 would be 5 % more, and its error 4 % less."""

@@ -26,7 +26,7 @@ from fedlora_app.federation.messages import (
     unpack_state,
 )
 from fedlora_app.federation.roster import Roster
-from fedlora_app.model.adapters import AdapterError, AdapterState
+from fedlora_app.model.adapter_state import AdapterError, AdapterState
 from fedlora_app.model.fingerprint import COVERS, explain_fingerprint
 
 

@@ -23,7 +23,7 @@ from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord, Rec
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvgM, FedYogi
 
 from fedlora_app.config.schema import FederatedConfig
-from fedlora_app.model.adapters import AdapterState
+from fedlora_app.model.adapter_state import AdapterState
 
 SEPARATOR = "/"
 ROUNDS, VELOCITY = "rounds", "velocity"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from fedlora_app.federation.weighted_mean import RejectedUpdateError, WeightedMean
-from fedlora_app.model.adapters import AdapterState
+from fedlora_app.model.adapter_state import AdapterState
 from fedlora_app.model.ranks import pad_ranks, rank_axis
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from fedlora_app.model.adapters import AdapterState
+from fedlora_app.model.adapter_state import AdapterState
 
 FRACTION_BITS = 36  # resolution 1.5e-11 of the weighted sum, room up to 2**27
 LIMIT = 2.0 ** (63 - FRACTION_BITS - 1)

@@ -21,16 +21,8 @@ from fedlora_app.foundation.files import (
     replace_folder,
     write_atomically,
 )
-from fedlora_app.model.adapters import (
-    MAX_SHOWN_CHARS,
-    AdaptedModel,
-    AdapterError,
-    AdapterState,
-    PlainAdapter,
-    check_state,
-    file_config,
-    state_shapes,
-)
+from fedlora_app.model.adapter_state import MAX_SHOWN_CHARS, AdapterError, AdapterState, check_state
+from fedlora_app.model.adapters import AdaptedModel, PlainAdapter, file_config, state_shapes
 
 CONFIG_FILE = "adapter_config.json"
 ROLE_KEY = "fedlora_role"

@@ -4,8 +4,7 @@ The only module that imports PEFT. ``y = W0 x + s_G B_G A_G x + s_L B_L A_L x``,
 global pair (A_G, B_G) is averaged by the server and the local pair never leaves its client.
 LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
 
-An adapter's *state* is a dictionary of fp32 CPU tensors under PEFT's file keys, which do
-not name the adapter; so a state always travels and is stored together with its role.
+Their weights as dictionaries of tensors are the matter of ``adapter_state``.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from transformers import PreTrainedModel
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdapterConfig, AdaptersConfig
 from fedlora_app.config.sharing import FACTORS, of_factors
-from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.seeds import derive_seed
+from fedlora_app.model.adapter_state import AdapterError, AdapterState, check_state
 from fedlora_app.model.base import LoadedModel, decoder_layers
 from fedlora_app.model.ranks import join_ranks, resize_ranks, take_ranks
 from fedlora_app.model.targets import (
@@ -37,14 +36,12 @@ from fedlora_app.model.targets import (
     find_target_faults,
 )
 
-MAX_SHOWN_CHARS = 200
 FROZEN = "frozen"
 """The part of the global adapter that no client trains, beside the part that is called GLOBAL here.
 Outside this module a global adapter is both: its state joins them, the learning ranks first."""
 PLAIN = "default"
 """PEFT's own name for an only adapter."""
 
-AdapterState = dict[str, torch.Tensor]
 AdaptedModel = PeftModel
 AdaptedLayer = LoraLayer
 """The base model with its adapters attached and one module of it, for annotations elsewhere."""
@@ -54,10 +51,6 @@ Parameters = dict[str, torch.nn.Parameter]
 _parameters: WeakKeyDictionary[AdaptedModel, dict[str, Parameters]] = WeakKeyDictionary()
 _layers: WeakKeyDictionary[AdaptedModel, list[LoraLayer]] = WeakKeyDictionary()
 """What is found by walking through all modules of a model once its adapters are attached."""
-
-
-class AdapterError(UserError):
-    """An adapter does not fit: other names, shapes, rank or base, or a damaged file."""
 
 
 @dataclass(frozen=True)
@@ -191,30 +184,6 @@ def file_config(model: AdaptedModel, name: str) -> dict[str, Any]:
         joint = sum(_ranks(model, name))
         config |= {"lora_alpha": config["lora_alpha"] / config["r"] * joint, "r": joint}
     return config
-
-
-def check_state(state: AdapterState, shapes: dict[str, torch.Size], what: str) -> None:
-    """Raise ``AdapterError`` unless names and shapes agree and every value is finite."""
-    check_names(state, shapes, what)
-    for key, shape in shapes.items():
-        if state[key].shape != shape:
-            raise AdapterError(
-                f"{what}: {key} has shape {tuple(state[key].shape)}, expected {tuple(shape)} "
-                "(another rank or another base model)."
-            )
-        if not all(map(torch.isfinite, state[key].aminmax())):  # NaN wins over every number
-            raise AdapterError(f"{what}: {key} holds values that are not finite.")
-
-
-def check_names(names: Iterable[str], shapes: dict[str, torch.Size], what: str) -> None:
-    """Raise ``AdapterError`` unless the tensors' names are those of the adapter."""
-    names = set(names)
-    missing, extra = sorted(set(shapes) - names), sorted(names - set(shapes))
-    if missing or extra:
-        raise AdapterError(
-            f"{what}: {len(missing)} tensors are missing{_first(missing)} and {len(extra)} are "
-            f"unknown{_first(extra)}. Expected an adapter of the same base and target_modules."
-        )
 
 
 def activate(
@@ -436,10 +405,3 @@ def _find_parameters(model: AdaptedModel, name: str) -> Parameters:
             if mark in key
         }
     return known[name]
-
-
-def _first(names: list[str]) -> str:
-    if not names:
-        return ""
-    first = names[0] if names[0].isprintable() else ascii(names[0])
-    return f" ({first[:MAX_SHOWN_CHARS]}{', ...' if len(names) > 1 else ''})"

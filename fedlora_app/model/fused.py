@@ -16,14 +16,8 @@ import torch
 from torch.nn import functional
 
 from fedlora_app.config.schema import GLOBAL, LOCAL
-from fedlora_app.model.adapters import (
-    FROZEN,
-    AdaptedLayer,
-    AdaptedModel,
-    AdapterError,
-    lora_layers,
-    with_frozen,
-)
+from fedlora_app.model.adapter_state import AdapterError
+from fedlora_app.model.adapters import FROZEN, AdaptedLayer, AdaptedModel, lora_layers, with_frozen
 
 Forward = Callable[[AdaptedLayer, torch.Tensor], torch.Tensor]
 Factors = tuple[torch.Tensor, torch.Tensor]

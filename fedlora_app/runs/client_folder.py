@@ -16,7 +16,8 @@ from fedlora_app.foundation.files import (
     replace_folder,
 )
 from fedlora_app.model.adapter_files import CONFIG_FILE, load_adapter, require_file, save_adapter
-from fedlora_app.model.adapters import AdaptedModel, AdapterError, AdapterState, get_state
+from fedlora_app.model.adapter_state import AdapterError, AdapterState
+from fedlora_app.model.adapters import AdaptedModel, get_state
 from fedlora_app.runs.feedback import FeedbackFolder
 from fedlora_app.runs.paths import RunPaths, list_rounds, require_within
 

@@ -11,7 +11,7 @@ from fedlora_app.federation.messages import Kept
 from fedlora_app.federation.quantised import feed_back
 from fedlora_app.foundation.files import make_private_dir, remove_partials
 from fedlora_app.model.adapter_files import load_tensors, require_file, save_tensors
-from fedlora_app.model.adapters import AdapterState
+from fedlora_app.model.adapter_state import AdapterState
 from fedlora_app.runs.paths import RunPaths, list_rounds
 
 EXPECTED = (

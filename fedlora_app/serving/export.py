@@ -32,13 +32,8 @@ from fedlora_app.evaluation.search import SearchedWeights
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import hash_file, make_private_dir, replace_folder
 from fedlora_app.model.adapter_files import save_plain_adapter
-from fedlora_app.model.adapters import (
-    AdaptedModel,
-    AdapterState,
-    PlainAdapter,
-    attach_adapters,
-    merge_into_base,
-)
+from fedlora_app.model.adapter_state import AdapterState
+from fedlora_app.model.adapters import AdaptedModel, PlainAdapter, attach_adapters, merge_into_base
 from fedlora_app.model.base import (
     DTYPES,
     build_empty_model,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedlora_app.config.schema import Config
-from fedlora_app.model.adapters import AdaptedModel, AdapterError, attach_adapters
+from fedlora_app.model.adapter_state import AdapterError
+from fedlora_app.model.adapters import AdaptedModel, attach_adapters
 from fedlora_app.model.base import ModelError, build_empty_model
 from fedlora_app.training.attention import PackingError
 from fedlora_app.training.packing import require_separable

@@ -23,7 +23,7 @@ from fedlora_app.federation.quantised import (
     dequantise,
     quantise,
 )
-from fedlora_app.model.adapters import AdapterError
+from fedlora_app.model.adapter_state import AdapterError
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
 

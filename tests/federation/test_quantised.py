@@ -17,7 +17,8 @@ from fedlora_app.federation.quantised import (
     feed_back,
     quantise,
 )
-from fedlora_app.model.adapters import AdapterError, attach_adapters, state_shapes
+from fedlora_app.model.adapter_state import AdapterError
+from fedlora_app.model.adapters import attach_adapters, state_shapes
 
 LARGEST_GAP = {"int8": 2 / 254, "nf4": 1 - 0.6961928}
 """Between neighbouring levels, of a block whose largest value is 1."""

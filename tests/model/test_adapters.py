@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdaptersConfig
 from fedlora_app.model.adapter_files import load_adapter, save_adapter
+from fedlora_app.model.adapter_state import AdapterError
 from fedlora_app.model.adapters import (
-    AdapterError,
     activate,
     adapter_parameters,
     attach_adapters,

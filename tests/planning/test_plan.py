@@ -26,7 +26,8 @@ from fedlora_app.config.loading import load_config
 from fedlora_app.config.rounds import BOTH, Phase
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdaptersConfig, TrainingConfig
 from fedlora_app.data.tokens import Example
-from fedlora_app.model.adapters import AdapterError, activate, adapter_parameters, attach_adapters
+from fedlora_app.model.adapter_state import AdapterError
+from fedlora_app.model.adapters import activate, adapter_parameters, attach_adapters
 from fedlora_app.model.base import ModelError, build_empty_model
 from fedlora_app.model.fused import fused_adapters
 from fedlora_app.planning import host

@@ -30,7 +30,8 @@ from fedlora_app.evaluation.generation import find_stop_ids
 from fedlora_app.evaluation.protocol import evaluate_round
 from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.model import base as model_module
-from fedlora_app.model.adapters import AdapterError, PlainAdapter, merge_into_base
+from fedlora_app.model.adapter_state import AdapterError
+from fedlora_app.model.adapters import PlainAdapter, merge_into_base
 from fedlora_app.model.base import ModelError
 from fedlora_app.runs.paths import RunDirectoryError
 from fedlora_app.runs.reading import load_run

@@ -29,8 +29,8 @@ from fedlora_app.config.schema import GLOBAL, LOCAL, AdaptersConfig, TrainingCon
 from fedlora_app.data.tokens import Example
 from fedlora_app.federation.messages import MessageError
 from fedlora_app.model import kernels
+from fedlora_app.model.adapter_state import AdapterError
 from fedlora_app.model.adapters import (
-    AdapterError,
     activate,
     adapter_parameters,
     attach_adapters,

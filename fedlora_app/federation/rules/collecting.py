@@ -11,7 +11,7 @@ import torch
 
 from fedlora_app.federation.rules.base import AggregationRule
 from fedlora_app.federation.weighted_mean import RejectedUpdateError
-from fedlora_app.model.adapters import AdapterState
+from fedlora_app.model.adapter_state import AdapterState
 from fedlora_app.model.ranks import rank_axis
 
 LARGEST_VALUE = 1e6

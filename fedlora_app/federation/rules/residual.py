@@ -13,7 +13,7 @@ import torch
 
 from fedlora_app.federation.rules.collecting import CollectingRule, Factors, Module
 from fedlora_app.federation.rules.svd import compress
-from fedlora_app.model.adapters import AdapterState
+from fedlora_app.model.adapter_state import AdapterState
 
 
 class FrozenPartRule(CollectingRule):

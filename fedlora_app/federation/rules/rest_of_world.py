@@ -12,7 +12,7 @@ from __future__ import annotations
 from fedlora_app.config.schema import Config
 from fedlora_app.federation.rules.base import AggregationRule
 from fedlora_app.federation.weighted_mean import WeightedMean
-from fedlora_app.model.adapters import AdapterState
+from fedlora_app.model.adapter_state import AdapterState
 
 SEPARATOR = "/"
 

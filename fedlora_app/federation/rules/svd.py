@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from fedlora_app.federation.rules.collecting import CollectingRule, Factors, Module
-from fedlora_app.model.adapters import AdapterState
+from fedlora_app.model.adapter_state import AdapterState
 
 NOTHING = 1e-12
 """Of the largest singular value: what rounding in fp64 leaves where there is nothing."""
