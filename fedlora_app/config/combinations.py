@@ -21,6 +21,9 @@ ROBUST = ("median", "trimmed-mean")
 MEANS = ("fedavg", "freeze-a", "alternate", "share-a", "share-b", *ROBUST)
 """Rules of which a server optimizer can take the result for a mean update."""
 LEAST_ROBUST = 3
+WITH_NEW_COORDINATES = ("svd", "rank-partitioned", "stack")
+"""Rules after which A and B stand for other directions than in the round before."""
+ROUNDED = ("int8", "nf4")
 
 
 def fill_frozen_rank(raw: dict[str, Any]) -> dict[str, Any]:
@@ -81,6 +84,12 @@ def _rule_faults(rule: Any, federated: dict[str, Any], num_clients: int) -> Iter
         )
     if rule == "rest-of-world" and num_clients < 2:
         yield "federated.aggregation: rest-of-world needs two clients; there are no others."
+    if rule in WITH_NEW_COORDINATES and federated.get("upload_dtype") in ROUNDED:
+        yield (
+            f"federated.upload_dtype: what {federated['upload_dtype']} loses is added to the next "
+            f"update, and after {rule} A and B stand for other directions than before. Use "
+            "bfloat16 or float32."
+        )
     for key, default in (("server_optimizer", "none"), ("server_learning_rate", None)):
         if rule not in MEANS and federated.get(key, default) != default:
             yield (
