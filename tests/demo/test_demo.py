@@ -41,6 +41,14 @@ def test_the_committed_files_are_what_the_generator_writes(name):
     assert json.loads((DATA / name).read_text()) == FILES[name]
 
 
+def test_so_are_those_of_four_cities():
+    files = generate(NAMES[:4])
+    folder = ROOT / "data" / "demo-4"
+    assert {str(p.relative_to(folder)) for p in folder.rglob("*.json")} == set(files)
+    for name, records in files.items():
+        assert json.loads((folder / name).read_text()) == records
+
+
 @pytest.mark.parametrize("num_cities", [3, 8])
 def test_any_number_of_cities_has_an_answer_each(num_cities, tmp_path):
     main([str(tmp_path / "cities"), "--cities", str(num_cities)])
