@@ -23,6 +23,7 @@ def events(run: Path, name: str) -> list[dict]:
     return [event for event in map(json.loads, lines) if event["event"] == name]
 
 
+@pytest.mark.minutes
 def test_a_study_runs_what_is_missing_and_evaluates_it(
     flower, tiny_experiment, tiny_project, tmp_path
 ):
