@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from fedlora_app.config.participation import training_clients
 from fedlora_app.config.rounds import plan_round
 from fedlora_app.config.schema import Config
-from fedlora_app.config.sharing import FACTORS, travelling_factors
+from fedlora_app.config.sharing import travelling_factors
 from fedlora_app.data.client_files import load_all_files
 from fedlora_app.federation.quantised import WIRE_DTYPES, count_wire_bytes
 from fedlora_app.model.base import (
@@ -292,7 +292,7 @@ def _plan_traffic(config: Config, tensors: dict[str, dict[int, int]]) -> Traffic
     up = {dtype: count(ours.rank, dtype, sent) for dtype in WIRE_DTYPES}
     return Traffic(
         up_per_client=up[config.federated.upload_dtype],
-        down_per_client=count(ours.joint.rank, "float32", FACTORS),
+        down_per_client=count(ours.joint.rank, "float32", sent),
         num_senders=len(training_clients(config, 1)),
         num_receivers=len(config.client_ids),
         up_by_dtype=up,

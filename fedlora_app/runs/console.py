@@ -65,10 +65,10 @@ def _describe_traffic(config: Config, shapes: Mapping[str, Sequence[int]]) -> st
         return "nothing: no server takes part"
     if plan.train is None:
         return "nothing but metrics leaves a client"
-    learning = resize_ranks(shapes, config.adapters.global_.rank)
-    sent = of_factors(learning, travelling_factors(config, 1))
-    up = count_upload_bytes(sent, config.federated.upload_dtype)
-    down = count_upload_bytes(shapes, "float32")
+    sent = of_factors(shapes, travelling_factors(config, 1))
+    learning = resize_ranks(sent, config.adapters.global_.rank)
+    up = count_upload_bytes(learning, config.federated.upload_dtype)
+    down = count_upload_bytes(sent, "float32")
     senders = len(training_clients(config, 1))
     return (
         f"the global adapter's update up ({up / 1e6:.2f} MB per round from each of {senders}), "
