@@ -527,6 +527,18 @@ def test_a_smaller_limit_never_predicts_more(seven_b_sizes):
     assert totals == sorted(totals)
 
 
+@pytest.mark.parametrize(
+    ("rule", "up", "down"), [("fedavg", 1, 1), ("freeze-a", 0.5, 0.5), ("stack", 1, 3)]
+)
+def test_what_travels_is_counted_by_factor_and_rank(rule, up, down, tiny_project):
+    """A tiny model's A and B have nearly as many parameters; two clients of rank 4 stack up to 8."""
+    config = build_tiny_config(federated={"aggregation": rule})
+    traffic = build_plan(config, tiny_project).traffic
+    whole = build_plan(build_tiny_config(), tiny_project).traffic.up_per_client
+    assert traffic.up_per_client == pytest.approx(up * whole, rel=0.1)
+    assert traffic.down_per_client == pytest.approx(down * whole, rel=0.1)
+
+
 def test_models_that_cannot_be_planned(tiny_project, tmp_path):
     with pytest.raises(PlanError, match="not a decoder"):
         read_shape(T5Config())
