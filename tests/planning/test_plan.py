@@ -531,7 +531,7 @@ def test_a_smaller_limit_never_predicts_more(seven_b_sizes):
     ("rule", "up", "down"), [("fedavg", 1, 1), ("freeze-a", 0.5, 0.5), ("stack", 1, 3)]
 )
 def test_what_travels_is_counted_by_factor_and_rank(rule, up, down, tiny_project):
-    """A tiny model's A and B have nearly as many parameters; two clients of rank 4 stack up to 8."""
+    """Of a tiny model A and B have nearly as many parameters; two of rank 4 stack up to 8."""
     config = build_tiny_config(federated={"aggregation": rule})
     traffic = build_plan(config, tiny_project).traffic
     whole = build_plan(build_tiny_config(), tiny_project).traffic.up_per_client
