@@ -14,7 +14,8 @@ from fedlora_app.config.loading import change_config, parse_config
 from fedlora_app.config.schema import ConfigError
 from fedlora_app.federation.messages import ABOUT_RECORD, METRIC_RECORD
 from fedlora_app.report.page import write_report
-from fedlora_app.runs.reading import load_run, read_what_is_left
+from fedlora_app.runs.partial import read_what_is_left
+from fedlora_app.runs.reading import load_run
 
 WEIGHTS = "adapter_model.safetensors"
 

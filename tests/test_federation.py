@@ -34,8 +34,9 @@ from fedlora_app.federation.messages import (
 )
 from fedlora_app.model import base as model_module
 from fedlora_app.runs import client_folder
+from fedlora_app.runs.partial import read_what_is_left
 from fedlora_app.runs.paths import RunDirectoryError
-from fedlora_app.runs.reading import load_run, read_what_is_left
+from fedlora_app.runs.reading import load_run
 from fedlora_app.strategy import GlobalAdapterFedAvg, RoundError
 
 WEIGHTS = "adapter_model.safetensors"

@@ -24,7 +24,7 @@ from fedlora_app.runs.paths import RunDirectoryError
 
 if TYPE_CHECKING:
     from fedlora_app.config.combination import Combination
-    from fedlora_app.runs.reading import PartialRun
+    from fedlora_app.runs.partial import PartialRun
 
 
 @app.command()

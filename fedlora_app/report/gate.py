@@ -20,7 +20,7 @@ from fedlora_app.foundation.percent import format_percent
 from fedlora_app.report import plots
 from fedlora_app.report.parts import SHAPE_ERRORS, Plotter, Section, Table
 from fedlora_app.report.questions import list_wrong
-from fedlora_app.runs.reading import PartialRun
+from fedlora_app.runs.partial import PartialRun
 
 PURPOSE = (
     "The gate decides for every question whether the local adapter answers beside the global one. "

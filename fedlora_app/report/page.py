@@ -42,8 +42,8 @@ from fedlora_app.report.sections import build_sections
 from fedlora_app.report.template import MACROS, PAGE, SCRIPT, STYLE
 from fedlora_app.report.verdict import Verdict, format_p, judge_run, judge_runs
 from fedlora_app.runs.history import load_history, name_runs
+from fedlora_app.runs.partial import PartialRun, read_what_is_left
 from fedlora_app.runs.paths import RunDirectoryError
-from fedlora_app.runs.reading import PartialRun, read_what_is_left
 
 REPORT_FILE = "report.html"
 COMPARISON_FILE = "comparison.html"

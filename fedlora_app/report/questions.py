@@ -10,7 +10,7 @@ from fedlora_app.evaluation.evaluated_run import find_leading
 from fedlora_app.evaluation.gate_report import BLAMED
 from fedlora_app.evaluation.names import ACCURACY, EXACT_MATCH, KEYWORD, Measure
 from fedlora_app.report.parts import Plotter, Section
-from fedlora_app.runs.reading import PartialRun
+from fedlora_app.runs.partial import PartialRun
 
 MOST_BYTES = 4_000_000  # of conflict questions on a page; the others stand in evaluation.json
 MOST_BYTES_WRONG = 1_000_000  # likewise of wrong answers to universal ones

@@ -20,8 +20,8 @@ from fedlora_app.report.gate import show_gate
 from fedlora_app.report.parts import SHAPE_ERRORS, Plotter, Section, Table
 from fedlora_app.report.questions import show_conflicts
 from fedlora_app.runs.history import load_history
+from fedlora_app.runs.partial import PartialRun
 from fedlora_app.runs.paths import RunDirectoryError
-from fedlora_app.runs.reading import PartialRun
 
 
 def build_sections(run: PartialRun, plotter: Plotter) -> list[Section]:

@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedlora_app.report.page import write_report
+from fedlora_app.runs.partial import read_what_is_left
 from fedlora_app.runs.paths import RunPaths
-from fedlora_app.runs.reading import read_what_is_left
 
 POLL_SECONDS = 2.0
 RELOAD_SECONDS = 5

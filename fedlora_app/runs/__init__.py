@@ -6,7 +6,8 @@ __getattr__, __all__ = offer(
     __name__,
     {
         "history": ["load_history"],
+        "partial": ["PartialRun", "read_what_is_left"],
         "paths": ["RunDirectoryError", "RunPaths", "find_run"],
-        "reading": ["PartialRun", "SavedRun", "load_run", "read_what_is_left"],
+        "reading": ["SavedRun", "load_run"],
     },
 )

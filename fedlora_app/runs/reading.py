@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,12 @@ from safetensors import SafetensorError, safe_open
 from fedlora_app.config.combination import Combination, as_configured
 from fedlora_app.config.loading import parse_config
 from fedlora_app.config.rounds import RoundPlan, plan_round
-from fedlora_app.config.schema import GLOBAL, LOCAL, OWN_GLOBAL, Config, ConfigError
-from fedlora_app.foundation.files import WEIGHTS_FILE, hash_file, is_locked
-from fedlora_app.foundation.project import ProjectNotFoundError, find_project_root
-from fedlora_app.runs.history import read_history, until_round
+from fedlora_app.config.schema import GLOBAL, LOCAL, OWN_GLOBAL, Config
+from fedlora_app.foundation.files import WEIGHTS_FILE, hash_file
 from fedlora_app.runs.manifest import (
     Manifest,
     check_manifest,
     complete_rounds,
-    describe_missing_finals,
     find_final_round,
     find_kept_round,
     read_date,
@@ -99,7 +96,7 @@ class SavedRun:
     def evaluation(self) -> dict[str, Any] | None:
         """What ``fedlora evaluate`` wrote for the final round, None before that."""
         path = self.paths.evaluation
-        return _read_object(path) if path.exists() else None
+        return read_object(path) if path.exists() else None
 
     def find_evaluation(
         self, server_round: int, combination: Combination | None = None
@@ -110,7 +107,7 @@ class SavedRun:
             combination: of the two adapters; None: as the run's configuration says.
         """
         path = self.evaluation_path(server_round, combination)
-        found = _read_object(path) if path.exists() else None
+        found = read_object(path) if path.exists() else None
         return found if found and found.get("round") == server_round else None
 
     def evaluation_path(self, server_round: int, combination: Combination | None = None) -> Path:
@@ -214,74 +211,6 @@ class SavedRun:
         return weights
 
 
-@dataclass(frozen=True)
-class PartialRun:
-    """What can be read of a run; ``problems`` says what is wrong with the rest."""
-
-    path: Path
-    name: str
-    config: dict[str, Any]
-    manifest: Manifest
-    history: list[dict[str, Any]]
-    evaluation: dict[str, Any] | None
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def root(self) -> Path | None:
-        """The project that the run lies in."""
-        try:
-            return find_project_root(str(RunPaths(self.path).config))
-        except ProjectNotFoundError:
-            return None
-
-    @property
-    def reference(self) -> str:
-        """What the project's commands call the run: its name below results, or its path."""
-        results = self.root / "results" if self.root else None
-        if results is not None and self.path.is_relative_to(results):
-            return self.path.relative_to(results).as_posix()
-        return str(self.path)
-
-    @property
-    def mode(self) -> str:
-        """The run's mode, "unknown" where neither file has it."""
-        federated = self.config.get("federated") or {}
-        return str(federated.get("mode") or self.manifest.get("mode") or "unknown")
-
-    @property
-    def num_rounds(self) -> int:
-        """Rounds that the run was to have."""
-        return int((self.config.get("federated") or {}).get("num_rounds") or 0)
-
-    @property
-    def last_round(self) -> int | None:
-        """The newest complete round."""
-        return max(complete_rounds(self.manifest), default=None)
-
-    @property
-    def final_round(self) -> int | None:
-        """The round whose adapters are the result, of a stopped run the newest one."""
-        return find_final_round(self.manifest)
-
-    @property
-    def result_history(self) -> list[dict[str, Any]]:
-        """The history up to the final round, whose figures are the last ones in it."""
-        final = self.manifest.get("final")
-        return until_round(self.history, final["round"]) if final else self.history
-
-    @property
-    def state(self) -> str:
-        """Whether the run is "finished", "running" at this moment, or "stopped"."""
-        if self.manifest.get("finished") is not None:
-            return "finished"
-        return "running" if is_locked(self.path) else "stopped"
-
-    @property
-    def clients(self) -> list[dict[str, Any]]:
-        """The clients as configured."""
-        return list((self.config.get("federated") or {}).get("clients") or [])
-
-
 def load_run(path: Path | str) -> SavedRun:
     """Read a whole run directory.
 
@@ -302,108 +231,38 @@ def load_run(path: Path | str) -> SavedRun:
         )
     for file in needed:
         require_within(file, path)
-    manifest, faults = check_manifest(_read_object(paths.manifest))
+    manifest, faults = check_manifest(read_object(paths.manifest))
     if faults:
-        raise RunDirectoryError(_describe_damage(paths.manifest, faults))
-    return SavedRun(path, _read_config(paths.config), manifest)
+        raise RunDirectoryError(describe_damage(paths.manifest, faults))
+    return SavedRun(path, read_config(paths.config), manifest)
 
 
 def describe_mode(path: Path) -> str:
     """Return a run's mode in words, such as "mode fedavg: one averaged adapter, a baseline"."""
     try:
-        mode = _read_object(RunPaths(path).manifest).get("mode")
+        mode = read_object(RunPaths(path).manifest).get("mode")
     except RunDirectoryError:
         mode = None
     return f"mode {mode}: {MODES[mode]}" if mode in MODES else "of an unknown mode"
 
 
-def read_what_is_left(path: Path, name: str = "") -> PartialRun:
-    """Read what there is of a run.
-
-    Args:
-        name: what to call it, by default as its folder.
-
-    Raises:
-        RunDirectoryError: there is nothing of a run at all.
-    """
-    paths = RunPaths(path)
-    files = (paths.config, paths.manifest, paths.history, paths.events)
-    if not any(file.exists() for file in files):
-        names = ", ".join(file.name for file in files)
-        raise RunDirectoryError(f"{path} is not a run directory: it holds none of {names}.")
-    problems: list[str] = []
-
-    def attempt(read: Callable[[], Any], otherwise: Any) -> Any:
-        try:
-            return read()
-        except ConfigError as error:
-            what = f"{paths.config} is damaged: {str(error).replace(f'{path}/', '')}"
-        except RunDirectoryError as error:
-            what = str(error)
-        problems.append(what.removeprefix(f"{path}/"))
-        return otherwise
-
-    config = attempt(lambda: _read_config(paths.config).dump(), {})
-    read = attempt(lambda: _read_object(paths.manifest), None)
-    manifest, faults = check_manifest(read or {})
-    if read is not None and faults:
-        problems.append(_describe_damage(paths.manifest, faults).removeprefix(f"{path}/"))
-    history = attempt(lambda: read_history(path), [])
-    evaluation = None
-    if paths.evaluation.exists():
-        evaluation = attempt(lambda: _read_object(paths.evaluation), None)
-    run = PartialRun(path, name or path.name, config, manifest, history, evaluation, problems)
-    if evaluation is not None and evaluation.get("round") != run.final_round:
-        which = "final one" if run.manifest.get("final") else "last complete one"
-        problems.append(
-            f"{paths.evaluation.name} is of round {evaluation.get('round')} and not of the "
-            f"{which}, {run.final_round}; it is left out."
-        )
-        run = replace(run, evaluation=None)
-    problems += _find_what_is_missing(run)
-    return run
-
-
-def _find_what_is_missing(run: PartialRun) -> Iterator[str]:
-    if run.manifest.get("finished") is None:
-        done = "none" if run.last_round is None else f"round {run.last_round} the last"
-        yield (
-            f"The run has not finished: of {run.num_rounds} rounds {done} complete. It "
-            f"{'is running at this moment' if run.state == 'running' else 'was stopped'}."
-        )
-    for entry in run.manifest["rounds"]:
-        for client, why in entry.get("failures", {}).items():
-            yield f"Round {entry['round']} continued without {client}: {why}"
-    if run.manifest.get("finished"):
-        yield from describe_missing_finals(run.manifest)
-    for entry in run.history:
-        if any(k.endswith("/memory_retries") and v for k, v in entry["metrics"].items()):
-            yield (
-                f"Round {entry['round']}: {entry['client']} ran out of memory and continued with "
-                "smaller batches and gradient checkpointing."
-            )
-        if entry["metrics"].get("evaluation_memory_retries"):
-            yield (
-                f"Round {entry['round']}: {entry['client']} ran out of memory in evaluation and "
-                "continued with smaller batches, which changes no answer."
-            )
-    if run.evaluation is None:
-        yield (
-            "Not evaluated yet, so these are the run's own figures after its last evaluated round. "
-            f"The whole picture needs: fedlora evaluate {run.reference}"
-        )
-
-
-def _describe_damage(path: Path, faults: Sequence[str]) -> str:
+def describe_damage(path: Path, faults: Sequence[str]) -> str:
+    """Return the error for a manifest with these faults."""
     more = f"; and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
     return f"{path} is damaged: {'; '.join(faults[:MOST_FAULTS])}{more}."
 
 
-def _read_config(path: Path) -> Config:
+def read_config(path: Path) -> Config:
+    """Read and check a run's configuration."""
     return parse_config(_read_json(path), source=str(path))
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        RunDirectoryError: it is missing or damaged.
+    """
     value = _read_json(path)
     if not isinstance(value, dict):
         raise RunDirectoryError(f"{path} is damaged: it does not hold an object.")

@@ -8,8 +8,9 @@ import pytest
 from synthetic import write_run
 
 from fedlora_app.runs.manifest import check_manifest
+from fedlora_app.runs.partial import read_what_is_left
 from fedlora_app.runs.paths import RunDirectoryError, RunPaths
-from fedlora_app.runs.reading import MOST_FAULTS, load_run, read_what_is_left
+from fedlora_app.runs.reading import MOST_FAULTS, load_run
 
 
 @pytest.fixture

@@ -23,8 +23,9 @@ from fedlora_app.foundation.files import WEIGHTS_FILE, hash_file
 from fedlora_app.foundation.project import hash_package
 from fedlora_app.runs import directory as run_directory
 from fedlora_app.runs.directory import RunDirectory
+from fedlora_app.runs.partial import read_what_is_left
 from fedlora_app.runs.paths import RunDirectoryError
-from fedlora_app.runs.reading import load_run, read_what_is_left
+from fedlora_app.runs.reading import load_run
 from fedlora_app.runs.resuming import describe_other_software
 from fedlora_app.runs.settings import read_settings
 from fedlora_app.strategy import RoundError

@@ -11,29 +11,12 @@ from __future__ import annotations
 
 import torch
 
-from fedlora_app.federation.rules.collecting import CollectingRule, Factors, Module
-from fedlora_app.federation.rules.svd import compress
-from fedlora_app.model.adapter_state import AdapterState
+from fedlora_app.federation.rules.collecting import Factors, Module
+from fedlora_app.federation.rules.svd import CuttingRule, compress
 
 
-class FrozenPartRule(CollectingRule):
+class FrozenPartRule(CuttingRule):
     """A rule that keeps a part of what clients did in ranks that they do not train."""
-
-    def begin(self, state: AdapterState, server_round: int) -> None:
-        """Start a round without an update."""
-        super().begin(state, server_round)
-        self._kept = self._all = 0.0
-
-    def result(self) -> AdapterState:
-        """Return the new global adapter, and which share of the frozen part's energy it has.
-
-        Raises:
-            RejectedUpdateError: there was no update.
-        """
-        state = super().result()
-        if self._all > 0:
-            self.figures["captured_energy"] = self._kept / self._all
-        return state
 
     @property
     def learning_rank(self) -> int:
@@ -50,8 +33,7 @@ class FrozenPartRule(CollectingRule):
         """Return the best factors of the frozen part's rank for a product."""
         a, b, singular = compress(a, b)
         size = self.config.adapters.global_.frozen_rank
-        self._kept += singular[:size].square().sum().item()
-        self._all += singular.square().sum().item()
+        self.note_energy(singular, size)
         missing = max(0, size - len(singular))
         padding_a, padding_b = a.new_zeros(missing, a.shape[1]), b.new_zeros(b.shape[0], missing)
         return torch.cat([a[:size], padding_a]), torch.cat([b[:, :size], padding_b], 1)

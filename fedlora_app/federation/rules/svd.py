@@ -20,8 +20,8 @@ NOTHING = 1e-12
 """Of the largest singular value: what rounding in fp64 leaves where there is nothing."""
 
 
-class Svd(CollectingRule):
-    """The best adapter of the rank for the mean of the products."""
+class CuttingRule(CollectingRule):
+    """A rule that cuts products to a rank, and says which share of their energy is left."""
 
     def begin(self, state: AdapterState, server_round: int) -> None:
         """Start a round without an update."""
@@ -29,7 +29,7 @@ class Svd(CollectingRule):
         self._kept = self._all = 0.0
 
     def result(self) -> AdapterState:
-        """Return the new global adapter, and which share of the energy it has.
+        """Return the new global adapter, and the share of all modules' energy that is kept.
 
         Raises:
             RejectedUpdateError: there was no update.
@@ -38,6 +38,15 @@ class Svd(CollectingRule):
         if self._all > 0:
             self.figures["captured_energy"] = self._kept / self._all
         return state
+
+    def note_energy(self, singular: torch.Tensor, num_kept: int) -> None:
+        """Take down a module's singular values, the largest first, of which so many are kept."""
+        self._kept += singular[:num_kept].square().sum().item()
+        self._all += singular.square().sum().item()
+
+
+class Svd(CuttingRule):
+    """The best adapter of the rank for the mean of the products."""
 
     def mean_product(self, module: Module) -> Factors:
         """Return A and B whose product is M."""
@@ -48,8 +57,7 @@ class Svd(CollectingRule):
         a, b, singular = compress(*self.mean_product(module))
         rank = module.received[0].shape[0]
         carrying = min(rank, count_directions(singular, self.config.federated.svd_energy))
-        self._kept += singular[:carrying].square().sum().item()
-        self._all += singular.square().sum().item()
+        self.note_energy(singular, carrying)
         new_a, new_b = module.received[0].clone(), torch.zeros_like(module.received[1])
         new_a[:carrying], new_b[:, :carrying] = a[:carrying], b[:, :carrying]
         return new_a, new_b
