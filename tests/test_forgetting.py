@@ -13,7 +13,7 @@ from loopback import Federation
 from safetensors.torch import load_file, save_file
 from test_aggregation import adapter_files, interrupt_in_round, server_state
 
-from fedlora_app.config.loading import change_config
+from fedlora_app.config.loading import change_config, parse_config
 from fedlora_app.config.participation import training_clients
 from fedlora_app.config.schema import ConfigError
 from fedlora_app.config.sharing import PERSONAL
@@ -273,6 +273,17 @@ def test_updates_that_are_not_what_they_were_are_found_and_nothing_is_written(co
     assert f"{upload} does not exist or is not a regular file. Expected the update" in forget()
 
 
+def test_a_server_has_no_local_adapters_to_copy_and_nobody_to_ask(copy, project, fedlora):
+    for folder in (copy / "clients", copy / "final" / "clients"):
+        shutil.rmtree(folder)
+    status, _, err = fedlora("forget", copy, "--client", "ann")
+    assert status == 2 and err.endswith("To forget without asking anything: --no-evaluate\n")
+    assert not copy.with_name("damaged-without-ann").exists()
+    status, out, _ = fedlora("forget", copy, "--client", "ann", "--no-evaluate", "--name", "bare")
+    assert status == 0 and "not in the new run: the local adapters of bob, cy." in out
+    assert server_state(copy.with_name("bare"), 2).keys() == server_state(copy, 2).keys()
+
+
 def test_one_client_after_the_other_is_forgotten(written, project, fedlora):
     run, _ = written
     status, out, _ = fedlora(
@@ -329,6 +340,24 @@ def test_under_every_rule_the_updates_make_the_run_s_own_adapters(rule, project,
     saved = load_run(run)
     model, _ = build_shapes(saved.config, project)
     Forgetting(saved, "ann", saved.config, project, model).check(say_nothing)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"mode": "fedavg"}, {"aggregation": "svd"}])
+def test_one_adapter_for_all_or_one_of_a_lower_rank_is_asked_too(changes, project, fedlora):
+    raw = configure(**changes).dump()
+    raw_clients(raw)[0]["rank"] = 2 if "aggregation" in changes else None
+    name = "-".join(changes.values())
+    run = Federation(project, project / "results", parse_config(raw)).run(name)
+    status, out, _ = fedlora("forget", run, "--client", "ann")
+    assert status == 0 and ("own adapters" in out) == ("mode" not in changes)
+    new = run.with_name(f"{name}-without-ann")
+    assert fedlora("evaluate", new, "--core")[0] == 0
+    shares = json.loads((new / "evaluation.json").read_text())["shares"]
+    of_global = {r["question_set"]: r["accuracy"] for r in shares if r["answered_by"] == "global"}
+    for row in json.loads((new / "forgetting.json").read_text())["rows"]:
+        if row["asked"] is None and not row["of_forgotten_alone"]:
+            assert row["global_alone"]["after"] == of_global[row["question_set"]]
 
 
 @pytest.mark.parametrize(
