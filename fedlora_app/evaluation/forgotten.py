@@ -7,6 +7,7 @@ configuration. Nothing is written into the old run.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,12 +18,12 @@ from rich.table import Table
 from fedlora_app.config.schema import GLOBAL
 from fedlora_app.data.questions import CONFLICT, LOCAL_SET, UNIVERSAL, Question
 from fedlora_app.evaluation.choices import Evaluator, Report, SavedRound, open_store
-from fedlora_app.evaluation.names import MEASURES, QUESTION_SETS, Measure
+from fedlora_app.evaluation.names import EXACT_MATCH, MEASURES, QUESTION_SETS, Measure
 from fedlora_app.evaluation.protocol import core_cells, find_leading
 from fedlora_app.evaluation.statistics import Estimate
 from fedlora_app.evaluation.summary import Pairs, Scores, average, compute_difference
 from fedlora_app.foundation.percent import format_n, format_percent
-from fedlora_app.foundation.terminal import render_table
+from fedlora_app.foundation.terminal import WIDTH, render_table
 from fedlora_app.runs.reading import SavedRun
 
 FORMAT = 1
@@ -40,10 +41,11 @@ class Topic:
     of_forgotten_alone: bool = False
     """Only those about facts that no other client was trained on."""
 
-    def describe(self, client: str) -> str:
-        """Return what the questions are, for a table."""
+    @property
+    def heading(self) -> str:
+        """What the questions are, for a narrow column."""
         heading = QUESTION_SETS[self.question_set].heading
-        return f"{heading}, only {client} trained on" if self.of_forgotten_alone else heading
+        return f"{heading}, own" if self.of_forgotten_alone else heading
 
 
 TOPICS = (
@@ -104,7 +106,9 @@ class _Answers:
     saved: SavedRound
     scores: Scores
 
-    def find(self, who: str, client: str, topic: Topic, is_asked: Callable[[Question], bool]):
+    def find(
+        self, who: str, client: str, topic: Topic, is_asked: Callable[[Question], bool]
+    ) -> Pairs:
         """Return the questions of a topic, and how they went; empty where they were not asked.
 
         Args:
@@ -136,7 +140,7 @@ def _rows(
             def is_asked(question: Question, narrow: bool = topic.of_forgotten_alone) -> bool:
                 return question.fact in only or not narrow
 
-            measure = MEASURES[leading.get(topic.question_set, "exact_match")]
+            measure = MEASURES[leading.get(topic.question_set, EXACT_MATCH.name)]
             found = {
                 name: [
                     (c, *(run.find(name, c, topic, is_asked) for run in (before, after)))
@@ -170,22 +174,29 @@ def describe_change(change: Mapping[str, Any]) -> str:
     """Return the table of what changed, 100 columns wide and without colour."""
     client, rows = change["client"], change["rows"]
     title = f"% right before and after {client} is forgotten, with the change's 95 % interval"
-    table = Table("asked", "questions", title=title, box=box.SIMPLE)
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("asked", overflow="fold")
+    topics = [Topic(row["question_set"], row["of_forgotten_alone"]) for row in rows]
+    widest = max((len(topic.heading) for topic in topics), default=0)
+    table.add_column("questions", min_width=widest)
     table.add_column("n/facts", justify="right", no_wrap=True)
     shown = [who for who in (ALONE, OWN) if any(who in row for row in rows)]
-    labels = {ALONE: "global alone", OWN: "own adapters"}
+    labels = {ALONE: "global\nalone", OWN: "own\nadapters"}
     for who in shown:
         for heading in (labels[who], CHANGE):
             table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        topic = Topic(row["question_set"], row["of_forgotten_alone"])
+    for row, topic in zip(rows, topics, strict=True):
         count = row[ALONE][BEFORE]
         cells = [text for who in shown for text in _write(row[who])]
-        asked = row["asked"] or "the others"
-        table.add_row(asked, topic.describe(client), format_n(count["n"], count["facts"]), *cells)
+        asked = row["asked"] or "others"
+        table.add_row(asked, topic.heading, format_n(count["n"], count["facts"]), *cells)
     measures = {QUESTION_SETS[r["question_set"]].heading: r["measure"] for r in rows}
+    lines = [render_table(table)]
+    if own := next((topic.heading for topic in topics if topic.of_forgotten_alone), ""):
+        lines.append(f"{own}: about facts that no other client than {client} was trained on.")
     counted = "; ".join(f"{name}: {MEASURES[m].label}" for name, m in measures.items())
-    return f"{render_table(table)}\nWhat counts as right: {counted}."
+    lines.append(f"What counts as right: {counted}.")
+    return "\n".join([lines[0], *(textwrap.fill(line, WIDTH) for line in lines[1:])])
 
 
 def _write(found: Mapping[str, Row | None]) -> tuple[str, str]:
