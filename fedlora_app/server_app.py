@@ -7,7 +7,6 @@ configuration, and knows of the clients only what ``messages`` declares.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from fedlora_app.federation.ray_pool import current_pool, require_usable_environ
 from fedlora_app.federation.registration import is_simulation, read_report, register_clients
 from fedlora_app.foundation.files import keep_files_private
 from fedlora_app.foundation.project import hash_package
+from fedlora_app.foundation.quiet import quiet_flower
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model.adapter_files import load_adapter, load_tensors
 from fedlora_app.model.adapters import (
@@ -150,7 +150,7 @@ def run_rounds(
             strategy.evaluate_base(grid, current)
         return None
 
-    with _quiet_flower():
+    with quiet_flower():  # the strategy reports one line per round
         strategy.start(
             grid=grid,
             initial_arrays=arrays,
@@ -235,15 +235,3 @@ def _explain_disk_errors(run: RunDirectory) -> Iterator[None]:
             f"{error.filename or run.path} cannot be written: {error.strerror or error}. {state}. "
             f"When there is room again, resume with: resume='{run.path.name}'"
         ) from error
-
-
-@contextmanager
-def _quiet_flower() -> Iterator[None]:
-    """Leave Flower's running commentary out; the strategy reports one line per round."""
-    logger = logging.getLogger("flwr")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

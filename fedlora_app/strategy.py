@@ -23,7 +23,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedlora_app.config.participation import members, training_clients, weigh
 from fedlora_app.config.rounds import plan_round
-from fedlora_app.config.schema import FEEDBACK, GLOBAL, LOCAL, OWN_GLOBAL, Config
+from fedlora_app.config.schema import AVERAGING_MODES, FEEDBACK, GLOBAL, LOCAL, OWN_GLOBAL, Config
 from fedlora_app.config.sharing import FACTORS, PERSONAL, STAY, of_factors, travelling_factors
 from fedlora_app.evaluation.final_round import choose_round
 from fedlora_app.evaluation.reported import describe_round, split_evaluation
@@ -63,6 +63,7 @@ from fedlora_app.runs.resuming import (
     suggest_earlier,
 )
 from fedlora_app.runs.round_record import RoundRecord
+from fedlora_app.runs.uploads import KeptUploads
 
 
 class GlobalAdapterFedAvg(FedAvg):
@@ -98,6 +99,7 @@ class GlobalAdapterFedAvg(FedAvg):
         self._aggregation = Aggregation(config, self._shapes)
         self.roster.gets_own_state = self._aggregation.has_own_state
         self._run = run
+        self._uploads = KeptUploads(run.paths)
         self._report = report
         self._global_state: AdapterState = {}
         self._global_sha256 = self._sha256_before = ""
@@ -189,13 +191,19 @@ class GlobalAdapterFedAvg(FedAvg):
             # A client cannot have trained on more than it had when it registered, or all had.
             reports = self._run.manifest["clients"]
             pools = self.config.federated.mode == "centralized"
+            averages = self.config.federated.mode in AVERAGING_MODES
+            keeps = self.config.federated.keep_uploads and averages
 
             def fold(reply: Reply) -> None:
                 require_facts(expected, reply)
                 owners = reports if pools else [reply.client_id]
                 num_examples = require_examples(reply, [reports[owner] for owner in owners])
-                self._aggregation.add(reply, weigh(self.config, reply.client_id, num_examples))
+                weight = weigh(self.config, reply.client_id, num_examples)
+                update = self._aggregation.add(reply, weight)
+                if keeps:
+                    self._uploads.add(reply.client_id, update, weight)
 
+            self._uploads.clear()
             self._aggregation.begin(self._global_state, server_round)
             for reply in self._valid_replies(server_round, "train", len(clients), replies, fold):
                 self._round.add_metrics(reply.client_id, plan.train.name, reply.metrics)
@@ -208,6 +216,7 @@ class GlobalAdapterFedAvg(FedAvg):
         self._sha256_before = self._global_sha256
         self._global_sha256 = self._save_global(folder)
         self._round.adapters[GLOBAL] = self._global_sha256
+        self._uploads.enter(self._round)
         if memory := self._aggregation.memory:
             self._round.adapters[MEMORY] = save_tensors(folder / MEMORY_FILE, memory)
         return pack_state(self._global_state), None

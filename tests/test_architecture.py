@@ -24,6 +24,7 @@ ORDER = [
         "client",
         "rescaling",
         "adaptation",
+        "forgetting",
         "strategy",
         "client_app",
         "server_app",

@@ -38,8 +38,8 @@ def runs(
 
     Figures are means over all clients' answers. Example: fedlora runs
     """
+    from fedlora_app.runs.partial import read_what_is_left
     from fedlora_app.runs.paths import list_runs
-    from fedlora_app.runs.reading import read_what_is_left
 
     place = folder or find_project_root() / "results"
     if folder is not None and not folder.is_dir():

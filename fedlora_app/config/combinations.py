@@ -15,7 +15,7 @@ from fedlora_app.config.schema import (
     AdapterConfig,
     FederatedConfig,
 )
-from fedlora_app.config.sharing import WITH_FROZEN_PART, WITH_MIXED_RANKS
+from fedlora_app.config.sharing import PERSONAL, WITH_FROZEN_PART, WITH_MIXED_RANKS
 
 ROBUST = ("median", "trimmed-mean")
 MEANS = ("fedavg", "freeze-a", "alternate", "share-a", "share-b", *ROBUST)
@@ -54,6 +54,8 @@ def find_faults(raw: dict[str, Any]) -> Iterator[str]:
     yield from _weight_faults(federated, clients)
     yield from _participation_faults(federated, clients)
     yield from _rank_faults(rule, mode, adapters, clients)
+    if federated.get("keep_uploads") is True:
+        yield from _upload_faults(rule, mode, federated)
     if mode in AVERAGING_MODES:
         yield from _rule_faults(rule, federated, len(clients))
     if rule != "svd" and federated.get("svd_energy") is not None:
@@ -96,6 +98,22 @@ def _rule_faults(rule: Any, federated: dict[str, Any], num_clients: int) -> Iter
                 f"federated.{key}: the result of {rule} is not a mean update that an optimizer "
                 f"could go on from. Leave it out, or use one of {', '.join(MEANS)}."
             )
+
+
+def _upload_faults(rule: Any, mode: Any, federated: dict[str, Any]) -> Iterator[str]:
+    kept, num_rounds = federated.get("keep_rounds"), federated.get("num_rounds", 5)
+    if isinstance(kept, int) and isinstance(num_rounds, int) and kept < num_rounds:
+        yield (
+            f"federated.keep_uploads: forgetting a client begins with round 0 and takes all rounds "
+            f"again, and federated.keep_rounds keeps {kept} of {num_rounds}. Set that to null, or "
+            "federated.keep_uploads to false."
+        )
+    if rule in PERSONAL and mode in AVERAGING_MODES:
+        yield (
+            f"federated.keep_uploads: with {rule} each client has a global adapter of its own, of "
+            "which no updates can take another client's share away. Set it to false, or use "
+            "another rule."
+        )
 
 
 def _rank_faults(

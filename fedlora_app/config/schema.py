@@ -248,6 +248,9 @@ class FederatedConfig(Section):
     """A client that has not answered by then has failed in this round. null: no limit."""
     keep_rounds: int | None = Field(None, ge=1)
     """Adapters of only so many complete rounds are kept, the newest always. null: all."""
+    keep_uploads: bool = False
+    """Keep every update that counted at the server, so that fedlora forget can make the global
+    adapter again without one client's."""
     final: Literal["last", "best"] = "last"
     """The round whose adapters are the result. best: of the evaluated ones that which does best on
     the clients' validation questions."""

@@ -53,16 +53,26 @@ class Aggregation:
         self._seconds = 0.0
         self.metrics, self.error_by_module = {}, None
 
-    def add(self, reply: Reply, weight: int) -> None:
-        """Fold in the update in a reply.
+    def add(self, reply: Reply, weight: int) -> AdapterState:
+        """Fold in the update in a reply, and return it.
 
         Raises:
             MessageError, AdapterError: there is none, or it cannot be used.
         """
         started = time.monotonic()
-        client = reply.client_id
-        shapes = self.update_shapes(client, self._round)
+        shapes = self.update_shapes(reply.client_id, self._round)
         update = require_update(reply, shapes, self._config.federated.upload_dtype)
+        self._seconds += time.monotonic() - started
+        self.fold(reply.client_id, update, weight)
+        return update
+
+    def fold(self, client: str, update: AdapterState, weight: int) -> None:
+        """Fold in an update that was checked: fp32, with the shapes that ``update_shapes`` gives.
+
+        Raises:
+            MessageError: it cannot be used.
+        """
+        started = time.monotonic()
         try:
             self._rule.add(client, update, weight)
         except RejectedUpdateError as error:

@@ -10,6 +10,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 SWITCHES = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -45,6 +47,18 @@ def hide_notices() -> None:
         logging.getLogger(name).addFilter(_is_news)
     # Ray colours its prefix of each worker's line even where the log is a file.
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+
+
+@contextmanager
+def quiet_flower() -> Iterator[None]:
+    """Leave Flower's running commentary out."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -42,6 +42,7 @@ from fedlora_app.report.sections import build_sections
 from fedlora_app.report.template import MACROS, PAGE, SCRIPT, STYLE
 from fedlora_app.report.verdict import Verdict, format_p, judge_run, judge_runs
 from fedlora_app.runs.history import load_history, name_runs
+from fedlora_app.runs.manifest import FORGOTTEN
 from fedlora_app.runs.partial import PartialRun, read_what_is_left
 from fedlora_app.runs.paths import RunDirectoryError
 
@@ -255,6 +256,9 @@ def _facts(run: PartialRun) -> Any:
     yield "complete rounds", f"{done} of {run.num_rounds}"
     if why := (run.manifest.get("final") or {}).get("why"):
         yield "final round", str(why)
+    if forgotten := run.manifest.get(FORGOTTEN):
+        client, origin = forgotten.get("client"), forgotten.get("run")
+        yield "made without", f"{client} of {origin}. {forgotten.get('note', '')}"
     seconds = sum(entry.get("seconds", 0) for entry in run.manifest.get("rounds", []))
     yield "time of all rounds", f"{seconds / 60:.1f} min"
     yield "started", str(run.manifest.get("started", "unknown"))

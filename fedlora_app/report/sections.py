@@ -20,6 +20,7 @@ from fedlora_app.report.gate import show_gate
 from fedlora_app.report.parts import SHAPE_ERRORS, Plotter, Section, Table
 from fedlora_app.report.questions import show_conflicts
 from fedlora_app.runs.history import load_history
+from fedlora_app.runs.manifest import FORGOTTEN
 from fedlora_app.runs.partial import PartialRun
 from fedlora_app.runs.paths import RunDirectoryError
 
@@ -188,6 +189,8 @@ def describe_command(run: PartialRun) -> str:
     if run.mode == "adapted":
         origin = (run.manifest.get("adapted_from") or {}).get("run", "RUN")
         return f"fedlora adapt {origin} --config {config.as_posix()}"
+    if forgotten := run.manifest.get(FORGOTTEN):
+        return f"fedlora forget {forgotten.get('run', 'RUN')} --client {forgotten.get('client')}"
     federation = f'--federation-config "num-supernodes={len(run.clients)}"'
     return f"flwr run . --stream {federation} --run-config \"config='{config.as_posix()}'\""
 

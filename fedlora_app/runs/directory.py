@@ -88,27 +88,9 @@ class RunDirectory:
         """
         cls.require_absent(path)
         run = cls(path)
-        run.manifest = {
-            "format": 1,
-            "started": _now(),
-            "date": date or _now()[:10],
-            "finished": None,
-            "seed": config.experiment.seed,
-            "mode": config.federated.mode,
-            "base_model": {
-                "name": config.model.name,
-                "revision": config.model.revision,
-                "commit": base_commit,
-            },
-            "git_commit": _git_commit(root),
-            "package_sha256": hash_package(),
-            "python": platform.python_version(),
-            "versions": {name: version(name) for name in RECORDED_PACKAGES},
-            "server_hardware": {"machine": platform.machine(), "cpu_count": os.cpu_count()},
-            "clients": clients,
-            "rounds": [],
-            **facts,
-        }
+        model = config.model
+        base = {"name": model.name, "revision": model.revision, "commit": base_commit}
+        run.manifest = begin_manifest(config, root, clients, date, **{"base_model": base} | facts)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with new_folder(path) as partial:  # a run directory always has both files
@@ -120,7 +102,7 @@ class RunDirectory:
             if isinstance(error, FileExistsError):
                 cls.require_absent(path)  # another run was quicker
             raise RunDirectoryError(f"{path} cannot be made: {error.strerror}.") from None
-        run._point_latest()
+        run.point_latest()
         return run
 
     @classmethod
@@ -167,10 +149,9 @@ class RunDirectory:
         self._write_manifest()
         write_json(self.paths.config, config.dump())
         shutil.rmtree(self.paths.final_global, ignore_errors=True)  # of an earlier round
-        write_json(self.paths.history, entries)
-        write_atomically(self.paths.history_table, TABLE_HEADING + _as_rows(entries))
+        self.write_history(entries)
         self._rewind_events(after_round)
-        self._point_latest()
+        self.point_latest()
 
     def thin(self, keep_rounds: int) -> None:
         """Delete the adapters of all but the newest complete rounds."""
@@ -233,6 +214,11 @@ class RunDirectory:
         )
         self._write_manifest()
 
+    def write_history(self, entries: list[dict[str, Any]]) -> None:
+        """Write both files of the history, in the place of what they held."""
+        write_json(self.paths.history, entries)
+        write_atomically(self.paths.history_table, TABLE_HEADING + _as_rows(entries))
+
     def finish(self, **facts: Any) -> None:
         """Mark the run as finished."""
         self.manifest |= {"finished": _now(), **facts}
@@ -275,7 +261,8 @@ class RunDirectory:
     def _write_manifest(self) -> None:
         write_json(self.paths.manifest, self.manifest)
 
-    def _point_latest(self) -> None:
+    def point_latest(self) -> None:
+        """Point the link beside the run to it."""
         link = self.path.parent / LATEST
         partial = link.with_name(f".{LATEST}.{os.getpid()}")
         partial.unlink(missing_ok=True)
@@ -285,6 +272,35 @@ class RunDirectory:
         except OSError as error:
             partial.unlink(missing_ok=True)
             print(f"Note: {link} was not updated: {error.strerror}.", flush=True)
+
+
+def begin_manifest(
+    config: Config, root: Path, clients: dict[str, Any], date: str | None, **facts: Any
+) -> dict[str, Any]:
+    """Return the manifest of a run that begins now.
+
+    Args:
+        clients: what each client reported when it registered.
+        date: the day that prompts are written for; None: this one.
+        facts: what else it says; ``base_model`` must be there.
+    """
+    return {
+        "format": 1,
+        "started": _now(),
+        "date": date or _now()[:10],
+        "finished": None,
+        "seed": config.experiment.seed,
+        "mode": config.federated.mode,
+        "base_model": facts.pop("base_model"),
+        "git_commit": _git_commit(root),
+        "package_sha256": hash_package(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in RECORDED_PACKAGES},
+        "server_hardware": {"machine": platform.machine(), "cpu_count": os.cpu_count()},
+        "clients": clients,
+        "rounds": [],
+        **facts,
+    }
 
 
 def _as_rows(entries: list[dict[str, Any]]) -> str:

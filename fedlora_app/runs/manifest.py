@@ -16,6 +16,12 @@ from fedlora_app.runs.paths import RunPaths
 
 MEMORY = "memory"
 """What a round calls the hash of what the aggregation keeps beside the adapter."""
+UPLOAD = "upload"
+"""The role of an update that the server keeps, before the client's name."""
+WEIGHTS = "weights"
+"""What a round calls how much each of these updates counted."""
+FORGOTTEN = "forgotten"
+"""Where a run says which client of which run was left out of it."""
 EXAMPLE_COUNTS = ("universal_examples", "local_examples")
 MAX_KEY_SHOWN = 100
 
@@ -160,7 +166,7 @@ def _is_round(entry: Any) -> bool:
         and isinstance(adapters, dict)
         and all(isinstance(value, str) for value in adapters.values())
         and isinstance(entry.get("seconds", 0), int | float)
-        and isinstance(entry.get("failures", {}), dict)
+        and all(isinstance(entry.get(name, {}), dict) for name in ("failures", WEIGHTS))
     )
 
 

@@ -37,6 +37,7 @@ class RunPaths:
         self.history_table = folder / "history.csv"
         self.events = folder / "metrics.jsonl"
         self.evaluation = folder / "evaluation.json"  # of the final round, or the newest
+        self.forgetting = folder / "forgetting.json"  # what a forgotten client's absence changes
         self.partial_evaluation = folder / ".evaluation.partial.jsonl"
         self.lock = folder / LOCK_FILE
         self.server = folder / "server"
@@ -59,6 +60,14 @@ class RunPaths:
     def global_adapter(self, server_round: int) -> Path:
         """Return the folder of the global adapter after a round."""
         return self.server / _name_round(server_round)
+
+    def uploads(self, server_round: int) -> Path:
+        """Return the folder of the updates that the server keeps of a round."""
+        return self.global_adapter(server_round) / "uploads"
+
+    def upload(self, client: str, server_round: int) -> Path:
+        """Return the file of a client's update that the server keeps of a round."""
+        return self.uploads(server_round) / f"{client}{SAFETENSORS}"
 
     def client(self, client: str) -> Path:
         """Return the folder of what a client keeps during the run."""

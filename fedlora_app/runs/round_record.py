@@ -9,6 +9,7 @@ from typing import Any
 
 from fedlora_app.federation.replies import RoundError
 from fedlora_app.runs.directory import SERVER, RunDirectory
+from fedlora_app.runs.manifest import WEIGHTS
 
 
 class RoundRecord:
@@ -27,6 +28,8 @@ class RoundRecord:
         """Each client that returned no valid results, and why."""
         self.adapters: dict[str, str] = {}
         """Sha256 of the adapters that the round wrote: "global", and "local:" with a client."""
+        self.weights: dict[str, int] = {}
+        """How much each update counted that is kept."""
         self.add_metrics = partial(run.add_metrics, server_round)
         self._run = run
         self._report = report
@@ -67,6 +70,8 @@ class RoundRecord:
         seconds = time.monotonic() - self._started
         self.add_metrics(SERVER, "aggregate", metrics | {"round_seconds": seconds})
         facts: dict[str, Any] = {"seconds": round(seconds, 3)}
+        if self.weights:
+            facts[WEIGHTS] = dict(self.weights)
         if self.failures:
             facts["failures"] = dict(self.failures)
         self._run.complete_round(self.server_round, dict(self.adapters), **facts)
