@@ -27,6 +27,7 @@ from fedlora_app.config.schema import AVERAGING_MODES, GLOBAL, LOCAL, Config
 from fedlora_app.config.sharing import PERSONAL
 from fedlora_app.federation.aggregation import Aggregation
 from fedlora_app.federation.messages import MessageError
+from fedlora_app.federation.product_errors import ProductErrors
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import new_folder, write_json
 from fedlora_app.foundation.quiet import quiet_flower
@@ -61,7 +62,7 @@ class Replayed:
     state: AdapterState
     memory: AdapterState
     metrics: dict[str, float]
-    errors: dict[str, float | None] | None
+    errors: ProductErrors | None
     """The relative aggregation error by module, as far as it is known."""
     stands_still: bool = False
     """There was no update."""
@@ -101,7 +102,7 @@ def replay(
                 raise ForgettingError(f"{run.path}, round {server_round}: {error}") from None
         with quiet_flower():  # whose strategies optimise at the server
             state = aggregation.result()
-        metrics, errors = dict(aggregation.metrics), aggregation.error_by_module
+        metrics, errors = dict(aggregation.metrics), aggregation.errors
         yield Replayed(server_round, state, aggregation.memory, metrics, errors)
 
 
@@ -328,7 +329,7 @@ class Forgetting:
         if replayed.memory:
             adapters[MEMORY] = save_tensors(folder / MEMORY_FILE, replayed.memory)
         if replayed.errors is not None:
-            new.log_event("aggregation", round=number, relative_error=replayed.errors)
+            new.log_event("aggregation", round=number, relative_error=replayed.errors.by_module)
         for role in (LOCAL, UPLOAD):
             found = _of_role(before["adapters"], role).items()
             adapters |= {f"{role}:{c}": sha256 for c, sha256 in found if c != self.client}

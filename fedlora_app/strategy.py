@@ -210,8 +210,8 @@ class GlobalAdapterFedAvg(FedAvg):
                 self._note_kept(reply, server_round, is_last=plan.personalise is None)
             self._global_state = self._aggregation.result()
             self._forget_own_states()
-            if (errors := self._aggregation.error_by_module) is not None:
-                self._round.log("aggregation", relative_error=errors)
+            if (errors := self._aggregation.errors) is not None:
+                self._round.log("aggregation", relative_error=errors.by_module)
         folder = self._run.paths.global_adapter(server_round)
         self._sha256_before = self._global_sha256
         self._global_sha256 = self._save_global(folder)

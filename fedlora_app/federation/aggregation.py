@@ -10,6 +10,7 @@ from fedlora_app.config.schema import Config
 from fedlora_app.config.sharing import FACTORS, of_factors, travelling_factors
 from fedlora_app.federation.aggregation_error import AggregationErrorObserver, ProductSketch
 from fedlora_app.federation.messages import MessageError
+from fedlora_app.federation.product_errors import ProductErrors
 from fedlora_app.federation.replies import Reply, require_update
 from fedlora_app.federation.rules import build_rule
 from fedlora_app.federation.rules.fedavg import FedAvg
@@ -19,6 +20,7 @@ from fedlora_app.federation.weighted_mean import RejectedUpdateError
 from fedlora_app.model.adapter_state import AdapterState
 from fedlora_app.model.ranks import fit_client, resize_ranks
 
+ERROR = "aggregation_error"
 OPTIMIZER = "optimizer:"
 """Before the names of what the server's optimizer keeps, beside what the rule does."""
 
@@ -26,8 +28,8 @@ OPTIMIZER = "optimizer:"
 class Aggregation:
     """Makes the new global adapter of the clients' updates, in one round after the other.
 
-    After ``result``, ``metrics`` are the round's, and ``error_by_module`` is how far each module's
-    new product B A is from the mean of the clients' products, None where that has no meaning.
+    After ``result``, ``metrics`` are the round's, and ``errors`` says how far each module's new
+    product B A is from the mean of the clients' products, None where that has no meaning.
 
     Args:
         shapes: of the global adapter's tensors.
@@ -40,7 +42,7 @@ class Aggregation:
         self._optimizer = ServerOptimizer(config.federated)
         self._sketch = ProductSketch(shapes, config.experiment.seed)
         self.metrics: dict[str, float] = {}
-        self.error_by_module: dict[str, float | None] | None = None
+        self.errors: ProductErrors | None = None
 
     def begin(self, state: AdapterState, server_round: int) -> None:
         """Start a round from the global adapter that the clients received."""
@@ -51,7 +53,7 @@ class Aggregation:
             self._observer = AggregationErrorObserver(self._sketch)
         self._telemetry = UpdateTelemetry(self.update_shapes(None, server_round))
         self._seconds = 0.0
-        self.metrics, self.error_by_module = {}, None
+        self.metrics, self.errors = {}, None
 
     def add(self, reply: Reply, weight: int) -> AdapterState:
         """Fold in the update in a reply, and return it.
@@ -91,11 +93,13 @@ class Aggregation:
         started = time.monotonic()
         state = self._optimizer.step(self._state, self._rule.result())
         self.metrics = dict(self._rule.figures)
-        self.error_by_module = self._rule.error_by_module
+        self.errors = self._rule.errors
         if self._observer is not None:
-            self.error_by_module, error = self._observer.relative_errors(self._rule, state)
-            if error is not None:
-                self.metrics["aggregation_error"] = error
+            self.errors = self._observer.measure(self._rule, state)
+        if self.errors is not None:
+            figures = {ERROR: self.errors.total}
+            figures |= {f"{ERROR}/{kind}": e for kind, e in self.errors.by_group.items()}
+            self.metrics |= {name: e for name, e in figures.items() if e is not None}
         self.metrics |= self._telemetry.figures(self._state, state)
         self._seconds += time.monotonic() - started
         self.metrics["aggregation_seconds"] = self._seconds

@@ -15,10 +15,9 @@ Frobenius). Where a layer puts out more than it takes in, its transpose is treat
 
 from __future__ import annotations
 
-import math
-
 import torch
 
+from fedlora_app.federation.product_errors import ProductErrors
 from fedlora_app.federation.rules.fedavg import FedAvg
 from fedlora_app.federation.weighted_mean import RejectedUpdateError, WeightedMean
 from fedlora_app.foundation.seeds import derive_seed
@@ -64,28 +63,24 @@ class ProductSketch:
             for module in self._pairs
         }
 
-    def relative_errors(
+    def measure(
         self, mean: WeightedMean, products: WeightedMean, state: AdapterState
-    ) -> tuple[dict[str, float | None], float | None]:
-        """Return ||E|| / ||B_mean A_mean|| by module, and over all modules.
+    ) -> ProductErrors:
+        """Return ||E|| and ||B_mean A_mean||, both sketched.
 
-        None stands for a product of 0 with an error that is not. What rounding alone may have
-        left counts as 0.
+        What rounding alone may have left counts as 0.
 
         Args:
             mean: of the clients' updates.
             products: of their projections.
             state: the adapter that came of it.
         """
-        by_module, errors, sizes = {}, 0.0, 0.0
+        found = ProductErrors()
         for module, keys in self._pairs.items():
             means = {key: mean.mean_of(key) for key in keys}
             error = self._measure_error(module, products, means)
-            product = self._project(*self._factors(module, state)).norm().item()
-            by_module[module] = _divide(error, product)
-            errors += error**2
-            sizes += product**2
-        return by_module, _divide(math.sqrt(errors), math.sqrt(sizes))
+            found.note(module, error, self._project(*self._factors(module, state)).norm().item())
+        return found
 
     def _measure_error(self, module: str, products: WeightedMean, means: AdapterState) -> float:
         """Return ||E W||, which is sqrt(s) times an estimate of ||E||."""
@@ -133,13 +128,11 @@ class AggregationErrorObserver:
         except RejectedUpdateError:
             self._is_complete = False
 
-    def relative_errors(
-        self, rule: FedAvg, state: AdapterState
-    ) -> tuple[dict[str, float | None], float | None]:
-        """Return what ``ProductSketch.relative_errors`` does for the rule's new ``state``."""
+    def measure(self, rule: FedAvg, state: AdapterState) -> ProductErrors:
+        """Return what ``ProductSketch.measure`` does for the rule's new ``state``."""
         if not self._is_complete:
-            return {}, None
-        return self._sketch.relative_errors(rule.mean, self._products, state)
+            return ProductErrors()
+        return self._sketch.measure(rule.mean, self._products, state)
 
 
 def _module_name(key: str) -> str:
@@ -152,9 +145,3 @@ def _partner(key: str) -> str:
 
 def _sum_name(module: str) -> str:
     return f"{module}.product"
-
-
-def _divide(error: float, product: float) -> float | None:
-    if error == 0:
-        return 0.0
-    return error / product if product > 0 else None

@@ -274,9 +274,29 @@ class TestProducts:
         result = rule.result()
         dense = mean_product(start, updates)
         lost = (dense - product(result)).norm()
-        assert rule.error_by_module["x"] == pytest.approx((lost / product(result).norm()).item())
+        assert rule.errors.total == pytest.approx((lost / product(result).norm()).item())
         energy = 1 - (lost / dense.norm()).item() ** 2
         assert rule.figures["captured_energy"] == pytest.approx(energy)
+
+    def test_a_frozen_part_of_earlier_rounds_is_no_error(self):
+        config = build_config("stack")
+        rule, state = RULES["stack"](config), start_of(config)
+        for server_round in (1, 2):
+            state = {k: t.clone() for k, t in state.items()}
+            state[B][:, 2 * RANK :] = 0  # so that there is room for all
+            before = product(take_ranks(state, RANK, 5 * RANK))
+            rule.begin(state, server_round)
+            updates = {
+                c: {k: t * (1 if k == A else 10) for k, t in u.items()}
+                for c, u in updates_of(config, first_seed=server_round).items()
+                if c in ("ann", "bob")
+            }
+            for client, update in updates.items():
+                rule.add(client, update, WEIGHTS[client])
+            expected = before + mean_product(state, updates)
+            state = rule.result()
+            torch.testing.assert_close(product(state), expected, **ROUNDED)
+            assert rule.errors.total < 1e-6 and rule.figures["captured_energy"] > 1 - 1e-12
 
     @pytest.mark.parametrize("name", ["svd", "residual", "stack"])
     def test_with_all_ranks_they_are_the_mean_product(self, name):
@@ -389,7 +409,7 @@ class TestMixedRanks:
         first = sum(WEIGHTS[c] / 70 * product(take_ranks(t, 0, 1)) for c, t in trained.items())
         second = sum(WEIGHTS[c] / 49 * product(take_ranks(trained[c], 1, 2)) for c in ("cy", "dan"))
         rule = RULES["rank-partitioned"](config)
-        a, b = rule.mean_product(read_module(config, start, updates))
+        a, b = rule.target(read_module(config, start, updates))
         torch.testing.assert_close(b @ a, first + second, **EXACT)
 
     def test_with_equal_ranks_that_is_svd(self):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from fedlora_app.config.schema import Config
+from fedlora_app.federation.product_errors import ProductErrors
 from fedlora_app.model.adapter_state import AdapterState
 
 
@@ -14,10 +15,9 @@ class AggregationRule(ABC):
     Weights are whole numbers, so that their sums do not depend on the order of arrival.
     """
 
-    error_by_module: dict[str, float | None] | None = None
-    """After ``result``: ||sum_k p_k B_k A_k - B A|| / ||B A|| of every module (Frobenius), where
-    B A is what the new adapter does; None for one of 0 with an error that is not, and in the place
-    of all where the rule does not compute it."""
+    errors: ProductErrors | None = None
+    """After ``result``: of every module ||M - B A|| and ||B A||, where B A is what the new adapter
+    does and M what it should do; None where the rule does not compute it."""
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
+from fedlora_app.federation.product_errors import ProductErrors
 from fedlora_app.federation.rules.base import AggregationRule
 from fedlora_app.federation.weighted_mean import RejectedUpdateError
 from fedlora_app.model.adapter_state import AdapterState
@@ -53,7 +53,7 @@ class CollectingRule(AggregationRule):
         """Start a round without an update."""
         self._state, self._round = state, server_round
         self._updates: dict[str, tuple[AdapterState, int]] = {}
-        self.figures, self.error_by_module = {}, None
+        self.figures, self.errors = {}, None
 
     @property
     def num_updates(self) -> int:
@@ -82,19 +82,20 @@ class CollectingRule(AggregationRule):
         """
         if not self._updates:
             raise RejectedUpdateError("No update was added, so there is nothing to average.")
-        result, errors, sizes = {}, {}, {}
+        result, errors = {}, ProductErrors()
         for module, (key_a, key_b) in module_keys(self._state).items():
             found = self._read(module, key_a, key_b)
             a, b = self.combine(found)
             result[key_a], result[key_b] = a.float(), b.float()
-            stacked_a, stacked_b = found.stacked
-            errors[module] = product_norm(torch.cat([stacked_a, a]), torch.cat([stacked_b, -b], 1))
-            sizes[module] = product_norm(a, b)
-        self.error_by_module = {name: divide(errors[name], sizes[name]) for name in errors}
-        total = divide(math.hypot(*errors.values()), math.hypot(*sizes.values()))
-        if total is not None:
-            self.figures["aggregation_error"] = total
+            wanted_a, wanted_b = self.target(found)
+            error = product_norm(torch.cat([wanted_a, a]), torch.cat([wanted_b, -b], 1))
+            errors.note(module, error, product_norm(a, b))
+        self.errors = errors
         return {key: result[key] for key in self._state}
+
+    def target(self, module: Module) -> Factors:
+        """Return A and B whose product is what the new adapter should do: the mean of all."""
+        return module.stacked
 
     @abstractmethod
     def combine(self, module: Module) -> Factors:
@@ -134,13 +135,6 @@ def product_norm(a: torch.Tensor, b: torch.Tensor) -> float:
 def triangle(matrix: torch.Tensor) -> torch.Tensor:
     """Return R of QR, which has the column's lengths and angles."""
     return torch.linalg.qr(matrix, mode="r").R
-
-
-def divide(error: float, size: float) -> float | None:
-    """Return an error relative to a size; None of nothing, but of no error at all."""
-    if error == 0:
-        return 0.0
-    return error / size if size > 0 else None
 
 
 def _add(state: AdapterState, update: AdapterState, key: str) -> torch.Tensor:

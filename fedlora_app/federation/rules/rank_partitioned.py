@@ -21,7 +21,7 @@ from fedlora_app.federation.rules.svd import Svd
 class RankPartitioned(Svd):
     """The best adapter of the rank for the mean over those who have each rank."""
 
-    def mean_product(self, module: Module) -> Factors:
+    def target(self, module: Module) -> Factors:
         """Return A and B whose product is M."""
         ranks = torch.tensor([a.shape[0] for a, _ in module.trained])
         shares = torch.tensor(module.shares, dtype=torch.float64)

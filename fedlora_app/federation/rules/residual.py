@@ -29,6 +29,12 @@ class FrozenPartRule(CuttingRule):
         rank = self.learning_rank
         return (a[:rank], b[:, :rank]), (a[rank:], b[:, rank:])
 
+    def target(self, module: Module) -> Factors:
+        """Return the mean of what clients have trained, and what was frozen before beside it."""
+        _, (frozen_a, frozen_b) = self.split(module)
+        a, b = module.stacked
+        return torch.cat([frozen_a, a]), torch.cat([frozen_b, b], 1)
+
     def freeze(self, a: torch.Tensor, b: torch.Tensor) -> Factors:
         """Return the best factors of the frozen part's rank for a product."""
         a, b, singular = compress(a, b)
@@ -44,10 +50,6 @@ class Residual(FrozenPartRule):
 
     def combine(self, module: Module) -> Factors:
         """Return means, and the frozen part with what they miss."""
-        _, (frozen_a, frozen_b) = self.split(module)
-        stacked_a, stacked_b = module.stacked
-        mean_a, mean_b = module.mean
-        a, b = self.freeze(
-            torch.cat([frozen_a, stacked_a, mean_a]), torch.cat([frozen_b, stacked_b, -mean_b], 1)
-        )
+        (wanted_a, wanted_b), (mean_a, mean_b) = self.target(module), module.mean
+        a, b = self.freeze(torch.cat([wanted_a, mean_a]), torch.cat([wanted_b, -mean_b], 1))
         return torch.cat([mean_a, a]), torch.cat([mean_b, b], 1)

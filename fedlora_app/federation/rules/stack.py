@@ -23,11 +23,8 @@ class Stack(FrozenPartRule):
 
     def combine(self, module: Module) -> Factors:
         """Return a fresh adapter, and the frozen part with the mean of the products."""
-        (a, b), (frozen_a, frozen_b) = self.split(module)
-        stacked_a, stacked_b = module.stacked
-        new_a, new_b = self.freeze(
-            torch.cat([frozen_a, stacked_a]), torch.cat([frozen_b, stacked_b], 1)
-        )
+        (a, b), _ = self.split(module)
+        new_a, new_b = self.freeze(*self.target(module))
         seed = derive_seed(self.config.experiment.seed, "fresh", self._round, module.name)
         generator = torch.Generator().manual_seed(seed)
         bound = 1 / math.sqrt(a.shape[1])  # as in the first round

@@ -48,13 +48,9 @@ class CuttingRule(CollectingRule):
 class Svd(CuttingRule):
     """The best adapter of the rank for the mean of the products."""
 
-    def mean_product(self, module: Module) -> Factors:
-        """Return A and B whose product is M."""
-        return module.stacked
-
     def combine(self, module: Module) -> Factors:
         """Return the largest directions of M."""
-        a, b, singular = compress(*self.mean_product(module))
+        a, b, singular = compress(*self.target(module))
         rank = module.received[0].shape[0]
         carrying = min(rank, count_directions(singular, self.config.federated.svd_energy))
         self.note_energy(singular, carrying)
