@@ -24,7 +24,7 @@ from flwr.clientapp import ClientApp
 
 from fedlora_app.client import Client
 from fedlora_app.config.schema import FEEDBACK, Config, ConfigError
-from fedlora_app.config.sharing import of_factors, travelling_factors
+from fedlora_app.config.sharing import keeps_feedback, of_factors, travelling_factors
 from fedlora_app.data.records import DataError
 from fedlora_app.evaluation.room import EvaluationError
 from fedlora_app.federation.messages import (
@@ -38,7 +38,6 @@ from fedlora_app.federation.messages import (
     read_task,
     unpack_state,
 )
-from fedlora_app.federation.quantised import is_quantised
 from fedlora_app.federation.ray_pool import watch_workers
 from fedlora_app.foundation.files import keep_files_private
 from fedlora_app.foundation.project import (
@@ -124,7 +123,7 @@ def _train(client: Client, task: Task, message: Message) -> Message:
     state = _received_state(client, task, message)
     update, metrics, facts = client.train(task.server_round, state, task.from_kept)
     upload_dtype = client.config.federated.upload_dtype
-    if is_quantised(upload_dtype):
+    if keeps_feedback(client.config):
         update, facts[FEEDBACK] = client.folder.feedback.settle(
             update,
             client.learning_shapes(),

@@ -24,7 +24,14 @@ from flwr.serverapp.strategy import FedAvg
 from fedlora_app.config.participation import members, training_clients, weigh
 from fedlora_app.config.rounds import plan_round
 from fedlora_app.config.schema import AVERAGING_MODES, FEEDBACK, GLOBAL, LOCAL, OWN_GLOBAL, Config
-from fedlora_app.config.sharing import FACTORS, PERSONAL, STAY, of_factors, travelling_factors
+from fedlora_app.config.sharing import (
+    FACTORS,
+    PERSONAL,
+    STAY,
+    keeps_feedback,
+    of_factors,
+    travelling_factors,
+)
 from fedlora_app.evaluation.final_round import choose_round
 from fedlora_app.evaluation.reported import describe_round, split_evaluation
 from fedlora_app.federation.aggregation import Aggregation
@@ -36,7 +43,6 @@ from fedlora_app.federation.messages import (
     pack_state,
     unpack_state,
 )
-from fedlora_app.federation.quantised import is_quantised
 from fedlora_app.federation.registration import find_returned, settle_clients, verify_clients
 from fedlora_app.federation.replies import (
     Reply,
@@ -187,7 +193,7 @@ class GlobalAdapterFedAvg(FedAvg):
             clients = training_clients(self.config, server_round)
             expected = [KEPT[LOCAL]] if LOCAL in plan.train.trainable else []
             expected += [KEPT[OWN_GLOBAL]] if self.config.federated.rule in STAY else []
-            expected += [KEPT[FEEDBACK]] if is_quantised(self.config.federated.upload_dtype) else []
+            expected += [KEPT[FEEDBACK]] if keeps_feedback(self.config) else []
             # A client cannot have trained on more than it had when it registered, or all had.
             reports = self._run.manifest["clients"]
             pools = self.config.federated.mode == "centralized"
@@ -207,7 +213,7 @@ class GlobalAdapterFedAvg(FedAvg):
             self._aggregation.begin(self._global_state, server_round)
             for reply in self._valid_replies(server_round, "train", len(clients), replies, fold):
                 self._round.add_metrics(reply.client_id, plan.train.name, reply.metrics)
-                self._note_kept(reply, server_round, is_last=plan.personalise is None)
+                self._note_kept(reply, server_round, plan.personalise is None, is_evaluated=False)
             self._global_state = self._aggregation.result()
             self._forget_own_states()
             if (errors := self._aggregation.errors) is not None:
@@ -256,7 +262,7 @@ class GlobalAdapterFedAvg(FedAvg):
             if training and plan.personalise is not None:
                 self._round.add_metrics(client, plan.personalise.name, training)
             self._round.add_metrics(client, "evaluate", evaluation)
-            self._note_kept(reply, server_round, is_last=True)
+            self._note_kept(reply, server_round, is_last=True, is_evaluated=True)
             self.roster.note_global(client, reply.facts.get("global_adapter", ""))
             self._base_models[client] = reply.facts["base_model"]
             facts = {k: v for k, v in reply.facts.items() if not k.startswith(DATA_HASH)}
@@ -365,19 +371,24 @@ class GlobalAdapterFedAvg(FedAvg):
         required = min(self.config.federated.required_clients, num_asked)
         self._round.require_valid(num_valid, required, num_asked)
 
-    def _note_kept(self, reply: Reply, server_round: int, is_last: bool) -> None:
+    def _note_kept(
+        self, reply: Reply, server_round: int, is_last: bool, is_evaluated: bool
+    ) -> None:
         """Remember the files that a client says it has written.
 
         Args:
             is_last: the round writes no other adapters in their place, which may be there and the
                 hashes lost.
+            is_evaluated: the reply is that of the round's end.
         """
         for role, fact in KEPT.items():
             sha256 = reply.facts.get(fact)
             if sha256 is None:
                 continue
+            if role == OWN_GLOBAL and not is_evaluated:
+                sha256 = ""  # the round is going to write it again, and may do so without a reply
             self.roster.kept[role][reply.client_id] = (server_round, sha256)
-            if is_last or role == FEEDBACK:
+            if is_last or role in (FEEDBACK, OWN_GLOBAL):
                 self._round.adapters[f"{role}:{reply.client_id}"] = sha256
 
     def _members(self, server_round: int) -> list[str]:

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from conftest import build_tiny_config
+from flwr.app import Error, Message
 from loopback import Federation
 from observation import find_windows
 from safetensors.torch import load_file
@@ -236,6 +237,46 @@ def test_what_rounding_leaves_waits_until_its_factor_travels(rule, tiny_project,
         assert set(left[0]) == set(of_b[0])
         assert all(torch.equal(of_b[1][key], of_b[0][key]) for key in of_b[0])
         assert not all(torch.equal(of_b[2][key], of_b[0][key]) for key in of_b[0])
+
+
+def test_nothing_is_left_to_send_where_ranks_become_other_directions(tiny_project, tmp_path):
+    config = configure("svd", ("ann", "bob"), upload_dtype="nf4")
+    run = Federation(tiny_project, tmp_path, config).run()
+    assert not list(run.rglob("feedback")) and len(load_run(run).manifest["rounds"]) == 3
+
+
+def test_who_fails_after_training_goes_on_with_its_own_factor(tiny_project, tmp_path):
+    config = configure("share-a", ("ann", "bob"), num_rounds=3, min_clients=1)
+
+    def lose_evaluation(message, reply):
+        about = reply.content.config_records["about"]
+        is_lost = (about["client-id"], about["server-round"]) == ("bob", 1)
+        if not is_lost or UPDATE_RECORD in reply.content:
+            return reply
+        return Message(Error(0, "lost"), reply_to=message)
+
+    def tamper(message, reply):
+        lost = lose_evaluation(message, reply)
+        return lost if lost is not reply else interrupt_in_round(2)(message, reply)
+
+    run = Federation(tiny_project, tmp_path / "whole", config).run(tamper=lose_evaluation)
+    failed = [e["round"] for e in load_run(run).manifest["rounds"] if e.get("failures")]
+    assert failed == [1]
+    saved = SavedModel(load_run(run), 1, tiny_project)
+    assert saved.global_sha256("bob")
+    stopped = Federation(tiny_project, tmp_path / "stopped", config)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run(tamper=tamper)
+    assert adapter_files(stopped.run(resume=str(stopped.path))) == adapter_files(run)
+
+
+def test_a_server_optimizer_is_of_averages_alone(tiny_project, tmp_path):
+    finals = []
+    for name in ("none", "adam"):
+        settings = {"mode": "centralized", "num_rounds": 1, "server_optimizer": name}
+        config = configure("fedavg", ("ann", "bob"), **settings)
+        finals.append(server_state(Federation(tiny_project, tmp_path / name, config).run(), 1))
+    assert all(torch.equal(finals[0][key], finals[1][key]) for key in finals[0])
 
 
 def test_a_frozen_part_answers_and_is_not_trained(tiny_project, tmp_path):

@@ -21,9 +21,6 @@ ROBUST = ("median", "trimmed-mean")
 MEANS = ("fedavg", "freeze-a", "alternate", "share-a", "share-b", *ROBUST)
 """Rules of which a server optimizer can take the result for a mean update."""
 LEAST_ROBUST = 3
-WITH_NEW_COORDINATES = ("svd", "rank-partitioned", "stack")
-"""Rules after which A and B stand for other directions than in the round before."""
-ROUNDED = ("int8", "nf4")
 
 
 def fill_frozen_rank(raw: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +46,8 @@ def fill_frozen_rank(raw: dict[str, Any]) -> dict[str, Any]:
 def find_faults(raw: dict[str, Any]) -> Iterator[str]:
     """Yield what cannot work together, each with the reason and what to do."""
     federated, adapters = _section(raw, "federated"), _section(raw, "adapters")
-    clients = [c for c in federated.get("clients") or [] if isinstance(c, dict)]
+    listed = federated.get("clients")
+    clients = [c for c in listed if isinstance(c, dict)] if isinstance(listed, list) else []
     rule, mode = federated.get("aggregation", "fedavg"), federated.get("mode", "dual")
     yield from _weight_faults(federated, clients)
     yield from _participation_faults(federated, clients)
@@ -57,7 +55,7 @@ def find_faults(raw: dict[str, Any]) -> Iterator[str]:
     if federated.get("keep_uploads") is True:
         yield from _upload_faults(rule, mode, federated)
     if mode in AVERAGING_MODES:
-        yield from _rule_faults(rule, federated, len(clients))
+        yield from _rule_faults(rule, federated, _fewest_members(federated, clients))
     if rule != "svd" and federated.get("svd_energy") is not None:
         yield "federated.svd_energy: it belongs to federated.aggregation: svd. Set it to null."
 
@@ -67,10 +65,12 @@ def _rule_faults(rule: Any, federated: dict[str, Any], num_clients: int) -> Iter
     at_once = num_clients
     if isinstance(fraction, float) and 0 < fraction < 1:
         at_once = max(1, round(fraction * num_clients))
+    at_once = _fewest_answers(federated, at_once)
     if rule in ROBUST and at_once < LEAST_ROBUST:
         yield (
             f"federated.aggregation: {rule} needs the updates of {LEAST_ROBUST} clients and a "
-            f"round has {at_once}; of two there is no middle. Use fedavg, or more clients."
+            f"round may have {at_once}; of two there is no middle. Use fedavg, or more clients "
+            "(federated.fraction, min_clients, first_round and last_round count)."
         )
     share = federated.get("trim_share", FederatedConfig.model_fields["trim_share"].default)
     trims = rule == "trimmed-mean" and isinstance(share, float) and at_once >= LEAST_ROBUST
@@ -84,13 +84,11 @@ def _rule_faults(rule: Any, federated: dict[str, Any], num_clients: int) -> Iter
             f"federated.weighting: {rule} counts every client alike. Leave the weights out, or use "
             "another rule."
         )
-    if rule == "rest-of-world" and num_clients < 2:
-        yield "federated.aggregation: rest-of-world needs two clients; there are no others."
-    if rule in WITH_NEW_COORDINATES and federated.get("upload_dtype") in ROUNDED:
+    if rule == "rest-of-world" and at_once < 2:
         yield (
-            f"federated.upload_dtype: what {federated['upload_dtype']} loses is added to the next "
-            f"update, and after {rule} A and B stand for other directions than before. Use "
-            "bfloat16 or float32."
+            "federated.aggregation: rest-of-world needs the updates of two clients in every round, "
+            f"and one may have {at_once}; there are no others. Use more clients (federated."
+            "fraction, min_clients, first_round and last_round count), or fedavg."
         )
     for key, default in (("server_optimizer", "none"), ("server_learning_rate", None)):
         if rule not in MEANS and federated.get(key, default) != default:
@@ -178,7 +176,6 @@ def _participation_faults(
     num_rounds = federated.get("num_rounds", 5)
     if not isinstance(num_rounds, int) or num_rounds < 1:
         return
-    spans = []
     for client in clients:
         first, last = client.get("first_round", 1), client.get("last_round")
         last = num_rounds if last is None else last
@@ -189,10 +186,36 @@ def _participation_faults(
                 f"federated.clients: {client.get('id')!s:.100} takes part from round {first} to "
                 f"{last}, which is in no round of {num_rounds}."
             )
-        spans.append((first, last))
-    empty = [n for n in range(1, num_rounds + 1) if not any(a <= n <= b for a, b in spans)]
-    if spans and empty and num_rounds <= 100_000:
+    empty = [n for n, members in _count_members(num_rounds, clients).items() if members == 0]
+    if clients and empty:
         yield f"federated.clients: nobody takes part in round {empty[0]}."
+
+
+def _count_members(num_rounds: int, clients: list[dict[str, Any]]) -> dict[int, int]:
+    """Return how many take part in each round in which that may have changed, and in the first."""
+    spans = []
+    for client in clients:
+        last = client.get("last_round")
+        spans.append((client.get("first_round", 1), num_rounds if last is None else last))
+    changes = {1, *(first for first, _ in spans), *(last + 1 for _, last in spans)}
+    rounds = sorted(n for n in changes if 1 <= n <= num_rounds)
+    return {n: sum(first <= n <= last for first, last in spans) for n in rounds}
+
+
+def _fewest_members(federated: dict[str, Any], clients: list[dict[str, Any]]) -> int:
+    """Return how many clients the smallest round has; all where that cannot be told."""
+    num_rounds = federated.get("num_rounds", FederatedConfig.model_fields["num_rounds"].default)
+    ends = [client.get("first_round", 1) for client in clients]
+    ends += [n for client in clients if (n := client.get("last_round")) is not None]
+    if not all(isinstance(n, int) for n in [num_rounds, *ends]) or num_rounds < 1:
+        return len(clients)
+    return min(_count_members(num_rounds, clients).values())
+
+
+def _fewest_answers(federated: dict[str, Any], at_once: int) -> int:
+    """Return with how many updates a round still counts."""
+    least = federated.get("min_clients")
+    return min(at_once, least) if isinstance(least, int) else at_once
 
 
 def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:

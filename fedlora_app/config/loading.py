@@ -235,7 +235,14 @@ def _copy_faults(raw: dict[str, Any]) -> Iterator[str]:
     pair = _sections(adapters, GLOBAL, LOCAL)
     for key, field in AdapterConfig.model_fields.items():
         ours, theirs = (adapter.get(key, field.default) for adapter in pair)
-        if ours != theirs and key != "dropout":
+        if key == "frozen_rank":  # a local one has none, which combinations.py says
+            if ours:
+                yield (
+                    f"federated.aggregation: {_show(federated.get('aggregation'))} gives the "
+                    "global adapter a frozen part, and in mode finetuned the local one begins as "
+                    "a copy of it and has none. Use another rule or another mode."
+                )
+        elif ours != theirs and key != "dropout":
             yield (
                 f"adapters.local.{key}: it is {_show(theirs)} and adapters.global.{key} is "
                 f"{_show(ours)}. In mode finetuned the local adapter begins as a copy of the "

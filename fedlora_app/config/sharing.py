@@ -20,6 +20,9 @@ PERSONAL: tuple[Aggregation, ...] = ("share-a", "share-b", "rest-of-world")
 """Rules that leave each client with a global adapter of its own."""
 WITH_MIXED_RANKS: tuple[Aggregation, ...] = ("svd", "stack", "rank-partitioned")
 """Rules for clients whose global adapters differ in rank."""
+NEW_DIRECTIONS: tuple[Aggregation, ...] = ("svd", "stack", "rank-partitioned")
+"""Rules after which a rank is another direction than before, so that what is left of an update's
+rounding, which is of the old ones, means nothing in the next update."""
 
 Value = TypeVar("Value")
 
@@ -37,6 +40,12 @@ def travelling_factors(config: Config, server_round: int) -> tuple[str, ...]:
     """Return of which factors clients send their updates; the server's others stay as they are."""
     kept = STAY.get(config.federated.rule, ())
     return tuple(f for f in learning_factors(config, server_round) if f not in kept)
+
+
+def keeps_feedback(config: Config) -> bool:
+    """Return whether clients keep what the rounding of their updates has left to send."""
+    is_rounded = config.federated.upload_dtype in ("int8", "nf4")
+    return is_rounded and config.federated.rule not in NEW_DIRECTIONS
 
 
 def of_factors(values: Mapping[str, Value], factors: Iterable[str]) -> dict[str, Value]:

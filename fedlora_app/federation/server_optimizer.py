@@ -22,7 +22,7 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvgM, FedYogi
 
-from fedlora_app.config.schema import FederatedConfig
+from fedlora_app.config.schema import AVERAGING_MODES, FederatedConfig
 from fedlora_app.model.adapter_state import AdapterState
 
 SEPARATOR = "/"
@@ -40,9 +40,12 @@ class ServerOptimizer:
 
     def __init__(self, federated: FederatedConfig) -> None:
         name, momentum = federated.server_optimizer, federated.server_momentum
+        given = federated.server_learning_rate
+        if federated.mode not in AVERAGING_MODES:  # there is no mean to go on from
+            name, given = "none", None
         self._is_adaptive = name in ("adam", "yogi", "adagrad")
         default = ADAPTIVE_LEARNING_RATE if self._is_adaptive else 1.0
-        rate = federated.server_learning_rate or default
+        rate = given or default
         common = {"eta": rate, "tau": federated.server_tau}
         betas = {"beta_1": momentum, "beta_2": federated.server_beta_2}
         build: dict[str, Callable[[], Any]] = {

@@ -187,3 +187,30 @@ def test_trackers_are_known_and_named_once():
         parse_config(raw)
     config = load_config(ROOT / "conf" / "demo.yaml", overrides="experiment.track=[tensorboard]")
     assert config.experiment.track == ["tensorboard"]
+
+
+@pytest.mark.parametrize(
+    ("federated", "message"),
+    [
+        ({"aggregation": "median", "min_clients": 2}, "median needs the updates of 3 clients"),
+        ({"aggregation": "rest-of-world", "fraction": 0.3}, "one may have 1; there are no others"),
+        ({"aggregation": "stack", "mode": "finetuned"}, "stack. gives the global adapter a frozen"),
+        ({"clients": 3}, r"federated\.clients: input should be a valid list"),
+    ],
+)
+def test_rounds_that_a_rule_can_make_nothing_of_are_refused(federated, message):
+    clients = [ONE_CLIENT["clients"][0] | {"id": name} for name in ("ann", "bob", "cy")]
+    with pytest.raises(ConfigError, match=message):
+        parse_config({"federated": {"clients": clients} | federated})
+
+
+def test_rounds_with_too_few_members_are_refused_however_many_rounds_there_are():
+    clients = [ONE_CLIENT["clients"][0] | {"id": name} for name in ("ann", "bob", "cy")]
+    clients[0]["first_round"] = 2
+    federated = {"clients": clients, "num_rounds": 2**31 - 1}
+    assert parse_config({"federated": federated}).federated.num_rounds == 2**31 - 1
+    with pytest.raises(ConfigError, match="a round may have 2; of two there is no middle"):
+        parse_config({"federated": federated | {"aggregation": "median"}})
+    left = [client | {"first_round": 1, "last_round": 7} for client in clients]
+    with pytest.raises(ConfigError, match="nobody takes part in round 8"):
+        parse_config({"federated": federated | {"clients": left}})
