@@ -225,7 +225,7 @@ def edit(path, change):
         ({"mode": "local-only"}, "no server averages updates"),
         ({"mode": "fedavg", "keep_uploads": False}, "has not kept its clients' updates"),
         ({"aggregation": "share-a", "keep_uploads": False}, "a global adapter of its own"),
-        ({"aggregation": "median"}, "needs the updates of 3 clients and a round has 2"),
+        ({"aggregation": "median"}, "needs the updates of 3 clients and a round may have 2"),
     ],
 )
 def test_what_cannot_be_taken_back_is_refused(copy, change, message):
