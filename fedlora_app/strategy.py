@@ -284,7 +284,7 @@ class GlobalAdapterFedAvg(FedAvg):
         if self.config.federated.final == "best":
             self._return_to_best(grid)
         self._save_global(self._run.paths.final_global)
-        for sentence in describe_missing_finals(self._run.manifest):
+        for sentence in describe_missing_finals(self._run.manifest, self.config.dump()):
             self._report(sentence)
 
     def _return_to_best(self, grid: Grid) -> None:

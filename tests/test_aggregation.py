@@ -22,6 +22,7 @@ from fedlora_app.federation.messages import UPDATE_RECORD
 from fedlora_app.federation.rules import RULES, build_rule
 from fedlora_app.model.adapters import get_state
 from fedlora_app.model.ranks import rank_axis, take_ranks
+from fedlora_app.runs.partial import read_what_is_left
 from fedlora_app.runs.paths import MEMORY_FILE
 from fedlora_app.runs.reading import load_run
 from fedlora_app.serving.conversation import open_conversation
@@ -311,6 +312,8 @@ class TestWhoTakesPart:
             assert set(entries(run, 1, phase)) == {"ann", "cy"}
             assert set(entries(run, 2, phase)) == {"bob", "cy"}
         assert load_run(run).local_round(2, "ann") == 1
+        (about_ann,) = [p for p in read_what_is_left(run).problems if "ann" in p]
+        assert about_ann.startswith("ann left after round 1, with the local adapter")
         assert not any(entry.get("failures") for entry in load_run(run).manifest["rounds"])
 
     @pytest.mark.parametrize(

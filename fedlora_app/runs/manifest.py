@@ -6,7 +6,7 @@ A round counts once it is listed there; whatever else a stopped run leaves is ig
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -120,8 +120,12 @@ def find_kept_round(manifest: Manifest, client: str, server_round: int, role: st
     return max((number for number in rounds if number <= server_round), default=server_round)
 
 
-def describe_missing_finals(manifest: Manifest) -> Iterator[str]:
-    """Yield a sentence for each client without a local adapter of the last round."""
+def describe_missing_finals(manifest: Manifest, config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each client without a local adapter of the last round.
+
+    Args:
+        config: the run's, as plain data.
+    """
     paths = RunPaths(Path())
     last = max(complete_rounds(manifest), default=0)
     if find_final_round(manifest) not in (None, last):
@@ -133,8 +137,16 @@ def describe_missing_finals(manifest: Manifest) -> Iterator[str]:
                 f"ask, evaluate and export take {paths.local_adapter(client, newest)}."
             )
         return
+    clients = (config.get("federated") or {}).get("clients") or []
+    left = {c["id"] for c in clients if (c.get("last_round") or last) < last}
     for client in manifest["clients"]:
         newest = find_kept_round(manifest, client, last)  # the last one where it has none at all
+        if client in left:
+            yield (
+                f"{client} left after round {newest}, with the local adapter that it had then: "
+                f"{paths.local_adapter(client, newest)}."
+            )
+            continue
         if manifest.get("mode") == "finetuned" and not _has_local(manifest, client, last):
             yield (
                 f"{client} did not report in the last round and has no copy that was fine-tuned "

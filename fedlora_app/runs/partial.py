@@ -148,7 +148,7 @@ def _find_what_is_missing(run: PartialRun) -> Iterator[str]:
         for client, why in entry.get("failures", {}).items():
             yield f"Round {entry['round']} continued without {client}: {why}"
     if run.manifest.get("finished"):
-        yield from describe_missing_finals(run.manifest)
+        yield from describe_missing_finals(run.manifest, run.config)
     for entry in run.history:
         if any(k.endswith("/memory_retries") and v for k, v in entry["metrics"].items()):
             yield (
