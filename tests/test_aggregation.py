@@ -26,6 +26,7 @@ from fedlora_app.runs.partial import read_what_is_left
 from fedlora_app.runs.paths import MEMORY_FILE
 from fedlora_app.runs.reading import load_run
 from fedlora_app.serving.conversation import open_conversation
+from fedlora_app.serving.export import export_adapter
 
 CLIENTS = ("ann", "bob", "cy")
 WEIGHTS = "adapter_model.safetensors"
@@ -166,6 +167,20 @@ class TestGlobalAdaptersOfTheirOwn:
         assert {m["adapter_bytes_down"] for m in traffic.values()} == {
             m["adapter_bytes_up"] for m in traffic.values()
         }
+
+    @pytest.mark.parametrize("rule", ["share-a", "rest-of-world"])
+    def test_an_export_has_it_and_says_whether_it_is_private(self, rule, tiny_project, tmp_path):
+        run = Federation(tiny_project, tmp_path, configure(rule, ("ann", "bob"))).run()
+        saved = SavedModel(load_run(run), 2, tiny_project)
+        export_adapter(saved, "ann", tmp_path / "alone", scale=0)
+        exported = load_file(tmp_path / "alone" / WEIGHTS)
+        own = global_state(run, tiny_project, "ann")
+        for key, tensor in own.items():
+            factor = 2 if ".lora_B." in key else 1  # alpha / rank, which an export multiplies in
+            assert torch.equal(exported[key], factor * tensor)
+        card = (tmp_path / "alone" / "README.md").read_text()
+        assert ("a factor that ann trained and never sends" in card) == (rule == "share-a")
+        assert ("made of the others' updates" in card) == (rule == "rest-of-world")
 
     def test_one_client_s_answers_are_not_taken_for_another_s(self, tiny_project, tmp_path):
         run = Federation(tiny_project, tmp_path, configure("share-a", ("ann", "bob"))).run()

@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from fedlora_app.config.schema import GLOBAL, LOCAL
+from fedlora_app.config.sharing import PERSONAL, STAY
 from fedlora_app.evaluation.gate_files import ABOUT_FILE
 from fedlora_app.evaluation.gate_report import describe_gate
 from fedlora_app.evaluation.names import ACCURACY, ASKED_SETS, EXACT_MATCH, Measure
@@ -69,10 +70,22 @@ def _summary(export: Export) -> str:
     )
 
 
+def _own_factor(export: Export) -> str:
+    rule = export.run.config.federated.rule
+    return (
+        f"By the aggregation rule {rule} the global adapter has a factor that {export.client} "
+        "trained and never sends."
+    )
+
+
 def _privacy(export: Export) -> str:
+    rule = export.run.config.federated.rule
+    keeps_factor = rule in STAY
     if export.gate is not None:
+        private = "**Private.**" if keeps_factor else f"**Private**, but for `{GLOBAL}/`."
+        own = f" {_own_factor(export)}" if keeps_factor else ""
         return (
-            f"**Private**, but for `{GLOBAL}/`. `{PAIR}/` holds what {export.client}'s local "
+            f"{private}{own} `{PAIR}/` holds what {export.client}'s local "
             f"adapter learnt from that client's private data, and `{ROUTER}/` is made from that "
             "client's own questions. Whoever has them can ask for that: keep them as you keep the "
             "data."
@@ -82,11 +95,14 @@ def _privacy(export: Export) -> str:
             f"**Private.** It holds what {export.client}'s local adapter learnt from that client's "
             "private data. Whoever has it can ask for that: keep it as you keep the data."
         )
+    if keeps_factor:
+        return f"**Private.** {_own_factor(export)} Keep it as you keep the data."
     config = export.run.config
     trained = {"mode": config.federated.mode, "schedule": config.training.schedule}
     trained = export.run.manifest.get("adapted_from") or trained
     if trained.get("mode") == "dual" and trained.get("schedule") == "phased":
-        return "There is no local adapter in it, only the global one that all clients share."
+        whose = "that all clients share" if rule not in PERSONAL else "made of the others' updates"
+        return f"There is no local adapter in it, only the global one {whose}."
     return (
         "**Private.** There is no local adapter in it, but in this run the global one was trained "
         "on all clients' private data too: keep it as you keep the data."
