@@ -17,7 +17,7 @@ MODULES = {
 }
 ORDER = [
     *("foundation", "config", "model", "data", "training"),
-    *("federation", "runs", "evaluation", "report", "planning", "serving"),
+    *("federation", "runs", "evaluation", "report", "planning", "serving", "deployment"),
     *(
         "preflight",
         "client_checks",
