@@ -35,6 +35,7 @@ from fedlora_app.federation.messages import (
     build_error_reply,
     build_need_reply,
     build_reply,
+    is_probe,
     read_task,
     unpack_state,
 )
@@ -90,6 +91,8 @@ Handler = Callable[[Client, Task, Message], Message]
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Register: say which client this node is, after checking its data or what it has kept."""
+    if is_probe(message):
+        return Message(message.content, reply_to=message)
     return _answer(message, context, _register)
 
 

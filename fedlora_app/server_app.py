@@ -19,7 +19,7 @@ from fedlora_app.evaluation.learning import describe_end
 from fedlora_app.federation.grid import PacedGrid
 from fedlora_app.federation.messages import REGISTRATION_ROUND, Task
 from fedlora_app.federation.ray_pool import current_pool, require_usable_environment
-from fedlora_app.federation.registration import is_simulation, read_report, register_clients
+from fedlora_app.federation.registration import read_report, register_clients
 from fedlora_app.foundation.files import keep_files_private
 from fedlora_app.foundation.project import hash_package
 from fedlora_app.foundation.quiet import quiet_flower
@@ -70,7 +70,7 @@ def main(grid: Grid, context: Context) -> None:
             current_pool,
         )
         stack.enter_context(_show_errors(paced))
-        if is_simulation(paced):
+        if paced.is_simulation:
             require_usable_environment()
         task = build_registration(settings)
         registrations = register_clients(paced, config, task, context.run_config, faults)
@@ -214,7 +214,7 @@ def _show_errors(grid: PacedGrid) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if grid.has_running_clients and is_simulation(grid):
+        if grid.has_running_clients and grid.is_simulation:
             print(f"{error}\nFlower waits for the worker that hangs; end it.", flush=True)
         raise
 

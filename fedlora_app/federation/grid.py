@@ -10,23 +10,37 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from flwr.app import Error, Message, MessageType, RecordDict
+from flwr.app import Error, Message, MessageType
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from fedlora_app.federation.messages import build_message
+from fedlora_app.federation.probes import Probes
 from fedlora_app.foundation.progress import format_duration
 
 FIRST_POLL_SECONDS = 0.02
 LONGEST_POLL_SECONDS = 0.5
 WAITING_REPORT_SECONDS = 600.0
-TIME_TO_LIVE_SECONDS = 10 * 365 * 24 * 3600.0
+MOST_ATTEMPTS = 3  # with a message whose process is lost with it
 REGISTRATION_SECONDS = 600.0  # at least: Ray starts and libraries are imported meanwhile
 REFUSED = (
     "Flower did not accept the message for it. Its SuperNode is gone, or the message is too "
     "large; the log has more"
 )
+LOST = f"its SuperNode has lost the message {MOST_ATTEMPTS} times; its log may say why"
+
+
+@dataclass
+class _Asked:
+    """A message that waits for its reply; times are of the monotonic clock."""
+
+    message: Message
+    at: float
+    started_at: float | None = None
+    attempts: int = 1
 
 
 class Workers(Protocol):
@@ -56,12 +70,18 @@ class PacedGrid(Grid):
         find_workers: Callable[[], Workers | None] = lambda: None,
     ) -> None:
         self.unwrapped = grid
+        self._probes = None if self.is_simulation else Probes(grid)
         self._clients_at_once = clients_at_once
         self._client_timeout_seconds = client_timeout_seconds or math.inf
         self._find_workers = find_workers
         self.names: dict[int, str] = {}
         self.has_running_clients = False  # that were given up and could not be stopped
         self._reported = 0.0
+
+    @property
+    def is_simulation(self) -> bool:
+        """Whether Flower simulates the nodes in this process."""
+        return type(self.unwrapped).__name__ == "InMemoryGrid"
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -71,9 +91,8 @@ class PacedGrid(Grid):
         ``timeout``, Flower's one for all clients together, is ignored.
         """
         waiting_messages = iter(messages)
-        pending: dict[str, Message] = {}
-        asked_at: dict[str, float] = {}
-        started_at: dict[str, float] = {}
+        pending: dict[str, _Asked] = {}
+        suspected: list[str] = []
         pause = FIRST_POLL_SECONDS
         while True:
             while len(pending) < self._clients_at_once:
@@ -82,7 +101,7 @@ class PacedGrid(Grid):
                     break
                 message_id = self._push(message)
                 if message_id:
-                    pending[message_id], asked_at[message_id] = message, time.monotonic()
+                    pending[message_id] = _Asked(message, time.monotonic())
                 else:
                     yield _fail(message, REFUSED)
             if not pending:
@@ -90,44 +109,70 @@ class PacedGrid(Grid):
             replies = list(self.unwrapped.pull_messages(list(pending)))
             has_come = bool(replies)
             while replies:  # no name is left for a reply, so that its update can be freed
-                request = pending.pop(replies[0].metadata.reply_to_message_id, None)
-                if request is None:
+                asked = pending.pop(replies[0].metadata.reply_to_message_id, None)
+                if asked is None:
                     replies.pop(0)
                 else:
-                    yield _as_from_its_client(replies.pop(0), request)
+                    yield _as_from_its_client(replies.pop(0), asked.message)
             if has_come:  # others may have come while these were dealt with
                 pause = FIRST_POLL_SECONDS
                 continue
-            self._note_starts(pending, asked_at, started_at)
-            for message_id in [i for i in pending if self._is_late(pending[i], started_at.get(i))]:
-                yield self._give_up(message_id, pending.pop(message_id))
-            busy = {i: started_at[i] for i in pending if i in started_at}
-            self._report_waiting(pending, busy or asked_at)
+            for message_id in pending.keys() & suspected:  # no reply had come after all
+                asked = pending.pop(message_id)
+                if new_id := self._ask_again(asked):
+                    pending[new_id] = replace(asked, attempts=asked.attempts + 1)
+                else:
+                    yield _fail(asked.message, LOST)
+            suspected = self._find_suspects(pending)
+            self._note_starts(pending)
+            for message_id in [i for i, asked in pending.items() if self._is_late(asked)]:
+                yield self._give_up(message_id, pending.pop(message_id).message)
+            self._report_waiting(pending)
             pause = min(1.2 * pause, LONGEST_POLL_SECONDS)
             time.sleep(pause)
 
-    def _note_starts(
-        self, pending: dict[str, Message], asked_at: dict[str, float], started_at: dict[str, float]
-    ) -> None:
+    def _find_suspects(self, pending: dict[str, _Asked]) -> list[str]:
+        """Return which messages a node seems to have lost with its process."""
+        if self._probes is None:
+            return []
+        return self._probes.find_lost({i: asked.message for i, asked in pending.items()})
+
+    def _ask_again(self, asked: _Asked) -> str | None:
+        """Send a message that was lost once more; return its new id, None to give up."""
+        request = asked.message
+        if asked.attempts == MOST_ATTEMPTS:
+            return None
+        name = self._name(request)
+        why = "it has restarted, or the line was cut"
+        print(f"{name}: its SuperNode has lost the message ({why}). Sent again.", flush=True)
+        metadata = request.metadata
+        return self._push(
+            build_message(request.content, metadata.message_type, metadata.dst_node_id)
+        )
+
+    def _note_starts(self, pending: dict[str, _Asked]) -> None:
         """Record when each client can have started; in a simulation it may wait for a worker."""
         workers = self._find_workers()
-        for message_id in pending:
-            if message_id not in started_at:
-                start = workers.started_at(message_id) if workers else asked_at[message_id]
-                if start is not None:
-                    started_at[message_id] = start
+        for message_id, asked in pending.items():
+            if asked.started_at is None:
+                asked.started_at = workers.started_at(message_id) if workers else asked.at
 
-    def _report_waiting(self, pending: dict[str, Message], since: dict[str, float]) -> None:
+    def _report_waiting(self, pending: dict[str, _Asked]) -> None:
         """Report from time to time which clients have not replied for long."""
         now = time.monotonic()
         if not pending or now - self._reported < WAITING_REPORT_SECONDS:
             return
-        start, message = min((since[i], i) for i in pending if i in since)
-        if now - start >= WAITING_REPORT_SECONDS:
-            node = pending[message].metadata.dst_node_id
-            name = self.names.get(node, f"node {node}")
-            print(f"Still waiting for {name}, {format_duration(now - start)}.", flush=True)
+        busy = [asked for asked in pending.values() if asked.started_at is not None]
+        longest = min(busy or pending.values(), key=lambda asked: asked.started_at or asked.at)
+        waited = now - (longest.started_at or longest.at)
+        if waited >= WAITING_REPORT_SECONDS:
+            name = self._name(longest.message)
+            print(f"Still waiting for {name}, {format_duration(waited)}.", flush=True)
             self._reported = now
+
+    def _name(self, request: Message) -> str:
+        node = request.metadata.dst_node_id
+        return self.names.get(node, f"node {node}")
 
     def _limit(self, request: Message) -> float:
         """Return how many seconds the client has to reply."""
@@ -135,10 +180,10 @@ class PacedGrid(Grid):
             return max(self._client_timeout_seconds, REGISTRATION_SECONDS)
         return self._client_timeout_seconds
 
-    def _is_late(self, request: Message, started_at: float | None) -> bool:
-        if started_at is None:
+    def _is_late(self, asked: _Asked) -> bool:
+        if asked.started_at is None:
             return False
-        return time.monotonic() - started_at > self._limit(request)
+        return time.monotonic() - asked.started_at > self._limit(asked.message)
 
     def _give_up(self, message_id: str, request: Message) -> Message:
         """Return an error in place of the reply, and stop the client's work where possible."""
@@ -183,10 +228,3 @@ def _as_from_its_client(reply: Message, request: Message) -> Message:
 
 def _fail(request: Message, why: str) -> Message:
     return Message(Error(ErrorCode.NODE_UNAVAILABLE, why), reply_to=request)
-
-
-def build_message(content: RecordDict, message_type: str, node_id: int) -> Message:
-    """Return a message that does not expire while its client waits for its turn."""
-    return Message(
-        content, dst_node_id=node_id, message_type=message_type, ttl=TIME_TO_LIVE_SECONDS
-    )

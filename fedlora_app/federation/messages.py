@@ -17,7 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 
 from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import FEEDBACK, LOCAL, OWN_GLOBAL, Config
@@ -36,6 +44,7 @@ REGISTRATION_ROUND = 0
 ADAPTER_RECORD = "global-adapter"
 UPDATE_RECORD = "global-update"
 TASK_RECORD = "task"
+PROBE_RECORD = "probe"
 METRIC_RECORD = "metrics"
 ABOUT_RECORD = "about"
 SPOILT = "process-is-spoilt"
@@ -44,6 +53,7 @@ MAX_ERROR_CHARS = 10_000
 MAX_PATH_CHARS = 4096
 MOST_FACTS = 2**31  # that a client's files are about
 NUMPY_FORMAT = "numpy.ndarray"  # what Flower calls it
+TIME_TO_LIVE_SECONDS = 10 * 365 * 24 * 3600.0
 
 COUNTED = ("examples", "truncated", "dropped")
 DECLARED_METRICS = re.compile(
@@ -196,6 +206,24 @@ def unpack_state(
             raise MessageError(f"{sender} sent {key} as a damaged array: {reason!a}.") from None
     check_state(state, shapes, f"{sender} sent")
     return state
+
+
+def build_message(content: RecordDict, message_type: str, node_id: int) -> Message:
+    """Return a message that does not expire while its client waits for its turn."""
+    return Message(
+        content, dst_node_id=node_id, message_type=message_type, ttl=TIME_TO_LIVE_SECONDS
+    )
+
+
+def build_probe(node_id: int) -> Message:
+    """Return a message that a client only has to reply to."""
+    content = RecordDict({PROBE_RECORD: ConfigRecord()})
+    return build_message(content, MessageType.QUERY, node_id)
+
+
+def is_probe(message: Message) -> bool:
+    """Return whether a message asks for nothing but a reply."""
+    return message.has_content() and PROBE_RECORD in message.content.config_records
 
 
 def build_task_content(task: Task, arrays: ArrayRecord | None = None) -> RecordDict:

@@ -55,7 +55,7 @@ def register_clients(
         MessageError: with what the server and every client found wrong, together.
     """
     num_clients = len(config.federated.clients)
-    is_complete = is_simulation(grid) or len(set(grid.get_node_ids())) >= num_clients
+    is_complete = grid.is_simulation or len(set(grid.get_node_ids())) >= num_clients
     if known_faults and not is_complete:
         raise _refuse(known_faults)
     try:
@@ -189,7 +189,7 @@ def collect_faults(
 
 def wait_for_nodes(grid: PacedGrid, num_clients: int, run_config: dict[str, Any]) -> list[int]:
     """Return the nodes, waiting for SuperNodes to connect; a simulation has all it gets."""
-    simulated = is_simulation(grid)
+    simulated = grid.is_simulation
     reported = 0.0
     while True:
         node_ids = sorted(grid.get_node_ids())
@@ -205,11 +205,6 @@ def wait_for_nodes(grid: PacedGrid, num_clients: int, run_config: dict[str, Any]
             reported = time.monotonic()
             print(f"Waiting for {num_clients - len(node_ids)} more SuperNodes.", flush=True)
         time.sleep(1)
-
-
-def is_simulation(grid: PacedGrid) -> bool:
-    """Return whether Flower simulates the nodes in this process."""
-    return type(grid.unwrapped).__name__ == "InMemoryGrid"
 
 
 def command_for(num_nodes: int, run_config: dict[str, Any]) -> str:

@@ -8,11 +8,13 @@ from conftest import build_tiny_config
 from flwr.app import Error, Message, RecordDict
 from loopback import LoopbackGrid
 
-from fedlora_app import server_app
+from fedlora_app import client_app
 from fedlora_app.federation import grid as grid_module
+from fedlora_app.federation import probes
 from fedlora_app.federation import ray_pool as workers
 from fedlora_app.federation import registration
-from fedlora_app.federation.grid import PacedGrid, build_message
+from fedlora_app.federation.grid import MOST_ATTEMPTS, PacedGrid, build_message
+from fedlora_app.federation.messages import build_probe, is_probe
 from fedlora_app.strategy import RoundError
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
@@ -221,7 +223,7 @@ def test_why_a_run_ends_is_told_where_flower_waits_for_a_hung_worker(
     is_simulation, federation, monkeypatch, capsys
 ):
     config = build_tiny_config(federated={"client_timeout_seconds": 0.2})
-    monkeypatch.setattr(server_app, "is_simulation", lambda grid: is_simulation)
+    monkeypatch.setattr(PacedGrid, "is_simulation", is_simulation)
     monkeypatch.setattr(registration, "wait_for_nodes", lambda grid, *_: grid.get_node_ids())
 
     def tamper(message, reply):
@@ -266,3 +268,90 @@ def test_of_clients_in_line_the_one_at_work_is_named(monkeypatch, capsys):
     grid.names = {5: "ann", 6: "bob"}
     list(grid.send_and_receive(build_message(RecordDict(), "train", node) for node in (5, 6)))
     assert "Still waiting for bob, " in capsys.readouterr().out
+
+
+class OneByOne(SlowGrid):
+    """A node that deals with messages in their order, each at the given number of polls.
+
+    It restarts with some of those that train, and has them no longer.
+    """
+
+    def __init__(self, polls_needed: int, num_lost: int) -> None:
+        super().__init__(polls_needed)
+        self.num_lost = num_lost
+        self.queue: list[str] = []
+        self.done: list[str] = []
+
+    def push_messages(self, messages):
+        [number] = super().push_messages(messages)
+        if not is_probe(self.sent[-1]) and self.num_lost:
+            self.num_lost -= 1
+        else:
+            self.queue.append(number)
+        return [number]
+
+    def pull_messages(self, message_ids):
+        if self.queue:
+            self.polls[self.queue[0]] += 1
+            if self.polls[self.queue[0]] >= self.polls_needed:
+                self.done.append(self.queue.pop(0))
+        return [self._replies.pop(i) for i in list(message_ids) if i in self.done]
+
+    @property
+    def trained(self) -> int:
+        return sum(not is_probe(message) for message in self.sent)
+
+
+@pytest.fixture
+def quick_probes(monkeypatch):
+    monkeypatch.setattr(probes, "FIRST_PROBE_SECONDS", 0.05)
+
+
+@pytest.mark.parametrize("num_lost", [1, 2])
+def test_a_message_that_a_node_has_lost_is_sent_again(num_lost, quick_probes, capsys):
+    node = OneByOne(1, num_lost)
+    grid = PacedGrid(node, 1)
+    grid.names = {5: "ann"}
+    [reply] = grid.send_and_receive([build_message(RecordDict(), "train", 5)])
+    assert not reply.has_error() and reply.metadata.src_node_id == 5
+    assert node.trained == num_lost + 1
+    assert capsys.readouterr().out.count("ann: its SuperNode has lost the message") == num_lost
+
+
+def test_a_node_that_loses_a_message_again_and_again_has_failed(quick_probes):
+    [reply] = PacedGrid(OneByOne(1, 100), 1).send_and_receive(
+        [build_message(RecordDict(), "train", 5)]
+    )
+    assert f"has lost the message {MOST_ATTEMPTS} times" in reply.error.reason
+
+
+def test_a_node_that_is_busy_for_long_has_lost_nothing(quick_probes):
+    node = OneByOne(25, 0)
+    [reply] = PacedGrid(node, 1).send_and_receive([build_message(RecordDict(), "train", 5)])
+    assert not reply.has_error() and node.trained == 1
+    assert len(node.sent) == 2  # one probe waited behind the message
+
+
+def test_a_reply_that_came_just_before_that_to_the_probe_counts(quick_probes):
+    """Both may come between two looks, and the probe's is looked at first once."""
+
+    class Hasty(OneByOne):
+        def pull_messages(self, message_ids):
+            is_of_probes = all(is_probe(self.sent[int(i[1:])]) for i in message_ids)
+            if is_of_probes:
+                self.done += self.queue
+                self.queue = []
+            return [self._replies.pop(i) for i in list(message_ids) if i in self.done]
+
+    node = Hasty(1, 0)
+    [reply] = PacedGrid(node, 1).send_and_receive([build_message(RecordDict(), "train", 5)])
+    assert not reply.has_error() and node.trained == 1
+
+
+def test_a_client_answers_a_probe_without_doing_anything(federation):
+    federation.run("run", build_tiny_config(federated={"num_rounds": 1}))
+    [context] = list(federation.grids[-1].contexts.values())[:1]
+    probe = build_probe(context.node_id)
+    probe.metadata.__dict__["_message_id"] = "probe"
+    reply = client_app.app(probe, context)
+    assert is_probe(reply) and not reply.content.array_records
