@@ -60,6 +60,8 @@ from fedlora_app.runs.uploads import KeptUploads
 class GlobalAdapterFedAvg(FedAvg):
     """Makes the new global adapter of the clients' updates, by the rule that is configured.
 
+    The adapter that goes out is the broadcast's; Flower hands back the same arrays in every step.
+
     Args:
         nodes: node id of every client.
         task: what every message carries; client and rounds are filled in.
