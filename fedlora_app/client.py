@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 from fedlora_app.client_checks import check_client, list_owners
-from fedlora_app.config.rounds import BOTH, Phase, RoundPlan, plan_round
+from fedlora_app.config.rounds import Phase, plan_round
 from fedlora_app.config.schema import (
     FEEDBACK,
     GLOBAL,
@@ -38,16 +37,8 @@ from fedlora_app.data.client_files import (
 )
 from fedlora_app.data.dialogue import pin_date
 from fedlora_app.evaluation.answering import Answering
-from fedlora_app.evaluation.client_round import (
-    Metrics,
-    evaluate_client,
-    phase_metrics,
-    validate_client,
-)
-from fedlora_app.evaluation.gate import Gate
-from fedlora_app.evaluation.gate_files import find_gate
+from fedlora_app.evaluation.client_round import ClientEvaluation, Metrics, phase_metrics
 from fedlora_app.evaluation.gold import count_gold_answers
-from fedlora_app.evaluation.room import count_halvings
 from fedlora_app.federation.messages import Kept
 from fedlora_app.foundation.progress import step_lines
 from fedlora_app.foundation.seeds import derive_seed
@@ -67,7 +58,6 @@ from fedlora_app.model.base import (
     describe_device,
     load_base_model,
 )
-from fedlora_app.model.device import read_peak_memory, reset_peak_memory
 from fedlora_app.model.ranks import resize_ranks
 from fedlora_app.runs.client_folder import ClientFolder
 from fedlora_app.runs.paths import RunPaths
@@ -258,7 +248,7 @@ class Client:
             facts["own_global_adapter"] = self.folder.save_own_global(
                 model, get_state(model, GLOBAL), server_round, is_final=is_final
             )
-        metrics |= self._evaluate_round(loaded, model, plan, server_round)
+        metrics |= self._evaluation(loaded, model).evaluate_round(plan, server_round)
         if is_final:
             self.folder.remove_global()
             if LOCAL in plan.evaluated:
@@ -268,52 +258,12 @@ class Client:
         self.folder.thin({role: entry.oldest for role, entry in kept.items()})
         return metrics, facts
 
-    def _evaluate_round(
-        self, loaded: LoadedModel, model: AdaptedModel, plan: RoundPlan, server_round: int
-    ) -> Metrics:
-        """Score the question sets with whatever answers after this round, if that is due."""
-        metrics: Metrics = {}
-        files = self._files[self.client_id]
-        is_final = server_round == self.config.federated.num_rounds
-        interval = self.config.evaluation.interval
-        is_due = interval > 0 and (is_final or server_round % interval == 0)
-        own = Answering.own(plan.evaluated, self.client_id)
-        answering = [own if server_round > 0 else Answering()] if is_due else []
-        if is_due and is_final and set(plan.trained) == set(BOTH):
-            answering.append(Answering(with_global=True))
-        gate = self._find_gate(loaded, model, files, own) if is_due or is_final else None
-        metrics |= gate.figures.metrics() if gate is not None and server_round > 0 else {}
-        started, halvings = time.monotonic(), count_halvings(model)
-        reset_peak_memory(model.device)
-        for who in answering:
-            metrics |= evaluate_client(
-                self.config,
-                self._own,
-                files,
-                loaded,
-                model,
-                who,
-                show_example=is_final and who == own,
-                gate=gate if who == own else None,
-                sample=0 if is_final else self.config.evaluation.sample,
-                what=f"{self.client_id}, round {server_round}",
-            )
-        if is_due and server_round > 0 and self.config.federated.final == "best":
-            metrics |= validate_client(self.config, self._own, files, loaded, model, own, gate)
-        if (retries := count_halvings(model) - halvings) > 0:
-            metrics["evaluation_memory_retries"] = retries
-        metrics["evaluation_seconds"] = time.monotonic() - started
-        metrics["peak_memory_bytes"] = read_peak_memory(model.device)
-        return metrics
-
     def evaluate(self, global_state: AdapterState, kept: FromKept) -> Metrics:
         """Score the question sets with a round's adapters, without training."""
-        loaded, model = self._prepare(global_state, kept)
-        files = load_client_files(self.config, self._own, self.root)
+        evaluation = self._evaluation(*self._prepare(global_state, kept))
         active = plan_round(self.config, self.config.federated.num_rounds).evaluated
         who = Answering.own(active, self.client_id)
-        gate = self._find_gate(loaded, model, files, who)
-        return evaluate_client(self.config, self._own, files, loaded, model, who, gate=gate)
+        return evaluation.evaluate(who, evaluation.find_gate(who))
 
     @property
     def folder(self) -> ClientFolder:
@@ -358,13 +308,9 @@ class Client:
         pin_date(loaded.tokenizer, self.date)
         return loaded, attach_once(loaded, self.config.adapters_of(self.client_id))
 
-    def _find_gate(
-        self, loaded: LoadedModel, model: AdaptedModel, files: ClientFiles, who: Answering
-    ) -> Gate | None:
-        """Return the gate before the local adapter, fitted once and kept in the folder."""
-        if not who.has_gate(self.config.adapters):
-            return None
-        return find_gate(self.folder.gate, model, loaded, self._own, files, keep=True)
+    def _evaluation(self, loaded: LoadedModel, model: AdaptedModel) -> ClientEvaluation:
+        files = self._files[self.client_id]
+        return ClientEvaluation(self.config, self._own, files, loaded, model, self.folder.gate)
 
     def _run_phase(
         self, loaded: LoadedModel, model: AdaptedModel, phase: Phase, server_round: int

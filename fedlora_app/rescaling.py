@@ -15,7 +15,6 @@ from fedlora_app.client import Client
 from fedlora_app.config.rounds import BOTH, Phase
 from fedlora_app.config.schema import LOCAL, Config
 from fedlora_app.evaluation.answering import Answering
-from fedlora_app.evaluation.client_round import validate_client
 from fedlora_app.evaluation.final_round import score_client
 from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.foundation.errors import UserError
@@ -53,12 +52,12 @@ class RescalingClient(Client):
         state = kept.read_state(self.client_id, model)
         set_state(model, LOCAL, state)
         scores = dict.fromkeys([1.0, *self.config.evaluation.local_scales], 0.0)
-        files, own = self._files[self.client_id], Answering.own(BOTH, self.client_id)
-        gate = self._find_gate(loaded, model, files, own)
+        evaluation = self._evaluation(loaded, model)
+        own = Answering.own(BOTH, self.client_id)
+        gate = evaluation.find_gate(own)
         for scale in scores:
             with scaled_local(model, scale):
-                told = validate_client(self.config, self._own, files, loaded, model, own, gate)
-            score = score_client(told)
+                score = score_client(evaluation.validate(own, gate))
             if score is None:
                 raise UserError(f"{self.client_id}: none of its validation questions is its own.")
             scores[scale] = score

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,26 +22,12 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedlora_app.config.participation import members, training_clients, weigh
 from fedlora_app.config.rounds import plan_round
-from fedlora_app.config.schema import AVERAGING_MODES, FEEDBACK, GLOBAL, LOCAL, OWN_GLOBAL, Config
-from fedlora_app.config.sharing import (
-    FACTORS,
-    PERSONAL,
-    STAY,
-    keeps_feedback,
-    of_factors,
-    travelling_factors,
-)
+from fedlora_app.config.schema import AVERAGING_MODES, GLOBAL, LOCAL, OWN_GLOBAL, Config
 from fedlora_app.evaluation.final_round import choose_round
 from fedlora_app.evaluation.reported import describe_round, split_evaluation
 from fedlora_app.federation.aggregation import Aggregation
-from fedlora_app.federation.messages import (
-    KEPT,
-    REGISTRATION_ROUND,
-    MessageError,
-    Task,
-    pack_state,
-    unpack_state,
-)
+from fedlora_app.federation.broadcast import Broadcast
+from fedlora_app.federation.messages import KEPT, REGISTRATION_ROUND, MessageError, Task
 from fedlora_app.federation.registration import find_returned, settle_clients, verify_clients
 from fedlora_app.federation.replies import (
     Reply,
@@ -52,7 +37,7 @@ from fedlora_app.federation.replies import (
     require_facts,
     require_same_base,
 )
-from fedlora_app.federation.roster import Patch, Roster, Traffic
+from fedlora_app.federation.roster import Roster, Traffic
 from fedlora_app.foundation.progress import client_lines
 from fedlora_app.model.adapter_files import load_adapter, save_adapter, save_tensors
 from fedlora_app.model.adapter_state import AdapterState
@@ -74,6 +59,8 @@ from fedlora_app.runs.uploads import KeptUploads
 
 class GlobalAdapterFedAvg(FedAvg):
     """Makes the new global adapter of the clients' updates, by the rule that is configured.
+
+    The adapter that goes out is the broadcast's; Flower hands back the same arrays in every step.
 
     Args:
         nodes: node id of every client.
@@ -101,14 +88,12 @@ class GlobalAdapterFedAvg(FedAvg):
             self.roster.oldest_kept_round = keeps
         self._task = task
         self._model = model
-        self._shapes = state_shapes(model, GLOBAL)
-        self._aggregation = Aggregation(config, self._shapes)
-        self.roster.gets_own_state = self._aggregation.has_own_state
+        shapes = state_shapes(model, GLOBAL)
+        self._aggregation = Aggregation(config, shapes)
+        self._broadcast = Broadcast(config, self.roster, task, shapes, self._aggregation)
         self._run = run
         self._uploads = KeptUploads(run.paths)
         self._report = report
-        self._global_state: AdapterState = {}
-        self._global_sha256 = self._sha256_before = ""
         self._base_models: dict[str, str] = {}
         self._rounds_before = 0  # that an earlier process has completed
         self._round_seconds: list[float] = []
@@ -120,10 +105,7 @@ class GlobalAdapterFedAvg(FedAvg):
     def save_initial(self, state: AdapterState) -> ArrayRecord:
         """Keep the initial global adapter as that of round 0 and return it as arrays."""
         self._begin_round(0)
-        self._global_state = state
-        self._global_sha256 = self._save_global(self._run.paths.global_adapter(0))
-        self._round.adapters[GLOBAL] = self._global_sha256
-        return pack_state(state)
+        return self._enter_global(state)
 
     def restore(
         self, state: AdapterState, memory: AdapterState, resumption: Resumption
@@ -135,12 +117,10 @@ class GlobalAdapterFedAvg(FedAvg):
         Args:
             memory: what the aggregation needs beside the adapter.
         """
-        self._global_state, self._global_sha256 = state, resumption.global_sha256
         self._rounds_before = resumption.after_round
         self._aggregation.recall(memory)
         self.roster.kept = {role: resumption.find_kept(role) for role in KEPT}
-        self._packed = pack_state(state)
-        return self._packed
+        return self._broadcast.renew(state, resumption.global_sha256)
 
     def verify_clients(self, grid: Grid, holders: set[str]) -> None:
         """Have every client check what it has kept, before anything is trained.
@@ -151,12 +131,7 @@ class GlobalAdapterFedAvg(FedAvg):
         Raises:
             RoundError: with what every client found wrong, together.
         """
-
-        def arrays_for(client: str) -> ArrayRecord | None:
-            return self._arrays_for(client) if client in holders else None
-
-        task = self._task_of(REGISTRATION_ROUND)
-        messages = self.roster.messages(task, MessageType.QUERY, self.serving_order, arrays_for)
+        messages = self._broadcast.checking_messages(self.serving_order, holders)
         faults = verify_clients(grid, messages, self.roster, self._run.manifest["base_model"])
         if faults:
             listing = "\n".join(faults)
@@ -172,8 +147,6 @@ class GlobalAdapterFedAvg(FedAvg):
         self._begin_round(server_round)
         if absent:
             self._find_returned(grid, absent)
-        self._global_state = unpack_state(arrays, self._shapes, "The server")
-        self._packed = arrays
         if plan_round(self.config, server_round).train is None:
             return iter(())
         asked = self._in_order(training_clients(self.config, server_round))
@@ -188,54 +161,22 @@ class GlobalAdapterFedAvg(FedAvg):
             RoundError: fewer than ``federated.min_clients`` sent a valid update.
         """
         server_round += self._rounds_before
-        plan = plan_round(self.config, server_round)
-        if plan.train is not None:
-            clients = training_clients(self.config, server_round)
-            expected = [KEPT[LOCAL]] if LOCAL in plan.train.trainable else []
-            expected += [KEPT[OWN_GLOBAL]] if self.config.federated.rule in STAY else []
-            expected += [KEPT[FEEDBACK]] if keeps_feedback(self.config) else []
-            # A client cannot have trained on more than it had when it registered, or all had.
-            reports = self._run.manifest["clients"]
-            pools = self.config.federated.mode == "centralized"
-            averages = self.config.federated.mode in AVERAGING_MODES
-            keeps = self.config.federated.keep_uploads and averages
-
-            def fold(reply: Reply) -> None:
-                require_facts(expected, reply)
-                owners = reports if pools else [reply.client_id]
-                num_examples = require_examples(reply, [reports[owner] for owner in owners])
-                weight = weigh(self.config, reply.client_id, num_examples)
-                update = self._aggregation.add(reply, weight)
-                if keeps:
-                    self._uploads.add(reply.client_id, update, weight)
-
-            self._uploads.clear()
-            self._aggregation.begin(self._global_state, server_round)
-            for reply in self._valid_replies(server_round, "train", len(clients), replies, fold):
-                self._round.add_metrics(reply.client_id, plan.train.name, reply.metrics)
-                self._note_kept(reply, server_round, plan.personalise is None, is_evaluated=False)
-            self._global_state = self._aggregation.result()
-            self._forget_own_states()
-            if (errors := self._aggregation.errors) is not None:
-                self._round.log("aggregation", relative_error=errors.by_module)
-        folder = self._run.paths.global_adapter(server_round)
-        self._sha256_before = self._global_sha256
-        self._global_sha256 = self._save_global(folder)
-        self._round.adapters[GLOBAL] = self._global_sha256
+        state = self._broadcast.state
+        if plan_round(self.config, server_round).train is not None:
+            state = self._fold_updates(server_round, replies)
+        arrays = self._enter_global(state)
         self._uploads.enter(self._round)
         if memory := self._aggregation.memory:
+            folder = self._run.paths.global_adapter(server_round)
             self._round.adapters[MEMORY] = save_tensors(folder / MEMORY_FILE, memory)
-        return pack_state(self._global_state), None
+        return arrays, None
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Yield one message per client, with the new global adapter."""
         server_round += self._rounds_before
-        self._packed = arrays
-        members = self._members(server_round)
-        patch = self._build_patch(server_round)
-        return self._ask(grid, MessageType.EVALUATE, server_round, members, patch)
+        return self._ask(grid, MessageType.EVALUATE, server_round, self._members(server_round))
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -248,11 +189,8 @@ class GlobalAdapterFedAvg(FedAvg):
         """
         server_round += self._rounds_before
         plan = plan_round(self.config, server_round)
-        expected = ["base_model"]
-        expected += [KEPT[LOCAL]] if LOCAL in plan.evaluated else []
-        expected += ["global_adapter"] if server_round < self.config.federated.num_rounds else []
-        expected += [KEPT[OWN_GLOBAL]] if self.config.federated.rule in PERSONAL else []
-        check = partial(require_facts, expected)
+        expected = self._broadcast.facts_after_round(server_round)
+        check = partial(require_facts, ["base_model", *expected])
         num_asked = len(self._members(server_round))
         reports: dict[str, dict[str, Any]] = {}
         for reply in self._valid_replies(server_round, "evaluate", num_asked, replies, check):
@@ -262,8 +200,7 @@ class GlobalAdapterFedAvg(FedAvg):
             if training and plan.personalise is not None:
                 self._round.add_metrics(client, plan.personalise.name, training)
             self._round.add_metrics(client, "evaluate", evaluation)
-            self._note_kept(reply, server_round, is_last=True, is_evaluated=True)
-            self.roster.note_global(client, reply.facts.get("global_adapter", ""))
+            self._round.adapters |= self._broadcast.note_kept(reply, server_round, has_ended=True)
             self._base_models[client] = reply.facts["base_model"]
             facts = {k: v for k, v in reply.facts.items() if not k.startswith(DATA_HASH)}
             self._round.log("facts", client=client, **facts)
@@ -283,7 +220,7 @@ class GlobalAdapterFedAvg(FedAvg):
         """
         if self.config.federated.final == "best":
             self._return_to_best(grid)
-        self._save_global(self._run.paths.final_global)
+        self._save_global(self._run.paths.final_global, self._broadcast.state)
         for sentence in describe_missing_finals(self._run.manifest, self.config.dump()):
             self._report(sentence)
 
@@ -294,19 +231,19 @@ class GlobalAdapterFedAvg(FedAvg):
         missing: list[str] = []
         if (best := chosen.server_round) != last:
             entry = next(e for e in manifest["rounds"] if e["round"] == best)
-            self._global_sha256 = entry["adapters"][GLOBAL]
-            self._global_state = load_adapter(
+            state = load_adapter(
                 self._run.paths.global_adapter(best),
                 self._model,
                 GLOBAL,
                 self.config.model.name,
                 within=self._run.path,
-                sha256=self._global_sha256,
+                sha256=entry["adapters"][GLOBAL],
             )
+            self._broadcast.renew(state, entry["adapters"][GLOBAL])
             adapters = {role: find_kept(manifest, role, best) for role in (LOCAL, OWN_GLOBAL)}
             self.roster.kept |= adapters
             asked = sorted(set().union(*adapters.values()))
-            task = self._task_of(REGISTRATION_ROUND)
+            task = self._broadcast.task_of(REGISTRATION_ROUND)
             settled, faults = settle_clients(grid, self.roster, task, asked)
             missing = sorted(set(asked) - settled)
             for fault in faults:
@@ -318,33 +255,43 @@ class GlobalAdapterFedAvg(FedAvg):
         self._ask_again: Callable[[list[str]], Iterable[Message]] = lambda clients: ()
         self.roster.traffic = Traffic()
 
-    def _task_of(self, server_round: int) -> Task:
-        return replace(self._task, server_round=server_round, global_sha256=self._global_sha256)
-
     def _ask(
-        self,
-        grid: Grid,
-        message_type: str,
-        server_round: int,
-        clients: list[str],
-        patch: Patch | None = None,
+        self, grid: Grid, message_type: str, server_round: int, clients: list[str]
     ) -> Iterator[Message]:
         """Return the clients' messages, and keep how to send one again with the global adapter."""
-        build = partial(self.roster.messages, self._task_of(server_round), message_type)
+        build = partial(self._broadcast.messages, message_type, server_round)
+        self._ask_again = lambda clients: grid.send_and_receive(build(clients, whole=True))
+        return build(clients)
 
-        def ask_again(clients: list[str]) -> Iterable[Message]:
-            self._packed = pack_state(self._global_state)
-            return grid.send_and_receive(build(clients, self._arrays_for))
+    def _fold_updates(self, server_round: int, replies: Iterable[Message]) -> AdapterState:
+        """Return the global adapter that the clients' updates make of the one before."""
+        phase = plan_round(self.config, server_round).train
+        clients = training_clients(self.config, server_round)
+        expected = self._broadcast.facts_after_training(server_round)
+        # A client cannot have trained on more than it had when it registered, or all had.
+        reports = self._run.manifest["clients"]
+        pools = self.config.federated.mode == "centralized"
+        averages = self.config.federated.mode in AVERAGING_MODES
+        keeps = self.config.federated.keep_uploads and averages
 
-        self._ask_again = ask_again
-        return build(clients, self._arrays_for, patch)
+        def fold(reply: Reply) -> None:
+            require_facts(expected, reply)
+            owners = reports if pools else [reply.client_id]
+            num_examples = require_examples(reply, [reports[owner] for owner in owners])
+            weight = weigh(self.config, reply.client_id, num_examples)
+            update = self._aggregation.add(reply, weight)
+            if keeps:
+                self._uploads.add(reply.client_id, update, weight)
 
-    def _build_patch(self, server_round: int) -> Patch | None:
-        """Return what a round has changed of the global adapter, None where that is all of it."""
-        changed = travelling_factors(self.config, server_round)
-        if changed == FACTORS or plan_round(self.config, server_round).train is None:
-            return None
-        return Patch(self._sha256_before, pack_state(of_factors(self._global_state, changed)))
+        self._uploads.clear()
+        self._aggregation.begin(self._broadcast.state, server_round)
+        for reply in self._valid_replies(server_round, "train", len(clients), replies, fold):
+            self._round.add_metrics(reply.client_id, phase.name, reply.metrics)
+            self._round.adapters |= self._broadcast.note_kept(reply, server_round, has_ended=False)
+        state = self._aggregation.result()
+        if (errors := self._aggregation.errors) is not None:
+            self._round.log("aggregation", relative_error=errors.by_module)
+        return state
 
     def _valid_replies(
         self,
@@ -371,42 +318,11 @@ class GlobalAdapterFedAvg(FedAvg):
         required = min(self.config.federated.required_clients, num_asked)
         self._round.require_valid(num_valid, required, num_asked)
 
-    def _note_kept(
-        self, reply: Reply, server_round: int, is_last: bool, is_evaluated: bool
-    ) -> None:
-        """Remember the files that a client says it has written.
-
-        Args:
-            is_last: the round writes no other adapters in their place, which may be there and the
-                hashes lost.
-            is_evaluated: the reply is that of the round's end.
-        """
-        for role, fact in KEPT.items():
-            sha256 = reply.facts.get(fact)
-            if sha256 is None:
-                continue
-            if role == OWN_GLOBAL and not is_evaluated:
-                sha256 = ""  # the round is going to write it again, and may do so without a reply
-            self.roster.kept[role][reply.client_id] = (server_round, sha256)
-            if is_last or role in (FEEDBACK, OWN_GLOBAL):
-                self._round.adapters[f"{role}:{reply.client_id}"] = sha256
-
     def _members(self, server_round: int) -> list[str]:
         return self._in_order(members(self.config, server_round))
 
     def _in_order(self, clients: list[str]) -> list[str]:
         return [client for client in self.serving_order if client in clients]
-
-    def _arrays_for(self, client: str) -> ArrayRecord:
-        """Return the global adapter that a client gets, as arrays."""
-        state = self._aggregation.state_for(client, self._global_state)
-        return self._packed if state is self._global_state else pack_state(state)
-
-    def _forget_own_states(self) -> None:
-        """Let nobody keep an adapter of its own any longer, whose successor the server has made."""
-        for client in list(self.roster.held):
-            if self.roster.gets_own_state(client):
-                del self.roster.held[client]
 
     def _require_same_data(self, reply: Reply) -> None:
         recorded = self._run.manifest["clients"].get(reply.client_id, {})
@@ -436,5 +352,11 @@ class GlobalAdapterFedAvg(FedAvg):
         sample = self.config.evaluation.sample
         self._report(describe_round(server_round, num_rounds, reports, seconds, left, sample))
 
-    def _save_global(self, folder: Path) -> str:
-        return save_adapter(folder, self._model, GLOBAL, self._global_state, self.config.model.name)
+    def _enter_global(self, state: AdapterState) -> ArrayRecord:
+        """Make this the round's global adapter: in its folder, its entry and what is sent."""
+        folder = self._run.paths.global_adapter(self._round.server_round)
+        sha256 = self._round.adapters[GLOBAL] = self._save_global(folder, state)
+        return self._broadcast.renew(state, sha256)
+
+    def _save_global(self, folder: Path, state: AdapterState) -> str:
+        return save_adapter(folder, self._model, GLOBAL, state, self.config.model.name)

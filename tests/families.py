@@ -8,6 +8,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+QWEN_7B = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+}
+"""The sizes of Qwen2.5-7B, as ``Qwen2Config`` takes them."""
 WINDOW = 8
 """Tokens that sliding windows and chunks span, fewer than the examples have."""
 SIZES = {

@@ -293,7 +293,7 @@ class TestErrors:
         [
             *(("tokenize_client_files", kind) for kind in (KeyError, UnicodeError, ExceptionGroup)),
             ("train_phase", RuntimeError),
-            ("evaluate_client", ExceptionGroup),
+            ("ClientEvaluation", ExceptionGroup),
         ],
     )
     def test_an_unforeseen_error_stays_here(self, observed, tmp_path, place, kind):

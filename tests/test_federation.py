@@ -18,11 +18,10 @@ from loopback import Federation
 from observation import find_windows
 from safetensors.torch import load_file
 
-from fedlora_app import client as client_module
 from fedlora_app.client import Client
 from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import ConfigError
-from fedlora_app.evaluation import room
+from fedlora_app.evaluation import client_round, room
 from fedlora_app.evaluation.choices import open_round
 from fedlora_app.federation.messages import (
     ABOUT_RECORD,
@@ -1129,7 +1128,7 @@ def test_no_memory_outside_of_training_names_what_to_lower(federation, monkeypat
     def full(*args, **settings):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(client_module, "evaluate_client", full)
+    monkeypatch.setattr(client_round, "evaluate_questions", full)
     with pytest.raises(RoundError, match=r"outside of training\. Lower evaluation\.batch_size"):
         federation.run("run")
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
+from random_states import draw_state
 
 from fedlora_app.federation.aggregation_error import NUM_COLUMNS, ProductSketch
 from fedlora_app.federation.weighted_mean import WeightedMean
@@ -27,9 +29,7 @@ SHAPES = {
 }
 
 
-def build_state(seed: int, scale: float = 0.1):
-    generator = torch.Generator().manual_seed(seed)
-    return {name: scale * torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+build_state = partial(draw_state, shapes=SHAPES, scale=0.1)
 
 
 def average(sketch, updates, counts):
@@ -130,14 +130,14 @@ def test_the_closed_form_of_two_clients_that_share_nothing():
 @pytest.mark.parametrize("counts", [[7], [3, 3], [1, 1000, 12, 5, 9]])
 @pytest.mark.parametrize("scale", [1e-5, 1e-1, 3.0])
 def test_clients_that_agree_make_no_error_at_all(counts, scale):
-    updates = [build_state(1, scale)] * len(counts)
+    updates = [build_state(1, scale=scale)] * len(counts)
     by_module, total = estimate(build_state(0), updates, counts)
     assert by_module == dict.fromkeys(SIZES, 0.0) and total == 0.0
 
 
 def test_a_small_error_is_not_taken_for_rounding():
     """Updates of a millionth, as after one step at a low learning rate."""
-    start, updates = build_state(0), [build_state(seed, 1e-6) for seed in (1, 2, 3, 4)]
+    start, updates = build_state(0), [build_state(seed, scale=1e-6) for seed in (1, 2, 3, 4)]
     by_module, _ = estimate(start, updates, num_columns=20_000)
     for module in SIZES:
         product = (start[key(module, "B")] @ start[key(module, "A")]).norm().item()

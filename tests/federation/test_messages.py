@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Message, RecordDict
+from random_states import SHAPES, STATE
 
 from fedlora_app.federation.messages import (
     ABOUT_RECORD,
@@ -27,9 +28,7 @@ from fedlora_app.model.adapter_state import AdapterError
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
 
-STATE = {"x.lora_A.weight": torch.randn(2, 3), "x.lora_B.weight": torch.randn(3, 2)}
 FINDING = {"severity": "error", "rule": "train-test", "file": "data/a.json", "record": 3}
-SHAPES = {key: tensor.shape for key, tensor in STATE.items()}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import QWEN_7B
 from flwr.app import ArrayRecord, RecordDict
 from flwr.common.serde import recorddict_to_proto
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -22,15 +23,6 @@ from fedlora_app.model.adapters import attach_adapters, state_shapes
 
 LARGEST_GAP = {"int8": 2 / 254, "nf4": 1 - 0.6961928}
 """Between neighbouring levels, of a block whose largest value is 1."""
-QWEN_7B = {
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "tie_word_embeddings": False,
-}
 MOST_BYTES = 22_000_000
 
 both_dtypes = pytest.mark.parametrize("dtype", CODE_BITS)

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from flwr.app import ConfigRecord, Error, Message, RecordDict
+from random_states import SHAPES, STATE
 
 from fedlora_app.federation.messages import (
     ABOUT_RECORD,
@@ -23,8 +23,6 @@ from fedlora_app.federation.roster import Roster
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
 
-STATE = {"x.lora_A.weight": torch.randn(2, 3), "x.lora_B.weight": torch.randn(3, 2)}
-SHAPES = {key: tensor.shape for key, tensor in STATE.items()}
 NODES = {"ann": 5, "bob": 6, "cy": 7}
 
 

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from flwr.app import Error, Message, MessageType, RecordDict
+from random_states import SHAPES, STATE
 
 from fedlora_app.config.schema import LOCAL
 from fedlora_app.federation.messages import (
@@ -19,8 +19,6 @@ from fedlora_app.federation.roster import UNKNOWN, Roster, Traffic, count_bytes
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
 
-STATE = {"x.lora_A.weight": torch.randn(2, 3), "x.lora_B.weight": torch.randn(3, 2)}
-SHAPES = {key: tensor.shape for key, tensor in STATE.items()}
 TASK = Task("", 1, "ab", False, "run", "", "", "", "{}")
 
 

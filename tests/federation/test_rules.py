@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, build_tiny_config
+from random_states import draw_state
 
 from fedlora_app.config.schema import Aggregation
 from fedlora_app.config.sharing import of_factors, travelling_factors
@@ -42,22 +43,15 @@ def build_config(rule: str, ranks: dict[str, int] | None = None, **federated):
     )
 
 
-def build_state(seed: int, shapes=SHAPES, scale: float = 1e-2):
-    generator = torch.Generator().manual_seed(seed)
-    return {k: scale * torch.randn(shape, generator=generator) for k, shape in shapes.items()}
-
-
 def start_of(config, seed: int = 0):
-    return build_state(seed, resize_ranks(SHAPES, config.adapters.global_.joint.rank))
+    return draw_state(seed, resize_ranks(SHAPES, config.adapters.global_.joint.rank))
 
 
 def updates_of(config, server_round: int = 1, first_seed: int = 1, scale: float = 1e-2):
     """Return an update of what travels for every client, with the client's rank."""
     sent = of_factors(SHAPES, travelling_factors(config, server_round))
     return {
-        client: build_state(
-            seed, resize_ranks(sent, config.adapters_of(client).global_.rank), scale
-        )
+        client: draw_state(seed, resize_ranks(sent, config.adapters_of(client).global_.rank), scale)
         for seed, client in enumerate(CLIENTS, start=first_seed)
     }
 

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import build_tiny_config
+from random_states import SHAPES, draw_state
 
 from fedlora_app.federation.server_optimizer import ServerOptimizer
 
 BETA_1, BETA_2, TAU = 0.9, 0.99, 1e-3
-A, B = "x.lora_A.weight", "x.lora_B.weight"
+A, B = SHAPES
+
+draw = partial(draw_state, shapes=SHAPES, scale=1.0)
 
 
 def build(name: str, **settings) -> ServerOptimizer:
     settings = {"server_optimizer": name, **settings}
     return ServerOptimizer(build_tiny_config(federated=settings).federated)
-
-
-def draw(seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {k: torch.randn(s, generator=generator) for k, s in ((A, (2, 3)), (B, (4, 2)))}
 
 
 def run(optimizer, state, updates):

@@ -1,18 +1,16 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
+from random_states import draw_state
 
 from fedlora_app.federation.weighted_mean import RejectedUpdateError, WeightedMean
 
 SHAPES = {"a": torch.Size([3, 4]), "b": torch.Size([2])}
-
-
-def build_state(seed: int, scale: float = 1e-2):
-    generator = torch.Generator().manual_seed(seed)
-    return {k: scale * torch.randn(shape, generator=generator) for k, shape in SHAPES.items()}
+build_state = partial(draw_state, shapes=SHAPES)
 
 
 def test_the_mean_is_the_closed_form():
@@ -30,7 +28,7 @@ def test_the_mean_is_the_closed_form():
 
 def test_no_order_of_arrival_changes_a_bit():
     start = build_state(0)
-    clients = [(build_state(i, 10.0 ** (-i)), 7 * i) for i in range(1, 6)]
+    clients = [(build_state(i, scale=10.0 ** (-i)), 7 * i) for i in range(1, 6)]
     results = []
     for order in itertools.islice(itertools.permutations(clients), 0, 120, 11):
         mean = WeightedMean(SHAPES)

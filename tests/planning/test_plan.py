@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ALIKE, DEMO_MODEL, ROOT, build_tiny_config, build_tiny_model
+from families import QWEN_7B
 from live_memory import LiveMemory
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, T5Config
 
-from fedlora_app import cli as command
 from fedlora_app.config.loading import load_config
 from fedlora_app.config.rounds import BOTH, Phase
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdaptersConfig, TrainingConfig
@@ -55,22 +54,13 @@ from fedlora_app.training.phase_memory import adapter_sizes, predict_phase, pred
 GLOBAL_PHASE = Phase((GLOBAL,), (GLOBAL,), "universal")
 LOCAL_PHASE = Phase(BOTH, (LOCAL,), "local")
 JOINT_PHASE = Phase(BOTH, BOTH, "mixed")
-SEVEN_B = {
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "tie_word_embeddings": False,
-}
 
 
 @pytest.fixture(scope="module")
 def seven_b(tmp_path_factory) -> Path:
     """A folder with the configuration of Qwen2.5-7B, a tokenizer, and no weights."""
     folder = tmp_path_factory.mktemp("seven_b")
-    Qwen2Config(**SEVEN_B, architectures=["Qwen2ForCausalLM"]).save_pretrained(folder)
+    Qwen2Config(**QWEN_7B, architectures=["Qwen2ForCausalLM"]).save_pretrained(folder)
     AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
     return folder
 
@@ -78,7 +68,7 @@ def seven_b(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def seven_b_sizes():
     with torch.device("meta"):
-        return measure_sizes(Qwen2ForCausalLM(Qwen2Config(**SEVEN_B)), AdaptersConfig())
+        return measure_sizes(Qwen2ForCausalLM(Qwen2Config(**QWEN_7B)), AdaptersConfig())
 
 
 def plan_for(folder: Path, name: str, memory: str = "", overrides: str = ""):
@@ -94,18 +84,6 @@ def item_bytes(phase, name: str) -> int:
 def step_bytes(phase) -> int:
     """What comes and goes with a phase."""
     return phase.torch_bytes - phase.resident_bytes
-
-
-@pytest.fixture
-def fedlora(capsys, monkeypatch):
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedlora", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            command.main()
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return call
 
 
 # Counts
@@ -135,7 +113,7 @@ def test_parameters_are_those_of_the_real_model(tokenizer, is_tied):
 def test_the_7b_shape_has_the_known_sizes(seven_b_sizes):
     phases = [
         predict_phase(
-            *(read_shape(Qwen2Config(**SEVEN_B)), seven_b_sizes, AdaptersConfig()),
+            *(read_shape(Qwen2Config(**QWEN_7B)), seven_b_sizes, AdaptersConfig()),
             *(TrainingConfig(), Numerics(is_4bit=True, dtype_bytes=2), phase),
             *(MicroBatch(1024, 512), True),
         )
@@ -150,7 +128,7 @@ def test_the_7b_shape_has_the_known_sizes(seven_b_sizes):
     assert learnt == pytest.approx(1.29e9, rel=0.01)
     assert joint.total_bytes == pytest.approx(8.5e9, rel=0.03)
     assert phases[1].torch_bytes < joint.torch_bytes  # one adapter learns at a time
-    model_config, adapters = Qwen2Config(**SEVEN_B), AdaptersConfig()
+    model_config, adapters = Qwen2Config(**QWEN_7B), AdaptersConfig()
     needed = predict_step_bytes(
         *(model_config, adapters, TrainingConfig(), Numerics(is_4bit=False, dtype_bytes=2)),
         *(JOINT_PHASE, MicroBatch(1024, 1), {}),
@@ -249,7 +227,7 @@ def fake_7b() -> Iterator[tuple[Qwen2ForCausalLM, object, FakeTensorMode]]:
     """The 7B shape with both adapters, in tensors that have a size and no memory."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.device("meta"):
-        base = Qwen2ForCausalLM(Qwen2Config(**SEVEN_B, dtype="bfloat16"))
+        base = Qwen2ForCausalLM(Qwen2Config(**QWEN_7B, dtype="bfloat16"))
     adapted = attach_adapters(base, AdaptersConfig())
     with mode:
         for module in adapted.modules():
@@ -300,7 +278,7 @@ def test_the_peak_of_a_step_of_7b(fake_7b, seven_b_sizes, lengths, checkpointing
 
 
 def test_the_time_is_the_roofline_at_the_assumed_efficiency(seven_b_sizes):
-    shape = read_shape(Qwen2Config(**SEVEN_B))
+    shape = read_shape(Qwen2Config(**QWEN_7B))
     numerics = Numerics(is_4bit=True, dtype_bytes=2)
     work = Work(tokens=10**6, answer_tokens=10**6, attention_pairs=0, micro_batches=0)
     card = next(card for card in CARDS if card.name == "RTX 4090")
@@ -515,7 +493,7 @@ def test_nothing_helps(seven_b):
 
 
 def test_a_smaller_limit_never_predicts_more(seven_b_sizes):
-    shape, training = read_shape(Qwen2Config(**SEVEN_B)), TrainingConfig()
+    shape, training = read_shape(Qwen2Config(**QWEN_7B)), TrainingConfig()
     numerics = Numerics(is_4bit=True, dtype_bytes=2)
     totals = [
         predict_phase(

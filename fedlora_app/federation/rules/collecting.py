@@ -6,6 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from fedlora_app.federation.product_errors import ProductErrors
@@ -38,6 +39,12 @@ class Module:
         a = torch.cat([a for a, _ in self.trained])
         b = [share * b for (_, b), share in zip(self.trained, self.shares, strict=True)]
         return a, torch.cat(b, dim=1)
+
+    @property
+    def by_client(self) -> tuple[np.ndarray, np.ndarray]:
+        """A and B of all clients, each with a first axis of clients."""
+        a, b = zip(*self.trained, strict=True)
+        return torch.stack(a).numpy(), torch.stack(b).numpy()
 
     @property
     def mean(self) -> Factors:

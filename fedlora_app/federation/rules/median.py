@@ -18,6 +18,5 @@ class Median(CollectingRule):
 
     def combine(self, module: Module) -> Factors:
         """Return the medians."""
-        stacks = (np.stack([pair[i].numpy() for pair in module.trained]) for i in (0, 1))
-        a, b = (torch.from_numpy(np.median(stack, axis=0)) for stack in stacks)
+        a, b = (torch.from_numpy(np.median(stack, axis=0)) for stack in module.by_client)
         return a, b

@@ -20,6 +20,6 @@ class TrimmedMean(CollectingRule):
     def combine(self, module: Module) -> Factors:
         """Return the trimmed means."""
         share = self.config.federated.trim_share
-        stacks = (np.stack([pair[i].numpy() for pair in module.trained]) for i in (0, 1))
-        a, b = (torch.from_numpy(trim_mean(np.sort(s, axis=0), share, axis=0)) for s in stacks)
+        stacks = (np.sort(stack, axis=0) for stack in module.by_client)
+        a, b = (torch.from_numpy(trim_mean(stack, share, axis=0)) for stack in stacks)
         return a, b
