@@ -213,7 +213,8 @@ def doctor(
     """
     import json
 
-    from fedlora_app.deployment.doctor import FAULT, examine
+    from fedlora_app.deployment.doctor import examine
+    from fedlora_app.deployment.finding import FAULT
 
     findings = examine(folder)
     if as_json:

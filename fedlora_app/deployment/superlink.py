@@ -23,6 +23,8 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from fedlora_app.foundation.files import keep_files_private
+
 OWN_ADDRESSES = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 """Of this machine's own processes: ``flwr`` and the ServerApp."""
 BIND_ADDRESSES = {"0.0.0.0", "::", "127.0.0.1", "::1", "localhost"}
@@ -75,6 +77,7 @@ def run() -> None:
             "loopback address. The ServerApp, on this machine, reaches the SuperLink by loopback; "
             "let a firewall choose the interface."
         )
+    keep_files_private()  # its database holds every message that is under way
     for name in REMOVED:
         os.environ.pop(name, None)
     theirs = extensions.get_middleware
