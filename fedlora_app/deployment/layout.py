@@ -32,6 +32,7 @@ class CoordinatorFolder(_Folder):
         self.flower_home = folder / "flwr"
         self.requests = folder / "requests"
         self.packages = folder / "packages"
+        self.former = folder / "former"  # requests and packages of keys that are no longer let in
         self.templates = folder / "templates"  # systemd units, compose file, Dockerfile
 
     def request(self, site: str) -> Path:
@@ -54,6 +55,7 @@ class SiteFolder(_Folder):
         super().__init__(folder)
         self.key = folder / "site.key"  # made here, and never leaves
         self.public_key = folder / "site.pub"
+        self.next_key = folder / "site.next.key"  # takes its place when a package for it has come
         self.request = folder / "request.json"
         self.package = folder / "package"
         self.package_facts = self.package / "package.json"

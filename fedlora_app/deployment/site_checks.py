@@ -1,0 +1,208 @@
+"""What ``fedlora deploy doctor`` looks at in a site's folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedlora_app.config.loading import parse_config
+from fedlora_app.config.schema import Config
+from fedlora_app.deployment.connection import examine_connection
+from fedlora_app.deployment.finding import Finding, fault, ok, warning
+from fedlora_app.deployment.layout import SiteFolder
+from fedlora_app.deployment.machine_checks import (
+    compare_code,
+    examine_disk,
+    examine_rights,
+    guarded,
+)
+from fedlora_app.deployment.package import Facts
+from fedlora_app.deployment.site import SiteError, fingerprint_key_file, load_facts
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+LISTENING = "0A"  # a socket's state in /proc/net/tcp
+LOOPBACK = ("127.", "::1")
+
+
+def examine_site(folder: Path) -> Iterator[Finding]:
+    """Yield what is found at a site's end."""
+    site = SiteFolder(folder)
+    secrets = (site.key, site.next_key, site.client_file, site.executor_secret, site.store)
+    yield from examine_rights(secrets, folder)
+    yield examine_disk(folder)
+    yield from examine_ports(site)
+    try:
+        facts = load_facts(site)
+    except SiteError as error:
+        yield fault("package", str(error), "")
+        return
+    yield from compare_code("the coordinator", facts.code_sha256, facts.flwr, facts.fedlora_app)
+    yield from _examine_key(site, facts)
+    root = site.root_certificate.read_text()
+    yield from examine_connection(facts.host, facts.port, root, site.key.read_bytes())
+    yield _examine_gpu()
+    yield from guarded("client.yaml", lambda: _examine_base(site, facts))
+
+
+def _examine_key(site: SiteFolder, facts: Facts) -> Iterator[Finding]:
+    if fingerprint_key_file(site.key) == facts.key:
+        yield ok("key", f"it is the one that the package is for, {facts.client}'s.")
+    else:
+        advice = f"fedlora deploy join the package that came last, --site {site.folder}"
+        yield fault("key", "it is not the one that the package is for.", advice)
+
+
+def _examine_gpu() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        what = (
+            f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}"
+        )
+        return ok("gpu", f"{what}.")
+    if NVIDIA_DRIVER.exists():
+        advice = "Install the torch for this driver's CUDA: https://pytorch.org/get-started"
+        return fault(
+            "gpu", f"there is a driver, and torch {torch.__version__} sees no GPU.", advice
+        )
+    return warning("gpu", "none; training runs on the CPU.", "That is enough for small models.")
+
+
+def _examine_base(site: SiteFolder, facts: Facts) -> Iterator[Finding]:
+    """Look at the base model, and whether the experiment fits this machine with it."""
+    from fedlora_app.deployment.package import describe_base
+    from fedlora_app.model.pretrained import names_folder
+    from fedlora_app.planning.plan import build_plan
+    from fedlora_app.planning.text import format_size
+
+    config = build_local_config(site, facts)
+    base = describe_base(config, site.folder)
+    if base.fingerprint is None:
+        advice = f"Name its folder in {site.client_file} (model.name)"
+        if not names_folder(config.model, site.folder):
+            advice += f", or hf download {config.model.name}"
+        yield fault("base", f"{config.model.name} is not on this machine.", f"{advice}.")
+        return
+    if facts.base.fingerprint is None:
+        advice = "The other sites must have the same: ask the coordinator for its fingerprint."
+        yield warning("base", f"{base.fingerprint[:12]}; the package names none.", advice)
+    elif base.fingerprint == facts.base.fingerprint:
+        yield ok("base", f"{config.model.name} is the experiment's ({base.fingerprint[:12]}).")
+    else:
+        what = f"{config.model.name} is {base.fingerprint[:12]}, and the experiment's is "
+        what += f"{facts.base.fingerprint[:12]}."
+        yield fault("base", what, f"Get {facts.base.name} in the revision {facts.base.revision}.")
+    verdict = build_plan(config, site.folder).verdict
+    what = f"training takes {format_size(verdict.peak_bytes)} of {format_size(verdict.limit_bytes)}"
+    what += f", {verdict.limit_source}."
+    if verdict.fits:
+        yield ok("memory", what)
+    else:
+        settings = ", ".join(f"{k}: {v}" for k, v in (verdict.changes or {}).items())
+        advice = f"It would fit with {settings}." if settings else "Use a machine with more."
+        yield warning("memory", what, advice)
+
+
+def build_local_config(site: SiteFolder, facts: Facts) -> Config:
+    """Return the experiment as far as the package and this client's own file know it.
+
+    Raises:
+        ConfigError: the two do not go together.
+        SiteError: the client's file is not there, or is no YAML.
+    """
+    own = load_client_file(site)
+    settings: dict[str, Any] = {name: dict(section) for name, section in facts.settings.items()}
+    for section in ("model", "training"):
+        given = own.get(section)
+        settings[section] |= {"name": given} if isinstance(given, str) else given or {}
+    settings["model"].pop("device", None)
+    client = {
+        key: own.get(key) for key in ("local_train", "universal_train") if own.get(key) is not None
+    }
+    client = {"local_train": "not named"} | client
+    federated = {"clients": [client | {"id": facts.client, "system_prompt": "not needed here"}]}
+    data = {"universal_train": client.get("universal_train") or client["local_train"]}
+    return parse_config(
+        {
+            **settings,
+            "experiment": {"name": facts.experiment},
+            "federated": federated,
+            "data": data,
+        },
+        source=str(site.client_file),
+    )
+
+
+def load_client_file(site: SiteFolder) -> dict[str, Any]:
+    """Read the client's own file as plain data."""
+    try:
+        own = yaml.safe_load(site.client_file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SiteError(
+            f"{site.client_file} does not exist; its draft is in {site.package}."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SiteError(f"{site.client_file} is no YAML: {error}") from None
+    if not isinstance(own, dict):
+        raise SiteError(f"{site.client_file} holds no keys such as id, model, local_train.")
+    return own
+
+
+def examine_ports(site: SiteFolder) -> Iterator[Finding]:
+    """Look at whether this site's SuperNode, if it runs, can be reached from other machines."""
+    pids = find_supernodes(site)
+    reachable = sorted({a for pid in pids for a in listening_addresses(pid) if _is_open(a)})
+    if reachable:
+        what = f"the SuperNode listens on {', '.join(reachable)}, which other machines may reach."
+        yield fault("ports", what, "Start it by fedlora deploy start, on loopback alone.")
+    elif pids:
+        yield ok("ports", "the SuperNode listens on loopback alone; all its connections go out.")
+    else:
+        yield ok("ports", "no SuperNode of this site runs, and it needs no port from outside.")
+
+
+def find_supernodes(site: SiteFolder) -> list[int]:
+    """Return the processes that were given this site's key."""
+    key, found = site.key.resolve(), []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            arguments = (entry / "cmdline").read_text(errors="replace").split("\0")
+            working = Path(os.readlink(entry / "cwd"))
+            named = [working / a for a in arguments if a.endswith(site.key.name)]
+            if any(path.resolve() == key for path in named):
+                found.append(int(entry.name))
+    return found
+
+
+def listening_addresses(pid: int) -> set[str]:
+    """Return where a process of this user listens, as Linux has it below /proc."""
+    links = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            links.add(os.readlink(descriptor))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        with suppress(OSError):
+            for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == LISTENING and f"socket:[{fields[9]}]" in links:
+                    found.add(_read_address(fields[1]))
+    return found
+
+
+def _read_address(text: str) -> str:
+    """Return "0100007F:1F40" as "127.0.0.1:8000": each four bytes are the other way round."""
+    digits, port = text.split(":")
+    words = [bytes.fromhex(digits[i : i + 8])[::-1] for i in range(0, len(digits), 8)]
+    return f"{ip_address(b''.join(words))}:{int(port, 16)}"
+
+
+def _is_open(address: str) -> bool:
+    return not ip_address(address.rpartition(":")[0]).is_loopback
