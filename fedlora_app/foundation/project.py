@@ -7,12 +7,15 @@ its daemon first, so the root is looked for in named places and never guessed.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tomllib
+import zipfile
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import Distribution, PackageNotFoundError
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from urllib.parse import unquote, urlparse
 
 from fedlora_app.foundation.errors import UserError
@@ -96,10 +99,33 @@ def is_unpacked_bundle(folder: Path) -> bool:
 @cache
 def hash_package() -> str:
     """Return the sha256 of the sources as this process first saw them, to tell versions apart."""
+    paths = sorted(PACKAGE_DIR.rglob("*.py"))
+    return _hash_sources((path.relative_to(PACKAGE_DIR), path.read_bytes()) for path in paths)
+
+
+def hash_bundled_package(content: bytes) -> str:
+    """Return what ``hash_package`` would, of the package in an app bundle, which is not unpacked.
+
+    Raises:
+        zipfile.BadZipFile: it is no bundle, or a member is damaged.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as bundle:
+        members = [
+            (PurePosixPath(member.filename).relative_to(PACKAGE_DIR.name), member)
+            for member in bundle.infolist()
+            if member.filename.startswith(f"{PACKAGE_DIR.name}/")
+            and member.filename.endswith(".py")
+        ]
+        members.sort(key=lambda member: member[0])
+        return _hash_sources((path, bundle.read(member)) for path, member in members)
+
+
+def _hash_sources(sources: Iterable[tuple[PurePath, bytes]]) -> str:
+    """Return the sha256 of files in the order of their paths in the package."""
     digest = hashlib.sha256()
-    for path in sorted(PACKAGE_DIR.rglob("*.py")):
-        digest.update(path.relative_to(PACKAGE_DIR).as_posix().encode() + b"\0")
-        digest.update(path.read_bytes() + b"\0")
+    for path, content in sources:
+        digest.update(path.as_posix().encode() + b"\0")
+        digest.update(content + b"\0")
     return digest.hexdigest()
 
 
