@@ -32,7 +32,7 @@ ORDER = [
     *("launch", "study", "demo", "cli"),
 ]
 """Packages and the root's modules; each imports from itself and from what stands before it."""
-FLOWER_EDGE = {"client_app", "server_app", "strategy", "federation"}
+FLOWER_EDGE = {"client_app", "server_app", "strategy", "federation", "deployment"}
 
 
 def place(name: str) -> str:

@@ -60,6 +60,8 @@ class PacedGrid(Grid):
         self._client_timeout_seconds = client_timeout_seconds or math.inf
         self._find_workers = find_workers
         self.names: dict[int, str] = {}
+        self.watch: Callable[[Message, Message | None], None] = lambda request, reply: None
+        """Is told of every message that was sent, and again with its reply or what came of it."""
         self.has_running_clients = False  # that were given up and could not be stopped
         self._reported = 0.0
 
@@ -82,9 +84,10 @@ class PacedGrid(Grid):
                     break
                 message_id = self._push(message)
                 if message_id:
+                    self.watch(message, None)
                     pending[message_id], asked_at[message_id] = message, time.monotonic()
                 else:
-                    yield _fail(message, REFUSED)
+                    yield self._watched(message, _fail(message, REFUSED))
             if not pending:
                 return
             replies = list(self.unwrapped.pull_messages(list(pending)))
@@ -94,13 +97,14 @@ class PacedGrid(Grid):
                 if request is None:
                     replies.pop(0)
                 else:
-                    yield _as_from_its_client(replies.pop(0), request)
+                    yield self._watched(request, _as_from_its_client(replies.pop(0), request))
             if has_come:  # others may have come while these were dealt with
                 pause = FIRST_POLL_SECONDS
                 continue
             self._note_starts(pending, asked_at, started_at)
             for message_id in [i for i in pending if self._is_late(pending[i], started_at.get(i))]:
-                yield self._give_up(message_id, pending.pop(message_id))
+                request = pending.pop(message_id)
+                yield self._watched(request, self._give_up(message_id, request))
             busy = {i: started_at[i] for i in pending if i in started_at}
             self._report_waiting(pending, busy or asked_at)
             pause = min(1.2 * pause, LONGEST_POLL_SECONDS)
@@ -149,6 +153,10 @@ class PacedGrid(Grid):
         is_set = limit == self._client_timeout_seconds
         what = "federated.client_timeout_seconds" if is_set else "the least for a registration"
         return _fail(request, f"no answer within {limit:g} seconds ({what})")
+
+    def _watched(self, request: Message, reply: Message) -> Message:
+        self.watch(request, reply)
+        return reply
 
     def _push(self, message: Message) -> str | None:
         """Return the message's id; Flower has none, or an empty one, for what it refuses."""
