@@ -26,6 +26,8 @@ from fedlora_app.client import Client
 from fedlora_app.config.schema import FEEDBACK, Config, ConfigError
 from fedlora_app.config.sharing import keeps_feedback, of_factors, travelling_factors
 from fedlora_app.data.records import DataError
+from fedlora_app.deployment.evidence import EvidenceError
+from fedlora_app.deployment.witness import witness_received, witness_sent
 from fedlora_app.evaluation.room import EvaluationError
 from fedlora_app.federation.messages import (
     ADAPTER_RECORD,
@@ -153,6 +155,19 @@ def _personalise(client: Client, task: Task, message: Message) -> Message:
 
 
 def _answer(message: Message, context: Context, handle: Handler) -> Message:
+    """Answer a message; a deployment keeps evidence of both, or nothing is done or sent."""
+    try:
+        witness_received(message, context.node_id)
+        reply = _handle(message, context, handle)
+        witness_sent(message, reply, context.node_id)
+    except (OSError, EvidenceError) as error:
+        print(f"Nothing is sent without evidence of it. {error}", flush=True)
+        why = "its evidence cannot be written; its own log has the rest"
+        return build_error_reply(message, f"node {context.node_id}", why)
+    return reply
+
+
+def _handle(message: Message, context: Context, handle: Handler) -> Message:
     """Run a handler; an error becomes a reply that names it, and the log has the rest."""
     client_id = f"node {context.node_id}"
     try:

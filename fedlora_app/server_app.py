@@ -15,6 +15,8 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora_app.config.schema import GLOBAL, LOCAL
+from fedlora_app.deployment.record import record
+from fedlora_app.deployment.witness import JOINED, witness_run
 from fedlora_app.evaluation.learning import describe_end
 from fedlora_app.federation.grid import PacedGrid
 from fedlora_app.federation.messages import REGISTRATION_ROUND, Task
@@ -70,11 +72,15 @@ def main(grid: Grid, context: Context) -> None:
             current_pool,
         )
         stack.enter_context(_show_errors(paced))
+        after = None if resumption is None else resumption.after_round
+        stack.enter_context(witness_run(paced, settings.run_name, config, after))
         if paced.is_simulation:
             require_usable_environment()
         task = build_registration(settings)
         registrations = register_clients(paced, config, task, context.run_config, faults)
-        paced.names = {node: client for client, (node, _) in registrations.items()}
+        paced.names |= {node: client for client, (node, _) in registrations.items()}
+        for client, (node, _) in sorted(registrations.items()):
+            record(JOINED, run=settings.run_name, client=client, node=str(node))
         reports = {
             client: read_report(reply.metrics, reply.facts)
             for client, (_, reply) in sorted(registrations.items())

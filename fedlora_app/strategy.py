@@ -23,6 +23,8 @@ from flwr.serverapp.strategy import FedAvg
 from fedlora_app.config.participation import members, training_clients, weigh
 from fedlora_app.config.rounds import plan_round
 from fedlora_app.config.schema import AVERAGING_MODES, GLOBAL, LOCAL, OWN_GLOBAL, Config
+from fedlora_app.deployment.record import record
+from fedlora_app.deployment.witness import JOINED, witness_replies
 from fedlora_app.evaluation.final_round import choose_round
 from fedlora_app.evaluation.reported import describe_round, split_evaluation
 from fedlora_app.federation.aggregation import Aggregation
@@ -310,7 +312,8 @@ class GlobalAdapterFedAvg(FedAvg):
         label = f"round {server_round}/{self.config.federated.num_rounds}, {step}"
         count = client_lines(label, num_asked, self._report)
         args = replies, server_round, self.roster, check
-        tell, ask_again = self._round.tell, self._ask_again
+        tell = witness_replies(self._round.tell, self._task.run_name, server_round)
+        ask_again = self._ask_again
         num_valid = 0
         for reply in choose_valid(*args, ask_again=ask_again, count=count, tell=tell):
             num_valid += 1
@@ -333,6 +336,7 @@ class GlobalAdapterFedAvg(FedAvg):
         def accept(reply: Reply, node: int) -> None:
             self._require_same_data(reply)
             self._run.log_event("returned", client=reply.client_id, node=node)
+            record(JOINED, run=self._task.run_name, client=reply.client_id, node=str(node))
             self._report(f"{reply.client_id} is back, as another node.")
 
         for fault in find_returned(grid, self.roster, self._task, absent, accept):

@@ -75,6 +75,8 @@ class PacedGrid(Grid):
         self._client_timeout_seconds = client_timeout_seconds or math.inf
         self._find_workers = find_workers
         self.names: dict[int, str] = {}
+        self.watch: Callable[[Message, Message | None], None] = lambda request, reply: None
+        """Is told of every message that was sent, and again with its reply or what came of it."""
         self.has_running_clients = False  # that were given up and could not be stopped
         self._reported = 0.0
 
@@ -101,9 +103,10 @@ class PacedGrid(Grid):
                     break
                 message_id = self._push(message)
                 if message_id:
+                    self.watch(message, None)
                     pending[message_id] = _Asked(message, time.monotonic())
                 else:
-                    yield _fail(message, REFUSED)
+                    yield self._watched(message, _fail(message, REFUSED))
             if not pending:
                 return
             replies = list(self.unwrapped.pull_messages(list(pending)))
@@ -113,20 +116,23 @@ class PacedGrid(Grid):
                 if asked is None:
                     replies.pop(0)
                 else:
-                    yield _as_from_its_client(replies.pop(0), asked.message)
+                    yield self._watched(
+                        asked.message, _as_from_its_client(replies.pop(0), asked.message)
+                    )
             if has_come:  # others may have come while these were dealt with
                 pause = FIRST_POLL_SECONDS
                 continue
-            for message_id in pending.keys() & suspected:  # no reply had come after all
+            for message_id in sorted(pending.keys() & suspected):  # no reply had come after all
                 asked = pending.pop(message_id)
-                if new_id := self._ask_again(asked):
-                    pending[new_id] = replace(asked, attempts=asked.attempts + 1)
+                if again := self._ask_again(asked):
+                    pending.update(again)
                 else:
-                    yield _fail(asked.message, LOST)
+                    yield self._watched(asked.message, _fail(asked.message, LOST))
             suspected = self._find_suspects(pending)
             self._note_starts(pending)
             for message_id in [i for i, asked in pending.items() if self._is_late(asked)]:
-                yield self._give_up(message_id, pending.pop(message_id).message)
+                request = pending.pop(message_id).message
+                yield self._watched(request, self._give_up(message_id, request))
             self._report_waiting(pending)
             pause = min(1.2 * pause, LONGEST_POLL_SECONDS)
             time.sleep(pause)
@@ -137,18 +143,19 @@ class PacedGrid(Grid):
             return []
         return self._probes.find_lost({i: asked.message for i, asked in pending.items()})
 
-    def _ask_again(self, asked: _Asked) -> str | None:
-        """Send a message that was lost once more; return its new id, None to give up."""
-        request = asked.message
+    def _ask_again(self, asked: _Asked) -> dict[str, _Asked]:
+        """Send a message that was lost once more; return it by its new id, nothing to give up."""
         if asked.attempts == MOST_ATTEMPTS:
-            return None
-        name = self._name(request)
+            return {}
+        about = asked.message.metadata
+        again = build_message(asked.message.content, about.message_type, about.dst_node_id)
         why = "it has restarted, or the line was cut"
+        name = self._name(again)
         print(f"{name}: its SuperNode has lost the message ({why}). Sent again.", flush=True)
-        metadata = request.metadata
-        return self._push(
-            build_message(request.content, metadata.message_type, metadata.dst_node_id)
-        )
+        if not (message_id := self._push(again)):
+            return {}
+        self.watch(again, None)
+        return {message_id: replace(asked, message=again, attempts=asked.attempts + 1)}
 
     def _note_starts(self, pending: dict[str, _Asked]) -> None:
         """Record when each client can have started; in a simulation it may wait for a worker."""
@@ -194,6 +201,10 @@ class PacedGrid(Grid):
         is_set = limit == self._client_timeout_seconds
         what = "federated.client_timeout_seconds" if is_set else "the least for a registration"
         return _fail(request, f"no answer within {limit:g} seconds ({what})")
+
+    def _watched(self, request: Message, reply: Message) -> Message:
+        self.watch(request, reply)
+        return reply
 
     def _push(self, message: Message) -> str | None:
         """Return the message's id; Flower has none, or an empty one, for what it refuses."""

@@ -10,9 +10,8 @@ from loopback import LoopbackGrid
 
 from fedlora_app import client_app
 from fedlora_app.federation import grid as grid_module
-from fedlora_app.federation import probes
+from fedlora_app.federation import probes, registration
 from fedlora_app.federation import ray_pool as workers
-from fedlora_app.federation import registration
 from fedlora_app.federation.grid import MOST_ATTEMPTS, PacedGrid, build_message
 from fedlora_app.federation.messages import build_probe, is_probe
 from fedlora_app.strategy import RoundError

@@ -1,0 +1,44 @@
+"""The commands that run a deployment and look at what it did."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedlora_app.cli.deploy import deploy
+from fedlora_app.cli.root import AsJson
+
+
+@deploy.command()
+def audit(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An evidence.jsonl.")],
+    against: Annotated[
+        Path | None, typer.Option(metavar="OTHER", help="The other end's, to compare with.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check an evidence log and print a page per round; status 2 if it is not as it was written."""
+    from fedlora_app.deployment.audit import compare_logs, read_log
+    from fedlora_app.deployment.audit_pages import describe_comparison, describe_log, dump_log
+
+    log = read_log(file)
+    other = against and read_log(against)
+    is_sound = log.fault is None
+    comparison = None
+    if other is not None:
+        is_sound &= other.fault is None
+        comparison = compare_logs(log, other)
+        is_sound &= not comparison.contradictions
+    if as_json:
+        typer.echo(json.dumps(dump_log(log, comparison), indent=2))
+    else:
+        typer.echo(describe_log(log))
+        if other is not None and other.fault is not None:
+            typer.echo(f"\n{other.path}, BROKEN at line {other.fault.line}: {other.fault.what}.")
+        if comparison is not None:
+            typer.echo(f"\n{describe_comparison(comparison)}")
+    if not is_sound:
+        raise typer.Exit(2)
