@@ -70,6 +70,7 @@ def main(grid: Grid, context: Context) -> None:
             config.federated.clients_at_once,
             config.federated.client_timeout_seconds,
             current_pool,
+            config.federated.reconnect_seconds,
         )
         stack.enter_context(_show_errors(paced))
         after = None if resumption is None else resumption.after_round

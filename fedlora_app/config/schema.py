@@ -246,6 +246,9 @@ class FederatedConfig(Section):
     """Train on a GPU where another run trains too, instead of refusing."""
     client_timeout_seconds: float | None = Field(None, gt=0)
     """A client that has not answered by then has failed in this round. null: no limit."""
+    reconnect_seconds: float = Field(300.0, ge=0)
+    """A client whose SuperNode is gone is waited for so long, once; then it has failed until it is
+    back. In a simulation nodes cannot go."""
     keep_rounds: int | None = Field(None, ge=1)
     """Adapters of only so many complete rounds are kept, the newest always. null: all."""
     keep_uploads: bool = False

@@ -18,6 +18,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedlora_app.federation.messages import build_message
+from fedlora_app.federation.presence import Presence
 from fedlora_app.federation.probes import Probes
 from fedlora_app.foundation.progress import format_duration
 
@@ -42,6 +43,11 @@ class _Asked:
     started_at: float | None = None
     attempts: int = 1
 
+    @property
+    def node(self) -> int:
+        """Whom it is for."""
+        return self.message.metadata.dst_node_id
+
 
 class Workers(Protocol):
     """The processes of a simulation, which take one message after another."""
@@ -60,6 +66,7 @@ class PacedGrid(Grid):
         client_timeout_seconds: after which a client has failed; None waits forever. In a
             simulation it counts from where a worker takes the client's message.
         find_workers: returns a simulation's workers once there are any, else None.
+        reconnect_seconds: a node that is gone is waited for so long. Simulated nodes never are.
     """
 
     def __init__(
@@ -68,9 +75,12 @@ class PacedGrid(Grid):
         clients_at_once: int,
         client_timeout_seconds: float | None = None,
         find_workers: Callable[[], Workers | None] = lambda: None,
+        reconnect_seconds: float = 0.0,
     ) -> None:
         self.unwrapped = grid
         self._probes = None if self.is_simulation else Probes(grid)
+        self._reconnect_seconds = 0.0 if self.is_simulation else reconnect_seconds
+        self._presence = Presence(grid, self._reconnect_seconds, self._tell_gone)
         self._clients_at_once = clients_at_once
         self._client_timeout_seconds = client_timeout_seconds or math.inf
         self._find_workers = find_workers
@@ -94,10 +104,11 @@ class PacedGrid(Grid):
         """
         waiting_messages = iter(messages)
         pending: dict[str, _Asked] = {}
+        awaited: set[int] = set()
         suspected: list[str] = []
         pause = FIRST_POLL_SECONDS
         while True:
-            while len(pending) < self._clients_at_once:
+            while sum(a.node not in awaited for a in pending.values()) < self._clients_at_once:
                 message = next(waiting_messages, None)
                 if message is None:
                     break
@@ -109,7 +120,9 @@ class PacedGrid(Grid):
                     yield self._watched(message, _fail(message, REFUSED))
             if not pending:
                 return
-            replies = list(self.unwrapped.pull_messages(list(pending)))
+            awaited = self._presence.find_awaited({asked.node for asked in pending.values()})
+            asked_for = [i for i, asked in pending.items() if asked.node not in awaited]
+            replies = list(self.unwrapped.pull_messages(asked_for)) if asked_for else []
             has_come = bool(replies)
             while replies:  # no name is left for a reply, so that its update can be freed
                 asked = pending.pop(replies[0].metadata.reply_to_message_id, None)
@@ -128,7 +141,7 @@ class PacedGrid(Grid):
                     pending.update(again)
                 else:
                     yield self._watched(asked.message, _fail(asked.message, LOST))
-            suspected = self._find_suspects(pending)
+            suspected = self._find_suspects({i: pending[i] for i in asked_for if i in pending})
             self._note_starts(pending)
             for message_id in [i for i, asked in pending.items() if self._is_late(asked)]:
                 request = pending.pop(message_id).message
@@ -150,7 +163,7 @@ class PacedGrid(Grid):
         about = asked.message.metadata
         again = build_message(asked.message.content, about.message_type, about.dst_node_id)
         why = "it has restarted, or the line was cut"
-        name = self._name(again)
+        name = self._name(about.dst_node_id)
         print(f"{name}: its SuperNode has lost the message ({why}). Sent again.", flush=True)
         if not (message_id := self._push(again)):
             return {}
@@ -173,12 +186,15 @@ class PacedGrid(Grid):
         longest = min(busy or pending.values(), key=lambda asked: asked.started_at or asked.at)
         waited = now - (longest.started_at or longest.at)
         if waited >= WAITING_REPORT_SECONDS:
-            name = self._name(longest.message)
+            name = self._name(longest.node)
             print(f"Still waiting for {name}, {format_duration(waited)}.", flush=True)
             self._reported = now
 
-    def _name(self, request: Message) -> str:
-        node = request.metadata.dst_node_id
+    def _tell_gone(self, node: int) -> None:
+        limit = f"{self._reconnect_seconds:g} seconds (federated.reconnect_seconds)"
+        print(f"{self._name(node)}: its SuperNode is gone; waiting {limit}.", flush=True)
+
+    def _name(self, node: int) -> str:
         return self.names.get(node, f"node {node}")
 
     def _limit(self, request: Message) -> float:

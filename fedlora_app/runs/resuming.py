@@ -27,7 +27,7 @@ FRESH = -1
 """The round after which a run resumes that has not completed a single one."""
 MAY_CHANGE = (
     *(f"federated.{k}" for k in ("num_rounds", "keep_rounds", "min_clients", "clients_at_once")),
-    *(f"federated.{k}" for k in ("client_timeout_seconds", "share_gpu")),
+    *(f"federated.{k}" for k in ("client_timeout_seconds", "reconnect_seconds", "share_gpu")),
     "experiment.track",
     "training.gradient_checkpointing",
     *(f"evaluation.{k}" for k in ("batch_size", "max_new_tokens", "interval", "protocol")),

@@ -354,3 +354,51 @@ def test_a_client_answers_a_probe_without_doing_anything(federation):
     probe.metadata.__dict__["_message_id"] = "probe"
     reply = client_app.app(probe, context)
     assert is_probe(reply) and not reply.content.array_records
+
+
+class Coming(SlowGrid):
+    """Flower's SuperLink: a message whose reply is asked for while its node is gone is dropped."""
+
+    def __init__(self, absent: dict[int, int]) -> None:
+        super().__init__(1)
+        self.absent = absent  # node: number of looks until it is there
+        self.served: list[int] = []
+
+    def get_node_ids(self):
+        self.absent = {node: left - 1 for node, left in self.absent.items() if left > 1}
+        return [n for n in {m.metadata.dst_node_id for m in self.sent} if n not in self.absent]
+
+    def pull_messages(self, message_ids):
+        for number in list(message_ids):
+            reply = self._replies.pop(number)
+            node = reply.metadata.src_node_id
+            if node in self.absent:
+                request = next(m for m in self.sent if m.metadata.message_id == number)
+                reply = Message(Error(code=5, reason="unavailable"), reply_to=request)
+            self.served.append(node)
+            yield reply
+
+
+def test_a_node_that_is_gone_is_waited_for_while_others_are_served(capsys):
+    node = Coming(absent={5: 4})
+    grid = PacedGrid(node, 1, reconnect_seconds=60.0)
+    grid.names = {5: "ann"}
+    messages = [build_message(RecordDict(), "train", n) for n in (5, 6, 7)]
+    replies = list(grid.send_and_receive(messages))
+    assert not any(reply.has_error() for reply in replies)
+    assert node.served == [6, 7, 5]
+    assert "ann: its SuperNode is gone; waiting 60 seconds" in capsys.readouterr().out
+
+
+def test_a_node_that_stays_away_has_failed_and_is_waited_for_once(capsys):
+    node = Coming(absent={5: 10**6})
+    grid = PacedGrid(node, 1, reconnect_seconds=0.2)
+    for _ in range(2):
+        started = time.monotonic()
+        [reply] = grid.send_and_receive([build_message(RecordDict(), "train", 5)])
+        assert reply.has_error() and reply.error.reason == "unavailable"
+    assert time.monotonic() - started < 0.2  # the second time
+    assert capsys.readouterr().out.count("is gone") == 1
+    node.absent = {}
+    [reply] = grid.send_and_receive([build_message(RecordDict(), "train", 5)])
+    assert not reply.has_error()
