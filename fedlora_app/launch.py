@@ -41,7 +41,7 @@ class RunFailedError(UserError):
 def run_with_flower(
     root: Path,
     run_config: Mapping[str, Any],
-    num_supernodes: int,
+    num_supernodes: int | None,
     say: Say = partial(print, flush=True),  # noqa: B008
 ) -> None:
     """Run the project with Flower and wait for the end.
@@ -50,6 +50,7 @@ def run_with_flower(
 
     Args:
         run_config: by Flower's keys; what is left out or empty stays as pyproject.toml has it.
+        num_supernodes: that are simulated; None where real ones connect to the SuperLink.
         say: is given the log line by line.
 
     Raises:
@@ -58,7 +59,8 @@ def run_with_flower(
     """
     environment = _build_environment()
     command = [FLWR, "run", str(root), "--run-config", format_run_config(run_config)]
-    command += ["--federation-config", f"num-supernodes={num_supernodes}"]
+    if num_supernodes is not None:
+        command += ["--federation-config", f"num-supernodes={num_supernodes}"]
     run_id = str(_call_flower(command, environment)["run-id"])
     log = LogReader(say)
     try:

@@ -1,0 +1,278 @@
+"""Keeps the processes of one end running, and ends them when it ends.
+
+``fedlora deploy start`` has it in the background, ``--foreground`` in front. A process that ends is
+started again after a pause that doubles; one that ends soon again and again ends them all. Its exit
+status says whether somebody stopped it (0) or it gave up (1).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+from fedlora_app.deployment.endings import STOPPED_IN_TASK, UNUSABLE
+from fedlora_app.deployment.processes import (
+    STOP_SECONDS,
+    KnownProcess,
+    ProcessesError,
+    Started,
+    know,
+    read_started,
+    signal_session,
+    write_started,
+)
+from fedlora_app.deployment.programs import End, Program, plan_end
+from fedlora_app.foundation.errors import UserError
+from fedlora_app.foundation.files import keep_files_private, lock_folder, make_private_dir
+
+SUPERVISOR = "supervisor"
+POLL_SECONDS = 0.2
+READY_SECONDS = 120.0
+SOON_SECONDS = 60.0
+"""A process that ends within them has ended too soon."""
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 30.0
+MOST_SOON_ENDS = 8
+"""In sum more than a minute, after which a SuperLink lets a SuperNode that was killed in again."""
+REPLY_SECONDS = 2.0
+"""In which a SuperNode sends the reply of an executor that was stopped in its work."""
+LARGE_LOG_BYTES, NUM_OLD_LOGS = 10 * 2**20, 3
+LOOK_SECONDS = 60.0
+
+Say = Callable[[str], None]
+
+
+class _Stopped(BaseException):
+    """A signal asks this process to end."""
+
+
+@dataclass
+class _Child:
+    """A program with the process that runs it now."""
+
+    program: Program
+    log: Path
+    process: subprocess.Popen[bytes]
+    known: KnownProcess
+    started: float
+    num_soon_ends: int = 0
+    due: float | None = None
+    """When it is to be started again, by the monotonic clock."""
+
+
+@dataclass
+class Supervisor:
+    """Starts an end's programs and keeps them running."""
+
+    end: End
+    say: Say
+    children: list[_Child] = field(default_factory=list)
+    state: str = "starting"
+    why: str = ""
+    is_asked_to_stop: bool = False
+
+    def run(self) -> int:
+        """Run until a signal comes, or a process cannot be kept running."""
+        self.own = know(SUPERVISOR, os.getpid())
+        previous = {n: signal.signal(n, self._stop) for n in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self._start_all()
+            self._watch()
+        except _Stopped:
+            self.say("Stopping.")
+            self.state = "stopped"
+        except UserError as error:
+            self.state, self.why = "failed", str(error)
+            self.say(f"Error: {error}")
+        finally:
+            self._end_all()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return 0 if self.state == "stopped" else 1
+
+    def _stop(self, _number: int, _frame: object) -> None:
+        """Note a signal, which is heeded where no process is just being started."""
+        self.is_asked_to_stop = True
+
+    def _pause(self) -> None:
+        time.sleep(POLL_SECONDS)
+        if self.is_asked_to_stop:
+            raise _Stopped
+
+    def _start_all(self) -> None:
+        for program in self.end.programs:
+            self._start(program)
+            self._wait(self.children[-1])
+        for line in self.end.when_ready():
+            self.say(line)
+        self.state = "running"
+        self._keep()
+        self.say("Running.")
+
+    def _start(self, program: Program) -> None:
+        log = self.end.folder.logs / f"{program.name}.log"
+        process = _spawn(program, log)
+        known = know(program.name, process.pid)
+        self.children.append(_Child(program, log, process, known, time.monotonic()))
+        self._keep()
+        self.say(f"{program.name}: process {process.pid}, log {log}")
+
+    def _wait(self, child: _Child) -> None:
+        deadline = time.monotonic() + READY_SECONDS
+        while not child.program.is_ready():
+            if child.process.poll() is not None or time.monotonic() > deadline:
+                what = "ended" if child.process.poll() is not None else "is not ready"
+                raise ProcessesError(
+                    f"{child.program.name} {what} within {READY_SECONDS:g} seconds. The end of "
+                    f"{child.log}:\n{read_tail(child.log, 10)}"
+                )
+            self._pause()
+
+    def _watch(self) -> None:
+        looked = time.monotonic()
+        while True:
+            self._pause()
+            for child in self.children:
+                self._keep_running(child)
+            if time.monotonic() - looked > LOOK_SECONDS:
+                looked = time.monotonic()
+                for child in self.children:
+                    rotate(child.log, is_open=True)
+
+    def _keep_running(self, child: _Child) -> None:
+        """Start a process again that has ended, when its pause is over."""
+        now = time.monotonic()
+        if child.due is None and (status := child.process.poll()) is not None:
+            signal_session(child.process.pid, signal.SIGKILL)  # what it has left
+            lived = now - child.started
+            child.num_soon_ends = child.num_soon_ends + 1 if lived < SOON_SECONDS else 0
+            if child.num_soon_ends >= MOST_SOON_ENDS or status == UNUSABLE:
+                raise ProcessesError(
+                    f"{child.program.name} ended with status {status} and cannot be kept running. "
+                    f"The end of {child.log}:\n{read_tail(child.log, 10)}"
+                )
+            factor = 2 ** max(child.num_soon_ends - 1, 0)
+            pause = min(FIRST_PAUSE_SECONDS * factor, LONGEST_PAUSE_SECONDS)
+            child.due = now + pause
+            self.say(f"{child.program.name} ended with status {status}; again in {pause:g} s.")
+        elif child.due is not None and now >= child.due:
+            child.process = _spawn(child.program, child.log)
+            child.known = know(child.program.name, child.process.pid, child.known.num_restarts + 1)
+            child.started, child.due = now, None
+            self._keep()
+
+    def _end_all(self) -> None:
+        """End all of them, the last first."""
+        for child in reversed(self.children):
+            signal_session(child.process.pid, signal.SIGTERM)
+            try:
+                status = child.process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                status = None
+            signal_session(child.process.pid, signal.SIGKILL)  # also what it has left
+            child.process.wait()
+            if status == STOPPED_IN_TASK:
+                time.sleep(REPLY_SECONDS)
+        if self.state == "failed":
+            write_started(self.end.folder.processes, Started("failed", self.why, ()))
+        else:
+            self.end.folder.processes.unlink(missing_ok=True)
+
+    def _keep(self) -> None:
+        known = (self.own, *(child.known for child in self.children))
+        write_started(self.end.folder.processes, Started(self.state, "", known))
+
+
+def supervise(folder: Path, say: Say) -> int:
+    """Run one end of a deployment in this process; return the exit status.
+
+    Raises:
+        UserError: it runs already, or its folder is incomplete.
+    """
+    end = plan_end(folder)
+    lock = lock_folder(end.folder.folder)
+    if lock is None:
+        raise ProcessesError(f"{folder} is running already. See fedlora deploy status {folder}")
+    with lock:
+        refuse_leftovers(end.folder.processes, folder)
+        make_private_dir(end.folder.logs)
+        return Supervisor(end, say).run()
+
+
+def refuse_leftovers(path: Path, folder: Path) -> None:
+    """Raise where processes of an earlier start are still there."""
+    started = read_started(path)
+    if started is not None and (alive := started.alive):
+        names = ", ".join(f"{process.name} ({process.pid})" for process in alive)
+        raise ProcessesError(
+            f"{folder} is running already: {names}. To end them: fedlora deploy stop {folder}"
+        )
+
+
+def rotate(log: Path, *, is_open: bool) -> None:
+    """Move a large log aside and begin a new one; the oldest of several goes.
+
+    Args:
+        is_open: a process appends to it, which would go on writing to a file that is moved.
+    """
+    if not log.exists() or log.stat().st_size < LARGE_LOG_BYTES:
+        return
+    old = [log.with_name(f"{log.name}.{n}") for n in range(1, NUM_OLD_LOGS + 1)]
+    for newer, older in reversed(list(pairwise(old))):
+        if newer.exists():
+            newer.replace(older)
+    if is_open:
+        old[0].write_bytes(log.read_bytes())
+        os.truncate(log, 0)
+    else:
+        log.replace(old[0])
+
+
+def read_tail(log: Path, num_lines: int = 1) -> str:
+    """Return the last lines of a log that say something."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 65_536))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    return "\n".join([line.rstrip() for line in lines if line.strip()][-num_lines:])
+
+
+def _spawn(program: Program, log: Path) -> subprocess.Popen[bytes]:
+    rotate(log, is_open=False)
+    with log.open("ab") as file:
+        file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} UTC\n".encode())
+        file.flush()
+        return subprocess.Popen(
+            program.command,
+            env=dict(program.environment),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+
+
+def main() -> int:
+    """Supervise the folder that is named, in the background; what is said goes to the log."""
+    keep_files_private()
+
+    def say(line: str) -> None:
+        print(time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()), line, flush=True)
+
+    try:
+        return supervise(Path(sys.argv[1]), say)
+    except UserError as error:
+        say(f"Error: {error}")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
