@@ -42,3 +42,23 @@ def audit(
             typer.echo(f"\n{describe_comparison(comparison)}")
     if not is_sound:
         raise typer.Exit(2)
+
+
+@deploy.command()
+def rehearse(
+    output: Annotated[Path, typer.Option(help="The folder to make.")] = Path("rehearsal"),
+) -> None:
+    """Hold one round of a deployment on this machine, with what goes wrong in one.
+
+    A coordinator and three sites as separate processes with separate folders, keys and data; a
+    site is killed, another paused, and strangers try to come in. It takes some three minutes.
+    Example: fedlora deploy rehearse
+    """
+    from fedlora_app.demo.rehearsal import Rehearsal, RehearsalError
+
+    if output.exists():
+        raise RehearsalError(f"{output} exists already. Name another folder with --output.")
+    if faults := Rehearsal(output, typer.echo).hold():
+        typer.echo("Not as it has to be:\n" + "\n".join(f"  {fault}" for fault in faults), err=True)
+        raise typer.Exit(2)
+    typer.echo(f"All as it has to be. {output} can be removed.")

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from fedlora_app.deployment.layout import CoordinatorFolder, SiteFolder
 from fedlora_app.deployment.processes import ProcessesError
+from fedlora_app.deployment.record import EVIDENCE_VARIABLE
 from fedlora_app.foundation.files import make_private_dir
 
 LOOPBACK = "127.0.0.1"
 ALL_ADDRESSES = "0.0.0.0"
-EVIDENCE_VARIABLE = "FEDLORA_EVIDENCE"
 SECRET_BYTES = 32
 HERE = Path(sys.executable).parent  # of this environment, whatever PATH says
 
