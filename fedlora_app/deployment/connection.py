@@ -182,8 +182,8 @@ def examine_registration(address: str, root: str, key: bytes) -> Finding:
     if code == BAD_HEARTBEAT:
         return ok(name, "the SuperLink lets this key in.")
     if code == UNREGISTERED:
-        advice = "Send the coordinator request.json, or ask whether it has revoked or not started."
-        return fault(name, "the SuperLink does not know this site's key.", advice)
+        advice = "Ask the coordinator: the key is not approved yet, or it was revoked."
+        return fault(name, "the SuperLink does not let this site's key in.", advice)
     if status == httpx.codes.UNAUTHORIZED:
         return fault(name, "the SuperLink refuses this site's signature.", "See the clock.")
     what = f"the SuperLink gave an unexpected answer (HTTP {status}, code {code})."

@@ -30,6 +30,7 @@ from fedlora_app.deployment.keys import (
     issue_certificate,
     make_root,
     make_secret_dir,
+    write_public,
     write_secret,
 )
 from fedlora_app.deployment.layout import CoordinatorFolder
@@ -129,13 +130,10 @@ def create(folder: Path, host: str, port: int, config: Path, project: Path) -> C
     name = absolute.relative_to(project) if absolute.is_relative_to(project) else absolute
     root_key, root = make_root(experiment.experiment.name)
     key, certificate = issue_certificate(root_key, root, host)
-    for path, content in (
-        (files.root_key, root_key),
-        (files.root_certificate, root),
-        (files.key, key),
-        (files.certificate, certificate),
-    ):
-        write_secret(path, content)
+    write_secret(files.root_key, root_key)
+    write_secret(files.key, key)
+    write_public(files.root_certificate, root)
+    write_public(files.certificate, certificate)
     for part in (files.requests, files.packages, files.logs, files.flower_home):
         make_secret_dir(part)
     sites = {client: SiteEntry() for client in experiment.client_ids}
@@ -286,7 +284,7 @@ def write_package(coordinator: Coordinator, site: str) -> Path:
         key=entry.fingerprint,
         root=coordinator.folder.root_certificate.read_bytes(),
     )
-    write_secret(path, content)
+    write_public(path, content)
     return path
 
 
@@ -299,7 +297,7 @@ def renew_certificate(coordinator: Coordinator) -> None:
         coordinator.settings.host,
     )
     write_secret(folder.key, key)
-    write_secret(folder.certificate, certificate)
+    write_public(folder.certificate, certificate)
 
 
 def register_pending(folder: Path) -> list[str]:
@@ -334,8 +332,8 @@ def register_pending(folder: Path) -> list[str]:
 def _let_in(coordinator: Coordinator, request: Request) -> str:
     site, folder = request.client, coordinator.folder
     content = json.dumps(request.dump(), indent=2)
-    write_secret(folder.request(site), f"{content}\n".encode())
-    write_secret(folder.public_key(site), f"{request.public_key}\n".encode())
+    write_public(folder.request(site), f"{content}\n".encode())
+    write_public(folder.public_key(site), f"{request.public_key}\n".encode())
     entry = SiteEntry(status=APPROVED, fingerprint=request.fingerprint)
     coordinator.change_site(site, entry)
     write_package(coordinator, site)

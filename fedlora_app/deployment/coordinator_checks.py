@@ -41,7 +41,7 @@ def examine_coordinator(folder: Path) -> Iterator[Finding]:
     yield ok("superlink", f"it answers at port {coordinator.settings.port}.")
     root = files.root_certificate.read_text()
     yield examine_certificate("127.0.0.1", coordinator.settings.port, root)
-    yield from guarded("strangers", lambda: [_examine_strangers(coordinator, root)])
+    yield from guarded("strangers", lambda: [examine_strangers(coordinator, root)])
     yield from guarded("keys", lambda: _examine_keys(coordinator))
 
 
@@ -106,7 +106,7 @@ def _examine_package(coordinator: Coordinator, site: str) -> Iterator[Finding]:
         yield fault(found.name, found.what, advice) if found.level == "fault" else found
 
 
-def _examine_strangers(coordinator: Coordinator, root: str) -> Finding:
+def examine_strangers(coordinator: Coordinator, root: str) -> Finding:
     """Call the Control API as another machine would."""
     url = f"https://127.0.0.1:{coordinator.settings.port}/v1/control/list-runs"
     transport = httpx.HTTPTransport(local_address=STRANGER, verify=build_context(root))

@@ -249,6 +249,13 @@ def write_secret(path: Path, content: bytes) -> None:
     path.chmod(0o600)
 
 
+def write_public(path: Path, content: bytes) -> None:
+    """Write a file that tells nobody anything; who may enter its folder may read it."""
+    make_secret_dir(path.parent)
+    write_atomically(path, content)
+    path.chmod(0o644)
+
+
 def make_secret_dir(folder: Path) -> None:
     """Create a folder that only its owner can enter, whatever the umask is; others stay as are."""
     if folder.is_dir():

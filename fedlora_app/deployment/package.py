@@ -11,6 +11,7 @@ import json
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,7 @@ def read_package(path: Path) -> Package:
     return Package(facts, members)
 
 
+@cache
 def pin_requirements() -> list[str]:
     """Return what fedlora-app needs, each at the version that is installed here."""
     try:

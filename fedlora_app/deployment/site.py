@@ -18,6 +18,7 @@ from fedlora_app.deployment.keys import (
     make_site_key,
     public_line,
     sign_request,
+    write_public,
     write_secret,
 )
 from fedlora_app.deployment.layout import SiteFolder
@@ -67,8 +68,8 @@ def make_request(client: str, folder: Path, new_key: bool = False) -> Request:
     request = sign_request(private, client)
     write_secret(site.next_key if new_key else site.key, private)
     if not new_key:
-        write_secret(site.public_key, f"{public}\n".encode())
-    write_secret(site.request, (json.dumps(request.dump(), indent=2) + "\n").encode())
+        write_public(site.public_key, f"{public}\n".encode())
+    write_public(site.request, (json.dumps(request.dump(), indent=2) + "\n").encode())
     return request
 
 
@@ -144,7 +145,7 @@ def join(package: Package, site: SiteFolder) -> Joined:
     with replace_folder(site.package) as folder:
         folder.chmod(0o700)
         for name, content in package.members.items():
-            write_secret(folder / name, content)
+            write_public(folder / name, content)
     kept, written = [], []
     for name, path in ((CLIENT, site.client_file), (POLICY, site.policy)):
         if path.exists():
@@ -155,7 +156,7 @@ def join(package: Package, site: SiteFolder) -> Joined:
     if _find_key(site, package.facts.key) == site.next_key:
         site.next_key.replace(site.key)
         line = load_request(site).public_key
-        write_secret(site.public_key, f"{line}\n".encode())
+        write_public(site.public_key, f"{line}\n".encode())
     for part in (site.store, site.logs, site.flower_home):
         make_secret_dir(part)
     write_site_templates(site)

@@ -13,7 +13,7 @@ import yaml
 
 from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import Config
-from fedlora_app.deployment.connection import examine_connection
+from fedlora_app.deployment.connection import examine_connection, examine_registration
 from fedlora_app.deployment.finding import Finding, fault, ok, warning
 from fedlora_app.deployment.layout import SiteFolder
 from fedlora_app.deployment.machine_checks import (
@@ -48,6 +48,17 @@ def examine_site(folder: Path) -> Iterator[Finding]:
     yield from examine_connection(facts.host, facts.port, root, site.key.read_bytes())
     yield _examine_gpu()
     yield from guarded("client.yaml", lambda: _examine_base(site, facts))
+
+
+def examine_own_registration(site: SiteFolder) -> Finding:
+    """Ask the SuperLink whether it lets this site in.
+
+    For whoever has started a SuperNode that ended: one whose key is revoked says only that it has
+    "terminated gracefully", with status 0.
+    """
+    facts = load_facts(site)
+    root = site.root_certificate.read_text()
+    return examine_registration(facts.address, root, site.key.read_bytes())
 
 
 def _examine_key(site: SiteFolder, facts: Facts) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fedlora_app.deployment.keys import write_secret
+from fedlora_app.deployment.keys import write_public
 from fedlora_app.deployment.layout import CoordinatorFolder, SiteFolder
 
 UNIT = """\
@@ -127,4 +127,4 @@ def _unit(name: str, what: str, home: Path, working: Path, writable: Path) -> st
 def _write(templates: Path, unit_name: str, unit: str, compose: str) -> None:
     dockerfile = DOCKERFILE.format(dockerfile=templates / "Dockerfile")
     for name, text in ((unit_name, unit), ("compose.yaml", compose), ("Dockerfile", dockerfile)):
-        write_secret(templates / name, text.encode())
+        write_public(templates / name, text.encode())
