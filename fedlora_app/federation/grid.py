@@ -21,6 +21,7 @@ from fedlora_app.foundation.progress import format_duration
 FIRST_POLL_SECONDS = 0.02
 LONGEST_POLL_SECONDS = 0.5
 WAITING_REPORT_SECONDS = 600.0
+PULLED_AT_ONCE = 4  # replies, each of which may bring an update of hundreds of megabytes
 TIME_TO_LIVE_SECONDS = 10 * 365 * 24 * 3600.0
 REGISTRATION_SECONDS = 600.0  # at least: Ray starts and libraries are imported meanwhile
 REFUSED = (
@@ -90,14 +91,17 @@ class PacedGrid(Grid):
                     yield self._watched(message, _fail(message, REFUSED))
             if not pending:
                 return
-            replies = list(self.unwrapped.pull_messages(list(pending)))
-            has_come = bool(replies)
-            while replies:  # no name is left for a reply, so that its update can be freed
-                request = pending.pop(replies[0].metadata.reply_to_message_id, None)
-                if request is None:
-                    replies.pop(0)
-                else:
-                    yield self._watched(request, _as_from_its_client(replies.pop(0), request))
+            asked, has_come = list(pending), False
+            for start in range(0, len(asked), PULLED_AT_ONCE):
+                pulled = asked[start : start + PULLED_AT_ONCE]
+                replies = list(self.unwrapped.pull_messages(pulled))
+                has_come |= bool(replies)
+                while replies:  # no name is left for a reply, so that its update can be freed
+                    request = pending.pop(replies[0].metadata.reply_to_message_id, None)
+                    if request is None:
+                        replies.pop(0)
+                    else:
+                        yield self._watched(request, _as_from_its_client(replies.pop(0), request))
             if has_come:  # others may have come while these were dealt with
                 pause = FIRST_POLL_SECONDS
                 continue
