@@ -34,6 +34,7 @@ OF_ALL = (
     "leaving",
     "gate",
     "large",
+    "capacity",
     "gpu",
 )
 
@@ -180,6 +181,17 @@ def large(
     from benchmarks.many_clients import describe, measure
 
     _finish("large", measure({"tiny": clients, "40 MB": large_clients}), describe)
+
+
+@app.command()
+def capacity(
+    repeats: Annotated[int, typer.Option(min=2, help="Of which the least time counts.")] = 5,
+    clients: Annotated[list[int], typer.Option(min=1)] = [10, 100, 1000],  # noqa: B006
+) -> None:
+    """What an update of a 7B model costs server and store, and what many clients' records do."""
+    from benchmarks.capacity import describe, measure
+
+    _finish("capacity", measure(repeats, clients=tuple(clients)), describe)
 
 
 @app.command()

@@ -167,8 +167,6 @@ def _build_strategy(
     task = Task(
         client_id="",
         server_round=0,
-        local_round=-1,
-        local_sha256="",
         global_sha256="",
         resumes=False,
         run_name="large",

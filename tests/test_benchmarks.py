@@ -154,6 +154,18 @@ def test_large():
     require_table(many_clients, figures)
 
 
+def test_capacity():
+    capacity = bench("capacity")
+    sizes = TINY | {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    figures = capacity.measure(2, (2, 4), (2, 5), sizes, rank=4)
+    fp32, _, int8, _ = figures["dtypes"]
+    assert int8["bytes"] < fp32["bytes"] / 2
+    assert {store["objects_left"] for store in figures["store"]} == {0}
+    two, five = figures["clients"]
+    assert five["history_bytes"] == pytest.approx(2.5 * two["history_bytes"], rel=0.1)
+    require_table(capacity, figures)
+
+
 def test_long(monkeypatch):
     long_run = bench("long_run")
     monkeypatch.setattr(long_run, "FIRST_COUNTED_ROUND", 1)

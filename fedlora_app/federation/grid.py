@@ -26,6 +26,7 @@ FIRST_POLL_SECONDS = 0.02
 LONGEST_POLL_SECONDS = 0.5
 WAITING_REPORT_SECONDS = 600.0
 MOST_ATTEMPTS = 3  # with a message whose process is lost with it
+PULLED_AT_ONCE = 4  # replies, each of which may bring an update of hundreds of megabytes
 REGISTRATION_SECONDS = 600.0  # at least: Ray starts and libraries are imported meanwhile
 REFUSED = (
     "Flower did not accept the message for it. Its SuperNode is gone, or the message is too "
@@ -122,16 +123,9 @@ class PacedGrid(Grid):
                 return
             awaited = self._presence.find_awaited({asked.node for asked in pending.values()})
             asked_for = [i for i, asked in pending.items() if asked.node not in awaited]
-            replies = list(self.unwrapped.pull_messages(asked_for)) if asked_for else []
-            has_come = bool(replies)
-            while replies:  # no name is left for a reply, so that its update can be freed
-                asked = pending.pop(replies[0].metadata.reply_to_message_id, None)
-                if asked is None:
-                    replies.pop(0)
-                else:
-                    yield self._watched(
-                        asked.message, _as_from_its_client(replies.pop(0), asked.message)
-                    )
+            num_pending = len(pending)
+            yield from self._collect(pending, asked_for)
+            has_come = len(pending) < num_pending
             if has_come:  # others may have come while these were dealt with
                 pause = FIRST_POLL_SECONDS
                 continue
@@ -149,6 +143,19 @@ class PacedGrid(Grid):
             self._report_waiting(pending)
             pause = min(1.2 * pause, LONGEST_POLL_SECONDS)
             time.sleep(pause)
+
+    def _collect(self, pending: dict[str, _Asked], asked_for: list[str]) -> Iterator[Message]:
+        """Yield the replies that have come, and take what they answer out of ``pending``."""
+        for start in range(0, len(asked_for), PULLED_AT_ONCE):
+            replies = list(self.unwrapped.pull_messages(asked_for[start : start + PULLED_AT_ONCE]))
+            while replies:  # no name is left for a reply, so that its update can be freed
+                asked = pending.pop(replies[0].metadata.reply_to_message_id, None)
+                if asked is None:
+                    replies.pop(0)
+                else:
+                    yield self._watched(
+                        asked.message, _as_from_its_client(replies.pop(0), asked.message)
+                    )
 
     def _find_suspects(self, pending: dict[str, _Asked]) -> list[str]:
         """Return which messages a node seems to have lost with its process."""

@@ -54,6 +54,22 @@ def test_no_more_clients_than_allowed_are_busy_and_none_is_lost(at_once):
     assert grid.most_outstanding == at_once
 
 
+def test_of_many_clients_at_once_only_a_few_replies_are_in_memory():
+    """However many have answered: each may bring an update of hundreds of megabytes."""
+
+    class Counting(SlowGrid):
+        def pull_messages(self, message_ids):
+            replies = list(super().pull_messages(message_ids))
+            pulled.append(len(replies))
+            return replies
+
+    pulled: list[int] = []
+    messages = (build_message(RecordDict(), "train", node) for node in range(30))
+    replies = list(PacedGrid(Counting(polls_needed=1), 30).send_and_receive(messages))
+    assert len(replies) == 30 == sum(pulled)
+    assert max(pulled) == grid_module.PULLED_AT_ONCE
+
+
 def test_the_next_message_is_made_only_when_its_turn_comes():
     grid = SlowGrid(polls_needed=1)
     made = []
