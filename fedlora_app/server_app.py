@@ -65,13 +65,14 @@ def main(grid: Grid, context: Context) -> None:
         model, faults = build_shapes(config, settings.root)
         paced = PacedGrid(
             grid,
-            config.federated.clients_at_once,
+            config.federated.at_once,
             config.federated.client_timeout_seconds,
             current_pool,
         )
         stack.enter_context(_show_errors(paced))
         if is_simulation(paced):
             require_usable_environment()
+            config.require_clients()
         task = build_registration(settings)
         registrations = register_clients(paced, config, task, context.run_config, faults)
         paced.names = {node: client for client, (node, _) in registrations.items()}
