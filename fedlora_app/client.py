@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.client_checks import check_client, list_owners
 from fedlora_app.config.rounds import Phase, plan_round
@@ -57,6 +58,7 @@ from fedlora_app.model.base import (
     LoadedModel,
     describe_device,
     load_base_model,
+    load_tokenizer,
 )
 from fedlora_app.model.ranks import resize_ranks
 from fedlora_app.runs.client_folder import ClientFolder
@@ -68,7 +70,7 @@ from fedlora_app.training.phase import (
     train_phase,
     train_within_memory,
 )
-from fedlora_app.training.selection import select_phase, take_part
+from fedlora_app.training.selection import Selection, select_phase, take_part
 
 FromKept = Mapping[str, Kept]
 """What a client continues from, by role; it begins anew with what is not in it."""
@@ -82,6 +84,8 @@ class Client:
         run_dir: the run directory on this machine; local adapters live in its clients/<id>.
         root: the project on this machine, to which data paths are relative.
         date: the day that chat templates write (YYYY-MM-DD), whichever it is; "": today.
+        hide: makes a file's name fit to leave this machine.
+        watch: called after every optimizer step; raises where this client is to stop.
     """
 
     config: Config
@@ -89,6 +93,8 @@ class Client:
     run_dir: Path
     root: Path
     date: str = ""
+    hide: Callable[[str], str] = str
+    watch: Callable[[], None] = lambda: None
 
     def register(self, *, resumes: bool = False) -> tuple[Metrics, dict[str, str]]:
         """Check and tokenise this client's data before anything large is loaded.
@@ -119,7 +125,9 @@ class Client:
                 flush=True,
             )
         # The texts of findings quote the data; they are printed here and stay here.
-        named = [{k: v for k, v in vars(f).items() if k != "text"} for f in findings]
+        named = [{**vars(f), "file": self.hide(f.file)} for f in findings]
+        for finding in named:
+            del finding["text"]
         about = {"device": describe_device(), "findings": json.dumps(named)}
         return counts, files.hashes | about
 
@@ -312,14 +320,31 @@ class Client:
         files = self._files[self.client_id]
         return ClientEvaluation(self.config, self._own, files, loaded, model, self.folder.gate)
 
+    def count_steps(self, server_round: int) -> int:
+        """Return the optimizer steps that this client's data make in a round, before any of them.
+
+        Raises:
+            DataError, ModelError: the data or the tokenizer cannot be read.
+        """
+        tokenizer = load_tokenizer(self.config.model, self.root)
+        pin_date(tokenizer, self.date)
+        plan = plan_round(self.config, server_round)
+        phases = [phase for phase in (plan.train, plan.personalise) if phase is not None]
+        return sum(self._select(tokenizer, phase, server_round).num_steps for phase in phases)
+
+    def _select(
+        self, tokenizer: PreTrainedTokenizerBase, phase: Phase, server_round: int
+    ) -> Selection:
+        def load(owner: str) -> ClientExamples:
+            client, files = self.config.client(owner), self._files[owner]
+            return tokenize_client_files(self.config, client, files, tokenizer, self.root)
+
+        return select_phase(self.config, self.client_id, phase, server_round, load)
+
     def _run_phase(
         self, loaded: LoadedModel, model: AdaptedModel, phase: Phase, server_round: int
     ) -> PhaseResult:
-        def load(owner: str) -> ClientExamples:
-            client, files = self.config.client(owner), self._files[owner]
-            return tokenize_client_files(self.config, client, files, loaded.tokenizer, self.root)
-
-        selected = select_phase(self.config, self.client_id, phase, server_round, load)
+        selected = self._select(loaded.tokenizer, phase, server_round)
         examples = take_part(selected, self.config, self.client_id, phase, server_round)
         kind = (self.run_dir, phase.name)
         training = loaded.smaller_batches.get(kind) or settle_checkpointing(
@@ -327,6 +352,11 @@ class Client:
         )
         num_rounds = self.config.federated.num_rounds
         what = f"{self.client_id}, round {server_round}, {phase.name}"
+        show = step_lines(what)
+
+        def note_step(step: int, num_steps: int, loss: float) -> None:
+            show(step, num_steps, loss)
+            self.watch()
 
         def train(settings: TrainingConfig) -> PhaseResult:
             return train_phase(
@@ -344,7 +374,7 @@ class Client:
                 seed=derive_seed(
                     self.config.experiment.seed, phase.name, server_round, self.client_id
                 ),
-                progress=step_lines(what),
+                progress=note_step,
                 factors=phase.factors,
             )
 

@@ -16,8 +16,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 import transformers
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -26,11 +29,17 @@ from fedlora_app.client import Client
 from fedlora_app.config.schema import FEEDBACK, Config, ConfigError
 from fedlora_app.config.sharing import keeps_feedback, of_factors, travelling_factors
 from fedlora_app.data.records import DataError
+from fedlora_app.deployment.client_file import ConfidentialError, OwnSettings, find_own_settings
 from fedlora_app.deployment.evidence import EvidenceError
+from fedlora_app.deployment.layout import SiteFolder
+from fedlora_app.deployment.policy import Asked, Guard, Policy, PolicyError, load_policy
+from fedlora_app.deployment.record import record
 from fedlora_app.deployment.witness import witness_received, witness_sent
 from fedlora_app.evaluation.room import EvaluationError
 from fedlora_app.federation.messages import (
     ADAPTER_RECORD,
+    OWN_SETTINGS,
+    REGISTRATION_ROUND,
     Kept,
     MessageError,
     Task,
@@ -51,7 +60,7 @@ from fedlora_app.foundation.project import (
     is_unpacked_bundle,
 )
 from fedlora_app.model.adapter_state import AdapterError, AdapterState
-from fedlora_app.model.base import ModelError, choose_device
+from fedlora_app.model.base import ModelError, choose_device, compute_fingerprint
 from fedlora_app.model.cards import CardError
 from fedlora_app.model.device import (
     compute_reproducibly,
@@ -87,7 +96,22 @@ EXPLAINED_ERRORS = (
     TrainingError,
 )
 
-Handler = Callable[[Client, Task, Message], Message]
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a client would send: figures, facts, and after training an update.
+
+    ``shapes`` are those that the update must have.
+    """
+
+    metrics: dict[str, Any]
+    facts: dict[str, str]
+    update: AdapterState | None = None
+    update_dtype: str = "float32"
+    shapes: dict[str, torch.Size] | None = None
+
+
+Handler = Callable[[Client, Task, Message], Outcome]
 
 
 @app.query()
@@ -110,7 +134,7 @@ def evaluate(message: Message, context: Context) -> Message:
     return _answer(message, context, _personalise)
 
 
-def _register(client: Client, task: Task, message: Message) -> Message:
+def _register(client: Client, task: Task, message: Message) -> Outcome:
     if task.is_final:
         client.keep_final(task.from_kept)
         counts, facts = {}, {}
@@ -121,10 +145,10 @@ def _register(client: Client, task: Task, message: Message) -> Message:
             facts["global_adapter"] = client.keep_global(state)
     else:
         counts, facts = client.register(resumes=task.resumes)
-    return build_reply(message, client.client_id, task.server_round, counts, facts)
+    return Outcome(counts, facts)
 
 
-def _train(client: Client, task: Task, message: Message) -> Message:
+def _train(client: Client, task: Task, message: Message) -> Outcome:
     state = _received_state(client, task, message)
     update, metrics, facts = client.train(task.server_round, state, task.from_kept)
     upload_dtype = client.config.federated.upload_dtype
@@ -136,22 +160,14 @@ def _train(client: Client, task: Task, message: Message) -> Message:
             task.server_round,
             task.from_kept.get(FEEDBACK, Kept()),
         )
-    return build_reply(
-        message,
-        client.client_id,
-        task.server_round,
-        metrics,
-        facts,
-        update=update,
-        update_dtype=upload_dtype,
-        shapes=client.update_shapes(task.server_round),
-    )
+    shapes = client.update_shapes(task.server_round)
+    return Outcome(metrics, facts, update, upload_dtype, shapes)
 
 
-def _personalise(client: Client, task: Task, message: Message) -> Message:
+def _personalise(client: Client, task: Task, message: Message) -> Outcome:
     state = _received_state(client, task, message)
     metrics, facts = client.personalise(task.server_round, state, task.from_kept)
-    return build_reply(message, client.client_id, task.server_round, metrics, facts)
+    return Outcome(metrics, facts)
 
 
 def _answer(message: Message, context: Context, handle: Handler) -> Message:
@@ -169,32 +185,66 @@ def _answer(message: Message, context: Context, handle: Handler) -> Message:
 
 def _handle(message: Message, context: Context, handle: Handler) -> Message:
     """Run a handler; an error becomes a reply that names it, and the log has the rest."""
-    client_id = f"node {context.node_id}"
+    client_id, own = f"node {context.node_id}", None
     try:
         task = read_task(message)
+        own = find_own_settings(context.node_config)
         config = task.config
-        client_id = identify_client(context, config)
+        client_id = identify_client(context, config) if own is None else own.client_id
         _check_package(task)
         if task.client_id not in ("", client_id):
             raise MessageError(f"This message is for {task.client_id} and reached {client_id}.")
+        if own is not None:
+            config = own.merge(config)
+        elif config.entry(client_id).is_bare and is_first_contact(task):
+            return build_need_reply(message, client_id, task.server_round, OWN_SETTINGS)
         _set_up_process(config)
-        root, output_dir = _folders(task, context)
+        root, output_dir = _folders(task, context, own)
+        guard = build_guard(own)
+        asked = Asked(
+            client_id,
+            task.server_round,
+            config,
+            SiteFolder(root).root_certificate,
+            lambda: compute_fingerprint(config.model, root),
+        )
+        guard.require_permitted(asked)
         run_dir = root / output_dir / check_run_name(task.run_name)
-        client = Client(config, client_id, run_dir, root, task.date)
+        hide = str if own is None else own.hide
+        client = Client(
+            config, client_id, run_dir, root, task.date, hide=hide, watch=guard.require_time
+        )
+        guard.require_steps(client.count_steps, asked)
         client.folder.require_own()
         # By Flower's number too: this machine may have two runs of one name in two projects.
         run = f"{task.run_name}, flwr's {message.metadata.run_id}"
         choose_device(run, may_share=config.federated.share_gpu)
-        return handle(client, task, message)
+        done = handle(client, task, message)
+        guard.require_sendable(done.metrics, done.facts, done.update, done.update_dtype)
+        return build_reply(
+            message,
+            client_id,
+            task.server_round,
+            done.metrics,
+            done.facts,
+            update=done.update,
+            update_dtype=done.update_dtype,
+            shapes=done.shapes,
+        )
+    except ConfidentialError as error:
+        print(f"{client_id}: {error}", flush=True)
+        if isinstance(error, PolicyError):
+            record("refused", client=client_id, round=task.server_round, rules=error.refused)
+        return build_error_reply(message, client_id, error.told)
     except LostGlobalError as error:
         print(f"{client_id}: asking for the global adapter again. {error}", flush=True)
         return build_need_reply(message, client_id, task.server_round)
     except EXPLAINED_ERRORS as error:
-        is_spoilt = has_spoilt_process(error)
-        return build_error_reply(message, client_id, str(error), process_is_spoilt=is_spoilt)
+        is_spoilt, why = has_spoilt_process(error), _tell(client_id, str(error), own)
+        return build_error_reply(message, client_id, why, process_is_spoilt=is_spoilt)
     except OSError as error:
         what = f"{error.strerror or type(error).__name__}: {error.filename or 'a file'}"
-        return build_error_reply(message, client_id, what)
+        return build_error_reply(message, client_id, _tell(client_id, what, own))
     except Exception as error:
         if is_out_of_memory(error):
             why = "out of memory outside of training. Lower evaluation.batch_size, or see fedlora "
@@ -215,13 +265,13 @@ def identify_client(context: Context, config: Config) -> str:
     """
     named = context.node_config.get("client-id")
     if named is not None:
-        return config.client(str(named)).id
+        return config.entry(str(named)).id
     partition = context.node_config.get("partition-id")
     clients = config.federated.clients
     if partition is None:
         raise ConfigError(
-            "This node does not say which client it is. Start its SuperNode with "
-            "--node-config 'client-id=\"<id>\"'."
+            "This node does not say which client it is. Start its SuperNode with --node-config "
+            "'client-file=\"/path/to/client.yaml\"' or 'client-id=\"<id>\"'."
         )
     if int(partition) >= len(clients):
         raise ConfigError(
@@ -230,10 +280,35 @@ def identify_client(context: Context, config: Config) -> str:
     return clients[int(partition)].id
 
 
-def _folders(task: Task, context: Context) -> tuple[Path, str]:
-    """Return this client's project and output folder; a remote server cannot choose them."""
+def is_first_contact(task: Task) -> bool:
+    """Return whether the server asks who this node is."""
+    return task.server_round == REGISTRATION_ROUND and not task.client_id
+
+
+def build_guard(own: OwnSettings | None) -> Guard:
+    """Return what holds this message against the client's policy; without one all is permitted."""
+    path = None if own is None else own.policy_path
+    return Guard(Policy() if path is None else load_policy(path))
+
+
+def _tell(client_id: str, why: str, own: OwnSettings | None) -> str:
+    """Return a reason as the server may know it; what is left out of it is printed here."""
+    told = why if own is None else own.hide(why)
+    if told != why:
+        print(f"{client_id}: {why}", flush=True)
+    return told
+
+
+def _is_simulated() -> bool:
     ray = sys.modules.get("ray")
-    if ray is not None and ray.is_initialized():  # simulated, on the server's own disk
+    return ray is not None and ray.is_initialized()
+
+
+def _folders(task: Task, context: Context, own: OwnSettings | None) -> tuple[Path, str]:
+    """Return this client's project and output folder; a remote server cannot choose them."""
+    if own is not None:
+        return own.folder, str(own.store)
+    if _is_simulated():  # on the server's own disk
         return Path(task.project_dir), task.output_dir
     root = find_project_root(project_dir=str(context.node_config.get("project-dir", "")))
     return root, str(context.node_config.get("output-dir", "results"))
@@ -264,7 +339,7 @@ def _check_package(task: Task) -> None:
 
 
 def _set_up_process(config: Config) -> None:
-    """Use the whole machine, deterministically; clients are served a few at a time."""
+    """Use the whole machine, deterministically; simulated clients share it, a few at a time."""
     keep_files_private()
-    compute_reproducibly(config.federated.clients_at_once)
+    compute_reproducibly(config.federated.at_once if _is_simulated() else 1)
     transformers.utils.logging.disable_progress_bar()

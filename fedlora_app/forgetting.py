@@ -146,7 +146,7 @@ def configure_without(run: SavedRun, client: str) -> Config:
         ForgettingError, ConfigError: the client cannot be forgotten, with the reason.
     """
     path, federated = run.path, run.config.federated
-    run.config.client(client)  # raises
+    run.config.entry(client)  # raises
     if federated.mode not in AVERAGING_MODES:
         raise ForgettingError(
             f"{path} is of mode {federated.mode}, in which no server averages updates: there is "

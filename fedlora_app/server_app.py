@@ -67,7 +67,7 @@ def main(grid: Grid, context: Context) -> None:
         model, faults = build_shapes(config, settings.root)
         paced = PacedGrid(
             grid,
-            config.federated.clients_at_once,
+            config.federated.at_once,
             config.federated.client_timeout_seconds,
             current_pool,
             config.federated.reconnect_seconds,
@@ -77,6 +77,7 @@ def main(grid: Grid, context: Context) -> None:
         stack.enter_context(witness_run(paced, settings.run_name, config, after))
         if paced.is_simulation:
             require_usable_environment()
+            config.require_clients()
         task = build_registration(settings)
         registrations = register_clients(paced, config, task, context.run_config, faults)
         paced.names |= {node: client for client, (node, _) in registrations.items()}

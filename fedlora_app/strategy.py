@@ -339,7 +339,7 @@ class GlobalAdapterFedAvg(FedAvg):
             record(JOINED, run=self._task.run_name, client=reply.client_id, node=str(node))
             self._report(f"{reply.client_id} is back, as another node.")
 
-        for fault in find_returned(grid, self.roster, self._task, absent, accept):
+        for fault in find_returned(grid, self.roster, self._task, self.config, absent, accept):
             self._report(f"A new node cannot take part: {fault}")
 
     def _complete_round(self, server_round: int, reports: dict[str, dict[str, Any]]) -> None:

@@ -206,8 +206,9 @@ class TestWhatLeavesAClient:
 
     def test_a_reply_holds_these_records_and_no_others(self, observed):
         replies = observed.grid.received
-        # Registration, the base model's evaluation, and per round an update and a report.
-        assert len(replies) == len(CLIENTS) * (2 + 2 * NUM_ROUNDS)
+        # Own settings are asked for; then registration, the base model's evaluation, and per
+        # round an update and a report.
+        assert len(replies) == len(CLIENTS) * (3 + 2 * NUM_ROUNDS)
         shapes = {k: v.shape for k, v in load_file(self._first_global(observed)).items()}
         facts = set()
         for reply in replies:
@@ -225,6 +226,7 @@ class TestWhatLeavesAClient:
             assert not reply.metadata.group_id and not reply.has_error()
         assert facts == {
             *("device", "process", "findings", "base_model", "global_adapter", "local_adapter"),
+            "needs",
             *("sha256/universal_train", "sha256/local_train"),
             *("sha256/universal", "sha256/local", "sha256/conflict", "sha256/local_validation"),
         }

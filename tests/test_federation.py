@@ -168,7 +168,7 @@ def test_a_local_adapter_continues_from_its_last_round(federation, monkeypatch):
 
 def test_a_missing_local_adapter_stops_the_round(federation):
     def remove_local(message, reply):
-        if message.metadata.message_type == "evaluate" and len(federation.grids[0].sent) == 4:
+        if message.metadata.message_type == "evaluate" and len(federation.grids[0].sent) == 6:
             folder = federation.output_dir / "run" / "clients" / "ann" / "round_000"
             (folder / WEIGHTS).unlink()
         return reply
@@ -260,7 +260,7 @@ def test_the_same_seed_gives_the_same_bytes_in_any_order(finished, federation, m
     monkeypatch.setattr(GlobalAdapterFedAvg, "__init__", shuffle)
     second = federation.run()
     served = [
-        [m.metadata.dst_node_id for m in each.grids[0].sent[2:4]] for each in (finished, federation)
+        [m.metadata.dst_node_id for m in each.grids[0].sent[4:6]] for each in (finished, federation)
     ]
     assert served == [[11, 12], [12, 11]]
     assert adapter_bytes(first) == adapter_bytes(second)
@@ -489,8 +489,9 @@ def test_traffic_is_what_the_grid_saw(finished):
     run = finished.path
     grid = finished.grids[0]
     seen = {}
-    for direction, messages in (("down", grid.sent[2:]), ("up", grid.received[2:])):
-        for index, message in enumerate(messages):  # after the registration; 2 clients take turns
+    for direction, messages in (("down", grid.sent[4:]), ("up", grid.received[4:])):
+        # After who asks for its own settings has registered; 2 clients take turns.
+        for index, message in enumerate(messages):
             server_round = (index // 2 + 1) // 2  # one pair in round 0, then two in each
             metadata = message.metadata
             node = metadata.dst_node_id if direction == "down" else metadata.src_node_id
@@ -543,7 +544,7 @@ def test_an_average_is_sent_once_and_again_to_who_has_lost_it(
 
     run = federation.run(tamper=damage)
     brings = {}
-    for message in federation.grids[0].sent[2:]:
+    for message in federation.grids[0].sent[4:]:
         task = read_task(message)
         key = task.client_id, task.server_round, message.metadata.message_type
         brings.setdefault(key, []).append(bool(message.content.array_records))

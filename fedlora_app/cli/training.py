@@ -123,7 +123,7 @@ def adapt(
     for note in notes:
         typer.echo(note)
     quiet_transformers()
-    compute_reproducibly(experiment.federated.clients_at_once)
+    compute_reproducibly(experiment.federated.at_once)
     choose_device(run_name, may_share=experiment.federated.share_gpu)
     typer.echo(f"Run directory: {run_dir}")
     try:

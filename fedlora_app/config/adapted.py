@@ -51,6 +51,7 @@ def load_adapted_config(path: Path, kept: Config) -> tuple[Config, list[str]]:
         for key, ours, theirs in _find_differences(base, raw)
     ]
     config = parse_config(raw, source=str(path), known_faults=faults)
+    config.require_clients()
     return config, [f"federated.{key}" for key in unused if key != "mode"]
 
 

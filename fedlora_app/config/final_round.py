@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fedlora_app.config.private import is_bare
+
 SETS = ("universal_validation", "conflict_validation")
 
 
@@ -18,7 +20,8 @@ def find_final_faults(raw: Mapping[str, Any]) -> Iterator[str]:
         return
     clients = federated.get("clients")
     clients = [c for c in clients if isinstance(c, Mapping)] if isinstance(clients, list) else []
-    has_own = any(client.get("local_validation") is not None for client in clients)
+    # A client whose own file is elsewhere may have some there.
+    has_own = any(c.get("local_validation") is not None or is_bare(c) for c in clients)
     if not has_own and all(data.get(name) is None for name in SETS):
         yield (
             "federated.final: best is chosen on validation questions, and there are none. Name a "

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from fedlora_app.config.combinations import fill_frozen_rank, find_faults
+from fedlora_app.config.faults import describe_faults, list_faults, shorten, show
 from fedlora_app.config.final_round import find_final_faults
+from fedlora_app.config.private import find_private_faults, is_bare
 from fedlora_app.config.schema import (
     GLOBAL,
     LOCAL,
     AdapterConfig,
-    ClientConfig,
     Config,
     ConfigError,
 )
 
 MAX_CONFIG_BYTES = 1 << 20
-MAX_FAULTS_SHOWN = 50
-MAX_SHOWN_CHARS = 100
 YAML_ERRORS = (  # PyYAML passes on whatever int(), float() and its own look-ups raise
     *(yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError),
     *(ArithmeticError, RecursionError),
@@ -61,7 +58,7 @@ def _change(raw: dict[str, Any], source: str, overrides: str, settings: dict[str
     for key, value in (changes | overridden).items():
         if not set_dotted(raw, key, value):
             faults.append(
-                f'overrides: "{_shorten(key)}" leads nowhere; no section or list item is there.'
+                f'overrides: "{shorten(key)}" leads nowhere; no section or list item is there.'
             )
     return parse_config(raw, source=source, known_faults=faults)
 
@@ -79,16 +76,11 @@ def parse_config(
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        found = error.errors(include_url=False)
-        faults += [_describe(fault) for fault in found[:MAX_FAULTS_SHOWN]]
-        num_more = max(0, len(found) - MAX_FAULTS_SHOWN)
+        found, num_more = describe_faults(error, Config)
+        faults += found
     faults += [*_cross_faults(raw), *find_faults(raw)]
     if config is None or faults:
-        listing = "\n".join(f"  {fault}" for fault in faults)
-        listing += f"\n  and {num_more} more." if num_more else ""
-        num_faults = len(faults) + num_more
-        count = "1 fault" if num_faults == 1 else f"{num_faults} faults"
-        raise ConfigError(f"{source} has {count}:\n{listing}")
+        raise ConfigError(list_faults(source, faults, num_more))
     return config
 
 
@@ -97,18 +89,18 @@ def parse_overrides(text: str) -> tuple[dict[str, Any], list[str]]:
     try:
         words = shlex.split(text)
     except ValueError as error:
-        return {}, [f"overrides: {error} in {_show(text)}."]
+        return {}, [f"overrides: {error} in {show(text)}."]
     changes: dict[str, Any] = {}
     faults = []
     for word in words:
         key, separator, value = word.partition("=")
         if not separator or not key:
-            faults.append(f'overrides: "{_shorten(word)}" is not of the form section.key=value.')
+            faults.append(f'overrides: "{shorten(word)}" is not of the form section.key=value.')
             continue
         try:
             changes[key] = yaml.load(value, Loader=_Loader)
         except YAML_ERRORS:
-            faults.append(f'overrides: the value of "{_shorten(word)}" is not YAML.')
+            faults.append(f'overrides: the value of "{shorten(word)}" is not YAML.')
     return changes, faults
 
 
@@ -130,7 +122,7 @@ class _Loader(yaml.SafeLoader):
                 )
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {_show(key.value)} is there twice", key.start_mark
+                    None, None, f"the key {show(key.value)} is there twice", key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -172,7 +164,7 @@ def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:
         track = [name for name in track if isinstance(name, str)]
         for name in sorted({name for name in track if track.count(name) > 1}):
             times = f"{track.count(name)} times"
-            yield f"experiment.track: {_shorten(name)} is named {times}; once is enough."
+            yield f"experiment.track: {shorten(name)} is named {times}; once is enough."
     yield from _kernel_faults(raw)
     yield from _copy_faults(raw)
     yield from find_final_faults(raw)
@@ -181,10 +173,11 @@ def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:
     if not isinstance(clients, list):
         return
     named = [client for client in clients if isinstance(client, dict)]
+    yield from find_private_faults(named, federated.get("mode"))
     ids = [client["id"] for client in named if isinstance(client.get("id"), str)]
     counts, lowered = Counter(ids), Counter(name.lower() for name in ids)
     for name, count in sorted(counts.items()):
-        shown = f'the id "{_shorten(name)}"'
+        shown = f'the id "{shorten(name)}"'
         if count > 1:
             yield f"federated.clients: {count} clients have {shown}; ids must differ."
         elif lowered[name.lower()] > 1:
@@ -214,10 +207,10 @@ def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:
         )
     if "universal_train" in data and data["universal_train"] is None:
         for client in named:
-            if client.get("universal_train") is None:
+            if client.get("universal_train") is None and not is_bare(client):
                 name = client["id"] if isinstance(client.get("id"), str) else None
                 yield (
-                    f'federated.clients: "{_shorten(str(name))}" has no universal_train and '
+                    f'federated.clients: "{shorten(str(name))}" has no universal_train and '
                     "data.universal_train is null; set one of them."
                 )
 
@@ -238,14 +231,14 @@ def _copy_faults(raw: dict[str, Any]) -> Iterator[str]:
         if key == "frozen_rank":  # a local one has none, which combinations.py says
             if ours:
                 yield (
-                    f"federated.aggregation: {_show(federated.get('aggregation'))} gives the "
+                    f"federated.aggregation: {show(federated.get('aggregation'))} gives the "
                     "global adapter a frozen part, and in mode finetuned the local one begins as "
                     "a copy of it and has none. Use another rule or another mode."
                 )
         elif ours != theirs and key != "dropout":
             yield (
-                f"adapters.local.{key}: it is {_show(theirs)} and adapters.global.{key} is "
-                f"{_show(ours)}. In mode finetuned the local adapter begins as a copy of the "
+                f"adapters.local.{key}: it is {show(theirs)} and adapters.global.{key} is "
+                f"{show(ours)}. In mode finetuned the local adapter begins as a copy of the "
                 "global one; set both to the same."
             )
 
@@ -268,71 +261,6 @@ def _kernel_faults(raw: dict[str, Any]) -> Iterator[str]:
             "training.attention: flash_attention_2 computes in bfloat16 and model.dtype is "
             "float32. Set model.dtype to auto or bfloat16."
         )
-
-
-def _describe(fault: Any) -> str:
-    """Return ``dotted.path: what is wrong``, with the value and a likely key."""
-    parts = (str(part) for part in fault["loc"])
-    path = _shorten(".".join(part for part in parts if "[" not in part))
-    value = fault["input"]
-    if fault["type"] == "extra_forbidden":
-        return f"{path}: unknown key.{_suggest(fault['loc'])}"
-    if fault["type"] == "missing":
-        return f"{path}: missing."
-    if fault["type"] == "string_pattern_mismatch":
-        return (
-            f"{path}: {_show(value)} is not a name. Expected letters, digits, '.', '_' and '-', "
-            "beginning with a letter or digit, at most 64."
-        )
-    if fault["type"] == "too_short":
-        return f"{path}: at least one is needed."
-    message = fault["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(value, dict | list) else f" (it is {_show(value)})"
-    return f"{path}: {message[0].lower()}{message[1:]}{shown}."
-
-
-def _show(value: Any) -> str:
-    """Return a value as it may stand in a message, whatever its size and its characters."""
-    if isinstance(value, int) and value.bit_length() > 4 * MAX_SHOWN_CHARS:
-        return f"a number of {value.bit_length()} bits"
-    if isinstance(value, str) and len(value) > MAX_SHOWN_CHARS:
-        return f"{value[:MAX_SHOWN_CHARS]!r}... of {len(value)} characters"
-    if isinstance(value, str | int | float | date | None):
-        return repr(value)
-    return f"a {type(value).__name__}"
-
-
-def _shorten(path: str) -> str:
-    """Return a key or a dotted path as it may stand in a message, whatever it holds."""
-    short = path if len(path) <= MAX_SHOWN_CHARS else f"{path[:MAX_SHOWN_CHARS]}..."
-    return short if short.isprintable() else ascii(short)
-
-
-def _suggest(loc: tuple[int | str, ...]) -> str:
-    """Name the most similar known key, first in the same section and then anywhere."""
-    here = ".".join(str(part) for part in loc[:-1] if not isinstance(part, int))
-    known = dict(_known_keys(Config))
-    siblings = [key for key, section in known.items() if section == here]
-    last = str(loc[-1])[:MAX_SHOWN_CHARS]
-    matches = difflib.get_close_matches(last, [k.rsplit(".", 1)[-1] for k in siblings], n=1)
-    if matches:
-        return f' Did you mean "{matches[0]}"?'
-    elsewhere = [key for key in known if key.rsplit(".", 1)[-1] == last]
-    if elsewhere:
-        return f' It belongs at "{elsewhere[0]}".'
-    names = ", ".join(key.rsplit(".", 1)[-1] for key in siblings)
-    return f" Known here: {names}." if names else ""
-
-
-def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (dotted key, dotted section) of every field below ``section``."""
-    for name, field in section.model_fields.items():
-        key = f"{prefix}.{field.alias or name}".lstrip(".")
-        yield key, prefix
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _known_keys(field.annotation, key)
-        elif field.annotation == list[ClientConfig]:
-            yield from _known_keys(ClientConfig, key)
 
 
 def read_yaml(path: Path) -> Any:

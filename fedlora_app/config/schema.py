@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from fedlora_app.config.private import NEEDED, PRIVATE, explain_bare, is_bare
 from fedlora_app.foundation.errors import UserError
 
 GLOBAL = "global"
@@ -192,11 +193,18 @@ class TrainingConfig(Section):
 
 
 class ClientConfig(Section):
-    """One participating organisation. Its files are read on its own machine only."""
+    """One participating organisation. Its files are read on its own machine only.
+
+    In a deployment the id is enough: system prompt and files then stand in the client's own file.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra={"dependentRequired": {key: [*NEEDED] for key in PRIVATE}}
+    )
 
     id: str = Field(pattern=SAFE_NAME)
-    system_prompt: str
-    local_train: str = Field(min_length=1)
+    system_prompt: str | None = None
+    local_train: str | None = Field(None, min_length=1)
     local_test: str | None = None
     local_validation: str | None = None
     """What the scale of this client's local adapter is chosen on."""
@@ -210,6 +218,11 @@ class ClientConfig(Section):
     """The round from which on it takes part."""
     last_round: int | None = Field(None, ge=1)
     """The last round in which it takes part. null: the run's."""
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether its own settings are not here."""
+        return is_bare(vars(self))
 
 
 class FederatedConfig(Section):
@@ -240,8 +253,9 @@ class FederatedConfig(Section):
     """Of adam and yogi."""
     server_tau: float = Field(1e-3, gt=0)
     """What keeps adam, yogi and adagrad from dividing by nothing."""
-    clients_at_once: int = Field(1, ge=1)
-    """Each has a base model of its own, on a GPU of its own as far as there are enough."""
+    clients_at_once: int = Field(1, ge=0)
+    """Each has a base model of its own, on a GPU of its own as far as there are enough. 0: all,
+    which is what clients on machines of their own want."""
     share_gpu: bool = False
     """Train on a GPU where another run trains too, instead of refusing."""
     client_timeout_seconds: float | None = Field(None, gt=0)
@@ -263,6 +277,11 @@ class FederatedConfig(Section):
     """Of the update that a client sends; bfloat16 halves the bytes, int8 takes a quarter and nf4 an
     eighth of them. What the rounding of int8 and nf4 loses, a client adds to its next update."""
     clients: list[ClientConfig] = Field(min_length=1)
+
+    @property
+    def at_once(self) -> int:
+        """Number of clients that are served at the same time."""
+        return min(self.clients_at_once or len(self.clients), len(self.clients))
 
     @property
     def required_clients(self) -> int:
@@ -329,7 +348,24 @@ class Config(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
 
     def client(self, client_id: str) -> ClientConfig:
-        """Return the client of that id."""
+        """Return the client of that id, with its own settings.
+
+        Raises:
+            ConfigError: there is none, or its own settings are not here.
+        """
+        client = self.entry(client_id)
+        if client.is_bare:
+            raise ConfigError(explain_bare(client_id))
+        return client
+
+    def require_clients(self) -> None:
+        """Raise ``ConfigError`` unless every client's own settings are here, naming the others."""
+        bare = [client.id for client in self.federated.clients if client.is_bare]
+        if bare:
+            raise ConfigError("\n".join(map(explain_bare, bare)))
+
+    def entry(self, client_id: str) -> ClientConfig:
+        """Return the client of that id, of which no more than the id may be known here."""
         for client in self.federated.clients:
             if client.id == client_id:
                 return client
@@ -341,7 +377,7 @@ class Config(Section):
 
         What it adds is scaled as everywhere: alpha / rank is the same.
         """
-        ours, rank = self.adapters.global_, self.client(client_id).rank
+        ours, rank = self.adapters.global_, self.entry(client_id).rank
         if rank is None or rank == ours.rank:
             return self.adapters
         own = ours.model_copy(update={"rank": rank, "alpha": ours.alpha / ours.rank * rank})

@@ -77,9 +77,11 @@ def load_all_files(config: Config, root: Path) -> dict[str, ClientFiles]:
     """Read and check every client's files, where one machine holds them all.
 
     Raises:
+        ConfigError: naming the clients whose own settings are not here.
         DataError: with the faults of every client together; what a missing file may have been
             meant to be is named, which a client never tells a server.
     """
+    config.require_clients()
     all_faults: dict[str, None] = {}
     found: dict[str, ClientFiles] = {}
     for client_id in config.client_ids:

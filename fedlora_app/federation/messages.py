@@ -12,6 +12,7 @@ import json
 import math
 import re
 import warnings
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -28,6 +29,7 @@ from flwr.app import (
 )
 
 from fedlora_app.config.loading import parse_config
+from fedlora_app.config.private import without_private
 from fedlora_app.config.schema import FEEDBACK, LOCAL, OWN_GLOBAL, Config
 from fedlora_app.federation.quantised import (
     WIRE_DTYPES,
@@ -48,6 +50,10 @@ PROBE_RECORD = "probe"
 METRIC_RECORD = "metrics"
 ABOUT_RECORD = "about"
 SPOILT = "process-is-spoilt"
+NEEDS = "needs"
+GLOBAL_ADAPTER = "global adapter"
+OWN_SETTINGS = "own settings"
+"""What a client may need before it can do its task."""
 MAX_ARRAY_HEADER_BYTES = 4096
 MAX_ERROR_CHARS = 10_000
 MAX_PATH_CHARS = 4096
@@ -91,7 +97,7 @@ DECLARED_FACTS = {
     r"device": r"[^\n]{1,200}",
     r"process": r"\d+, base model loaded \d+ times",
     r"findings": r"\[.*\]",
-    r"needs": r"global adapter",
+    r"needs": r"global adapter|own settings",
 }
 """What a fact may be called, and what it may say."""
 FINDING_KEYS = {"severity", "rule", "file", "record"}
@@ -226,9 +232,18 @@ def is_probe(message: Message) -> bool:
     return message.has_content() and PROBE_RECORD in message.content.config_records
 
 
-def build_task_content(task: Task, arrays: ArrayRecord | None = None) -> RecordDict:
-    """Return the content of a message from the server."""
-    records: dict[str, Any] = {TASK_RECORD: ConfigRecord(asdict(task))}
+def build_task_content(
+    task: Task, arrays: ArrayRecord | None = None, of: Collection[str] | None = None
+) -> RecordDict:
+    """Return the content of a message from the server.
+
+    Args:
+        of: the clients whose own settings (system prompt, names of files) the message may carry;
+            None: whom it is for.
+    """
+    owners = [task.client_id] if of is None else of
+    experiment = json.dumps(without_private(json.loads(task.experiment), owners))
+    records: dict[str, Any] = {TASK_RECORD: ConfigRecord(asdict(task) | {"experiment": experiment})}
     if arrays is not None:
         records[ADAPTER_RECORD] = arrays
     return RecordDict(records)
@@ -296,9 +311,11 @@ def build_reply(
     return Message(RecordDict(records), reply_to=message)
 
 
-def build_need_reply(message: Message, client_id: str, server_round: int) -> Message:
-    """Return a reply that asks for the same message with the global adapter in it."""
-    return build_reply(message, client_id, server_round, {}, {"needs": "global adapter"})
+def build_need_reply(
+    message: Message, client_id: str, server_round: int, need: str = GLOBAL_ADAPTER
+) -> Message:
+    """Return a reply that asks for the same message with what the client needs in it."""
+    return build_reply(message, client_id, server_round, {}, {NEEDS: need})
 
 
 def build_error_reply(

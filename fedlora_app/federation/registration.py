@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -62,25 +62,70 @@ def register_clients(
         node_ids = wait_for_nodes(grid, num_clients, run_config)
     except ConfigError as error:
         raise ConfigError("\n".join([*known_faults, str(error)])) from None
-    content = build_task_content(task)
-    messages = (build_message(content, MessageType.QUERY, node) for node in node_ids)
     registered: dict[str, tuple[int, Reply]] = {}
 
-    def read(message: Message) -> None:
-        reply = read_reply(message, None, REGISTRATION_ROUND)
-        config.client(reply.client_id)  # raises where the experiment has none of that id
+    def accept(reply: Reply, node: int) -> None:
         require_counts(reply)
         if reply.client_id in registered:
             raise MessageError(
                 f'Two nodes are the client "{reply.client_id}". Give each SuperNode its own '
                 "client-id."
             )
-        registered[reply.client_id] = (message.metadata.src_node_id, reply)
+        registered[reply.client_id] = (node, reply)
 
-    faults = [_leave_out(known_faults, f) for f in collect_faults(grid, messages, read)]
+    # Simulated nodes share the server's disk, where all settings lie.
+    of = config.client_ids if grid.is_simulation else []
+    found = _ask_who(grid, node_ids, task, config, accept, of)
+    faults = [_leave_out(known_faults, fault) for fault in found]
     if faults or known_faults:
         raise _refuse([*known_faults, *sorted(set(filter(None, faults)))])
     return registered
+
+
+def _ask_who(
+    grid: Grid,
+    nodes: Iterable[int],
+    task: Task,
+    config: Config,
+    accept: Callable[[Reply, int], None],
+    of: Collection[str] = (),
+) -> list[str]:
+    """Have nodes register, whoever they are; return what is wrong.
+
+    Nobody's own settings travel before it is known who a node is. One without a file of its own
+    then asks for them, and gets the same message with its own and nobody else's.
+
+    Args:
+        accept: is given a client's registration and its node; raises ``ValueError`` where it
+            cannot be.
+        of: the clients whose settings every node gets at once.
+    """
+    needing: dict[int, str] = {}
+
+    def read(message: Message) -> None:
+        node = message.metadata.src_node_id
+        reply = read_reply(message, None, REGISTRATION_ROUND)
+        entry = config.entry(reply.client_id)  # raises where the experiment has none of that id
+        if not reply.needs_settings:
+            accept(reply, node)
+        elif entry.is_bare or node in needing:
+            raise MessageError(
+                f"{reply.client_id}: its node has no file of its own, and the experiment names no "
+                "system_prompt and no local_train for it. Start its SuperNode with --node-config "
+                "'client-file=\"/path/to/client.yaml\"', or name both."
+            )
+        else:
+            needing[node] = reply.client_id
+
+    content = build_task_content(task, of=of)
+    faults = collect_faults(
+        grid, (build_message(content, MessageType.QUERY, node) for node in nodes), read
+    )
+    again = [
+        build_message(build_task_content(task, of=[client]), MessageType.QUERY, node)
+        for node, client in needing.items()
+    ]
+    return faults + collect_faults(grid, again, read)
 
 
 def read_report(metrics: Mapping[str, Any], facts: Mapping[str, str]) -> dict[str, Any]:
@@ -142,6 +187,7 @@ def find_returned(
     grid: Grid,
     roster: Roster,
     task: Task,
+    config: Config,
     absent: set[str],
     accept: Callable[[Reply, int], None],
 ) -> list[str]:
@@ -155,12 +201,8 @@ def find_returned(
             client is not what it was.
     """
     new = sorted(set(grid.get_node_ids()) - set(roster.nodes.values()))
-    content = build_task_content(replace(task, resumes=True))
-    messages = (build_message(content, MessageType.QUERY, node) for node in new)
 
-    def read(message: Message) -> None:
-        node = message.metadata.src_node_id
-        reply = read_reply(message, None, REGISTRATION_ROUND)
+    def take_back(reply: Reply, node: int) -> None:
         if reply.client_id not in absent:
             raise MessageError(f"Node {node} is {reply.client_id}, which is not missing.")
         accept(reply, node)
@@ -168,7 +210,7 @@ def find_returned(
         if isinstance(grid, PacedGrid):
             grid.names[node] = reply.client_id
 
-    return collect_faults(grid, messages, read)
+    return _ask_who(grid, new, replace(task, resumes=True), config, take_back)
 
 
 def collect_faults(

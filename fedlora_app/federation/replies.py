@@ -16,8 +16,11 @@ from fedlora_app.config.schema import SAFE_NAME
 from fedlora_app.federation.messages import (
     ABOUT_RECORD,
     DECLARED_METRICS,
+    GLOBAL_ADAPTER,
     MAX_ERROR_CHARS,
     METRIC_RECORD,
+    NEEDS,
+    OWN_SETTINGS,
     REGISTRATION_COUNTS,
     UPDATE_RECORD,
     MessageError,
@@ -46,7 +49,12 @@ class Reply:
     @property
     def needs_global(self) -> bool:
         """Whether the client has lost the global adapter and has done nothing without it."""
-        return "needs" in self.facts
+        return self.facts.get(NEEDS) == GLOBAL_ADAPTER
+
+    @property
+    def needs_settings(self) -> bool:
+        """Whether the client has no file of its own and asks for its own settings."""
+        return self.facts.get(NEEDS) == OWN_SETTINGS
 
 
 def read_reply(message: Message, client_id: str | None, server_round: int) -> Reply:

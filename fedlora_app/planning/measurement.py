@@ -149,7 +149,7 @@ def measure_run(
         PlanError: memory does not suffice, whatever the batch.
     """
     files = load_all_files(config, root)
-    compute_reproducibly(config.federated.clients_at_once)
+    compute_reproducibly(config.federated.at_once)
     parts = load_client_phases(config, load_tokenizer(config.model, root), root)
     choices = {phase: choose_examples(parts, phase, config) for phase in _phases(parts)}
     todo = [f"{p.name} phase, {kind}" for p, kinds in choices.items() for kind in kinds]

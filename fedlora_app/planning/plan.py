@@ -161,8 +161,10 @@ def build_plan(config: Config, root: Path, gpu_memory: str = "") -> Plan:
     Raises:
         PlanError: the memory's size or the kind of model is unknown.
         ModelError: the base model's configuration is not there.
+        ConfigError: naming the clients whose own settings are not here.
         DataError: a training file that is there cannot be used.
     """
+    config.require_clients()
     limit, source, on_cpu = _read_limit(gpu_memory)
     empty = _build_empty(config, root)
     fault = find_embedding_fault(config.model, root)
@@ -177,7 +179,7 @@ def build_plan(config: Config, root: Path, gpu_memory: str = "") -> Plan:
     predict = Predictor(shape, sizes, parts, on_cpu, questions)
     phases = predict(config, limit)
     numerics = read_numerics(config, on_cpu)
-    cards = [probe_cpu(shape, numerics, config.federated.clients_at_once)] if on_cpu else CARDS
+    cards = [probe_cpu(shape, numerics, config.federated.at_once)] if on_cpu else CARDS
     work = [measure_work(part, config.training) for part in parts]
     notes += _note_settings(config, on_cpu)
     counts = {p.client: (p.selection.num_universal, p.selection.num_local) for p in parts}
@@ -208,7 +210,7 @@ def _note_settings(config: Config, on_cpu: bool) -> Iterator[str]:
     if config.training.liger_kernels or config.training.compile:
         yield "What training.liger_kernels and training.compile save is not in these figures."
     yield from describe_proximal(config)
-    at_once = min(config.federated.clients_at_once, len(config.federated.clients))
+    at_once = config.federated.at_once
     if at_once > 1:
         where = "the machine's memory must hold all" if on_cpu else "they spread over the cards"
         yield (

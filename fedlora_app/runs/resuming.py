@@ -227,12 +227,16 @@ def find_changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list
 def describe_changed_data(config: Config, client: str, changed: list[str]) -> str:
     """Return the error for data files that are not those that a client registered with."""
 
-    def find_path(role: str) -> str | None:
-        sections, keys = (config.client(client), config.data), (role, f"{role}_test")
-        paths = (getattr(section, key, None) for key in keys for section in sections)
-        return next(filter(None, paths), None)
+    own = config.entry(client)
 
-    listing = ", ".join(f"{role} ({find_path(role)})" for role in changed)
+    def name_file(role: str) -> str:
+        if own.is_bare:  # its own file names it
+            return role
+        sections, keys = (own, config.data), (role, f"{role}_test")
+        paths = (getattr(section, key, None) for key in keys for section in sections)
+        return f"{role} ({next(filter(None, paths), None)})"
+
+    listing = ", ".join(map(name_file, changed))
     return (
         f"{client}: these data files are not those that the run began with: {listing}. Restore "
         "them and resume, or start a new run."

@@ -70,7 +70,7 @@ def test_the_bytes_of_a_message_grow_by_what_is_put_in():
     assert arrays == sum(len(array.data) for array in packed.values())
     assert both == without + arrays + sum(map(len, STATE))
     longer, _ = count_bytes(
-        build_task_content(Task("", 0, "", False, "run", "", "", "", "{}" * 10))
+        build_task_content(Task("", 0, "", False, "run" + 18 * "x", "", "", "", "{}"))
     )
     assert longer == without + 18
 
@@ -78,7 +78,7 @@ def test_the_bytes_of_a_message_grow_by_what_is_put_in():
 def test_traffic_is_counted_by_client_and_direction():
     traffic, request = Traffic(), build_request()
     request.content = build_task_content(
-        Task("ann", 1, "", False, "r", "", "", "", ""), pack_state(STATE)
+        Task("ann", 1, "", False, "r", "", "", "", "{}"), pack_state(STATE)
     )
     traffic.add("ann", "down", request)
     reply = build_reply(request, "ann", 1, {"num-examples": 3}, {}, STATE, shapes=SHAPES)
