@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import socket
 import ssl
@@ -78,6 +79,7 @@ class Rehearsal:
         self.faults: list[str] = []
         self._say = say
         self._port = _find_port()
+        self._marks = {city: secrets.token_hex(16) for city in CITIES}
 
     def hold(self) -> list[str]:
         """Hold it and return what was not as it has to be.
@@ -119,7 +121,7 @@ class Rehearsal:
             office.approve(coordinator, request)
             package, _ = open_package(self.coordinator.package(city), site.folder)
             join(package, site)
-            _write_data(site, city, files)
+            _write_data(site, city, files, self._marks[city])
         self._say(
             f"{self.folder}: a coordinator and {len(CITIES)} sites, each with its own folder, key "
             "and data. Of the sites the coordinator knows their ids and public keys."
@@ -151,8 +153,7 @@ class Rehearsal:
                 RUN_SECONDS,
             )
             self._kill()
-            if self._has_begun(PAUSED):
-                self._pause()
+            self._pause()
             start_in_background(self.sites[KILLED].folder)
             self._say(f"{KILLED}: started again, with the same key.")
             self._wait("the end of the round", lambda: run.poll() is not None, RUN_SECONDS)
@@ -178,6 +179,7 @@ class Rehearsal:
         started = read_started(self.sites[KILLED].processes)
         for process in started.alive if started else []:  # first what would start the others again
             signal_session(process.pid, signal.SIGKILL)
+        self._wait(f"{KILLED} to end", lambda: not (started and started.alive), START_SECONDS)
         self._say(f"{KILLED}: killed while it trained.")
 
     def _pause(self) -> None:
@@ -266,23 +268,19 @@ class Rehearsal:
             f"The global adapter is in {paths.final_global}.",
             f"{paths.final_global} is missing.",
         )
-        secrets = [
-            record["output"].encode()
-            for city, site in self.sites.items()
-            for record in json.loads((site.folder / f"data/{city}/local_train.json").read_text())
-        ]
+        marks = [mark.encode() for mark in self._marks.values()]
         places = [self.coordinator.folder, self._results]
         found = [
             path
             for place in places
             for path in place.rglob("*")
-            if path.is_file() and any(secret in path.read_bytes() for secret in secrets)
+            if path.is_file() and any(mark in path.read_bytes() for mark in marks)
         ]
         has_locals = paths.clients.exists() or paths.final_locals.exists()
         self._expect(
             not found and not has_locals,
-            f"No local adapter and none of the {len(secrets)} private answers is on the "
-            "coordinator's disk.",
+            "No local adapter, and nothing of the sites' data and prompts, is on the coordinator's "
+            "disk.",
             f"The coordinator's disk holds what is the sites' own: {found or paths.clients}.",
         )
 
@@ -305,8 +303,14 @@ class Rehearsal:
             time.sleep(POLL_SECONDS)
 
 
-def _write_data(site: SiteFolder, city: str, files: dict[str, list[dict[str, Any]]]) -> None:
-    """Write a few of a city's records and questions, and the file that names them."""
+def _write_data(
+    site: SiteFolder, city: str, files: dict[str, list[dict[str, Any]]], mark: str
+) -> None:
+    """Write a few of a city's records and questions, and the file that names them.
+
+    Args:
+        mark: stands in every record that is its own, and in its prompt, to be looked for.
+    """
     names = {
         "local_train": f"{city}/local_train.json",
         "local_test": f"{city}/local_test.json",
@@ -323,10 +327,13 @@ def _write_data(site: SiteFolder, city: str, files: dict[str, list[dict[str, Any
         path = site.folder / "data" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         most = NUM_RECORDS if key.endswith("_train") else NUM_QUESTIONS
-        path.write_text(json.dumps(files[name][:most]), encoding="utf-8")
+        records = files[name][:most]
+        if key.startswith("local"):
+            records = [r | {"output": f"{r['output']} ({mark})"} for r in records]
+        path.write_text(json.dumps(records), encoding="utf-8")
     client = {
         "id": city,
-        "system_prompt": f"You are the assistant of {city}.",
+        "system_prompt": f"You are the assistant of {city}, {mark}.",
         **{key: f"data/{name}" for key, name in names.items()},
         "data": {key: f"data/{name}" for key, name in shared.items()},
     }

@@ -40,9 +40,9 @@ def draft_policy(config: Config, facts: dict[str, Any]) -> str:
     participants = ", ".join(facts["participants"])
     return (
         "# What this site permits. Edit it before you start; it is read at every round.\n"
-        f'coordinator: "{facts["address"]}"\n'
-        f'experiment: "{config.experiment.name}"\n'
+        f'coordinator: "{facts["root"]}"\n'
+        f'experiments: ["{config.experiment.name}"]\n'
         f"participants: [{participants}]\n"
-        f"max_rounds: {config.federated.num_rounds}\n"
+        f"rounds: {config.federated.num_rounds}\n"
         f"code_sha256: {facts['code_sha256']}\n"
     )

@@ -152,10 +152,20 @@ class PacedGrid(Grid):
                 asked = pending.pop(replies[0].metadata.reply_to_message_id, None)
                 if asked is None:
                     replies.pop(0)
+                elif again := self._send_dropped(asked, replies[0]):
+                    pending.update(again)
+                    replies.pop(0)
                 else:
                     yield self._watched(
                         asked.message, _as_from_its_client(replies.pop(0), asked.message)
                     )
+
+    def _send_dropped(self, asked: _Asked, reply: Message) -> dict[str, _Asked]:
+        """Send a message once more that Flower dropped because its node went just before."""
+        is_dropped = reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE
+        if is_dropped and self._presence.find_awaited({asked.node}):
+            return self._send_again(asked)
+        return {}
 
     def _find_suspects(self, pending: dict[str, _Asked]) -> list[str]:
         """Return which messages a node seems to have lost with its process."""
@@ -167,15 +177,18 @@ class PacedGrid(Grid):
         """Send a message that was lost once more; return it by its new id, nothing to give up."""
         if asked.attempts == MOST_ATTEMPTS:
             return {}
+        why = "it has restarted, or the line was cut"
+        name = self._name(asked.node)
+        print(f"{name}: its SuperNode has lost the message ({why}). Sent again.", flush=True)
+        return self._send_again(replace(asked, attempts=asked.attempts + 1))
+
+    def _send_again(self, asked: _Asked) -> dict[str, _Asked]:
         about = asked.message.metadata
         again = build_message(asked.message.content, about.message_type, about.dst_node_id)
-        why = "it has restarted, or the line was cut"
-        name = self._name(about.dst_node_id)
-        print(f"{name}: its SuperNode has lost the message ({why}). Sent again.", flush=True)
         if not (message_id := self._push(again)):
             return {}
         self.watch(again, None)
-        return {message_id: replace(asked, message=again, attempts=asked.attempts + 1)}
+        return {message_id: replace(asked, message=again)}
 
     def _note_starts(self, pending: dict[str, _Asked]) -> None:
         """Record when each client can have started; in a simulation it may wait for a worker."""

@@ -418,3 +418,18 @@ def test_a_node_that_stays_away_has_failed_and_is_waited_for_once(capsys):
     node.absent = {}
     [reply] = grid.send_and_receive([build_message(RecordDict(), "train", 5)])
     assert not reply.has_error()
+
+
+def test_a_message_that_is_dropped_between_two_looks_is_sent_again():
+    """The node goes just after it was seen to be there."""
+
+    class Going(Coming):
+        def pull_messages(self, message_ids):
+            if not self.served:
+                self.absent = {5: 3}
+            yield from super().pull_messages(message_ids)
+
+    node = Going(absent={})
+    grid = PacedGrid(node, 1, reconnect_seconds=60.0)
+    [reply] = grid.send_and_receive([build_message(RecordDict(), "train", 5)])
+    assert not reply.has_error() and len(node.sent) == 2
