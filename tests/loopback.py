@@ -77,6 +77,11 @@ class LoopbackGrid(Grid):
         """Everything that the server sent, serialised as it would be for the wire."""
         return b"".join(map(_serialise, self.sent))
 
+    def bytes_sent_to(self, node: int) -> bytes:
+        """Everything that one node got, likewise."""
+        messages = (m for m in self.sent if m.metadata.dst_node_id == node)
+        return b"".join(map(_serialise, messages))
+
     def bytes_received(self) -> bytes:
         """Everything that clients sent, likewise."""
         return b"".join(map(_serialise, self.received))
@@ -94,6 +99,9 @@ class Federation:
     output_dir: Path
     config: Config
     grids: list[LoopbackGrid] = field(default_factory=list)
+    own_files: dict[str, Path] = field(default_factory=dict)
+    """Of clients that have a file of their own."""
+    grid_class: type[LoopbackGrid] = LoopbackGrid
 
     @property
     def path(self) -> Path:
@@ -117,16 +125,12 @@ class Federation:
         config_path = self.project / f"{name}.yaml"
         config_path.write_text(json.dumps(config.dump()))
         node_ids = range(11, 11 + len(config.federated.clients))
-        grid = LoopbackGrid(
+        grid = self.grid_class(
             {
                 node: Context(
                     run_id=1,
                     node_id=node,
-                    node_config={
-                        "client-id": client.id,
-                        "project-dir": str(self.project),
-                        "output-dir": str(self.output_dir),
-                    },
+                    node_config=self.node_config(client.id),
                     state=RecordDict(),
                     run_config={},
                 )
@@ -139,6 +143,16 @@ class Federation:
         with nullcontext() if report else mock.patch.object(server_app, "report_run"):
             server_app.main(grid, self.server_context(config_path, name, **run_config))
         return self.output_dir / name
+
+    def node_config(self, client: str) -> dict[str, str]:
+        """Return what a client's SuperNode is started with."""
+        if client in self.own_files:
+            return {"client-file": str(self.own_files[client])}
+        return {
+            "client-id": client,
+            "project-dir": str(self.project),
+            "output-dir": str(self.output_dir),
+        }
 
     def server_context(self, config_path: Path, name: str, **changes) -> Context:
         """Return the ServerApp's context with its run configuration."""

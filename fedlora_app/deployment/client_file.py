@@ -7,6 +7,7 @@ What all clients must have in common (adapters, steps, learning rate) is the exp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -167,27 +168,36 @@ class OwnSettings:
 
     def hide(self, text: str) -> str:
         """Return a text without what this file names: each is replaced by its key."""
-        for value, key in self._names:
-            text = text.replace(value, f"<{key}>")
-        return text
+        pattern, keys = self._names
+        return pattern.sub(lambda found: f"<{keys[found[0]]}>", text)
 
     @cached_property
-    def _names(self) -> list[tuple[str, str]]:
-        """Everything that stays here with the key it stands under, the longest first."""
+    def _names(self) -> tuple[re.Pattern[str], dict[str, str]]:
+        """What finds everything that stays here, and the key of each."""
         file = self.file
-        sections = {"": file, "data.": file.data, "model.": file.model}
-        paths = {
-            f"{prefix}{key}": getattr(section, key)
-            for prefix, section in sections.items()
-            for key in (*PRIVATE[1:], "store", "policy", *OwnDataConfig.model_fields, "name")
-            if isinstance(getattr(section, key, None), str)
+        paths = {"": file.model_dump(include={*PRIVATE[1:], "store", "policy"})}
+        paths |= {"data.": file.data.model_dump(), "model.": {"name": file.model.name}}
+        plain = {
+            f"{section}{key}": path
+            for section, named in paths.items()
+            for key, path in named.items()
+            if path is not None
         }
-        found = {str(self.folder / path): key for key, path in paths.items()}
-        found |= {str(self.path): NODE_KEY, str(self.folder): "folder"}
-        found |= {path: key for key, path in paths.items()}
+        whole = {str(self.path): NODE_KEY, str(self.folder): "folder"}
+        for key, path in plain.items():
+            for place in (self.folder / path, (self.folder / path).resolve()):
+                whole.setdefault(str(place), key)
+        words: dict[str, str] = {}
+        for key, path in plain.items():
+            if path not in whole:
+                words.setdefault(path, key)
         if file.system_prompt.strip():
-            found[file.system_prompt] = PRIVATE[0]
-        return sorted(found.items(), key=lambda pair: -len(pair[0]))
+            words[file.system_prompt] = PRIVATE[0]
+        # A short name may be a part of another word, or of a setting's dotted path.
+        parts = {text: re.escape(text) for text in whole}
+        parts |= {w: rf"(?<![\w./-]){re.escape(w)}(?![\w/-]|\.\w)" for w in words}
+        longest_first = sorted(parts, key=len, reverse=True)
+        return re.compile("|".join(parts[text] for text in longest_first)), whole | words
 
 
 def find_own_settings(node_config: Mapping[str, Any]) -> OwnSettings | None:

@@ -148,7 +148,8 @@ class Guard:
     """Holds one message, and the reply to it, against a policy."""
 
     policy: Policy
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=lambda: time.monotonic())
+    """When the message came, by the monotonic clock."""
 
     def require_permitted(self, asked: Asked) -> None:
         """Raise ``PolicyError`` where a message asks for more than is permitted."""
@@ -210,6 +211,12 @@ class Guard:
         _refuse(refused)
 
 
+def count_sure_others(config: Config, server_round: int) -> int:
+    """Return how many other updates are in a round's average with each, whoever else fails."""
+    trainers = training_clients(config, server_round)
+    return min(config.federated.required_clients, len(trainers)) - 1
+
+
 def fingerprint_certificate(path: Path) -> str:
     """Return the SHA-256 of a PEM certificate, as openssl x509 -fingerprint -sha256 has it.
 
@@ -255,8 +262,7 @@ def _check_least_others(permitted: int, asked: Asked) -> str | None:
     if config.federated.mode not in AVERAGING_MODES:
         return None if plan_round(config, 1).train is None else f"mode {config.federated.mode}"
     for number in asked.rounds_with_update:
-        trainers = training_clients(config, number)
-        sure = min(config.federated.required_clients, len(trainers)) - 1
+        sure = count_sure_others(config, number)
         if sure < permitted:
             return f"in round {number} no more than {sure} others are sure to send an update"
     return None

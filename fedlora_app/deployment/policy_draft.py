@@ -1,0 +1,74 @@
+"""The draft of a site's policy: exactly what its coordinator's experiment asks for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fedlora_app.config.schema import AVERAGING_MODES, Config
+from fedlora_app.deployment.policy import count_sure_others
+
+DRAFT = """\
+# What this site permits, whoever asks: its client holds every message against these rules before
+# it does anything of it, and every reply before it leaves. This draft permits what the experiment
+# asks for now, and no more. A rule that is left out permits everything; docs/deployment.md has all.
+coordinator: {coordinator}  # SHA-256 of package/root.crt: compare it over the phone
+experiments: {experiments}
+participants: {participants}  # who may take part, this site among them
+least_others: {least_others}  # so many others' updates are in every average with this site's
+rounds: {rounds}
+modes: {modes}
+adapter_rank: {adapter_rank}  # at most
+target_modules: {target_modules}
+update_dtypes: {update_dtypes}
+# update_parameters: 40370176   # numbers in an update, at most
+# send_update: false            # take part, and send no update
+# metrics: ["*"]                # figures that may leave, as patterns; a reply with others does not
+# facts: ["*"]                  # such as "sha256/*", "device", "base_model"
+code_sha256: {code_sha256}  # of the fedlora-app that is installed here
+base_sha256: {base_sha256}  # of the base model
+# steps: 500                    # optimizer steps in a round, at most
+# seconds: 7200                 # of work for one message; a round has two
+"""
+
+
+def draft_policy(config: Config, facts: Mapping[str, Any]) -> str:
+    """Return the text of ``policy.yaml`` for a package, with comments.
+
+    Args:
+        facts: what ``package.json`` says. Of it ``root`` (fingerprint of the root certificate),
+            ``participants``, ``code_sha256`` and ``base`` (with ``fingerprint``) are used; what is
+            unknown permits everything.
+    """
+    adapters, federated = config.adapters, config.federated
+    participants = sorted(set(facts.get("participants") or ()) | set(config.client_ids))
+    modules: set[str] = set()
+    for adapter in (adapters.global_, adapters.local):
+        named = adapter.target_modules
+        modules |= {named} if isinstance(named, str) else set(named)
+    ranks = (adapters.global_.joint.rank, adapters.local.joint.rank)
+    values = {
+        "coordinator": facts.get("root"),
+        "experiments": [config.experiment.name],
+        "participants": participants,
+        "least_others": _find_least_others(config),
+        "rounds": federated.num_rounds,
+        "modes": [federated.mode],
+        "adapter_rank": max(ranks),
+        "target_modules": sorted(modules),
+        "update_dtypes": [federated.upload_dtype],
+        "code_sha256": facts.get("code_sha256"),
+        "base_sha256": (facts.get("base") or {}).get("fingerprint"),
+    }
+    # JSON is YAML, and quotes what YAML would read as something else: ids such as "no", hashes.
+    return DRAFT.format(**{key: json.dumps(value) for key, value in values.items()})
+
+
+def _find_least_others(config: Config) -> int | None:
+    """Return what is sure in every round of the experiment, None where that is nobody."""
+    federated = config.federated
+    if federated.mode not in AVERAGING_MODES:
+        return None
+    rounds = range(1, federated.num_rounds + 1)
+    return max(0, min(count_sure_others(config, number) for number in rounds)) or None

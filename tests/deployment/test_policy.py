@@ -1,0 +1,271 @@
+"""A site's policy: each rule refuses by itself, before anything is trained or sent."""
+
+from __future__ import annotations
+
+import json
+import ssl
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from deployment.sites import build_bare_config, build_federation, names_of, set_policy
+
+from fedlora_app import client as client_module
+from fedlora_app.deployment import policy as policy_module
+from fedlora_app.deployment.layout import SiteFolder
+from fedlora_app.deployment.policy import (
+    RULES,
+    Policy,
+    fingerprint_certificate,
+    load_policy,
+)
+from fedlora_app.deployment.policy_draft import draft_policy
+from fedlora_app.federation.messages import UPDATE_RECORD, read_task
+from fedlora_app.foundation.project import hash_package
+from fedlora_app.model.base import compute_fingerprint
+from fedlora_app.strategy import RoundError
+
+OTHER = 64 * "0"
+NUM_PARAMETERS = 2048  # of the tiny experiment's global adapter
+
+
+def write_certificate(folder) -> str:
+    """Write what looks like a root certificate to whoever only hashes it; return its SHA-256."""
+    path = SiteFolder(folder).root_certificate
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(ssl.DER_cert_to_PEM_cert(b"a certificate"))
+    return fingerprint_certificate(path)
+
+
+def permitted_rules(federation, client="ann") -> dict:
+    """Return the narrowest rules under which the tiny experiment runs."""
+    folder = federation.own_files[client].parent
+    return {
+        "coordinator": write_certificate(folder),
+        "experiments": ["tiny"],
+        "participants": ["ann", "bob"],
+        "least_others": 1,
+        "rounds": 1,
+        "modes": ["dual"],
+        "adapter_rank": 4,
+        "target_modules": ["all-linear"],
+        "send_update": True,
+        "update_parameters": NUM_PARAMETERS,
+        "update_dtypes": ["float32"],
+        "metrics": ["*_*", "num-examples", "*/*"],
+        "facts": ["*_*", "sha256/*", "device", "process", "findings"],
+        "code_sha256": hash_package(),
+        "base_sha256": compute_fingerprint(federation.config.model, federation.project),
+        "steps": 6,
+        "seconds": 600,
+    }
+
+
+REFUSED_AT_ONCE = {
+    "coordinator": OTHER,
+    "experiments": ["another"],
+    "participants": ["ann"],
+    "least_others": 2,
+    "rounds": 1,
+    "modes": ["fedavg"],
+    "adapter_rank": 3,
+    "target_modules": ["q_proj"],
+    "send_update": False,
+    "update_dtypes": ["bfloat16"],
+    "code_sha256": OTHER,
+    "base_sha256": OTHER,
+    "steps": 5,
+    "facts": ["device"],
+    "metrics": ["num-examples"],
+}
+REFUSED_LATER = {"update_parameters": NUM_PARAMETERS - 1, "seconds": 1e-9}
+"""What is only known once there is an update, or time has passed."""
+
+
+@pytest.fixture
+def federation(tiny_project, tmp_path):
+    config = build_bare_config(federated={"num_rounds": 1})
+    return build_federation(tiny_project, tmp_path, config)
+
+
+def trained(federation) -> bool:
+    """Whether any client was asked to train."""
+    sent = federation.grids[0].sent
+    return any(message.metadata.message_type == "train" for message in sent)
+
+
+def test_every_rule_is_tested():
+    assert REFUSED_AT_ONCE.keys() | REFUSED_LATER.keys() == Policy.model_fields.keys()
+    assert RULES.keys() < REFUSED_AT_ONCE.keys()
+
+
+def test_the_narrowest_rules_permit_the_experiment(federation):
+    set_policy(federation, "ann", **permitted_rules(federation))
+    assert (federation.run() / "final" / "global").is_dir()
+
+
+@pytest.mark.parametrize("rule", REFUSED_AT_ONCE)
+def test_it_refuses_before_anything_is_trained(federation, capsys, rule):
+    rules = permitted_rules(federation) | {rule: REFUSED_AT_ONCE[rule]}
+    if rule == "rounds":
+        federation.config = build_bare_config()  # of two
+    set_policy(federation, "ann", **rules)
+    with pytest.raises(ValueError, match=f"ann: its policy refuses: {rule}$"):
+        federation.run()
+    assert not trained(federation)
+    assert f"ann: The policy refuses:\n  {rule}: " in capsys.readouterr().out
+    assert f"policy refuses: {rule}".encode() in federation.grids[0].bytes_received()
+
+
+def test_an_update_that_is_too_large_does_not_leave(federation):
+    rules = permitted_rules(federation) | {"update_parameters": NUM_PARAMETERS - 1}
+    set_policy(federation, "ann", **rules)
+    with pytest.raises(RoundError, match="ann: its policy refuses: update_parameters"):
+        federation.run()
+    (reply,) = (
+        r
+        for r in federation.grids[0].received
+        if r.metadata.message_type == "train" and r.metadata.src_node_id == 11
+    )
+    assert UPDATE_RECORD not in reply.content
+
+
+def test_training_stops_when_its_time_is_over(federation, monkeypatch):
+    set_policy(federation, "ann", **permitted_rules(federation) | {"seconds": 3600})
+    now = [0.0]
+    monkeypatch.setattr(policy_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    steps = []
+    original = client_module.step_lines
+
+    def count(what):
+        show = original(what)
+
+        def note(step, num_steps, loss):
+            if what.startswith("ann, round 1, global"):
+                steps.append(step)
+                now[0] += 3601
+            show(step, num_steps, loss)
+
+        return note
+
+    monkeypatch.setattr(client_module, "step_lines", count)
+    with pytest.raises(RoundError, match="ann: its policy refuses: seconds"):
+        federation.run()
+    assert steps == [1]
+
+
+def test_a_reply_that_took_too_long_does_not_leave(federation):
+    set_policy(federation, "ann", **permitted_rules(federation) | {"seconds": 1e-9})
+    with pytest.raises(ValueError, match="ann: its policy refuses: seconds"):
+        federation.run()
+
+
+def test_all_that_is_refused_is_named_at_once_and_no_reason_leaves(federation, capsys):
+    set_policy(federation, "ann", experiments=["zqours"], rounds=1, update_dtypes=["int8"])
+    federation.config = build_bare_config()
+    with pytest.raises(ValueError, match="ann: its policy refuses: experiments, rounds, update_dt"):
+        federation.run()
+    assert b"zqours" not in federation.grids[0].bytes_received()
+    out = capsys.readouterr().out
+    assert "experiments: tiny is none of zqours" in out
+    assert "rounds: 2, and at most 1 are permitted" in out
+
+
+def test_a_later_message_is_held_against_it_too(federation):
+    """A server may register with one experiment and send another one."""
+    set_policy(federation, "ann", **permitted_rules(federation))
+    deliver = federation.grid_class.push_messages
+
+    class Changing(federation.grid_class):
+        def push_messages(self, messages):
+            messages = list(messages)
+            for message in messages:
+                record = message.content.config_records["task"]
+                if message.metadata.message_type == "train":
+                    raw = json.loads(record["experiment"])
+                    raw["training"]["global_epochs"] = 50
+                    record["experiment"] = json.dumps(raw)
+            return deliver(self, messages)
+
+    federation.grid_class = Changing
+    with pytest.raises(RoundError, match="ann: its policy refuses: steps"):
+        federation.run()
+    train = [m for m in federation.grids[0].sent if m.metadata.message_type == "train"]
+    assert read_task(train[0]).client_id == "ann"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("rounds: 0\nround: 3", 'round: unknown key. Did you mean "rounds"?'),
+        ("code_sha256: zq12", "code_sha256: expected a SHA-256, 64 hex digits (it is 'zq12')."),
+        ("- rounds", "holds no rules"),
+        ("rounds: [", "cannot be read as YAML"),
+    ],
+)
+def test_a_policy_that_cannot_be_read_permits_nothing(federation, capsys, text, fault):
+    federation.own_files["ann"].with_name("policy.yaml").write_text(text)
+    with pytest.raises(ValueError, match="ann: its policy cannot be read; its log says why"):
+        federation.run()
+    assert fault in capsys.readouterr().out
+    assert b"zq12" not in federation.grids[0].bytes_received()
+
+
+def test_a_policy_that_is_named_must_be_there(federation):
+    own = federation.own_files["ann"]
+    own.write_text(own.read_text() + "policy: rules/none.yaml\n")
+    with pytest.raises(ValueError, match="ann: its policy cannot be read"):
+        federation.run()
+
+
+def test_who_may_fail_is_not_sure_to_be_in_the_average(federation):
+    federation.config = build_bare_config(federated={"num_rounds": 1, "min_clients": 1})
+    set_policy(federation, "ann", least_others=1)
+    with pytest.raises(ValueError, match="ann: its policy refuses: least_others"):
+        federation.run()
+
+
+def test_fingerprints_are_read_as_people_write_them(tmp_path):
+    found = write_certificate(tmp_path)
+    colons = ":".join(found[i : i + 2] for i in range(0, 64, 2)).upper()
+    spaces = " ".join(found[i : i + 4] for i in range(0, 64, 4))
+    for text in (colons, spaces):
+        (tmp_path / "policy.yaml").write_text(f'coordinator: "{text}"')
+        assert load_policy(tmp_path / "policy.yaml").coordinator == found
+
+
+class TestDraft:
+    def test_it_permits_the_experiment_and_nothing_more(self, federation):
+        path = federation.own_files["ann"].with_name("policy.yaml")
+        rules = permitted_rules(federation)
+        facts = {
+            "root": rules["coordinator"],
+            "participants": ["bob", "ann"],
+            "code_sha256": rules["code_sha256"],
+            "base": {"fingerprint": rules["base_sha256"]},
+        }
+        path.write_text(draft_policy(federation.config, facts))
+        drafted = load_policy(path).model_dump(exclude_unset=True)
+        assert drafted == {k: v for k, v in rules.items() if k in drafted}
+        assert drafted.keys() == RULES.keys() - {"send_update"}
+        federation.run()
+
+    def test_what_is_unknown_permits_everything(self, tmp_path):
+        path = tmp_path / "policy.yaml"
+        path.write_text(draft_policy(build_bare_config(("ann", "bob", "no")), {}))
+        rules = load_policy(path)
+        assert rules.coordinator is None and rules.base_sha256 is None
+        assert rules.participants == ["ann", "bob", "no"]
+        assert rules.least_others == 2
+        lines = path.read_text().replace("# send_update", "send_update").replace("# facts", "facts")
+        assert yaml.safe_load(lines)["send_update"] is False
+        path.write_text(lines)
+        assert load_policy(path).facts == ["*"]
+
+
+def test_no_name_of_a_file_is_in_a_reason(federation, capsys):
+    set_policy(federation, "ann", coordinator=OTHER, steps=1)
+    with pytest.raises(ValueError, match="its policy refuses: coordinator"):
+        federation.run()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "coordinator:" in line]
+    assert lines and not any(name in line for line in lines for name in names_of("ann"))
