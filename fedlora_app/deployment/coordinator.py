@@ -28,6 +28,7 @@ from fedlora_app.deployment.keys import (
     check_request,
     fingerprint_public_key,
     issue_certificate,
+    keep_out_of_git,
     make_root,
     make_secret_dir,
     write_public,
@@ -130,6 +131,8 @@ def create(folder: Path, host: str, port: int, config: Path, project: Path) -> C
     name = absolute.relative_to(project) if absolute.is_relative_to(project) else absolute
     root_key, root = make_root(experiment.experiment.name)
     key, certificate = issue_certificate(root_key, root, host)
+    make_secret_dir(folder)
+    keep_out_of_git(folder)
     write_secret(files.root_key, root_key)
     write_secret(files.key, key)
     write_public(files.root_certificate, root)

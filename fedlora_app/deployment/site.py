@@ -13,6 +13,7 @@ from fedlora_app.deployment.keys import (
     check_request,
     fingerprint_certificate,
     fingerprint_public_key,
+    keep_out_of_git,
     load_site_key,
     make_secret_dir,
     make_site_key,
@@ -64,6 +65,7 @@ def make_request(client: str, folder: Path, new_key: bool = False) -> Request:
         raise SiteError(f"{folder} has no key yet, so leave out --new-key.")
     if new_key and load_request(site).client != client:
         raise SiteError(f"{folder} is that of {load_request(site).client}, and not of {client}.")
+    keep_out_of_git(folder)
     private, public = make_site_key()
     request = sign_request(private, client)
     write_secret(site.next_key if new_key else site.key, private)

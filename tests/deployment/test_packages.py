@@ -345,12 +345,14 @@ def test_start_files_name_what_they_start(made):
         templates = joined / folder / "templates"
         text = (templates / f"{unit}.service").read_text()
         where = made["asked"] if folder == "deployment" else joined
-        assert f"deploy start --foreground {where / folder}" in text and "UMask=0077" in text
+        assert f'deploy start --foreground "{where / folder}"' in text and "UMask=0077" in text
         compose = yaml.safe_load((templates / "compose.yaml").read_text())
         (service,) = compose["services"].values()
-        assert service["command"][:3] == ["deploy", "start", "--foreground"]
+        assert service["command"] == ["deploy", "start", "--foreground", str(where / folder)]
         assert ("ports" in service) == (folder == "deployment")
-        assert "ENTRYPOINT" in (templates / "Dockerfile").read_text()
+        image = (templates / "Dockerfile").read_text()
+        assert "COPY . " not in image  # of a checkout that holds a deployment
+        assert (joined / folder / ".gitignore").read_text() == "*\n"
 
 
 def test_doctor_at_both_ends(fedlora, joined):
