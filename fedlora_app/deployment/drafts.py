@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
 from fedlora_app.config.schema import Config
-
-if TYPE_CHECKING:
-    from fedlora_app.deployment.package import Facts
+from fedlora_app.deployment.facts import Facts
 
 SHARED_SETS = ("universal_test", "universal_validation", "conflict_test", "conflict_validation")
 """Question sets that all clients answer, each with its own copy."""

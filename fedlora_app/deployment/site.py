@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora_app.config.schema import SAFE_NAME
+from fedlora_app.deployment.facts import Facts
 from fedlora_app.deployment.keys import (
     Request,
     check_request,
@@ -23,7 +24,7 @@ from fedlora_app.deployment.keys import (
     write_secret,
 )
 from fedlora_app.deployment.layout import SiteFolder
-from fedlora_app.deployment.package import CLIENT, POLICY, Facts, Package, read_package
+from fedlora_app.deployment.package import CLIENT, POLICY, Package, read_package
 from fedlora_app.deployment.templates import write_site_templates
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import replace_folder

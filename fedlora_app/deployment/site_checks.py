@@ -14,6 +14,7 @@ import yaml
 from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import Config
 from fedlora_app.deployment.connection import examine_connection, examine_registration
+from fedlora_app.deployment.facts import Facts
 from fedlora_app.deployment.finding import Finding, fault, ok, warning
 from fedlora_app.deployment.layout import SiteFolder
 from fedlora_app.deployment.machine_checks import (
@@ -22,7 +23,6 @@ from fedlora_app.deployment.machine_checks import (
     examine_rights,
     guarded,
 )
-from fedlora_app.deployment.package import Facts
 from fedlora_app.deployment.site import SiteError, fingerprint_key_file, load_facts
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")

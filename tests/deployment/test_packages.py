@@ -16,9 +16,10 @@ import yaml
 from conftest import build_tiny_config
 
 from fedlora_app.deployment import connection
-from fedlora_app.deployment.coordinator import approve, create, load_coordinator, read_request
+from fedlora_app.deployment.coordinator import create, load_coordinator
 from fedlora_app.deployment.keys import issue_certificate, make_root, make_site_key, sign_request
 from fedlora_app.deployment.layout import CoordinatorFolder, SiteFolder
+from fedlora_app.deployment.membership import approve, read_request
 from fedlora_app.deployment.package import MAX_PACKAGE_BYTES, read_package, write_zip
 from fedlora_app.deployment.site import join, make_request, open_package
 from fedlora_app.foundation.project import hash_package

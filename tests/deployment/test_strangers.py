@@ -36,12 +36,9 @@ from fedlora_app.deployment.connection import (
 )
 from fedlora_app.deployment.coordinator import (
     Coordinator,
-    approve,
     create,
     load_coordinator,
-    read_request,
     register_pending,
-    revoke,
 )
 from fedlora_app.deployment.coordinator_checks import examine_coordinator, examine_strangers
 from fedlora_app.deployment.keys import (
@@ -52,6 +49,7 @@ from fedlora_app.deployment.keys import (
     write_secret,
 )
 from fedlora_app.deployment.layout import CoordinatorFolder, SiteFolder
+from fedlora_app.deployment.membership import approve, read_request, revoke
 from fedlora_app.deployment.site import join, make_request, open_package
 from fedlora_app.deployment.site_checks import (
     examine_own_registration,
