@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from fedlora_app.config.schema import Config
-from fedlora_app.deployment.facts import Facts
 
 SHARED_SETS = ("universal_test", "universal_validation", "conflict_test", "conflict_validation")
 """Question sets that all clients answer, each with its own copy."""
@@ -64,19 +65,22 @@ def draft_client_file(config: Config, client: str) -> str:
     )
 
 
-def draft_policy(config: Config, facts: Facts) -> str:
-    """Return the draft of ``policy.yaml``: what the experiment asks for now, and no more."""
-    adapters = config.adapters
-    fingerprint = facts.base.fingerprint
+def draft_policy(config: Config, facts: Mapping[str, Any]) -> str:
+    """Return the draft of ``policy.yaml``: what the experiment asks for now, and no more.
+
+    Args:
+        facts: the content of ``package.json``.
+    """
+    adapters, fingerprint = config.adapters, facts["base"]["fingerprint"]
     return POLICY.format(
-        root=json.dumps(facts.root),
-        experiment=json.dumps(facts.experiment),
-        participants=", ".join(map(json.dumps, facts.participants)),
+        root=json.dumps(facts["root"]),
+        experiment=json.dumps(facts["experiment"]),
+        participants=", ".join(map(json.dumps, facts["participants"])),
         rounds=config.federated.num_rounds,
         mode=config.federated.mode,
         rank=max(adapters.global_.joint.rank, adapters.local.rank),
         dtype=config.federated.upload_dtype,
-        code=json.dumps(facts.code_sha256),
+        code=json.dumps(facts["code_sha256"]),
         base=f'base_sha256: "{fingerprint}"' if fingerprint else "# base_sha256:",
-        others=max(1, len(facts.participants) - 1),
+        others=max(1, len(facts["participants"]) - 1),
     )

@@ -83,7 +83,7 @@ def build_package(
             ROOT: root,
             FACTS: (json.dumps(facts.model_dump(), indent=2, ensure_ascii=False) + "\n").encode(),
             CLIENT: draft_client_file(config, client).encode(),
-            POLICY: draft_policy(config, facts).encode(),
+            POLICY: draft_policy(config, facts.model_dump()).encode(),
         }
     )
 
