@@ -220,6 +220,14 @@ def test_other_machines_reach_the_fleet_api_alone(running):
     assert register_pending(coordinator.folder.folder) == []  # nothing is left to do
 
 
+def test_an_interface_is_not_chosen_by_host(processes):
+    """The ServerApp would come from that address, and be refused in the middle of a run."""
+    module = ("-m", "fedlora_app.deployment.superlink")
+    processes.start("superlink", sys.executable, *module, "--host", "203.0.113.9", "--insecure")
+    status, log = processes.end_of("superlink")
+    assert status == 1 and "let a firewall choose the interface" in log
+
+
 def test_a_proxy_of_the_network_is_not_asked_for_this_machine(running, monkeypatch):
     coordinator = running[0]
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
