@@ -65,12 +65,12 @@ def approve(request: RequestFile, yes: Yes = False, deployment: Folder = DEPLOYM
 
     Example: fedlora deploy approve ayr/request.json
     """
-    from fedlora_app.deployment import coordinator as c
+    from fedlora_app.deployment import membership
 
     coordinator, asked = _open_request(request, deployment)
-    c.check_newcomer(coordinator, asked)
+    membership.check_newcomer(coordinator, asked)
     _confirm(asked, yes)
-    typer.echo(c.approve(coordinator, asked))
+    typer.echo(membership.approve(coordinator, asked))
     typer.echo(f"Send to {asked.client}: {coordinator.folder.package(asked.client)}")
 
 
@@ -80,12 +80,12 @@ def rotate(request: RequestFile, yes: Yes = False, deployment: Folder = DEPLOYME
 
     Example: fedlora deploy rotate ayr/request.json
     """
-    from fedlora_app.deployment import coordinator as c
+    from fedlora_app.deployment import membership
 
     coordinator, asked = _open_request(request, deployment)
-    c.check_rotation(coordinator, asked)
+    membership.check_rotation(coordinator, asked)
     _confirm(asked, yes)
-    typer.echo(c.rotate(coordinator, asked))
+    typer.echo(membership.rotate(coordinator, asked))
     typer.echo(f"Send to {asked.client}: {coordinator.folder.package(asked.client)}")
 
 
@@ -95,10 +95,11 @@ def revoke(site: SiteId, deployment: Folder = DEPLOYMENT) -> None:
 
     Example: fedlora deploy revoke ayr
     """
-    from fedlora_app.deployment import coordinator as c
+    from fedlora_app.deployment import membership
+    from fedlora_app.deployment.coordinator import load_coordinator
 
-    coordinator = c.load_coordinator(deployment)
-    typer.echo(c.revoke(coordinator, site))
+    coordinator = load_coordinator(deployment)
+    typer.echo(membership.revoke(coordinator, site))
     typer.echo(f"{site} is revoked. What it had is in {coordinator.folder.former}.")
 
 
@@ -108,10 +109,11 @@ def add(site: SiteId, deployment: Folder = DEPLOYMENT) -> None:
 
     Example: fedlora deploy add cumnock
     """
-    from fedlora_app.deployment import coordinator as c
+    from fedlora_app.deployment import membership
+    from fedlora_app.deployment.coordinator import load_coordinator
 
-    coordinator = c.load_coordinator(deployment)
-    c.add(coordinator, site)
+    coordinator = load_coordinator(deployment)
+    membership.add(coordinator, site)
     typer.echo(f"{site} is invited. When its request has come: fedlora deploy approve FILE")
     if others := [i for i in coordinator.approved if i != site]:
         typer.echo(
@@ -126,9 +128,10 @@ def package(site: SiteId, deployment: Folder = DEPLOYMENT) -> None:
 
     Example: fedlora deploy package ayr
     """
-    from fedlora_app.deployment import coordinator as c
+    from fedlora_app.deployment.coordinator import load_coordinator
+    from fedlora_app.deployment.membership import write_package
 
-    path = c.write_package(c.load_coordinator(deployment), site)
+    path = write_package(load_coordinator(deployment), site)
     typer.echo(f"Send to {site}: {path}")
 
 
@@ -138,10 +141,10 @@ def renew(deployment: Folder = DEPLOYMENT) -> None:
 
     Example: fedlora deploy renew
     """
-    from fedlora_app.deployment import coordinator as c
+    from fedlora_app.deployment.coordinator import load_coordinator, renew_certificate
 
-    coordinator = c.load_coordinator(deployment)
-    c.renew_certificate(coordinator)
+    coordinator = load_coordinator(deployment)
+    renew_certificate(coordinator)
     typer.echo(f"{coordinator.folder.certificate} is new.")
     if coordinator.is_running:
         typer.echo("The SuperLink has it from its next start on.")
@@ -226,7 +229,8 @@ def doctor(
 
 
 def _open_request(request: Path, deployment: Path) -> tuple[Coordinator, Request]:
-    from fedlora_app.deployment.coordinator import load_coordinator, read_request
+    from fedlora_app.deployment.coordinator import load_coordinator
+    from fedlora_app.deployment.membership import read_request
 
     return load_coordinator(deployment), read_request(request)
 

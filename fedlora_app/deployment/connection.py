@@ -17,6 +17,7 @@ import httpx
 
 from fedlora_app.deployment.finding import Finding, fault, ok, warning
 from fedlora_app.deployment.keys import load_site_key
+from fedlora_app.deployment.proxies import find_proxy
 
 CONNECT_SECONDS = 5.0
 RENEW_DAYS = 30
@@ -47,6 +48,10 @@ def examine_connection(host: str, port: int, root: str, key: bytes) -> Iterator[
         key: the site's private key.
     """
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if proxy := find_proxy(host):
+        what = f"HTTPS_PROXY is set, so Flower reaches {host} through {proxy}."
+        advice = f"If it is to be reached directly, as the lines below do: NO_PROXY={host}"
+        yield warning("proxy", what, advice)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:

@@ -267,6 +267,11 @@ def make_secret_dir(folder: Path) -> None:
         os.umask(before)
 
 
+def keep_out_of_git(folder: Path) -> None:
+    """Have git pass over a folder with keys, which may lie in a checkout."""
+    write_public(folder / ".gitignore", b"*\n")
+
+
 def describe_rights(path: Path) -> str:
     """Return how others than the owner may use a file or folder, empty if they may not."""
     mode = stat.S_IMODE(path.stat().st_mode)

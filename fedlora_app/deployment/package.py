@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
 from packaging.requirements import InvalidRequirement, Requirement
 
 from fedlora_app import __version__
-from fedlora_app.config.schema import Config, Section
+from fedlora_app.config.schema import Config
 from fedlora_app.deployment.drafts import draft_client_file, draft_policy
+from fedlora_app.deployment.facts import Base, Facts
 from fedlora_app.deployment.keys import CredentialError, fingerprint_certificate
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.project import PROJECT_NAME, hash_package
@@ -37,50 +36,6 @@ SHARED = ("model", "adapters", "training")
 
 class PackageError(UserError):
     """A package cannot be used; the message says why, and nothing of it was unpacked."""
-
-
-class Base(Section):
-    """The base model of the experiment."""
-
-    name: str
-    revision: str | None
-    fingerprint: str | None
-    """None where the coordinator does not have it."""
-
-
-class Facts(Section):
-    """The content of ``package.json``."""
-
-    format: int
-    experiment: str
-    client: str
-    address: str
-    """Of the SuperLink, host and port."""
-    participants: list[str]
-    """The sites that were invited when the package was written."""
-    key: str
-    """The fingerprint of the site's key that is let in."""
-    root: str
-    """The fingerprint of the authority's certificate."""
-    fedlora_app: str
-    flwr: str
-    requirements: list[str]
-    """The coordinator's versions of what fedlora-app needs."""
-    code_sha256: str
-    """Of the sources of fedlora_app."""
-    base: Base
-    settings: dict[str, dict[str, Any]]
-    """The experiment's sections that say what a site's machine has to do."""
-
-    @property
-    def host(self) -> str:
-        """The SuperLink's name or IP address."""
-        return urlsplit(f"//{self.address}").hostname or ""
-
-    @property
-    def port(self) -> int:
-        """The SuperLink's port."""
-        return urlsplit(f"//{self.address}").port or 0
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import httpx
 
 from fedlora_app.deployment.keys import fingerprint_public_key, public_line
 from fedlora_app.deployment.layout import CoordinatorFolder
+from fedlora_app.deployment.proxies import spare_loopback
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import write_atomically
 
@@ -58,6 +59,7 @@ def write_connection(folder: CoordinatorFolder, port: int) -> Path:
 
 def is_answering(folder: CoordinatorFolder, port: int) -> bool:
     """Return whether this deployment's SuperLink runs: that it answers, with its certificate."""
+    spare_loopback()
     try:
         context = ssl.create_default_context(cafile=str(folder.root_certificate))
         url = f"https://127.0.0.1:{port}/health"
@@ -97,6 +99,7 @@ def list_nodes(folder: CoordinatorFolder, port: int) -> list[Node]:
     from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
     from flwr.supercore.primitives.asymmetric import bytes_to_public_key
 
+    spare_loopback()
     try:
         with ControlHttpClient.from_server_address(
             f"127.0.0.1:{port}",
@@ -115,6 +118,7 @@ def list_nodes(folder: CoordinatorFolder, port: int) -> list[Node]:
 
 
 def _call_flower(folder: CoordinatorFolder, port: int, *arguments: str) -> None:
+    spare_loopback()
     environment = os.environ | {"FLWR_HOME": str(write_connection(folder, port).resolve())}
     command = [FLWR, "supernode", *arguments, "--format", "json"]
     try:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora_app.config.schema import SAFE_NAME
+from fedlora_app.deployment.facts import Facts
 from fedlora_app.deployment.keys import (
     Request,
     check_request,
     fingerprint_certificate,
     fingerprint_public_key,
+    keep_out_of_git,
     load_site_key,
     make_secret_dir,
     make_site_key,
@@ -22,7 +24,7 @@ from fedlora_app.deployment.keys import (
     write_secret,
 )
 from fedlora_app.deployment.layout import SiteFolder
-from fedlora_app.deployment.package import CLIENT, POLICY, Facts, Package, read_package
+from fedlora_app.deployment.package import CLIENT, POLICY, Package, read_package
 from fedlora_app.deployment.templates import write_site_templates
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import replace_folder
@@ -64,6 +66,7 @@ def make_request(client: str, folder: Path, new_key: bool = False) -> Request:
         raise SiteError(f"{folder} has no key yet, so leave out --new-key.")
     if new_key and load_request(site).client != client:
         raise SiteError(f"{folder} is that of {load_request(site).client}, and not of {client}.")
+    keep_out_of_git(folder)
     private, public = make_site_key()
     request = sign_request(private, client)
     write_secret(site.next_key if new_key else site.key, private)

@@ -14,6 +14,7 @@ import yaml
 from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import Config
 from fedlora_app.deployment.connection import examine_connection, examine_registration
+from fedlora_app.deployment.facts import Facts
 from fedlora_app.deployment.finding import Finding, fault, ok, warning
 from fedlora_app.deployment.layout import SiteFolder
 from fedlora_app.deployment.machine_checks import (
@@ -22,7 +23,6 @@ from fedlora_app.deployment.machine_checks import (
     examine_rights,
     guarded,
 )
-from fedlora_app.deployment.package import Facts
 from fedlora_app.deployment.site import SiteError, fingerprint_key_file, load_facts
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -131,24 +131,17 @@ def build_local_config(site: SiteFolder, facts: Facts) -> Config:
     own = load_client_file(site)
     settings: dict[str, Any] = {name: dict(section) for name, section in facts.settings.items()}
     for section in ("model", "training"):
-        given = own.get(section)
-        settings[section] |= {"name": given} if isinstance(given, str) else given or {}
-    settings["model"].pop("device", None)
-    client = {
-        key: own.get(key) for key in ("local_train", "universal_train") if own.get(key) is not None
+        given = own.get(section) or {}
+        settings[section] |= {key: value for key, value in given.items() if value is not None}
+    client = {"id": facts.client, "system_prompt": "", "local_train": own.get("local_train") or "?"}
+    data = own.get("data") or {}
+    universal = own.get("universal_train") or data.get("universal_train") or client["local_train"]
+    named = {
+        "experiment": {"name": facts.experiment},
+        "federated": {"clients": [client | {"universal_train": universal}]},
+        "data": {"universal_train": None},
     }
-    client = {"local_train": "not named"} | client
-    federated = {"clients": [client | {"id": facts.client, "system_prompt": "not needed here"}]}
-    data = {"universal_train": client.get("universal_train") or client["local_train"]}
-    return parse_config(
-        {
-            **settings,
-            "experiment": {"name": facts.experiment},
-            "federated": federated,
-            "data": data,
-        },
-        source=str(site.client_file),
-    )
+    return parse_config(settings | named, source=str(site.client_file))
 
 
 def load_client_file(site: SiteFolder) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from fedlora_app.deployment.proxies import spare_loopback
 from fedlora_app.foundation.files import keep_files_private
 
 OWN_ADDRESSES = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
@@ -78,6 +79,7 @@ def run() -> None:
             "let a firewall choose the interface."
         )
     keep_files_private()  # its database holds every message that is under way
+    spare_loopback()  # for the ServerApp, which Flower starts
     for name in REMOVED:
         os.environ.pop(name, None)
     theirs = extensions.get_middleware

@@ -1,4 +1,4 @@
-"""Start files for both ends: systemd units, a compose file, and the image that it runs.
+"""Start files for both ends: a systemd unit, a compose file, and the image that it runs.
 
 They are written into ``templates/`` and start nothing by themselves. All call
 ``fedlora deploy start --foreground``, which ends with the processes that it started.
@@ -6,6 +6,7 @@ They are written into ``templates/`` and start nothing by themselves. All call
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -13,62 +14,63 @@ from fedlora_app.deployment.keys import write_public
 from fedlora_app.deployment.layout import CoordinatorFolder, SiteFolder
 
 UNIT = """\
-# Put it into ~/.config/systemd/user/ (or, with a line User=, into /etc/systemd/system/), then
-#   systemctl --user daemon-reload && systemctl --user enable --now {unit}
-# and, so that it runs while nobody is logged in: loginctl enable-linger
+# Copy it to ~/.config/systemd/user/, then
+#   systemctl --user daemon-reload
+#   systemctl --user enable --now {unit}
+#   loginctl enable-linger  # so that it runs while nobody is logged in
+# As a system's service: copy it to /etc/systemd/system/ and add a line User= below [Service].
 [Unit]
 Description=fedlora-app: {what}
 Wants=network-online.target
 After=network-online.target
-# A SuperNode that was killed cannot come back before its SuperLink takes it for gone, about a
-# minute later. So never give up.
+# A network may be away for hours; never give up.
 StartLimitIntervalSec=0
 
 [Service]
-ExecStart={fedlora} deploy start --foreground {folder}
+ExecStart="{fedlora}" deploy start --foreground "{folder}"
 WorkingDirectory={working}
-Restart=always
-RestartSec=20
+# For a minute a SuperLink refuses a SuperNode that was killed, which it takes for online.
+Restart=on-failure
+RestartSec=60
 TimeoutStopSec=120
 UMask=0077
 NoNewPrivileges=true
-PrivateTmp=true
-ProtectSystem=strict
-ReadWritePaths={writable}
 
 [Install]
 WantedBy=default.target
 """
 
 DOCKERFILE = """\
-# Build it in the checkout of fedlora-app, so that the code has the sha256 that both ends compare:
+# In the checkout of fedlora-app, of the commit that both ends have:
 #   docker build -f {dockerfile} -t fedlora-app .
 FROM python:3.11-slim
-RUN useradd --create-home --uid 1000 fedlora
 WORKDIR /app
-COPY --chown=fedlora . .
+# These by name: this folder may hold a deployment's keys, which belong into no image.
+COPY pyproject.toml README.md LICENSE ./
+COPY fedlora_app fedlora_app
+COPY conf conf
 RUN pip install --no-cache-dir -e .
-USER fedlora
-ENV HF_HOME=/models
+ENV HOME=/tmp HF_HOME=/models
 ENTRYPOINT ["fedlora"]
 """
 
 COORDINATOR_COMPOSE = """\
-# The SuperLink. Sites need this one port of it:
+# The SuperLink. Sites need this one port of it, and other machines are served nothing else:
 #   docker compose -f {compose} up -d
-# Flower's own command asks it from within, because it is served on loopback alone:
-#   docker compose -f {compose} exec -e FLWR_HOME=/deployment/flwr superlink \\
-#     flwr run /app deployment
+#   docker compose -f {compose} exec superlink fedlora deploy status {folder}
+# What asks it to run something must do so from within, as the line above does.
 services:
   superlink:
     image: fedlora-app
-    command: [deploy, start, --foreground, /deployment]
-    restart: always
-    stop_grace_period: 2m
+    command: [deploy, start, --foreground, "{folder}"]
+    user: "{user}"  # whose these folders are
+    working_dir: "{project}"
     ports: ["{port}:{port}"]
-    volumes:
-      - {folder}:/deployment
-      - {project}/results:/app/results
+    volumes:  # under the same names as outside, because coordinator.yaml names the project
+      - "{folder}:{folder}"
+      - "{project}:{project}"
+    restart: unless-stopped
+    stop_grace_period: 2m
     read_only: true
     tmpfs: [/tmp]
     security_opt: ["no-new-privileges:true"]
@@ -81,50 +83,50 @@ SITE_COMPOSE = """\
 services:
   site:
     image: fedlora-app
-    command: [deploy, start, --foreground, /site]
-    restart: always
+    command: [deploy, start, --foreground, "{folder}"]
+    user: "{user}"  # whose this folder is
+    working_dir: "{folder}"
+    volumes:  # and every folder that client.yaml names and that lies elsewhere
+      - "{folder}:{folder}"
+    environment: {{HF_HOME: "{folder}/models"}}
+    restart: unless-stopped
     stop_grace_period: 2m
-    volumes:
-      - {folder}:/site  # client.yaml names data and model by paths in here
-      - models:/models
     read_only: true
     tmpfs: [/tmp]
     security_opt: ["no-new-privileges:true"]
     cap_drop: [ALL]
-    # With an NVIDIA GPU and the NVIDIA container toolkit:
-    # gpus: all
-volumes:
-  models:
+    # gpus: all  # with an NVIDIA GPU and NVIDIA's container toolkit
 """
 
 
 def write_coordinator_templates(folder: CoordinatorFolder, port: int, project: Path) -> None:
     """Write the start files of the organisation that runs the SuperLink."""
-    home = folder.folder.resolve()
-    unit = _unit("fedlora-superlink.service", "the SuperLink", home, project, project)
+    home, templates = folder.folder.resolve(), folder.templates
+    unit = _fill_unit("fedlora-superlink.service", "the SuperLink", home, project)
     compose = COORDINATOR_COMPOSE.format(
-        compose=folder.templates / "compose.yaml", port=port, folder=home, project=project
+        compose=templates / "compose.yaml", folder=home, project=project, port=port, user=_user()
     )
-    _write(folder.templates, "fedlora-superlink.service", unit, compose)
+    _write(templates, {"fedlora-superlink.service": unit, "compose.yaml": compose})
 
 
 def write_site_templates(folder: SiteFolder) -> None:
     """Write the start files of a site."""
-    home = folder.folder.resolve()
-    unit = _unit("fedlora-site.service", "SuperNode and executor", home, home, home)
-    compose = SITE_COMPOSE.format(compose=folder.templates / "compose.yaml", folder=home)
-    _write(folder.templates, "fedlora-site.service", unit, compose)
+    home, templates = folder.folder.resolve(), folder.templates
+    unit = _fill_unit("fedlora-site.service", "a site's SuperNode and executor", home, home)
+    compose = SITE_COMPOSE.format(compose=templates / "compose.yaml", folder=home, user=_user())
+    _write(templates, {"fedlora-site.service": unit, "compose.yaml": compose})
 
 
-def _unit(name: str, what: str, home: Path, working: Path, writable: Path) -> str:
+def _fill_unit(name: str, what: str, home: Path, working: Path) -> str:
     fedlora = Path(sys.executable).with_name("fedlora")
-    paths = " ".join(dict.fromkeys((str(home), str(writable), "-%h/.cache")))
-    return UNIT.format(
-        unit=name, what=what, fedlora=fedlora, folder=home, working=working, writable=paths
-    )
+    return UNIT.format(unit=name, what=what, fedlora=fedlora, folder=home, working=working)
 
 
-def _write(templates: Path, unit_name: str, unit: str, compose: str) -> None:
+def _user() -> str:
+    return f"{os.getuid()}:{os.getgid()}"
+
+
+def _write(templates: Path, texts: dict[str, str]) -> None:
     dockerfile = DOCKERFILE.format(dockerfile=templates / "Dockerfile")
-    for name, text in ((unit_name, unit), ("compose.yaml", compose), ("Dockerfile", dockerfile)):
+    for name, text in (texts | {"Dockerfile": dockerfile}).items():
         write_public(templates / name, text.encode())

@@ -12,6 +12,7 @@ from deployment.sites import build_bare_config, build_federation, names_of, set_
 
 from fedlora_app import client as client_module
 from fedlora_app.deployment import policy as policy_module
+from fedlora_app.deployment.drafts import draft_policy
 from fedlora_app.deployment.layout import SiteFolder
 from fedlora_app.deployment.policy import (
     RULES,
@@ -19,7 +20,6 @@ from fedlora_app.deployment.policy import (
     fingerprint_certificate,
     load_policy,
 )
-from fedlora_app.deployment.policy_draft import draft_policy
 from fedlora_app.federation.messages import UPDATE_RECORD, read_task
 from fedlora_app.foundation.project import hash_package
 from fedlora_app.model.base import compute_fingerprint

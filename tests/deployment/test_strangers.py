@@ -36,12 +36,9 @@ from fedlora_app.deployment.connection import (
 )
 from fedlora_app.deployment.coordinator import (
     Coordinator,
-    approve,
     create,
     load_coordinator,
-    read_request,
     register_pending,
-    revoke,
 )
 from fedlora_app.deployment.coordinator_checks import examine_coordinator, examine_strangers
 from fedlora_app.deployment.keys import (
@@ -52,6 +49,8 @@ from fedlora_app.deployment.keys import (
     write_secret,
 )
 from fedlora_app.deployment.layout import CoordinatorFolder, SiteFolder
+from fedlora_app.deployment.membership import approve, read_request, revoke
+from fedlora_app.deployment.proxies import find_proxy
 from fedlora_app.deployment.site import join, make_request, open_package
 from fedlora_app.deployment.site_checks import (
     examine_own_registration,
@@ -219,6 +218,26 @@ def test_other_machines_reach_the_fleet_api_alone(running):
     assert {("strangers", "ok"), ("keys", "ok"), ("certificate", "ok")} <= found
     assert not {name for name, level in found if level == "fault"}
     assert register_pending(coordinator.folder.folder) == []  # nothing is left to do
+
+
+def test_an_interface_is_not_chosen_by_host(processes):
+    """The ServerApp would come from that address, and be refused in the middle of a run."""
+    module = ("-m", "fedlora_app.deployment.superlink")
+    processes.start("superlink", sys.executable, *module, "--host", "203.0.113.9", "--insecure")
+    status, log = processes.end_of("superlink")
+    assert status == 1 and "let a firewall choose the interface" in log
+
+
+def test_a_proxy_of_the_network_is_not_asked_for_this_machine(running, monkeypatch):
+    coordinator = running[0]
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://user:secret@127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "fed.example.org")
+    assert find_proxy("127.0.0.1") == "127.0.0.1:9" and find_proxy("fed.example.org") is None
+    assert coordinator.is_running and register_pending(coordinator.folder.folder) == []
+    assert os.environ["NO_PROXY"] == "fed.example.org,127.0.0.1,::1,localhost"
+    assert find_proxy("127.0.0.1") is None
 
 
 def test_flower_alone_serves_its_control_api_to_everybody(running, processes):
