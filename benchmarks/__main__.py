@@ -25,6 +25,7 @@ DEMO_MODEL = "data/demo/base_model"
 OF_ALL = (
     "loads",
     "overhead",
+    "warm",
     "step",
     "layers",
     "packing",
@@ -63,6 +64,20 @@ def overhead(
     from benchmarks.overhead import describe, measure
 
     _finish("overhead", measure(phase_seconds, rounds, turns), describe)
+
+
+@app.command()
+def warm(
+    base: Annotated[str, typer.Option(help="A base model's folder; random weights if empty.")] = "",
+    gigabytes: Annotated[float, typer.Option(min=0.01, help="Of random weights, in fp32.")] = 1.0,
+    turns: Turns = 5,
+) -> None:
+    """What a message costs at a site: a process for each against one that stays."""
+    from benchmarks.warm_client import describe, measure
+
+    _finish(
+        f"warm-{Path(base).name}" if base else "warm", measure(base, gigabytes, turns), describe
+    )
 
 
 @app.command()
@@ -229,7 +244,7 @@ def all_(
         bool, typer.Option(help="Also the run over 200 rounds, some ten minutes.")
     ] = False,
 ) -> None:
-    """Everything that suits this machine, each in a fresh process; about 25 minutes."""
+    """Everything that suits this machine, each in a fresh process; about 35 minutes."""
     import torch
 
     names = [*OF_ALL, *(["long"] if with_long else [])]

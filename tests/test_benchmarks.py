@@ -195,3 +195,11 @@ def test_gpu_says_what_is_missing():
             gpu.measure(gpu.choose_runs(None, None), *arguments, num_steps=1)
     with pytest.raises(UserError, match="is not a size"):
         gpu.parse_memory("7 potatoes")
+
+
+def test_warm():
+    warm = bench("warm_client")
+    figures = warm.measure(str(ROOT / "data" / "demo" / "base_model"), num_turns=1)
+    for ways in figures["seconds"].values():
+        assert 0 < ways[warm.WARM]["value"] < ways[warm.ANEW]["value"]
+    require_table(warm, figures)

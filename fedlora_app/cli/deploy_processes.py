@@ -79,6 +79,7 @@ def run(
     Example: fedlora deploy run deployment
     """
     from fedlora_app.deployment.coordinator import CoordinatorError, load_coordinator
+    from fedlora_app.foundation.project import find_project_root
     from fedlora_app.launch import run_with_flower
 
     coordinator = load_coordinator(folder)
@@ -96,4 +97,4 @@ def run(
     }
     # There the SuperLink's address and root certificate stand, as the only connection.
     os.environ["FLWR_HOME"] = str(coordinator.folder.flower_home.resolve())
-    run_with_flower(Path(coordinator.settings.project), run_config, None, typer.echo)
+    run_with_flower(find_project_root(), run_config, None, typer.echo)

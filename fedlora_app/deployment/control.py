@@ -102,7 +102,7 @@ def describe_status(folder: Path) -> Iterator[str]:
 def _describe_process(process: KnownProcess) -> str:
     if not process.is_alive:
         return f"ended (process {process.pid}, started {process.since} UTC)"
-    again = f", restarted {process.num_restarts} times" * (process.num_restarts > 0)
+    again = f", restarts: {process.num_restarts}" * (process.num_restarts > 0)
     return f"running since {process.since} UTC (process {process.pid}{again})"
 
 

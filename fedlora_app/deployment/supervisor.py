@@ -44,6 +44,8 @@ REPLY_SECONDS = 2.0
 """In which a SuperNode sends the reply of an executor that was stopped in its work."""
 LARGE_LOG_BYTES, NUM_OLD_LOGS = 10 * 2**20, 3
 LOOK_SECONDS = 60.0
+STARTED = "--- Started at (UTC)"
+"""What stands in a log above the lines of each process."""
 
 Say = Callable[[str], None]
 
@@ -248,7 +250,7 @@ def read_tail(log: Path, num_lines: int = 1) -> str:
 def _spawn(program: Program, log: Path) -> subprocess.Popen[bytes]:
     rotate(log, is_open=False)
     with log.open("ab") as file:
-        file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} UTC\n".encode())
+        file.write(f"{STARTED} {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())}\n".encode())
         file.flush()
         return subprocess.Popen(
             program.command,
