@@ -79,7 +79,10 @@ def main(grid: Grid, context: Context) -> None:
             require_usable_environment()
             config.require_clients()
         task = build_registration(settings)
-        registrations = register_clients(paced, config, task, context.run_config, faults)
+        taken_part = [] if resumption is None else run.manifest["clients"]
+        registrations = register_clients(
+            paced, config, task, context.run_config, faults, taken_part
+        )
         paced.names |= {node: client for client, (node, _) in registrations.items()}
         for client, (node, _) in sorted(registrations.items()):
             record(JOINED, run=settings.run_name, client=client, node=str(node))
@@ -94,6 +97,7 @@ def main(grid: Grid, context: Context) -> None:
             )
             stack.enter_context(closing(run))
         else:
+            run.manifest["clients"] = reports | run.manifest["clients"]  # who has come since
             require_same_data(run.manifest, reports)
             for note in describe_other_software(run.manifest, reports):
                 print(note, flush=True)

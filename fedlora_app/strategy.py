@@ -30,11 +30,17 @@ from fedlora_app.evaluation.reported import describe_round, split_evaluation
 from fedlora_app.federation.aggregation import Aggregation
 from fedlora_app.federation.broadcast import Broadcast
 from fedlora_app.federation.messages import KEPT, REGISTRATION_ROUND, MessageError, Task
-from fedlora_app.federation.registration import find_returned, settle_clients, verify_clients
+from fedlora_app.federation.registration import (
+    find_returned,
+    read_report,
+    settle_clients,
+    verify_clients,
+)
 from fedlora_app.federation.replies import (
     Reply,
     RoundError,
     choose_valid,
+    require_counts,
     require_examples,
     require_facts,
     require_same_base,
@@ -57,6 +63,8 @@ from fedlora_app.runs.resuming import (
 )
 from fedlora_app.runs.round_record import RoundRecord
 from fedlora_app.runs.uploads import KeptUploads
+
+NOT_COME = "it was not there when the run began, and has not come yet"
 
 
 class GlobalAdapterFedAvg(FedAvg):
@@ -133,7 +141,8 @@ class GlobalAdapterFedAvg(FedAvg):
         Raises:
             RoundError: with what every client found wrong, together.
         """
-        messages = self._broadcast.checking_messages(self.serving_order, holders)
+        there = [client for client in self.serving_order if client in self.roster.nodes]
+        messages = self._broadcast.checking_messages(there, holders)
         faults = verify_clients(grid, messages, self.roster, self._run.manifest["base_model"])
         if faults:
             listing = "\n".join(faults)
@@ -145,7 +154,7 @@ class GlobalAdapterFedAvg(FedAvg):
     ) -> Iterable[Message]:
         """Yield one message per training client, made when its turn comes."""
         server_round += self._rounds_before
-        absent = set(self._round.failures)
+        absent = set(self._round.failures) | set(self.serving_order) - set(self.roster.nodes)
         self._begin_round(server_round)
         if absent:
             self._find_returned(grid, absent)
@@ -263,7 +272,10 @@ class GlobalAdapterFedAvg(FedAvg):
         """Return the clients' messages, and keep how to send one again with the global adapter."""
         build = partial(self._broadcast.messages, message_type, server_round)
         self._ask_again = lambda clients: grid.send_and_receive(build(clients, whole=True))
-        return build(clients)
+        for client in clients:
+            if client not in self.roster.nodes and client not in self._round.failures:
+                self._round.tell("failure", client, f"{client}: {NOT_COME}")
+        return build([client for client in clients if client in self.roster.nodes])
 
     def _fold_updates(self, server_round: int, replies: Iterable[Message]) -> AdapterState:
         """Return the global adapter that the clients' updates make of the one before."""
@@ -334,6 +346,9 @@ class GlobalAdapterFedAvg(FedAvg):
 
     def _find_returned(self, grid: Grid, absent: set[str]) -> None:
         def accept(reply: Reply, node: int) -> None:
+            if reply.client_id not in self._run.manifest["clients"]:
+                self._take_in(reply, node)
+                return
             self._require_same_data(reply)
             self._run.log_event("returned", client=reply.client_id, node=node)
             record(JOINED, run=self._task.run_name, client=reply.client_id, node=str(node))
@@ -341,6 +356,15 @@ class GlobalAdapterFedAvg(FedAvg):
 
         for fault in find_returned(grid, self.roster, self._task, self.config, absent, accept):
             self._report(f"A new node cannot take part: {fault}")
+
+    def _take_in(self, reply: Reply, node: int) -> None:
+        """Enter a client that was not there when the run began."""
+        require_counts(reply)
+        report = read_report(reply.metrics, reply.facts)
+        self._run.manifest["clients"][reply.client_id] = report
+        self._run.log_event(JOINED, client=reply.client_id, node=node)
+        record(JOINED, run=self._task.run_name, client=reply.client_id, node=str(node))
+        self._report(f"{reply.client_id} joins from round {self._round.server_round} on.")
 
     def _complete_round(self, server_round: int, reports: dict[str, dict[str, Any]]) -> None:
         """Enter the round with what the server itself has measured, and report it."""

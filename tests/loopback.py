@@ -113,12 +113,16 @@ class Federation:
         name: str = "run",
         config: Config | None = None,
         tamper=None,
+        gone: frozenset[int] = frozenset(),
         report: bool = False,
         **run_config,
     ) -> Path:
         """Run the experiment through both apps and return the run directory.
 
         The report at its end takes longer than a tiny run, so it is only written on demand.
+
+        Args:
+            gone: nodes that are not there when it begins.
         """
         config = config or self.config
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
@@ -137,6 +141,7 @@ class Federation:
                 for node, client in zip(node_ids, config.federated.clients, strict=True)
             }
         )
+        grid.refused |= gone
         if tamper is not None:
             grid.tamper = tamper
         self.grids.append(grid)

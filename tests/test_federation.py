@@ -23,6 +23,7 @@ from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import ConfigError
 from fedlora_app.evaluation import client_round, room
 from fedlora_app.evaluation.choices import open_round
+from fedlora_app.federation import registration
 from fedlora_app.federation.messages import (
     ABOUT_RECORD,
     METRIC_RECORD,
@@ -1132,6 +1133,105 @@ def test_no_memory_outside_of_training_names_what_to_lower(federation, monkeypat
     monkeypatch.setattr(client_round, "evaluate_questions", full)
     with pytest.raises(RoundError, match=r"outside of training\. Lower evaluation\.batch_size"):
         federation.run("run")
+
+
+ONE_OF_TWO = {"min_clients": 1, "client_timeout_seconds": 0.2}
+
+
+def build_late(tiny_project, tmp_path, appears_in: tuple[int, str], **federated):
+    """A federation whose second client appears once the first has been asked for something."""
+    config = build_tiny_config(federated={"num_rounds": 3} | ONE_OF_TWO | federated)
+    federation = Federation(tiny_project, tmp_path, config)
+
+    def appear(message, reply):
+        task = read_task(message)
+        if (task.server_round, message.metadata.message_type) == appears_in:
+            federation.grids[-1].refused.clear()
+        return reply
+
+    return federation, appear
+
+
+def test_a_client_that_is_not_there_at_the_start_joins_later(tiny_project, tmp_path, capsys):
+    federation, appear = build_late(tiny_project, tmp_path, (1, "evaluate"))
+    run = federation.run(tamper=appear, gone={12})
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert set(manifest["clients"]) == {"ann", "bob"}
+    assert "sha256/local_train" in manifest["clients"]["bob"]
+    assert [set(entry.get("failures", {})) for entry in manifest["rounds"]] == [
+        {"bob"},
+        {"bob"},
+        set(),
+        set(),
+    ]
+    assert "local:bob" in manifest["rounds"][2]["adapters"]
+    assert (run / "final" / "clients" / "bob" / WEIGHTS).exists()
+    updates = [e["client"] for e in entries(run, "global") if e["round"] == 2]
+    assert sorted(updates) == ["ann", "bob"]
+    output = capsys.readouterr().out
+    assert "bob is not there, and is taken in as soon as it is." in output
+    assert "bob joins from round 2 on." in output
+    load_run(run)
+
+
+@pytest.mark.parametrize("changes", [{"min_clients": None}, {"client_timeout_seconds": None}])
+def test_without_both_settings_all_clients_are_waited_for(tiny_project, tmp_path, changes):
+    federation, _ = build_late(tiny_project, tmp_path, (0, ""), **changes)
+    polls = []
+
+    def appear(seconds):
+        polls.append(seconds)
+        if len(polls) == 3:
+            federation.grids[-1].refused.clear()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registration.time, "sleep", appear)
+        patch.setattr(registration.time, "monotonic", lambda: 1000.0 * len(polls))
+        run = federation.run(gone={12})
+    rounds = json.loads((run / "manifest.json").read_text())["rounds"]
+    assert [entry.get("failures") for entry in rounds] == [None] * 4
+
+
+def test_a_run_resumes_before_a_client_has_ever_come(tiny_project, tmp_path, capsys):
+    federation, appear = build_late(tiny_project, tmp_path, (3, "train"))
+    federation.run(gone={12}, config=_until(federation.config, 1))
+    run = federation.run(resume="run", gone={12}, tamper=appear, **{"num-rounds": 3})
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert [set(entry.get("failures", {})) for entry in manifest["rounds"]] == [{"bob"}] * 4
+    assert set(manifest["clients"]) == {"ann"}
+
+
+def test_who_has_taken_part_must_be_there_to_resume(tiny_project, tmp_path, monkeypatch):
+    federation, _ = build_late(tiny_project, tmp_path, (0, ""))
+    federation.run(config=_until(federation.config, 1))
+    monkeypatch.setattr(registration, "wait_for_nodes", lambda grid, *_: grid.get_node_ids())
+    with pytest.raises(MessageError, match="ann: it has taken part, and its SuperNode is not"):
+        federation.run(resume="run", gone={11}, **{"num-rounds": 3})
+
+
+def test_a_node_that_is_away_for_a_round_is_asked_again_in_the_next(tiny_project, tmp_path):
+    """With a registered key it is the same node to Flower, and does not register again."""
+    config = build_tiny_config(federated={"num_rounds": 3} | ONE_OF_TWO)
+    federation = Federation(tiny_project, tmp_path, config)
+
+    def go_and_come(message, reply):
+        task, refused = read_task(message), federation.grids[0].refused
+        if (task.client_id, message.metadata.message_type) == ("ann", "train"):
+            refused.update({12} if task.server_round == 1 else ())
+        elif task.server_round == 1 and task.client_id == "ann":
+            refused.clear()
+        return reply
+
+    run = federation.run(tamper=go_and_come)
+    manifest = json.loads((run / "manifest.json").read_text())
+    failures = [entry.get("failures", {}) for entry in manifest["rounds"]]
+    assert list(failures[1]) == ["bob"] and not failures[2] and not failures[3]
+    assert len([m for m in federation.grids[0].sent if read_task(m).client_id == ""]) == 2
+
+
+def _until(config, num_rounds):
+    federated = config.federated.model_copy(update={"num_rounds": num_rounds})
+    return config.model_copy(update={"federated": federated})
 
 
 def test_a_client_that_comes_back_as_another_node_is_asked_again(tiny_project, tmp_path, capsys):

@@ -7,6 +7,7 @@ and a node that restarts in the middle of a run is a new one to Flower, and regi
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -43,12 +44,14 @@ def register_clients(
     task: Task,
     run_config: dict[str, Any],
     known_faults: Sequence[str] = (),
+    taken_part: Collection[str] = (),
 ) -> dict[str, tuple[int, Reply]]:
     """Have every node register; return each client's node and report.
 
     Args:
         known_faults: why the run cannot start whatever the clients say. Those who are there are
             asked all the same, so that everything is known at once; nobody is waited for.
+        taken_part: clients without which a run cannot resume.
 
     Raises:
         ConfigError: too many or too few nodes, or two nodes that are one client.
@@ -59,7 +62,7 @@ def register_clients(
     if known_faults and not is_complete:
         raise _refuse(known_faults)
     try:
-        node_ids = wait_for_nodes(grid, num_clients, run_config)
+        node_ids = wait_for_nodes(grid, config, run_config, len(taken_part))
     except ConfigError as error:
         raise ConfigError("\n".join([*known_faults, str(error)])) from None
     registered: dict[str, tuple[int, Reply]] = {}
@@ -79,6 +82,12 @@ def register_clients(
     faults = [_leave_out(known_faults, fault) for fault in found]
     if faults or known_faults:
         raise _refuse([*known_faults, *sorted(set(filter(None, faults)))])
+    if gone := sorted(set(taken_part) - set(registered)):
+        raise _refuse(
+            [f"{client}: it has taken part, and its SuperNode is not there." for client in gone]
+        )
+    for client in sorted(set(config.client_ids) - set(registered)):
+        print(f"{client} is not there, and is taken in as soon as it is.", flush=True)
     return registered
 
 
@@ -193,7 +202,8 @@ def find_returned(
 ) -> list[str]:
     """Have new nodes register, as whichever absent client they are; return what is wrong.
 
-    A SuperNode that restarts is another node to Flower.
+    A SuperNode without a registered key that restarts is another node to Flower; and one may come
+    that was not there when the run began.
 
     Args:
         absent: the clients that returned no valid results in the last round.
@@ -229,10 +239,22 @@ def collect_faults(
     return faults
 
 
-def wait_for_nodes(grid: PacedGrid, num_clients: int, run_config: dict[str, Any]) -> list[int]:
-    """Return the nodes, waiting for SuperNodes to connect; a simulation has all it gets."""
+def wait_for_nodes(
+    grid: PacedGrid, config: Config, run_config: dict[str, Any], at_least: int = 0
+) -> list[int]:
+    """Return the nodes, waiting for SuperNodes to connect; a simulation has all it gets.
+
+    With ``federated.min_clients`` and ``client_timeout_seconds`` the others are waited for until
+    that time has passed.
+
+    Args:
+        at_least: this many are waited for in any case.
+    """
     simulated = grid.is_simulation
-    reported = 0.0
+    num_clients = len(config.federated.clients)
+    required = max(at_least, config.federated.required_clients)
+    patience = config.federated.client_timeout_seconds or math.inf
+    started, reported = time.monotonic(), 0.0
     while True:
         node_ids = sorted(grid.get_node_ids())
         if len(node_ids) > num_clients or (simulated and len(node_ids) != num_clients):
@@ -241,7 +263,8 @@ def wait_for_nodes(grid: PacedGrid, num_clients: int, run_config: dict[str, Any]
             if not simulated:
                 raise ConfigError(f"{text}Stop the SuperNodes that do not take part.")
             raise ConfigError(f"{text}Run:\n  {command_for(num_clients, run_config)}")
-        if len(node_ids) == num_clients:
+        is_late = time.monotonic() - started > patience
+        if len(node_ids) == num_clients or (len(node_ids) >= required and is_late):
             return node_ids
         if time.monotonic() - reported > CONNECT_REPORT_SECONDS:
             reported = time.monotonic()

@@ -59,8 +59,8 @@ class Roster:
         self.held[client] = self.on_disk[client] = sha256
 
     def move(self, client: str, node: int) -> None:
-        """Have a client be another node from here on."""
-        del self._clients[self.nodes[client]]
+        """Have a client be another node from here on, or one where it was none yet."""
+        self._clients.pop(self.nodes.get(client), None)
         self.nodes[client] = node
         self._clients[node] = client
 
