@@ -62,13 +62,9 @@ from fedlora_app.model.ranks import resize_ranks
 from fedlora_app.runs.client_folder import ClientFolder
 from fedlora_app.runs.paths import RunPaths
 from fedlora_app.training.decay import choose_decays
-from fedlora_app.training.phase import (
-    PhaseResult,
-    settle_checkpointing,
-    train_phase,
-    train_within_memory,
-)
+from fedlora_app.training.phase import PhaseResult, train_phase
 from fedlora_app.training.selection import select_phase, take_part
+from fedlora_app.training.within_memory import settle_checkpointing, train_within_memory
 
 FromKept = Mapping[str, Kept]
 """What a client continues from, by role; it begins anew with what is not in it."""

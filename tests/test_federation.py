@@ -1048,7 +1048,7 @@ def test_a_client_without_memory_begins_again_with_smaller_batches(
 
     monkeypatch.setattr(training, "split_into_packs", full)
     run = federation.run("run")
-    said = "out of memory with batches of 2; once more, as in the rounds to come, with 1 x 2"
+    said = "out of memory with batches of 2; once more, and from here on, with 1 x 2"
     assert capsys.readouterr().out.count(said) == 2  # for each kind of phase
     rows = json.loads((run / "history.json").read_text())
     phases = [e["metrics"] for e in rows if e["phase"] == "global"]
