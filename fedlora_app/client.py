@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from fedlora_app.client_checks import check_client, list_owners
-from fedlora_app.config.rounds import Phase, plan_round
+from fedlora_app.config.rounds import BOTH, Phase, plan_round
 from fedlora_app.config.schema import (
     FEEDBACK,
     GLOBAL,
@@ -50,6 +50,7 @@ from fedlora_app.model.adapters import (
     build_initial_state,
     get_state,
     learning_part,
+    scaled_adapters,
     set_state,
     state_shapes,
 )
@@ -344,7 +345,8 @@ class Client:
                 factors=phase.factors,
             )
 
-        result, fitted = train_within_memory(model, phase, training, train, what)
+        with scaled_adapters(model, dict(zip(BOTH, phase.weights, strict=True))):
+            result, fitted = train_within_memory(model, phase, training, train, what)
         if fitted is not training:
             loaded.smaller_batches[kind] = fitted
         return result
