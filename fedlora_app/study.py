@@ -124,7 +124,9 @@ def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) 
     evaluations: dict[str, list[dict[str, Any]]] = {name: [] for name in study.variants}
     for (variant, seed), config in configs.items():
         run_dir = folder / f"{variant}-seed{seed}"
-        kept = root / study.kept / f"{run_dir.name}{SUFFIX}" if study.kept else None
+        combine = study.combine.get(variant)
+        name = f"{run_dir.name}-{combine}" if combine else run_dir.name
+        kept = root / study.kept / f"{name}{SUFFIX}" if study.kept else None
         files = load_all_files(config, data_root)
         if kept and (evaluation := find_kept(kept, config, files)):
             print(f"{run_dir.name}: kept in {study.kept}", flush=True)
@@ -138,7 +140,7 @@ def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) 
                     f"{run_dir} did not reach its end; its log is above. The same command "
                     "resumes it."
                 )
-        saved = open_round(load_run(run_dir), data_root, combine=study.combine.get(variant))
+        saved = open_round(load_run(run_dir), data_root, combine=combine)
         evaluations[variant].append(_evaluate(saved, report, folder / BASE_ANSWERS))
         if kept:
             keep_evaluation(kept, config, evaluations[variant][-1])

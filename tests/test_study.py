@@ -12,13 +12,15 @@ from fedlora_app.study import StudyConfig, load_study, run_study
 SETTINGS = {"seeds": [7], "variants": {"sum": "", "searched": ""}}
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_a_variant_is_evaluated_as_the_study_says(tiny_project, tmp_path):
     """Of finished runs, which a study does not repeat."""
     changes = {"interval": 0, "protocol": "core", "max_new_tokens": 2}
     config = build_tiny_config(federated={"num_rounds": 1}, evaluation=changes)
     path = tiny_project / "combined.yaml"
     path.write_text(json.dumps(config.dump()))
-    study = StudyConfig(name="tiny", config=path.name, combine={"searched": "search"}, **SETTINGS)
+    kept = {"combine": {"searched": "search"}, "kept": str(tmp_path / "kept")}
+    study = StudyConfig(name="tiny", config=path.name, **kept, **SETTINGS)
     for variant in study.variants:
         Federation(tiny_project, tmp_path / "tiny", config).run(f"{variant}-seed7")
     text = run_study(study, tiny_project, tmp_path, lambda *_: None)
