@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.client_checks import check_client, list_owners
-from fedlora_app.config.rounds import Phase, plan_round
+from fedlora_app.config.rounds import BOTH, Phase, plan_round
 from fedlora_app.config.schema import (
     FEEDBACK,
     GLOBAL,
@@ -51,6 +51,7 @@ from fedlora_app.model.adapters import (
     build_initial_state,
     get_state,
     learning_part,
+    scaled_adapters,
     set_state,
     state_shapes,
 )
@@ -64,13 +65,9 @@ from fedlora_app.model.ranks import resize_ranks
 from fedlora_app.runs.client_folder import ClientFolder
 from fedlora_app.runs.paths import RunPaths
 from fedlora_app.training.decay import choose_decays
-from fedlora_app.training.phase import (
-    PhaseResult,
-    settle_checkpointing,
-    train_phase,
-    train_within_memory,
-)
+from fedlora_app.training.phase import PhaseResult, train_phase
 from fedlora_app.training.selection import Selection, select_phase, take_part
+from fedlora_app.training.within_memory import settle_checkpointing, train_within_memory
 
 FromKept = Mapping[str, Kept]
 """What a client continues from, by role; it begins anew with what is not in it."""
@@ -378,7 +375,8 @@ class Client:
                 factors=phase.factors,
             )
 
-        result, fitted = train_within_memory(model, phase, training, train, what)
+        with scaled_adapters(model, dict(zip(BOTH, phase.weights, strict=True))):
+            result, fitted = train_within_memory(model, phase, training, train, what)
         if fitted is not training:
             loaded.smaller_batches[kind] = fitted
         return result

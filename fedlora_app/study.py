@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
+from fedlora_app.config.combination import Combination
 from fedlora_app.config.loading import load_config
 from fedlora_app.config.schema import SAFE_NAME, Config, ConfigError, Section
 from fedlora_app.data.client_files import ClientFiles, load_all_files
@@ -74,6 +75,15 @@ class StudyConfig(Section):
     again, on whatever machine, and new ones are written there."""
     variants: dict[Annotated[str, Field(pattern=SAFE_NAME)], str] = Field(min_length=1)
     """Each variant's name and what it overrides."""
+    combine: dict[str, Combination] = Field(default_factory=dict)
+    """How the two adapters answer together in the evaluation of a variant, by its name; else as its
+    configuration says."""
+
+    @model_validator(mode="after")
+    def _name_variants(self) -> Self:
+        if unknown := sorted(self.combine.keys() - self.variants.keys()):
+            raise ValueError(f"combine names {', '.join(unknown)}, which is no variant")
+        return self
 
 
 def load_study(path: Path) -> StudyConfig:
@@ -114,7 +124,9 @@ def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) 
     evaluations: dict[str, list[dict[str, Any]]] = {name: [] for name in study.variants}
     for (variant, seed), config in configs.items():
         run_dir = folder / f"{variant}-seed{seed}"
-        kept = root / study.kept / f"{run_dir.name}{SUFFIX}" if study.kept else None
+        combine = study.combine.get(variant)
+        name = f"{run_dir.name}-{combine}" if combine else run_dir.name
+        kept = root / study.kept / f"{name}{SUFFIX}" if study.kept else None
         files = load_all_files(config, data_root)
         if kept and (evaluation := find_kept(kept, config, files)):
             print(f"{run_dir.name}: kept in {study.kept}", flush=True)
@@ -128,7 +140,8 @@ def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) 
                     f"{run_dir} did not reach its end; its log is above. The same command "
                     "resumes it."
                 )
-        evaluations[variant].append(_evaluate(run_dir, data_root, report, folder / BASE_ANSWERS))
+        saved = open_round(load_run(run_dir), data_root, combine=combine)
+        evaluations[variant].append(_evaluate(saved, report, folder / BASE_ANSWERS))
         if kept:
             keep_evaluation(kept, config, evaluations[variant][-1])
     figures = {name: [measure(entry) for entry in runs] for name, runs in evaluations.items()}
@@ -312,13 +325,12 @@ def _move_aside(run_dir: Path) -> Path:
     return run_dir.rename(aside)
 
 
-def _evaluate(run_dir: Path, root: Path, report: Report, base_answers: Path) -> dict[str, Any]:
-    """Return a run's evaluation, made again where it is not of its adapters."""
-    run = load_run(run_dir)
-    saved = open_round(run, root)
-    if _is_current(run.evaluation, saved):
-        return run.evaluation
-    print(f"{run.name}: evaluating", flush=True)
+def _evaluate(saved: SavedRound, report: Report, base_answers: Path) -> dict[str, Any]:
+    """Return the evaluation of a run's adapters, made again where it is not of them."""
+    found = saved.run.find_evaluation(saved.server_round, saved.combine)
+    if _is_current(found, saved):
+        return found
+    print(f"{saved.run.name}: evaluating", flush=True)
     try:
         return evaluate_round(saved, report, base_answers=base_answers)
     finally:

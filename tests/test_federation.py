@@ -18,9 +18,10 @@ from loopback import Federation
 from observation import find_windows
 from safetensors.torch import load_file
 
+from fedlora_app import client as client_module
 from fedlora_app.client import Client
 from fedlora_app.config.loading import parse_config
-from fedlora_app.config.schema import ConfigError
+from fedlora_app.config.schema import GLOBAL, LOCAL, ConfigError
 from fedlora_app.evaluation import client_round, room
 from fedlora_app.evaluation.choices import open_round
 from fedlora_app.federation import registration
@@ -33,6 +34,7 @@ from fedlora_app.federation.messages import (
     read_task,
 )
 from fedlora_app.model import base as model_module
+from fedlora_app.model.adapters import lora_layers
 from fedlora_app.runs import client_folder
 from fedlora_app.runs.partial import read_what_is_left
 from fedlora_app.runs.paths import RunDirectoryError
@@ -267,6 +269,22 @@ def test_the_same_seed_gives_the_same_bytes_in_any_order(finished, federation, m
     assert adapter_bytes(first) == adapter_bytes(second)
     assert len(adapter_bytes(first)) == 2 * (3 + 2 * 3 + 3)
     assert metric_rows(first) == metric_rows(second)
+
+
+def test_in_the_local_phase_alone_the_adapters_are_weighed(finished, federation, monkeypatch):
+    """As FedDPA trains them; afterwards both are what they were."""
+    scalings, original = [], client_module.train_phase
+
+    def watch(model, examples, settings, *, trainable, **others):
+        layer = lora_layers(model, GLOBAL)[0]
+        scalings.append((trainable, layer.scaling[GLOBAL], layer.scaling[LOCAL]))
+        return original(model, examples, settings, trainable=trainable, **others)
+
+    monkeypatch.setattr(client_module, "train_phase", watch)
+    run = federation.run(config=build_tiny_config(training={"local_mixing_weight": 0.25}))
+    assert scalings == [*[((GLOBAL,), 2, 2)] * 2, *[((LOCAL,), 1.5, 0.5)] * 2] * 2
+    assert equal(server_state(run, 2), server_state(finished.path, 2))
+    assert not equal(local_state(run, "ann", 2), local_state(finished.path, "ann", 2))
 
 
 def test_another_seed_gives_other_bytes(finished, federation):
@@ -1050,7 +1068,7 @@ def test_a_client_without_memory_begins_again_with_smaller_batches(
 
     monkeypatch.setattr(training, "split_into_packs", full)
     run = federation.run("run")
-    said = "out of memory with batches of 2; once more, as in the rounds to come, with 1 x 2"
+    said = "out of memory with batches of 2; once more, and from here on, with 1 x 2"
     assert capsys.readouterr().out.count(said) == 2  # for each kind of phase
     rows = json.loads((run / "history.json").read_text())
     phases = [e["metrics"] for e in rows if e["phase"] == "global"]

@@ -18,6 +18,8 @@ SEARCH: Combination = "search"
 MIXER: Combination = "mixer"
 """Shares by layer and token, trained on the client's own data (FedALT)."""
 COMBINATIONS = (SCALE, GATE, INSTANCE, SEARCH, MIXER)
+SHARING = (INSTANCE, SEARCH, MIXER)
+"""Those that weigh the global adapter too, so that the local one may be a copy of it."""
 
 
 def as_configured(config: AdaptersConfig) -> Combination:

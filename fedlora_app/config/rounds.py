@@ -8,7 +8,7 @@ what keeps a local adapter from being fitted to a global one that no longer exis
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config
@@ -37,6 +37,8 @@ class Phase:
     """The local adapter is first made a copy of the global one."""
     factors: tuple[str, ...] = FACTORS
     """Of the global adapter, where it is one of those that learn."""
+    weights: tuple[float, float] = (1.0, 1.0)
+    """By which what the global and what the local adapter adds is multiplied."""
 
     @property
     def name(self) -> str:
@@ -60,6 +62,11 @@ class RoundPlan:
         shared = (GLOBAL,) if self.train is not None or self.is_global_given else ()
         return shared + tuple(name for name in self.evaluated if name == LOCAL)
 
+    @property
+    def has_copy(self) -> bool:
+        """Whether the local adapter began as a copy of the global one, and answers in its place."""
+        return self.personalise is not None and self.personalise.starts_from_global
+
 
 def plan_round(config: Config, server_round: int) -> RoundPlan:
     """Return what round ``server_round`` (from 1) does.
@@ -77,9 +84,16 @@ def plan_round(config: Config, server_round: int) -> RoundPlan:
     is_last = server_round == config.federated.num_rounds
     factors = learning_factors(config, server_round)
     personalise = Phase(BOTH, (LOCAL,), "local")
-    if mode == "dual" and schedule == "phased":
-        shared = Phase((GLOBAL,), (GLOBAL,), "universal", factors=factors)
-        return RoundPlan(shared, personalise, BOTH)
+    if schedule != "joint":
+        weight = config.training.local_mixing_weight
+        personalise = replace(
+            personalise,
+            data="mixed" if schedule == "mixed" else "local",
+            weights=(1.0, 1.0) if weight is None else (1 - weight, weight),
+        )
+    if mode == "dual" and schedule != "joint":
+        data = "mixed" if schedule == "mixed" else "universal"
+        return RoundPlan(Phase((GLOBAL,), (GLOBAL,), data, factors=factors), personalise, BOTH)
     if mode == "adapted":
         return RoundPlan(None, personalise, BOTH, is_global_given=True)
     if mode == "dual":

@@ -130,8 +130,9 @@ class AdaptersConfig(Section):
 class TrainingConfig(Section):
     """What a client does in a round."""
 
-    schedule: Literal["phased", "joint"] = "phased"
-    """phased: global on universal data, then local beside it; joint: both on the mix."""
+    schedule: Literal["phased", "mixed", "joint"] = "phased"
+    """phased: global on universal data, then local beside it; mixed: one after the other likewise,
+    each on all of the client's data; joint: both at once on all of it."""
     global_epochs: int = Field(2, ge=1)
     """Passes over the client's universal data per round."""
     local_epochs: int = Field(2, ge=1)
@@ -171,9 +172,13 @@ class TrainingConfig(Section):
     local_orthogonality: float = Field(0.0, ge=0)
     """Holds the two adapters' input subspaces apart: weight of their overlap (0 to 1, mean over
     modules), in the local phase of mode dual."""
+    local_mixing_weight: float | None = Field(None, gt=0, lt=1)
+    """In the local phase of mode dual what the adapters add is weighed, by this for the local one
+    and 1 minus this for the global one; null: both count whole. With weights at inference whose sum
+    is 1 too (--combine instance, mixer)."""
     proximal_mu: float = Field(0.0, ge=0)
     """FedProx: holds the global adapter near the one that was received while it is trained. Adds
-    mu / 2 times the squared distance of their weights to the loss."""
+    mu / 2 times the squared distance of their weights to the loss; in modes that average."""
     max_grad_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: Literal["auto", True, False] = "auto"
     """auto: on where the activations would not fit into the memory that is free."""

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fedlora_app.config.combination import GATE, SCALE, Combination, as_configured
+from fedlora_app.config.combination import GATE, SCALE, SHARING, Combination, as_configured
+from fedlora_app.config.rounds import BOTH
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdaptersConfig, ConfigError
 from fedlora_app.config.sharing import PERSONAL
 from fedlora_app.runs.reading import SavedRun
@@ -111,7 +112,8 @@ class SavedAdapters:
     @property
     def active(self) -> tuple[str, ...]:
         """What a client answers with after this round."""
-        return self.run.plan(self.server_round).evaluated
+        plan = self.run.plan(self.server_round)
+        return BOTH if plan.has_copy and self.combine in SHARING else plan.evaluated
 
     @property
     def trained(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from fedlora_app.foundation.errors import UserError
 from fedlora_app.model.adapters import AdaptedModel, adapter_parameters
 from fedlora_app.model.device import is_out_of_memory, read_free_memory
 from fedlora_app.training.activations import Numerics, PlanError, read_shape
-from fedlora_app.training.phase import USABLE_SHARE
+from fedlora_app.training.within_memory import USABLE_SHARE
 
 SCORING, GENERATING, GATE = "scoring given answers", "generating", "reading questions for the gate"
 """What memory is needed for."""

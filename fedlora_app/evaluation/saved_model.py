@@ -5,8 +5,9 @@ Input: a run directory and a choice of its adapters. Output: the model that answ
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 
 from fedlora_app.config.combination import GATE, INSTANCE, MIXER, SCALE, SEARCH, Combination
@@ -192,7 +193,8 @@ class SavedModel(SavedAdapters):
         set_state(model, GLOBAL, self._global_state(who))
         set_state(model, LOCAL, self.state(owner))
         task = FittingTask(model, loaded.tokenizer, config, client, files, self.root)
-        with only_adapters(model, who.adapters):
+        # A command's answer is on the other stream.
+        with only_adapters(model, who.adapters), redirect_stdout(sys.stderr):
             fitted = kind.fit(task)
         with suppress(OSError):  # who can only read a run may ask it, and fits again
             save_combiner(folder, fitted, about)

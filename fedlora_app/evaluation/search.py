@@ -16,6 +16,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Self
 
 import numpy as np
@@ -39,6 +40,7 @@ from fedlora_app.evaluation.fitted import (
 )
 from fedlora_app.evaluation.fitted_files import Tensors
 from fedlora_app.evaluation.scoring import score_examples
+from fedlora_app.foundation.progress import step_lines
 from fedlora_app.model.adapters import AdaptedModel
 from fedlora_app.model.fused import fused_answering
 
@@ -80,9 +82,12 @@ class SearchedWeights(FittedCombiner):
                 f"shorter than training.max_seq_length = {limit} tokens."
             )
         batch_size = task.config.evaluation.batch_size
+        trials, report = count(1), step_lines(f"{task.client.id}, {SEARCH}")
 
         def loss(weights: Weights) -> float:
-            return compute_loss(task.model, examples, weights, batch_size)
+            found = compute_loss(task.model, examples, weights, batch_size)
+            report(next(trials), MAX_TRIALS, found)
+            return found
 
         with fused_answering(task.model):
             return cls(search_weights(loss), task.client.system_prompt)

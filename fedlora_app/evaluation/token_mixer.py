@@ -35,14 +35,20 @@ from fedlora_app.evaluation.fitted import (
     require_shape,
 )
 from fedlora_app.evaluation.fitted_files import Tensors
+from fedlora_app.foundation.progress import step_lines
 from fedlora_app.model.adapters import AdaptedModel, activate
 from fedlora_app.model.fused import MIXED, Mixer, find_mixed_layers, fused_answering
 from fedlora_app.training.batches import count_steps, split_step, step_batches
 from fedlora_app.training.layout import pad
 from fedlora_app.training.losses import compute_losses
 from fedlora_app.training.optimizer import ADAM_BETAS
-from fedlora_app.training.phase import set_checkpointing
+from fedlora_app.training.phase import (
+    Progress,
+    TrainingError,
+    set_checkpointing,
+)
 from fedlora_app.training.schedule import schedule_factor
+from fedlora_app.training.within_memory import retry_with_less_memory
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,8 @@ class TokenMixer(FittedCombiner):
         )
         examples = [*found.local.examples, *found.universal.examples]
         training, num_rounds = task.config.training, task.config.federated.num_rounds
-        matrices = train_mixer(task.model, examples, training, num_rounds, task.seed(MIXER))
+        what = f"{task.client.id}, {MIXER}"
+        matrices = train_mixer(task.model, examples, training, num_rounds, task.seed(MIXER), what)
         return cls(matrices, task.client.system_prompt)
 
     def find_weights(self, model: AdaptedModel, prompts: Sequence[list[int]]) -> list[Weights]:
@@ -98,19 +105,42 @@ def train_mixer(
     training: TrainingConfig,
     num_phases: int,
     seed: int,
+    what: str = MIXER,
 ) -> Tensors:
     """Return the matrices (2, in) of each layer after training, fp32 on the CPU.
 
+    Where memory runs out it begins once more with smaller batches, as a phase of a run does.
+
     Args:
         num_phases: how many times as many steps as a local phase of these examples has.
+        what: begins the lines that say how far it is.
 
     Raises:
-        FitError: the loss is not finite.
+        FitError: the loss is not finite, or memory does not suffice for smaller batches either.
     """
     # Padded rows, which every base model takes.
     training = training.model_copy(update={"packing": False})
     num_steps = count_steps(len(examples), training.local_epochs, training)
     num_steps = num_phases * min(num_steps, training.max_steps or num_steps)
+
+    def train(settings: TrainingConfig) -> Tensors:
+        return _train_from_zeros(model, examples, settings, num_steps, seed, step_lines(what))
+
+    try:
+        matrices, _ = retry_with_less_memory(training, train, lambda: None, what)
+    except TrainingError as error:
+        raise FitError(f"{error} Or use a larger card, or another --combine.") from None
+    return matrices
+
+
+def _train_from_zeros(
+    model: AdaptedModel,
+    examples: Sequence[Example],
+    training: TrainingConfig,
+    num_steps: int,
+    seed: int,
+    progress: Progress,
+) -> Tensors:
     activate(model, MIXED)
     layers = find_mixed_layers(model)
     matrices = {
@@ -135,10 +165,11 @@ def train_mixer(
                 for group in optimizer.param_groups:
                     factor = schedule_factor(step / num_steps, training)
                     group["lr"] = training.learning_rate * factor
-                _accumulate_gradients(model, batch, training)
+                loss = _accumulate_gradients(model, batch, training)
                 torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+                progress(step + 1, num_steps, loss)
     finally:
         model.eval()
         set_checkpointing(model, False)
@@ -147,9 +178,10 @@ def train_mixer(
 
 def _accumulate_gradients(
     model: AdaptedModel, batch: Sequence[Example], training: TrainingConfig
-) -> None:
-    """Add up the gradients of one step, every answer token alike."""
+) -> float:
+    """Add up the gradients of one step, every answer token alike; return the mean loss."""
     num_tokens = sum(example.num_answer_tokens for example in batch)
+    total = 0.0
     for micro_batch in split_step(batch, training):
         losses, _ = compute_losses(model, micro_batch, None, pad)
         loss = losses.sum() / num_tokens
@@ -159,3 +191,5 @@ def _accumulate_gradients(
                 f"{training.learning_rate:g})."
             )
         loss.backward()
+        total += loss.item()
+    return total

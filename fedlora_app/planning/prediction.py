@@ -11,7 +11,6 @@ from fedlora_app.planning.host import PROCESS
 from fedlora_app.planning.questions import QuestionWork
 from fedlora_app.planning.workload import ClientPhase, find_largest, phases_of
 from fedlora_app.training.activations import Numerics, Shape
-from fedlora_app.training.phase import USABLE_SHARE
 from fedlora_app.training.phase_memory import (
     ADAPTERS,
     RESERVE,
@@ -21,6 +20,8 @@ from fedlora_app.training.phase_memory import (
     adapter_sizes,
     predict_phase,
 )
+from fedlora_app.training.proximal import without_idle_term
+from fedlora_app.training.within_memory import USABLE_SHARE
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Predictor:
                 self.shape,
                 self.sizes,
                 config.adapters,
-                config.training,
+                without_idle_term(config),
                 read_numerics(config, self.on_cpu),
                 phase,
                 find_largest(self.parts, phase, config.training),

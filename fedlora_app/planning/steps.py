@@ -16,13 +16,9 @@ from fedlora_app.model.device import reset_peak_memory
 from fedlora_app.planning.gpus import Passes, Work, compute_flops
 from fedlora_app.training.activations import Shape, first_trained_layer
 from fedlora_app.training.batches import step_batches
-from fedlora_app.training.phase import (
-    PhaseResult,
-    settle_checkpointing,
-    train_phase,
-    train_within_memory,
-)
+from fedlora_app.training.phase import PhaseResult, train_phase
 from fedlora_app.training.phase_memory import BaseSizes
+from fedlora_app.training.within_memory import settle_checkpointing, train_within_memory
 
 SEED = 1
 

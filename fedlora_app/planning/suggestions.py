@@ -10,7 +10,7 @@ from fedlora_app.planning.advice import Change
 from fedlora_app.planning.measurement import LONGEST, Measurement
 from fedlora_app.planning.plan import Plan
 from fedlora_app.training.batches import examples_per_step
-from fedlora_app.training.phase import USABLE_SHARE
+from fedlora_app.training.within_memory import USABLE_SHARE
 
 FEWEST_SAMPLED = 20
 """Questions of a set; fewer say little."""

@@ -292,8 +292,8 @@ def _name_variant(run: PartialRun) -> str:
     adapters = run.config.get("adapters") or {}
     schedule = (run.config.get("training") or {}).get("schedule", "phased")
     ranks = "/".join(str((adapters.get(k) or {}).get("rank", "?")) for k in ("global", "local"))
-    joint = ", joint" if run.mode == "dual" and schedule == "joint" else ""
-    return f"{run.mode}{joint}, ranks {ranks}"
+    how = f", {schedule}" if run.mode == "dual" and schedule != "phased" else ""
+    return f"{run.mode}{how}, ranks {ranks}"
 
 
 def _show_differences(evaluations: Mapping[str, dict[str, Any]]) -> list[Section]:

@@ -36,6 +36,7 @@ SAME_PROMPT = (
 )
 TRAINED_ON = {
     "phased": "The shared adapter was trained on universal data alone. ",
+    "mixed": "The shared adapter was trained on local data too. ",
     "joint": "The shared adapter was trained on local data too. ",
 }
 OTHER_MODES = (
@@ -75,7 +76,7 @@ def judge_run(
 
     Args:
         prompts: the clients' system prompts; None for one that is not known.
-        schedule: how the adapters were trained, phased or joint; None where it is not known.
+        schedule: how the adapters were trained, phased, mixed or joint; None where it is not known.
         nothing: that nothing was learned, where that was found.
     """
     own = next((figures[who] for who in (BOTH, "local:own", "global") if who in figures), None)

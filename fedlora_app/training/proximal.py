@@ -1,7 +1,9 @@
 """FedProx: the global adapter is held near the one that was received while a client trains it.
 
 Li et al. 2020, https://arxiv.org/abs/1812.06127, equation 2: a client minimises
-F_k(w) + mu/2 ||w - w_t||^2 instead of its own F_k, w_t being what the server sent.
+F_k(w) + mu/2 ||w - w_t||^2 instead of its own F_k, w_t being what the server sent: the mean of
+all clients' updates, from which one client's data would otherwise draw it away. Where nothing is
+averaged there is no such w_t, and no term.
 """
 
 from __future__ import annotations
@@ -10,8 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from fedlora_app.config.rounds import plan_round
-from fedlora_app.config.schema import Config
+from fedlora_app.config.schema import AVERAGING_MODES, Config, TrainingConfig
 
 
 class ProximalTerm:
@@ -45,10 +46,21 @@ class ProximalTerm:
         return self._mu / 2 * squares.item()
 
 
+def without_idle_term(config: Config) -> TrainingConfig:
+    """Return the training's settings, without ``proximal_mu`` where it has no effect.
+
+    In mode centralized one client has everybody's data and gets back what it sent: the term would
+    hold each round near the end of the one before, and be no FedProx.
+    """
+    if config.federated.mode in AVERAGING_MODES:
+        return config.training
+    return config.training.model_copy(update={"proximal_mu": 0.0})
+
+
 def describe_proximal(config: Config) -> Iterator[str]:
-    """Yield a warning where ``training.proximal_mu`` is set and no global adapter is trained."""
-    if config.training.proximal_mu > 0 and plan_round(config, 1).train is None:
+    """Yield a warning where ``training.proximal_mu`` is set and has no effect."""
+    if config.training.proximal_mu > 0 and without_idle_term(config).proximal_mu == 0:
         yield (
             f"Warning: training.proximal_mu {config.training.proximal_mu:g} has no effect: mode "
-            f"{config.federated.mode} trains no global adapter."
+            f"{config.federated.mode} averages no updates, so there is no mean to stay near."
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import get_args
 
@@ -48,6 +50,7 @@ from fedlora_app.evaluation.search import (
 )
 from fedlora_app.evaluation.text import describe_evaluation
 from fedlora_app.evaluation.token_mixer import TokenMixer, train_mixer
+from fedlora_app.foundation import progress
 from fedlora_app.model.adapters import (
     activate,
     get_state,
@@ -234,6 +237,43 @@ def test_a_mixer_whose_loss_is_not_finite_is_refused(adapted, tokenizer):
     assert not any("forward" in module.__dict__ for module in adapted.modules())
 
 
+@contextmanager
+def memory_for(model, num_rows: int):
+    """Have training run out of memory with more rows."""
+
+    def check(module, args, settings):
+        if torch.is_grad_enabled() and len(settings["input_ids"]) > num_rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    handle = model.get_base_model().base_model.register_forward_pre_hook(check, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_a_mixer_is_fitted_once_more_where_memory_runs_out(adapted, tokenizer, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "INTERVAL_SECONDS", 0.0)
+    make_local_noise(adapted)
+    examples = [encode_example(tokenizer, SYSTEM, r) for r in answer_alone(adapted, tokenizer)]
+    training = TrainingConfig(batch_size=3, gradient_accumulation_steps=1, learning_rate=3e-2)
+    fit = {"num_phases": 4, "seed": 1, "what": "ann, mixer"}
+    expected = train_mixer(adapted, examples, training, **fit)
+    assert re.match(r"ann, mixer: step 1/8, loss \d\.\d{3}, \d+ s left\n", capsys.readouterr().out)
+    with memory_for(adapted, 1):
+        found = train_mixer(adapted, examples, training, **fit)
+    assert "ann, mixer: out of memory with batches of 3; once more" in capsys.readouterr().out
+    for name, matrix in expected.items():
+        torch.testing.assert_close(found[name], matrix, atol=1e-3, rtol=1e-3)
+    assert not adapted.get_base_model().is_activation_checkpointing
+    with (
+        memory_for(adapted, 0),
+        pytest.raises(FitError, match="ann, mixer: out of memory, also with .* another --combine"),
+    ):
+        train_mixer(adapted, examples, training, **fit)
+    assert not any("forward" in module.__dict__ for module in adapted.modules())
+
+
 def test_a_mixer_answers_each_question_as_by_itself(adapted, tokenizer):
     activate(adapted, MIXED)
     generator = torch.Generator().manual_seed(4)
@@ -381,6 +421,24 @@ def test_other_data_or_another_seed_is_fitted_anew(run, tiny_project):
     assert describe() != describe(saved.config.model_copy(update={"experiment": experiment}))
     assert describe() != describe(adapters=adapters | {LOCAL: "other"})
     assert describe() != describe(data={"sha256/local_train": "x"})
+
+
+def test_a_fine_tuned_copy_is_weighed_against_the_average(tiny_project, tmp_path):
+    """FedDPA-F: by weights of sum 1, since the copy holds all that the average does."""
+    config = build_tiny_config(
+        adapters={"local": {"rank": 4, "alpha": 8}},
+        federated={"mode": "finetuned"},
+        evaluation={"max_new_tokens": 4, "protocol": "core", "interval": 0},
+    )
+    run = load_run(Federation(tiny_project, tmp_path, config).run())
+    saved = open_round(run, tiny_project, combine=INSTANCE)
+    assert saved.own("ann") == Answering(True, "ann", combine=INSTANCE)
+    found = evaluate_round(saved, lambda *_: None)
+    assert found["answering"] == "global+local" and saved.evaluation_path.exists()
+    assert open_round(run, tiny_project).own("ann") == Answering(False, "ann")
+    for combine, server_round in ((SCALE, 2), (GATE, 2), (INSTANCE, 1)):
+        with pytest.raises(ConfigError, match=f"{combine} has no effect: .* mode finetuned"):
+            open_round(run, tiny_project, server_round, combine)
 
 
 @pytest.mark.parametrize("mode", ["fedavg", "local-only"])

@@ -407,6 +407,9 @@ def test_the_received_adapter_is_planned_where_the_new_one_is_held_near_it(tiny_
     ] == [copy, 0]
     idle = build_tiny_config(federated={"mode": "local-only"}, **changes)
     assert any("proximal_mu" in note for note in build_plan(idle, tiny_project, "8GB").notes)
+    pooled = build_tiny_config(federated={"mode": "centralized"}, **changes)
+    (phase,) = build_plan(pooled, tiny_project, "8GB").phases
+    assert "received adapter" not in {item.name for item in phase.items}
 
 
 def test_the_fine_tuning_is_planned_with_the_steps_that_it_takes(tiny_project):

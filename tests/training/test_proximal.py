@@ -3,12 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import build_tiny_config
+from loopback import Federation
 from test_phase import build_examples, train
 
 from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.model.adapters import adapter_parameters, get_state, set_state
 from fedlora_app.training import phase as phase_module
-from fedlora_app.training.proximal import ProximalTerm, describe_proximal
+from fedlora_app.training.proximal import ProximalTerm, describe_proximal, without_idle_term
 
 
 def measure_distance(one, other) -> float:
@@ -97,9 +98,24 @@ def test_the_local_phase_is_not_held(adapted, train_anew):
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-@pytest.mark.parametrize(("mode", "is_said"), [("local-only", True), ("dual", False)])
-def test_where_no_global_adapter_is_trained_the_setting_is_said_to_be_idle(mode, is_said):
+@pytest.mark.parametrize("mode", ["local-only", "centralized", "fedavg", "dual"])
+def test_where_nothing_is_averaged_the_setting_has_no_effect_and_that_is_said(mode):
     config = build_tiny_config(training={"proximal_mu": 0.1}, federated={"mode": mode})
     said = list(describe_proximal(config))
-    assert bool(said) == is_said
-    assert not said or "training.proximal_mu 0.1 has no effect: mode local-only" in said[0]
+    is_idle = mode in ("local-only", "centralized")
+    assert without_idle_term(config).proximal_mu == (0.0 if is_idle else 0.1)
+    assert bool(said) == is_idle
+    assert not said or f"training.proximal_mu 0.1 has no effect: mode {mode} averages" in said[0]
+
+
+def test_a_centralized_run_is_not_held_to_its_own_last_round(tiny_project, tmp_path):
+    weights = []
+    for mu in (0.0, 10.0):
+        config = build_tiny_config(
+            training={"proximal_mu": mu},
+            federated={"mode": "centralized"},
+            evaluation={"interval": 0},
+        )
+        run = Federation(tiny_project, tmp_path / f"{mu}", config).run()
+        weights.append((run / "final" / "global" / "adapter_model.safetensors").read_bytes())
+    assert weights[0] == weights[1]

@@ -44,6 +44,21 @@ def select(mode: str, client: str = "ann", **training):
     return config, phase, select_phase(config, client, phase, 1, load)
 
 
+def test_the_mixed_schedule_takes_dual_s_steps_on_all_data():
+    phased, mixed = (
+        build_tiny_config(training={"schedule": s, "replay": 0.4, "local_mixing_weight": 0.3})
+        for s in ("phased", "mixed")
+    )
+    for phase in ("train", "personalise"):
+        ours, theirs = (getattr(plan_round(c, 1), phase) for c in (mixed, phased))
+        assert (ours.active, ours.trainable) == (theirs.active, theirs.trainable)
+        selected = select_phase(mixed, "bob", ours, 1, load)
+        assert len(selected.examples) == 8  # 3 universal and 5 local
+        assert selected.num_steps == select_phase(phased, "bob", theirs, 1, load).num_steps
+    assert plan_round(mixed, 1).personalise.weights == (0.7, 0.3)
+    assert plan_round(mixed, 1).train.weights == (1.0, 1.0)
+
+
 def test_centralized_training_pools_everybody_at_the_first_client_alone():
     config, _, selected = select("centralized")
     assert data_owners(config, "ann") == ["ann", "bob"] and data_owners(config, "bob") == ["bob"]

@@ -47,7 +47,8 @@ from fedlora_app.training.batches import split_into_packs
 from fedlora_app.training.layout import pack
 from fedlora_app.training.losses import compute_losses, token_losses
 from fedlora_app.training.packing import packed_attention
-from fedlora_app.training.phase import TrainingError, settle_checkpointing, train_phase
+from fedlora_app.training.phase import TrainingError, train_phase
+from fedlora_app.training.within_memory import settle_checkpointing
 
 BOTH = (GLOBAL, LOCAL)
 CPU = torch.device("cpu")
@@ -346,7 +347,7 @@ def test_ten_steps_are_those_of_trainer_with_peft(adapters_config, tmp_path):
 
 @pytest.mark.parametrize(("free", "expected"), [(2**40, False), (2**10, True)])
 def test_checkpointing_is_chosen_by_the_memory_that_is_free(model, monkeypatch, free, expected):
-    from fedlora_app.training import phase as training
+    from fedlora_app.training import within_memory as training
 
     monkeypatch.setattr(training, "read_free_memory", lambda device: free)
     phase, examples = Phase(BOTH, (LOCAL,), "local"), build_examples(LENGTHS)

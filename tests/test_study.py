@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import build_tiny_config
+from loopback import Federation
+
+from fedlora_app.config.schema import ConfigError
+from fedlora_app.study import StudyConfig, load_study, run_study
+
+SETTINGS = {"seeds": [7], "variants": {"sum": "", "searched": ""}}
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_a_variant_is_evaluated_as_the_study_says(tiny_project, tmp_path):
+    """Of finished runs, which a study does not repeat."""
+    changes = {"interval": 0, "protocol": "core", "max_new_tokens": 2}
+    config = build_tiny_config(federated={"num_rounds": 1}, evaluation=changes)
+    path = tiny_project / "combined.yaml"
+    path.write_text(json.dumps(config.dump()))
+    kept = {"combine": {"searched": "search"}, "kept": str(tmp_path / "kept")}
+    study = StudyConfig(name="tiny", config=path.name, **kept, **SETTINGS)
+    for variant in study.variants:
+        Federation(tiny_project, tmp_path / "tiny", config).run(f"{variant}-seed7")
+    text = run_study(study, tiny_project, tmp_path, lambda *_: None)
+    assert "| sum | global + own local |" in text and "| searched | global + own local |" in text
+    files = {p.parent.name: p.name for p in (tmp_path / "tiny").glob("*-seed7/evaluation*.json")}
+    assert files == {"sum-seed7": "evaluation.json", "searched-seed7": "evaluation_search.json"}
+    changed = {
+        p: p.stat().st_mtime_ns for p in (tmp_path / "tiny").glob("*-seed7/evaluation*.json")
+    }
+    assert run_study(study, tiny_project, tmp_path, lambda *_: None) == text
+    assert changed == {path: path.stat().st_mtime_ns for path in changed}
+
+
+def test_a_combination_of_no_variant_is_refused(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(json.dumps({"name": "x", "config": "y", "combine": {"sun": "gate"}} | SETTINGS))
+    with pytest.raises(ConfigError, match="combine names sun, which is no variant"):
+        load_study(path)
