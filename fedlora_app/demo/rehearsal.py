@@ -25,10 +25,11 @@ import httpx
 import yaml
 
 from fedlora_app.demo.data import NAMES, build_experiment, generate
-from fedlora_app.deployment import coordinator as office
 from fedlora_app.deployment.audit import compare_logs, read_log
 from fedlora_app.deployment.control import start_in_background, stop
+from fedlora_app.deployment.coordinator import create
 from fedlora_app.deployment.layout import CoordinatorFolder, SiteFolder
+from fedlora_app.deployment.membership import approve, check_newcomer
 from fedlora_app.deployment.processes import read_started, signal_session
 from fedlora_app.deployment.programs import build_environment
 from fedlora_app.deployment.registry import list_nodes
@@ -93,9 +94,9 @@ class Rehearsal:
             self._run()
             self._meet_strangers()
         finally:
-            for folder in (*(site.folder for site in self.sites.values()), self.coordinator.folder):
-                if folder.exists():
-                    stop(folder)
+            for end in (*self.sites.values(), self.coordinator):
+                if end.processes.exists():
+                    stop(end.folder)
         self._compare()
         self._search()
         return self.faults
@@ -113,12 +114,12 @@ class Rehearsal:
         path = self.folder / "experiment.yaml"
         path.write_text(yaml.safe_dump(experiment, sort_keys=False), encoding="utf-8")
         root = find_project_root()
-        coordinator = office.create(self.coordinator.folder, HOST, self._port, path, root)
+        coordinator = create(self.coordinator.folder, HOST, self._port, path, root)
         files = generate(CITIES)
         for city, site in self.sites.items():
             request = make_request(city, site.folder)
-            office.check_newcomer(coordinator, request)
-            office.approve(coordinator, request)
+            check_newcomer(coordinator, request)
+            approve(coordinator, request)
             package, _ = open_package(self.coordinator.package(city), site.folder)
             join(package, site)
             _write_data(site, city, files, self._marks[city])
