@@ -150,6 +150,27 @@ class TestClientsByTheirIdsAlone:
             for client in ("ann", "bob"):
                 assert f"federated.clients: {client} has no system_prompt and no local_train" in err
 
+    def test_a_simulation_refuses_them_before_it_asks_anybody(self, tiny_project, tmp_path):
+        federation = build_federation(tiny_project, tmp_path)
+        federation.grid_class = InMemoryGrid
+        with pytest.raises(ConfigError) as caught:
+            federation.run()
+        for client in ("ann", "bob"):
+            assert f"{client} has no system_prompt and no local_train here" in str(caught.value)
+        assert federation.grids[0].sent == []
+
+    def test_simulated_nodes_get_all_settings_once(self, federation):
+        """They share the server's disk, so that nothing is gained by a second message."""
+        federation.grid_class = InMemoryGrid
+        federation.run(config=build_tiny_config(federated={"num_rounds": 1}))
+        first, second, *others = federation.grids[0].sent
+        for message in (first, second):
+            assert not any(c.is_bare for c in read_task(message).config.federated.clients)
+        for message in others:
+            bare = [c.id for c in read_task(message).config.federated.clients if c.is_bare]
+            assert bare == [c for c in ("ann", "bob") if c != read_task(message).client_id]
+        assert len(others) == 2 + 2 * 2
+
     def test_a_part_of_them_is_a_fault(self):
         clients = [{"id": "ann", "system_prompt": "x"}, {"id": "bob", "local_test": "x"}]
         with pytest.raises(ConfigError) as caught:
@@ -282,6 +303,10 @@ class TestDifferentMachines:
         federation = build_federation(tiny_project, tmp_path, own=own)
         with pytest.raises(RoundError, match="do not hold the same base model"):
             federation.run()
+
+
+class InMemoryGrid(LoopbackGrid):
+    """Bears the name by which the server knows a simulation."""
 
 
 class BackwardsGrid(LoopbackGrid):
