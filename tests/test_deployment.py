@@ -11,13 +11,20 @@ import time
 from contextlib import suppress
 
 import pytest
+from deployment.sites import build_bare_config, make_site
 from flower_process import BIN, free_port
 from loopback import wait_until
 
 
 @pytest.mark.deployment
-def test_the_same_app_on_a_superlink_with_two_supernodes(flower, tiny_experiment, tmp_path):
+@pytest.mark.parametrize("has_own_files", [False, True])
+def test_the_same_app_on_a_superlink_with_two_supernodes(
+    flower, tiny_experiment, tmp_path, has_own_files
+):
+    """With files of their own the clients are named by their ids alone, and all served at once."""
     port, started = free_port(), []
+
+    name = f"loopback{port}"
 
     def start(*command: str) -> None:
         log = (tmp_path / f"{len(started)}.log").open("w")
@@ -33,11 +40,24 @@ def test_the_same_app_on_a_superlink_with_two_supernodes(flower, tiny_experiment
         )
 
     project = tiny_experiment.parent
+    experiment, nodes = tiny_experiment, {}
+    for client in ("bob", "ann"):
+        nodes[client] = (
+            f'client-id="{client}" project-dir="{project}" output-dir="{tmp_path / client}"'
+        )
+    if has_own_files:
+        config = build_bare_config(federated={"clients_at_once": 0}, adapters={"gate": "prompt"})
+        experiment = project / "bare.yaml"
+        experiment.write_text(json.dumps(config.dump()))
+        for client in nodes:
+            path = make_site(project, tmp_path / client, client, store=".")
+            path.with_name("policy.yaml").write_text("rounds: 1\nparticipants: [ann, bob]\n")
+            nodes[client] = f'client-file="{path}"'
     try:
         start("flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port))
         wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
         time.sleep(2)
-        for client in ("bob", "ann"):
+        for node_config in nodes.values():
             start(
                 "flower-supernode",
                 "--insecure",
@@ -46,14 +66,14 @@ def test_the_same_app_on_a_superlink_with_two_supernodes(flower, tiny_experiment
                 "--port",
                 str(free_port()),
                 "--node-config",
-                f'client-id="{client}" project-dir="{project}" output-dir="{tmp_path / client}"',
+                node_config,
             )
         with (flower.home / "config.toml").open("a") as config:
-            config.write(f'\n[superlink.loopback]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
+            config.write(f'\n[superlink.{name}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
         output = flower.run(
             ".",
-            "loopback",
-            run_config=f"config='{tiny_experiment}' num-rounds=1 run-name='deployed' "
+            name,
+            run_config=f"config='{experiment}' num-rounds=1 run-name='deployed' "
             f"output-dir='{tmp_path / 'server'}' overrides='adapters.gate=prompt'",
         )
     finally:

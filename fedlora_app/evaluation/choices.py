@@ -77,8 +77,9 @@ def open_round(
 
     Raises:
         RunDirectoryError, DataError: naming what is missing or was changed.
-        ConfigError: a combination has no effect.
+        ConfigError: a combination has no effect, or clients' own settings are not here.
     """
+    run.config.require_clients()
     chosen = run.final_round if server_round is None else server_round
     config, trained = run.config, run.plan(chosen).trained
     hashes = {}

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import yaml
-from conftest import build_tiny_config
+from conftest import ROOT, build_tiny_config
 from deployment.sites import (
     build_bare_config,
     build_federation,
@@ -17,13 +17,16 @@ from deployment.sites import (
 )
 from loopback import Federation, LoopbackGrid
 
+from fedlora_app.config.loading import parse_config
 from fedlora_app.config.private import PRIVATE
 from fedlora_app.config.schema import ConfigError
 from fedlora_app.deployment.client_file import (
+    ClientFile,
     ConfidentialError,
     find_own_settings,
     load_own_settings,
 )
+from fedlora_app.deployment.policy import Policy
 from fedlora_app.federation.messages import read_task
 from fedlora_app.foundation.files import WEIGHTS_FILE
 from fedlora_app.strategy import RoundError
@@ -147,6 +150,27 @@ class TestClientsByTheirIdsAlone:
             for client in ("ann", "bob"):
                 assert f"federated.clients: {client} has no system_prompt and no local_train" in err
 
+    def test_a_simulation_refuses_them_before_it_asks_anybody(self, tiny_project, tmp_path):
+        federation = build_federation(tiny_project, tmp_path)
+        federation.grid_class = InMemoryGrid
+        with pytest.raises(ConfigError) as caught:
+            federation.run()
+        for client in ("ann", "bob"):
+            assert f"{client} has no system_prompt and no local_train here" in str(caught.value)
+        assert federation.grids[0].sent == []
+
+    def test_simulated_nodes_get_all_settings_once(self, federation):
+        """They share the server's disk, so that nothing is gained by a second message."""
+        federation.grid_class = InMemoryGrid
+        federation.run(config=build_tiny_config(federated={"num_rounds": 1}))
+        first, second, *others = federation.grids[0].sent
+        for message in (first, second):
+            assert not any(c.is_bare for c in read_task(message).config.federated.clients)
+        for message in others:
+            bare = [c.id for c in read_task(message).config.federated.clients if c.is_bare]
+            assert bare == [c for c in ("ann", "bob") if c != read_task(message).client_id]
+        assert len(others) == 2 + 2 * 2
+
     def test_a_part_of_them_is_a_fault(self):
         clients = [{"id": "ann", "system_prompt": "x"}, {"id": "bob", "local_test": "x"}]
         with pytest.raises(ConfigError) as caught:
@@ -224,6 +248,31 @@ class TestARun:
             if key in PRIVATE
         ]
 
+    @pytest.mark.parametrize(
+        "command",
+        [
+            ("evaluate",),
+            ("ask", "--client", "ann", "Why?"),
+            ("export", "--client", "ann", "--output", "exported"),
+            ("adapt", "--config", "bare.yaml"),
+        ],
+        ids=lambda command: command[0],
+    )
+    def test_what_needs_a_prompt_says_where_it_is(
+        self, sites, tmp_path, monkeypatch, fedlora, command
+    ):
+        monkeypatch.chdir(tmp_path)
+        newcomer = {"federated": {"clients": [{"id": "ann"}]}}
+        (tmp_path / "bare.yaml").write_text(json.dumps(newcomer))
+        name, *rest = command
+        status, _, err = fedlora(name, str(sites.path), *rest)
+        assert status == 2
+        assert "ann has no system_prompt and no local_train here" in err
+
+    def test_what_needs_none_works(self, sites, fedlora):
+        assert fedlora("runs", str(sites.output_dir))[0] == 0
+        assert fedlora("report", str(sites.path))[0] == 0
+
     def test_the_report_says_of_no_prompt_that_it_is_shared(self, sites):
         page = (sites.path / "report.html").read_text()
         assert "No verdict" not in page.split("</title>")[0]
@@ -254,6 +303,10 @@ class TestDifferentMachines:
         federation = build_federation(tiny_project, tmp_path, own=own)
         with pytest.raises(RoundError, match="do not hold the same base model"):
             federation.run()
+
+
+class InMemoryGrid(LoopbackGrid):
+    """Bears the name by which the server knows a simulation."""
 
 
 class BackwardsGrid(LoopbackGrid):
@@ -293,3 +346,19 @@ def test_errors_at_a_client_name_keys_and_no_files(tiny_project, tmp_path, capsy
     log = capsys.readouterr().out
     for private in (names_of("ann")[0], "bo b", str(tmp_path)):
         assert private not in received and private in log
+
+
+def test_the_examples_of_the_documentation_are_read():
+    """And every key of the two files stands there."""
+    text = (ROOT / "docs" / "deployment.md").read_text()
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    (own,) = (block for block in blocks if "id" in block)
+    file = ClientFile.model_validate(own)
+    (rules,) = (block for block in blocks if "rounds" in block)
+    Policy.model_validate(rules)
+    keys = [*Policy.model_fields, *ClientFile.model_fields]
+    for section in ("data", "model", "training", "evaluation"):
+        keys += type(getattr(file, section)).model_fields
+    assert [key for key in keys if key not in text] == []
+    (experiment,) = (block for block in blocks if "federated" in block)
+    parse_config(experiment)

@@ -7,6 +7,7 @@ import ssl
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from deployment.sites import build_bare_config, build_federation, names_of, set_policy
 
@@ -16,7 +17,9 @@ from fedlora_app.deployment.drafts import draft_policy
 from fedlora_app.deployment.layout import SiteFolder
 from fedlora_app.deployment.policy import (
     RULES,
+    Guard,
     Policy,
+    PolicyError,
     fingerprint_certificate,
     load_policy,
 )
@@ -128,6 +131,14 @@ def test_an_update_that_is_too_large_does_not_leave(federation):
         if r.metadata.message_type == "train" and r.metadata.src_node_id == 11
     )
     assert UPDATE_RECORD not in reply.content
+
+
+def test_an_update_is_held_against_the_rules_once_more_before_it_leaves():
+    guard = Guard(Policy(send_update=False, update_dtypes=["float32"], update_parameters=1))
+    guard.require_sendable(["num-examples"], ["device"], None, "int8")
+    with pytest.raises(PolicyError) as caught:
+        guard.require_sendable([], [], {"x": torch.zeros(2)}, "int8")
+    assert caught.value.refused.keys() == {"send_update", "update_parameters", "update_dtypes"}
 
 
 def test_training_stops_when_its_time_is_over(federation, monkeypatch):

@@ -422,8 +422,9 @@ def test_the_fine_tuning_is_planned_with_the_steps_that_it_takes(tiny_project):
     assert not any("clients_at_once" in note for note in plan.notes)
 
 
-def test_each_client_that_is_served_at_once_has_a_base_of_its_own(tiny_project):
-    config = build_tiny_config(federated={"clients_at_once": 9})
+@pytest.mark.parametrize("clients_at_once", [9, 0])
+def test_each_client_that_is_served_at_once_has_a_base_of_its_own(tiny_project, clients_at_once):
+    config = build_tiny_config(federated={"clients_at_once": clients_at_once})
     plan = build_plan(config, tiny_project, "24GB")
     count = len(config.federated.clients)
     assert f"clients_at_once: {count} base models are in memory at once" in plan.notes[-1]
