@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import signal
+import time
 import tomllib
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -116,48 +117,48 @@ def sites(flower, tiny_project, tmp_path_factory):
         deployed.stop()
 
 
+def run(sites: Deployed, app: Path | str, experiment: Path, name: str, **overrides) -> str:
+    """What ``flwr run`` of an app prints to its end; the results are in the sites' folder."""
+    changed = " ".join(f"{key}={value}" for key, value in overrides.items())
+    return sites.flower.run(
+        str(app),
+        "loopback",
+        run_config=f"config='{experiment}' run-name='{name}' overrides='{changed}' "
+        f"output-dir='{sites.folder / 'server'}'",
+    )
+
+
+def read_processes(run_dir: Path) -> set[tuple[str, str]]:
+    """Each client with what it has said of its process."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return {(e["client"], e["process"]) for e in map(json.loads, lines) if e["event"] == "facts"}
+
+
 @pytest.mark.deployment
 def test_executors_load_once_and_train_what_one_process_trains(
     sites, tiny_experiment, tiny_project, tmp_path
 ):
-    def run(name: str) -> Path:
-        output = sites.flower.run(
-            ".",
-            "loopback",
-            run_config=f"config='{tiny_experiment}' run-name='{name}' "
-            f"output-dir='{sites.folder / 'server'}'",
-        )
-        folder = sites.folder / "server" / name
-        assert (folder / "final" / "global").is_dir(), output + sites.log("ann-executor")
-        return folder
-
-    first, second = run("first"), run("second")
-    expected = Federation(tiny_project, tmp_path, load_config(tiny_experiment)).run("first")
-    processes = set()
-    for ran in (first, second):
-        lines = (ran / "metrics.jsonl").read_text().splitlines()
-        facts = [e for e in map(json.loads, lines) if e["event"] == "facts"]
-        processes |= {(e["client"], e["process"]) for e in facts}
+    output = run(sites, ".", tiny_experiment, "first")
+    ran = sites.folder / "server" / "first"
+    assert (ran / "final" / "global").is_dir(), output + sites.log("ann-executor")
+    processes = read_processes(ran)
     assert {said.partition(", ")[2] for _, said in processes} == {"base model loaded 1 times"}
-    assert len(processes) == 2  # a process for each client, of both runs
-    weights = "adapter_model.safetensors"
-    for ran in (first, second):
-        ours = [
-            ran / "final" / "global",
-            *(
-                sites.folder / client / ran.name / "final" / "clients" / client
-                for client in ("ann", "bob")
-            ),
-        ]
-        theirs = [expected / "final" / part for part in ("global", "clients/ann", "clients/bob")]
-        for our, their in zip(ours, theirs, strict=True):
-            assert (our / weights).read_bytes() == (their / weights).read_bytes(), our
+    assert len(processes) == 2  # one for each client, in all rounds
+    expected = Federation(tiny_project, tmp_path, load_config(tiny_experiment)).run("first")
+    parts = {"global": ran} | {
+        f"clients/{client}": sites.folder / client / "first" for client in ("ann", "bob")
+    }
+    for part, where in parts.items():
+        ours, theirs = (
+            (folder / "final" / part / "adapter_model.safetensors").read_bytes()
+            for folder in (where, expected)
+        )
+        assert ours == theirs, part
 
 
 @pytest.mark.deployment
 def test_a_changed_bundle_is_refused_by_name(sites, tiny_experiment, tmp_path):
     changed = tmp_path / "fedlora-app"
-    changed.mkdir()
     for name in ("fedlora_app", "conf"):
         skipped = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, changed / name, ignore=skipped)
@@ -166,12 +167,7 @@ def test_a_changed_bundle_is_refused_by_name(sites, tiny_experiment, tmp_path):
     marker = tmp_path / "was-run"
     with (changed / "fedlora_app" / "client_app.py").open("a") as file:
         file.write(f"\nopen({str(marker)!r}, 'w').close()\n")
-    output = sites.flower.run(
-        str(changed),
-        "loopback",
-        run_config=f"config='{tiny_experiment}' run-name='changed' "
-        f"output-dir='{sites.folder / 'server'}'",
-    )
+    output = run(sites, changed, tiny_experiment, "changed")
     assert "The run cannot start:" in output
     for client in ("ann", "bob"):
         assert f"{client}: The app bundle's code is not what is installed here" in output
@@ -180,23 +176,32 @@ def test_a_changed_bundle_is_refused_by_name(sites, tiny_experiment, tmp_path):
 
 
 @pytest.mark.deployment
-def test_a_stopped_executor_ends_its_task_and_itself(sites, tiny_experiment):
-    """It comes last: ann has no executor after it."""
-    executor = sites.processes["ann-executor"]
-    before = sites.log("ann-executor")
+def test_stopped_executors_say_so_to_the_server_and_end(sites, tiny_experiment):
+    """The last test: nobody has an executor after it. They are those that served the first run."""
+    clients = ("ann", "bob")  # one trains after the other, in an order that the seed decides
+
+    def count_trainings(client: str) -> int:
+        return sites.log(f"{client}-supernode").count("Receiving: train")
+
+    before = {client: count_trainings(client) for client in clients}
 
     def stop_in_training() -> None:
-        wait_until(lambda: "round 1" in sites.log("ann-executor")[len(before) :], 120)
-        executor.send_signal(signal.SIGTERM)
+        remaining = set(clients)
+        while remaining:
+            wait_until(lambda: any(count_trainings(c) > before[c] for c in remaining), 120)
+            client = next(c for c in remaining if count_trainings(c) > before[c])
+            time.sleep(2)  # in which steps are reached; all of them would take hours
+            executor = sites.processes[f"{client}-executor"]
+            executor.send_signal(signal.SIGTERM)
+            assert executor.wait(timeout=10) == STOPPED_IN_TASK, sites.log(f"{client}-executor")
+            remaining.remove(client)
 
     with ThreadPoolExecutor(1) as pool:
         stopping = pool.submit(stop_in_training)
-        output = sites.flower.run(
-            ".",
-            "loopback",
-            run_config=f"config='{tiny_experiment}' run-name='stopped' num-rounds=50 "
-            f"output-dir='{sites.folder / 'server'}'",
-        )
+        many = {"training.global_epochs": 100_000}
+        output = run(sites, ".", tiny_experiment, "stopped", **many)
         stopping.result()
-    assert executor.wait(timeout=10) == STOPPED_IN_TASK, sites.log("ann-executor")
-    assert "ann: This client's executor was stopped in the middle of its work." in output
+    for client in clients:
+        assert f"{client}: This client's executor was stopped in the middle of its work." in output
+    first, second = (sites.folder / "server" / name for name in ("first", "stopped"))
+    assert read_processes(first) == read_processes(second)
