@@ -53,6 +53,7 @@ from flwr.supernode.runtime.run_clientapp import (
 )
 
 from fedlora_app.deployment.endings import FAULTY, SPOILT, STOPPED_IN_TASK, UNUSABLE
+from fedlora_app.deployment.logs import READY
 from fedlora_app.federation.messages import build_error_reply, ends_worker
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import keep_files_private
@@ -125,7 +126,7 @@ class Executor:
                     master_secret=self.secret, protected_methods=frozenset({ACQUIRE})
                 )
             )
-        print(f"Ready for messages; code {hash_package()[:12]}.", flush=True)
+        print(f"{READY}; code {hash_package()[:12]}.", flush=True)
         client = self._connect(interceptors, None)
         request = AcquireTaskRequest(supported_task_types=list(TaskType))
         is_connected = True
