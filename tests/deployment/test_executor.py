@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import signal
+import threading
 import time
 import tomllib
 import zipfile
@@ -13,14 +14,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import uvicorn
 from conftest import ROOT
 from deployed import Deployed
+from flower_process import free_port
 from flwr.app import Context, RecordDict
 from flwr.cli.build import build_fab_from_disk
 from flwr.supercore.constant import TaskType
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supernode.main import create_app
+from flwr.supernode.nodestate import NodeStateFactory
 from loopback import Federation, wait_until
 
 from fedlora_app.config.loading import load_config
+from fedlora_app.deployment import executor
 from fedlora_app.deployment.endings import STOPPED_IN_TASK
 from fedlora_app.deployment.executor import CLIENT_APP, find_refusal, identify
 from fedlora_app.foundation.project import hash_bundled_package, hash_package
@@ -98,6 +105,56 @@ def test_a_refusal_names_the_client(tmp_path):
     file.write_text("id: [\n")
     assert identify(context(), file) == "node 23"
     assert identify(context(), None) == "node 23"
+
+
+@pytest.fixture
+def runtime_api():
+    """A SuperNode's Runtime API on loopback that has no task; yields its address."""
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(
+                state_factory=NodeStateFactory(objectstore_factory=ObjectStoreFactory()),
+                superexec_auth_secret=b"right",
+            ),
+            host="127.0.0.1",
+            port=free_port(),
+            log_level="error",
+        )
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    wait_until(lambda: server.started)
+    yield f"127.0.0.1:{server.config.port}"
+    server.should_exit = True
+    thread.join()
+
+
+def test_an_executor_with_another_secret_gives_up_with_a_sentence(runtime_api, monkeypatch, capsys):
+    monkeypatch.setattr(executor, "RECONNECT_SECONDS", 0.01)
+    with pytest.raises(executor.ExecutorError, match="refuses this executor .401.*the same file"):
+        executor.Executor(runtime_api, b"wrong", app=None).run()
+    assert capsys.readouterr().out.count("No tasks from the SuperNode") == 1
+
+
+def test_an_executor_waits_for_a_supernode_and_for_tasks(runtime_api, monkeypatch, capsys):
+    """Until it is stopped, which is what both pauses do here in the end."""
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 8:
+            raise executor.Stopped
+
+    monkeypatch.setattr(executor.time, "sleep", pause)
+    nobody = executor.Executor(f"127.0.0.1:{free_port()}", b"right", app=None)
+    with pytest.raises(executor.Stopped):
+        nobody.run()
+    assert set(pauses) == {executor.RECONNECT_SECONDS}
+    assert capsys.readouterr().out.count("waiting") == 1
+    pauses.clear()
+    with pytest.raises(executor.Stopped):
+        executor.Executor(runtime_api, b"right", app=None).run()
+    assert set(pauses) == {executor.POLL_SECONDS} and not nobody.has_failed_task
 
 
 @pytest.fixture(scope="module")
@@ -191,9 +248,9 @@ def test_stopped_executors_say_so_to_the_server_and_end(sites, tiny_experiment):
             wait_until(lambda: any(count_trainings(c) > before[c] for c in remaining), 120)
             client = next(c for c in remaining if count_trainings(c) > before[c])
             time.sleep(2)  # in which steps are reached; all of them would take hours
-            executor = sites.processes[f"{client}-executor"]
-            executor.send_signal(signal.SIGTERM)
-            assert executor.wait(timeout=10) == STOPPED_IN_TASK, sites.log(f"{client}-executor")
+            process = sites.processes[f"{client}-executor"]
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=10) == STOPPED_IN_TASK, sites.log(f"{client}-executor")
             remaining.remove(client)
 
     with ThreadPoolExecutor(1) as pool:
