@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedlora_app.deployment.layout import CoordinatorFolder
+from fedlora_app.deployment.logs import read_tail, rotate
 from fedlora_app.deployment.processes import (
     STOP_SECONDS,
     KnownProcess,
@@ -21,9 +22,7 @@ from fedlora_app.deployment.programs import build_environment, find_folder, plan
 from fedlora_app.deployment.supervisor import (
     REPLY_SECONDS,
     SUPERVISOR,
-    read_tail,
     refuse_leftovers,
-    rotate,
 )
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import is_locked, make_private_dir

@@ -53,6 +53,7 @@ from flwr.supernode.runtime.run_clientapp import (
 )
 
 from fedlora_app.deployment.endings import FAULTY, SPOILT, STOPPED_IN_TASK, UNUSABLE
+from fedlora_app.deployment.logs import READY
 from fedlora_app.federation.messages import build_error_reply, ends_worker
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import keep_files_private
@@ -63,6 +64,8 @@ CLIENT_APP = "fedlora_app.client_app:app"
 POLL_SECONDS = 0.1  # Flower's is a second, for a SuperLink that many poll
 RECONNECT_SECONDS = 1.0
 FORCED_EXIT_SECONDS = 10.0  # after which a stopped process ends wherever it is
+REFUSALS, MOST_REFUSALS = (401, 403), 5
+"""A single one may be of a clock that was set."""
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 App = Callable[[Message, Context], Message]
@@ -125,29 +128,37 @@ class Executor:
                     master_secret=self.secret, protected_methods=frozenset({ACQUIRE})
                 )
             )
-        print(f"Ready for messages; code {hash_package()[:12]}.", flush=True)
+        print(f"{READY}; code {hash_package()[:12]}.", flush=True)
         client = self._connect(interceptors, None)
         request = AcquireTaskRequest(supported_task_types=list(TaskType))
-        is_connected = True
+        num_failures = 0
         try:
             while True:
                 try:
                     acquired = client.AcquireTask(request)
-                except httpx.TransportError as error:
-                    if is_connected:
-                        print(f"No SuperNode at {self.address} ({error}); waiting.", flush=True)
-                    is_connected = False
+                except httpx.HTTPError as error:
+                    num_failures += 1
+                    self._explain(error, num_failures)
                     time.sleep(RECONNECT_SECONDS)
                     continue
-                except httpx.HTTPStatusError as error:
-                    raise ExecutorError(_explain_refusal(self.address, error)) from None
-                is_connected = True
+                num_failures = 0
                 if not (acquired.HasField("task") and acquired.token):
                     time.sleep(POLL_SECONDS)
                 elif self._serve(acquired.token, acquired.task.type):
                     return SPOILT
         finally:
             client.close()
+
+    def _explain(self, error: httpx.HTTPError, num_failures: int) -> None:
+        """Say once that no task can be asked for; raise where it will stay so."""
+        status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else None
+        if status in REFUSALS and num_failures >= MOST_REFUSALS:
+            raise ExecutorError(
+                f"The SuperNode at {self.address} refuses this executor ({status}). Both must be "
+                "given the same file by --superexec-auth-secret-file."
+            )
+        if num_failures == 1:
+            print(f"No tasks from the SuperNode at {self.address} ({error}); waiting.", flush=True)
 
     def _serve(self, token: str, task_type: str) -> bool:
         """Answer the message of a task; return whether this process must end after it."""
@@ -281,13 +292,6 @@ def _stop(number: int, _frame: object) -> None:
     raise Stopped(signal.Signals(number).name)
 
 
-def _explain_refusal(address: str, error: httpx.HTTPStatusError) -> str:
-    return (
-        f"The SuperNode at {address} refuses this executor ({error.response.status_code}). Both "
-        "must be given the same file by --superexec-auth-secret-file, and clocks must agree."
-    )
-
-
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fedlora_app.deployment.executor")
     parser.add_argument("--runtime-api-address", required=True, metavar="HOST:PORT")
@@ -297,4 +301,7 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_status)  # all is handed over, and to take model and torch apart takes seconds

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedlora_app.deployment.layout import CoordinatorFolder, SiteFolder
+from fedlora_app.deployment.logs import READY, read_since_start
 from fedlora_app.deployment.processes import ProcessesError
 from fedlora_app.deployment.record import EVIDENCE_VARIABLE
 from fedlora_app.foundation.files import make_private_dir
@@ -151,6 +152,7 @@ def _plan_site(folder: SiteFolder) -> End:
             *("--client-file", str(folder.client_file)),
         ),
         environment,
+        is_ready=lambda: READY in read_since_start(folder.logs / "executor.log"),
     )
     return End(folder, (supernode, executor))
 

@@ -14,10 +14,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 from fedlora_app.deployment.endings import STOPPED_IN_TASK, UNUSABLE
+from fedlora_app.deployment.logs import head, read_tail, rotate
 from fedlora_app.deployment.processes import (
     STOP_SECONDS,
     KnownProcess,
@@ -42,10 +42,7 @@ MOST_SOON_ENDS = 8
 """In sum more than a minute, after which a SuperLink lets a SuperNode that was killed in again."""
 REPLY_SECONDS = 2.0
 """In which a SuperNode sends the reply of an executor that was stopped in its work."""
-LARGE_LOG_BYTES, NUM_OLD_LOGS = 10 * 2**20, 3
 LOOK_SECONDS = 60.0
-STARTED = "--- Started at (UTC)"
-"""What stands in a log above the lines of each process."""
 
 Say = Callable[[str], None]
 
@@ -217,41 +214,10 @@ def refuse_leftovers(path: Path, folder: Path) -> None:
         )
 
 
-def rotate(log: Path, *, is_open: bool) -> None:
-    """Move a large log aside and begin a new one; the oldest of several goes.
-
-    Args:
-        is_open: a process appends to it, which would go on writing to a file that is moved.
-    """
-    if not log.exists() or log.stat().st_size < LARGE_LOG_BYTES:
-        return
-    old = [log.with_name(f"{log.name}.{n}") for n in range(1, NUM_OLD_LOGS + 1)]
-    for newer, older in reversed(list(pairwise(old))):
-        if newer.exists():
-            newer.replace(older)
-    if is_open:
-        old[0].write_bytes(log.read_bytes())
-        os.truncate(log, 0)
-    else:
-        log.replace(old[0])
-
-
-def read_tail(log: Path, num_lines: int = 1) -> str:
-    """Return the last lines of a log that say something."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - 65_536))
-            lines = file.read().decode("utf-8", "replace").splitlines()
-    except OSError:
-        return ""
-    return "\n".join([line.rstrip() for line in lines if line.strip()][-num_lines:])
-
-
 def _spawn(program: Program, log: Path) -> subprocess.Popen[bytes]:
     rotate(log, is_open=False)
+    head(log)
     with log.open("ab") as file:
-        file.write(f"{STARTED} {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())}\n".encode())
-        file.flush()
         return subprocess.Popen(
             program.command,
             env=dict(program.environment),

@@ -6,20 +6,28 @@ import io
 import json
 import shutil
 import signal
+import threading
+import time
 import tomllib
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import uvicorn
 from conftest import ROOT
 from deployed import Deployed
+from flower_process import free_port
 from flwr.app import Context, RecordDict
 from flwr.cli.build import build_fab_from_disk
 from flwr.supercore.constant import TaskType
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supernode.main import create_app
+from flwr.supernode.nodestate import NodeStateFactory
 from loopback import Federation, wait_until
 
 from fedlora_app.config.loading import load_config
+from fedlora_app.deployment import executor
 from fedlora_app.deployment.endings import STOPPED_IN_TASK
 from fedlora_app.deployment.executor import CLIENT_APP, find_refusal, identify
 from fedlora_app.foundation.project import hash_bundled_package, hash_package
@@ -99,6 +107,56 @@ def test_a_refusal_names_the_client(tmp_path):
     assert identify(context(), None) == "node 23"
 
 
+@pytest.fixture
+def runtime_api():
+    """A SuperNode's Runtime API on loopback that has no task; yields its address."""
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(
+                state_factory=NodeStateFactory(objectstore_factory=ObjectStoreFactory()),
+                superexec_auth_secret=b"right",
+            ),
+            host="127.0.0.1",
+            port=free_port(),
+            log_level="error",
+        )
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    wait_until(lambda: server.started)
+    yield f"127.0.0.1:{server.config.port}"
+    server.should_exit = True
+    thread.join()
+
+
+def test_an_executor_with_another_secret_gives_up_with_a_sentence(runtime_api, monkeypatch, capsys):
+    monkeypatch.setattr(executor, "RECONNECT_SECONDS", 0.01)
+    with pytest.raises(executor.ExecutorError, match="refuses this executor .401.*the same file"):
+        executor.Executor(runtime_api, b"wrong", app=None).run()
+    assert capsys.readouterr().out.count("No tasks from the SuperNode") == 1
+
+
+def test_an_executor_waits_for_a_supernode_and_for_tasks(runtime_api, monkeypatch, capsys):
+    """Until it is stopped, which is what both pauses do here in the end."""
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 8:
+            raise executor.Stopped
+
+    monkeypatch.setattr(executor.time, "sleep", pause)
+    nobody = executor.Executor(f"127.0.0.1:{free_port()}", b"right", app=None)
+    with pytest.raises(executor.Stopped):
+        nobody.run()
+    assert set(pauses) == {executor.RECONNECT_SECONDS}
+    assert capsys.readouterr().out.count("waiting") == 1
+    pauses.clear()
+    with pytest.raises(executor.Stopped):
+        executor.Executor(runtime_api, b"right", app=None).run()
+    assert set(pauses) == {executor.POLL_SECONDS} and not nobody.has_failed_task
+
+
 @pytest.fixture(scope="module")
 def sites(flower, tiny_project, tmp_path_factory):
     """A SuperLink and the sites ann and bob, whose executors outlive the tests of this module."""
@@ -116,48 +174,48 @@ def sites(flower, tiny_project, tmp_path_factory):
         deployed.stop()
 
 
+def run(sites: Deployed, app: Path | str, experiment: Path, name: str, **overrides) -> str:
+    """What ``flwr run`` of an app prints to its end; the results are in the sites' folder."""
+    changed = " ".join(f"{key}={value}" for key, value in overrides.items())
+    return sites.flower.run(
+        str(app),
+        "loopback",
+        run_config=f"config='{experiment}' run-name='{name}' overrides='{changed}' "
+        f"output-dir='{sites.folder / 'server'}'",
+    )
+
+
+def read_processes(run_dir: Path) -> set[tuple[str, str]]:
+    """Each client with what it has said of its process."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return {(e["client"], e["process"]) for e in map(json.loads, lines) if e["event"] == "facts"}
+
+
 @pytest.mark.deployment
 def test_executors_load_once_and_train_what_one_process_trains(
     sites, tiny_experiment, tiny_project, tmp_path
 ):
-    def run(name: str) -> Path:
-        output = sites.flower.run(
-            ".",
-            "loopback",
-            run_config=f"config='{tiny_experiment}' run-name='{name}' "
-            f"output-dir='{sites.folder / 'server'}'",
-        )
-        folder = sites.folder / "server" / name
-        assert (folder / "final" / "global").is_dir(), output + sites.log("ann-executor")
-        return folder
-
-    first, second = run("first"), run("second")
-    expected = Federation(tiny_project, tmp_path, load_config(tiny_experiment)).run("first")
-    processes = set()
-    for ran in (first, second):
-        lines = (ran / "metrics.jsonl").read_text().splitlines()
-        facts = [e for e in map(json.loads, lines) if e["event"] == "facts"]
-        processes |= {(e["client"], e["process"]) for e in facts}
+    output = run(sites, ".", tiny_experiment, "first")
+    ran = sites.folder / "server" / "first"
+    assert (ran / "final" / "global").is_dir(), output + sites.log("ann-executor")
+    processes = read_processes(ran)
     assert {said.partition(", ")[2] for _, said in processes} == {"base model loaded 1 times"}
-    assert len(processes) == 2  # a process for each client, of both runs
-    weights = "adapter_model.safetensors"
-    for ran in (first, second):
-        ours = [
-            ran / "final" / "global",
-            *(
-                sites.folder / client / ran.name / "final" / "clients" / client
-                for client in ("ann", "bob")
-            ),
-        ]
-        theirs = [expected / "final" / part for part in ("global", "clients/ann", "clients/bob")]
-        for our, their in zip(ours, theirs, strict=True):
-            assert (our / weights).read_bytes() == (their / weights).read_bytes(), our
+    assert len(processes) == 2  # one for each client, in all rounds
+    expected = Federation(tiny_project, tmp_path, load_config(tiny_experiment)).run("first")
+    parts = {"global": ran} | {
+        f"clients/{client}": sites.folder / client / "first" for client in ("ann", "bob")
+    }
+    for part, where in parts.items():
+        ours, theirs = (
+            (folder / "final" / part / "adapter_model.safetensors").read_bytes()
+            for folder in (where, expected)
+        )
+        assert ours == theirs, part
 
 
 @pytest.mark.deployment
 def test_a_changed_bundle_is_refused_by_name(sites, tiny_experiment, tmp_path):
     changed = tmp_path / "fedlora-app"
-    changed.mkdir()
     for name in ("fedlora_app", "conf"):
         skipped = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, changed / name, ignore=skipped)
@@ -166,12 +224,7 @@ def test_a_changed_bundle_is_refused_by_name(sites, tiny_experiment, tmp_path):
     marker = tmp_path / "was-run"
     with (changed / "fedlora_app" / "client_app.py").open("a") as file:
         file.write(f"\nopen({str(marker)!r}, 'w').close()\n")
-    output = sites.flower.run(
-        str(changed),
-        "loopback",
-        run_config=f"config='{tiny_experiment}' run-name='changed' "
-        f"output-dir='{sites.folder / 'server'}'",
-    )
+    output = run(sites, changed, tiny_experiment, "changed")
     assert "The run cannot start:" in output
     for client in ("ann", "bob"):
         assert f"{client}: The app bundle's code is not what is installed here" in output
@@ -180,23 +233,32 @@ def test_a_changed_bundle_is_refused_by_name(sites, tiny_experiment, tmp_path):
 
 
 @pytest.mark.deployment
-def test_a_stopped_executor_ends_its_task_and_itself(sites, tiny_experiment):
-    """It comes last: ann has no executor after it."""
-    executor = sites.processes["ann-executor"]
-    before = sites.log("ann-executor")
+def test_stopped_executors_say_so_to_the_server_and_end(sites, tiny_experiment):
+    """The last test: nobody has an executor after it. They are those that served the first run."""
+    clients = ("ann", "bob")  # one trains after the other, in an order that the seed decides
+
+    def count_trainings(client: str) -> int:
+        return sites.log(f"{client}-supernode").count("Receiving: train")
+
+    before = {client: count_trainings(client) for client in clients}
 
     def stop_in_training() -> None:
-        wait_until(lambda: "round 1" in sites.log("ann-executor")[len(before) :], 120)
-        executor.send_signal(signal.SIGTERM)
+        remaining = set(clients)
+        while remaining:
+            wait_until(lambda: any(count_trainings(c) > before[c] for c in remaining), 120)
+            client = next(c for c in remaining if count_trainings(c) > before[c])
+            time.sleep(2)  # in which steps are reached; all of them would take hours
+            process = sites.processes[f"{client}-executor"]
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=10) == STOPPED_IN_TASK, sites.log(f"{client}-executor")
+            remaining.remove(client)
 
     with ThreadPoolExecutor(1) as pool:
         stopping = pool.submit(stop_in_training)
-        output = sites.flower.run(
-            ".",
-            "loopback",
-            run_config=f"config='{tiny_experiment}' run-name='stopped' num-rounds=50 "
-            f"output-dir='{sites.folder / 'server'}'",
-        )
+        many = {"training.global_epochs": 100_000}
+        output = run(sites, ".", tiny_experiment, "stopped", **many)
         stopping.result()
-    assert executor.wait(timeout=10) == STOPPED_IN_TASK, sites.log("ann-executor")
-    assert "ann: This client's executor was stopped in the middle of its work." in output
+    for client in clients:
+        assert f"{client}: This client's executor was stopped in the middle of its work." in output
+    first, second = (sites.folder / "server" / name for name in ("first", "stopped"))
+    assert read_processes(first) == read_processes(second)

@@ -15,10 +15,11 @@ from dataclasses import replace
 import pytest
 from loopback import wait_until
 
-from fedlora_app.deployment import supervisor
+from fedlora_app.deployment import logs, supervisor
 from fedlora_app.deployment.control import describe_status, stop
 from fedlora_app.deployment.endings import UNUSABLE
 from fedlora_app.deployment.layout import SiteFolder
+from fedlora_app.deployment.logs import READY, head, read_tail, rotate
 from fedlora_app.deployment.processes import (
     ProcessesError,
     Started,
@@ -29,7 +30,7 @@ from fedlora_app.deployment.processes import (
     write_started,
 )
 from fedlora_app.deployment.programs import End, Program, find_folder, plan_end
-from fedlora_app.deployment.supervisor import Supervisor, read_tail, refuse_leftovers, rotate
+from fedlora_app.deployment.supervisor import Supervisor, refuse_leftovers
 
 SLEEP = "import time; time.sleep(600)"
 STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1); {SLEEP}"
@@ -142,6 +143,12 @@ def test_a_site_s_programs(site):
     assert f'client-file="{site.client_file}"' in supernode.command
     assert "fed.example.org:8000" in supernode.command
     assert executor.environment["FLWR_HOME"] == str(site.flower_home)
+    log = site.logs / "executor.log"
+    for line, is_ready in ((READY, True), ("", False), (f"{READY}; code 12", True)):
+        head(log)
+        with log.open("a") as file:
+            file.write(f"{line}\nanother line\n")
+        assert executor.is_ready() == is_ready
     assert not any(str(secret) in argument for argument in (*supernode.command, *executor.command))
     plan_end(site.folder)
     assert site.executor_secret.read_bytes() == secret
@@ -222,7 +229,7 @@ def test_a_program_that_never_answers_is_named_with_its_log(site, brief, monkeyp
 
 
 def test_large_logs_move_aside(tmp_path, monkeypatch):
-    monkeypatch.setattr(supervisor, "LARGE_LOG_BYTES", 10)
+    monkeypatch.setattr(logs, "LARGE_LOG_BYTES", 10)
     log = tmp_path / "superlink.log"
     with log.open("a") as file:
         for number in range(5):
