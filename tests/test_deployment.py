@@ -14,17 +14,20 @@ import pytest
 from flower_process import BIN, free_port
 from loopback import wait_until
 
+from fedlora_app.deployment.audit import compare_logs, read_log
+from fedlora_app.deployment.record import EVIDENCE_VARIABLE
+
 
 @pytest.mark.deployment
 def test_the_same_app_on_a_superlink_with_two_supernodes(flower, tiny_experiment, tmp_path):
     port, started = free_port(), []
 
-    def start(*command: str) -> None:
+    def start(end: str, *command: str) -> None:
         log = (tmp_path / f"{len(started)}.log").open("w")
         started.append(
             subprocess.Popen(
                 [BIN / command[0], *command[1:]],
-                env=flower.env,
+                env=flower.env | {EVIDENCE_VARIABLE: str(tmp_path / f"{end}.jsonl")},
                 cwd=tmp_path,
                 stdout=log,
                 stderr=log,
@@ -34,11 +37,13 @@ def test_the_same_app_on_a_superlink_with_two_supernodes(flower, tiny_experiment
 
     project = tiny_experiment.parent
     try:
-        start("flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port))
+        address = ("--host", "127.0.0.1", "--port", str(port))
+        start("server", "flower-superlink", "--insecure", *address)
         wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
         time.sleep(2)
         for client in ("bob", "ann"):
             start(
+                client,
                 "flower-supernode",
                 "--insecure",
                 "--superlink",
@@ -75,3 +80,9 @@ def test_the_same_app_on_a_superlink_with_two_supernodes(flower, tiny_experiment
         assert (folder / client / "round_001" / "adapter_model.safetensors").exists()
         assert (folder / client / "gate" / "gate.safetensors").exists()
         assert not (folder / other).exists()
+        # What Flower carried is what either end says that it sent and received.
+        logs = [read_log(tmp_path / f"{end}.jsonl") for end in ("server", client)]
+        assert [log.fault for log in logs] == [None, None]
+        comparison = compare_logs(*logs)
+        assert (comparison.contradictions, comparison.undelivered) == ([], [])
+        assert comparison.num_agreed == 8
