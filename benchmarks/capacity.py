@@ -10,6 +10,8 @@ from __future__ import annotations
 import gc
 import json
 import math
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -90,7 +92,7 @@ TRAFFIC = ("bytes_down", "bytes_up", "adapter_bytes_down", "adapter_bytes_up")
 
 def measure(
     repeats: int = 5,
-    updates: tuple[int, int] = (2, 6),
+    updates: tuple[int, int] = (2, 10),
     clients: tuple[int, ...] = (10, 100, 1000),
     model: dict[str, Any] = QWEN_7B,
     rank: int = 16,
@@ -103,15 +105,15 @@ def measure(
     use_tests()
     identify_process()
     torch.set_num_threads(1)
-    with torch.device("meta"):
-        adapted = attach_adapters(Qwen2ForCausalLM(Qwen2Config(**model)), equal_adapters(rank))
-    shapes = state_shapes(adapted, GLOBAL)
+    adapted, shapes = build_shapes(model, rank)
     state = {key: torch.randn(shape) * 1e-3 for key, shape in shapes.items()}
     with tempfile.TemporaryDirectory() as folder:
         return {
             "num_parameters": sum(map(math.prod, shapes.values())),
             "dtypes": [_measure_dtype(state, dtype, rank, repeats) for dtype in DTYPES],
-            "memory": [_measure_memory(state, rule, rank, updates) for rule in RULES],
+            "memory": [
+                _measure_memory(rule, count, model, rank) for rule in RULES for count in updates
+            ],
             "checkpoint": _measure_checkpoint(adapted, state, Path(folder), repeats),
             "store": [_measure_store(state, dtype, Path(folder), repeats) for dtype in DTYPES],
             "clients": [_measure_clients(count, Path(folder)) for count in clients],
@@ -131,8 +133,8 @@ def describe(figures: dict[str, Any]) -> str:
         lines.append(
             f"| {one['upload_dtype']} | {one['bytes'] / MB:.1f} | {one['fold_seconds']:.2f} "
             f"| {one['hash_seconds']:.2f} | {store['write_seconds']:.2f} "
-            f"| {store['read_seconds']:.2f} | {store['database_bytes'] / MB:.0f}, and "
-            f"{store['after_bytes'] / MB:.0f} after {store['messages']} messages |"
+            f"| {store['read_seconds']:.2f} | {store['database_bytes'][0] / MB:.0f}, with "
+            f"message {store['messages']}: {store['database_bytes'][-1] / MB:.0f} |"
         )
     kept = figures["checkpoint"]
     lines += [
@@ -145,8 +147,7 @@ def describe(figures: dict[str, Any]) -> str:
     ]
     lines += [
         f"| {row['rule']} | {row['num_updates']} | {row['peak_bytes'] / MB:.0f} |"
-        for rows in figures["memory"]
-        for row in rows
+        for row in figures["memory"]
     ]
     lines += [
         "",
@@ -216,23 +217,44 @@ def _measure_dtype(state: AdapterState, dtype: str, rank: int, repeats: int) -> 
 
 
 def _measure_memory(
-    state: AdapterState, rule: str, rank: int, updates: tuple[int, ...]
-) -> list[dict[str, Any]]:
-    rows = []
-    for num_updates in updates:
-        gc.collect()
-        aggregation = _begin_aggregation(_config(max(3, num_updates), rule=rule, rank=rank), state)
-        start = resident_bytes()
-        reset_peak()
-        for index in range(num_updates):
-            noise = {key: tensor + 1e-5 * index for key, tensor in state.items()}
-            reply = Reply(f"client-{index:06d}", {}, {}, pack_state(noise))
-            del noise
-            aggregation.add(reply, 1)
-            del reply
-        aggregation.result()
-        rows.append({"rule": rule, "num_updates": num_updates, "peak_bytes": peak_bytes() - start})
-    return rows
+    rule: str, num_updates: int, model: dict[str, Any], rank: int
+) -> dict[str, Any]:
+    """Measure in a fresh process: memory that another measurement has freed would be used again."""
+    arguments = [rule, str(num_updates), json.dumps(model), str(rank)]
+    command = [sys.executable, "-m", __spec__.name, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{rule}, {num_updates} updates:\n{done.stderr}")
+    peak = int(done.stdout.splitlines()[-1])
+    return {"rule": rule, "num_updates": num_updates, "peak_bytes": peak}
+
+
+def measure_peak(rule: str, num_updates: int, model: dict[str, Any], rank: int) -> int:
+    """Return the most memory that a round's aggregation takes above what the process had before.
+
+    That is with one fp32 update in memory beside what the rule keeps, and the adapter itself.
+    """
+    use_tests()
+    shapes = build_shapes(model, rank)[1]
+    config = _config(max(3, num_updates), rule=rule, rank=rank)
+    start = resident_bytes()
+    reset_peak()
+    state = {key: torch.randn(shape) * 1e-3 for key, shape in shapes.items()}
+    aggregation = Aggregation(config, shapes)
+    aggregation.begin(state, 1)
+    for index in range(num_updates):
+        packed = pack_state({key: torch.randn(shape) * 1e-3 for key, shape in shapes.items()})
+        aggregation.add(Reply(f"client-{index:06d}", {}, {}, packed), 1)
+        del packed
+    aggregation.result()
+    return peak_bytes() - start
+
+
+def build_shapes(model: dict[str, Any], rank: int) -> tuple[AdaptedModel, dict[str, torch.Size]]:
+    """Return a model on the meta device with its adapters, and the global one's shapes."""
+    with torch.device("meta"):
+        adapted = attach_adapters(Qwen2ForCausalLM(Qwen2Config(**model)), equal_adapters(rank))
+    return adapted, state_shapes(adapted, GLOBAL)
 
 
 def _measure_checkpoint(
@@ -264,10 +286,10 @@ def _measure_store(state: AdapterState, dtype: str, folder: Path, repeats: int) 
         with no_object_id_recompute():
             writes.append(_least(lambda sent=message: _write(store, sent), 1))
             message_id = message.object_id
-        sizes.append(_size(path))
+            num_objects = len(store)
         reads.append(_least(lambda found=message_id: _read(store, found), 1))
+        sizes.append(_size(path))
         store.delete(message_id)
-    after = len(store)
     return {
         "upload_dtype": dtype,
         "messages": repeats,
@@ -275,9 +297,9 @@ def _measure_store(state: AdapterState, dtype: str, folder: Path, repeats: int) 
         "write_cpu_seconds": min(cpu for cpu, _ in writes),
         "read_seconds": min(clock for _, clock in reads),
         "read_cpu_seconds": min(cpu for cpu, _ in reads),
-        "database_bytes": sizes[0],
-        "after_bytes": _size(path),
-        "objects_left": after,
+        "objects": num_objects,
+        "objects_left": len(store),
+        "database_bytes": sizes,
     }
 
 
@@ -419,3 +441,8 @@ def _measure_records(config: Config, path: Path) -> dict[str, Any]:
         "round_seconds": min(seconds),
         "read_history_seconds": read / ROUNDS,
     }
+
+
+if __name__ == "__main__":
+    rule, num_updates, model, rank = sys.argv[1:]
+    print(measure_peak(rule, int(num_updates), json.loads(model), int(rank)))

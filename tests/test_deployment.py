@@ -15,6 +15,9 @@ from deployment.sites import build_bare_config, make_site
 from flower_process import BIN, free_port
 from loopback import wait_until
 
+from fedlora_app.deployment.audit import compare_logs, read_log
+from fedlora_app.deployment.record import EVIDENCE_VARIABLE
+
 
 @pytest.mark.deployment
 @pytest.mark.parametrize("has_own_files", [False, True])
@@ -26,12 +29,12 @@ def test_the_same_app_on_a_superlink_with_two_supernodes(
 
     name = f"loopback{port}"
 
-    def start(*command: str) -> None:
+    def start(end: str, *command: str) -> None:
         log = (tmp_path / f"{len(started)}.log").open("w")
         started.append(
             subprocess.Popen(
                 [BIN / command[0], *command[1:]],
-                env=flower.env,
+                env=flower.env | {EVIDENCE_VARIABLE: str(tmp_path / f"{end}.jsonl")},
                 cwd=tmp_path,
                 stdout=log,
                 stderr=log,
@@ -54,11 +57,13 @@ def test_the_same_app_on_a_superlink_with_two_supernodes(
             path.with_name("policy.yaml").write_text("rounds: 1\nparticipants: [ann, bob]\n")
             nodes[client] = f'client-file="{path}"'
     try:
-        start("flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port))
+        address = ("--host", "127.0.0.1", "--port", str(port))
+        start("server", "flower-superlink", "--insecure", *address)
         wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
         time.sleep(2)
-        for node_config in nodes.values():
+        for client, node_config in nodes.items():
             start(
+                client,
                 "flower-supernode",
                 "--insecure",
                 "--superlink",
@@ -95,3 +100,9 @@ def test_the_same_app_on_a_superlink_with_two_supernodes(
         assert (folder / client / "round_001" / "adapter_model.safetensors").exists()
         assert (folder / client / "gate" / "gate.safetensors").exists()
         assert not (folder / other).exists()
+        # What Flower carried is what either end says that it sent and received.
+        logs = [read_log(tmp_path / f"{end}.jsonl") for end in ("server", client)]
+        assert [log.fault for log in logs] == [None, None]
+        comparison = compare_logs(*logs)
+        assert (comparison.contradictions, comparison.undelivered) == ([], [])
+        assert comparison.num_agreed == 8

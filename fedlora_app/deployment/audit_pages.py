@@ -43,12 +43,17 @@ def build_pages(log: Log) -> tuple[list[Page], list[Entry]]:
     pages: dict[tuple[str, int | None], Page] = {}
     exchanges: dict[str, Exchange] = {}
     others: list[Entry] = []
+    run = ""
     for entry in log.entries:
-        if entry["event"] not in (SENT, RECEIVED, NO_REPLY, NOT_COUNTED):
+        run = entry.get("run", run)
+        if type(entry.get("round")) is not int:
             others.append(entry)
             continue
-        key = entry.get("run", ""), entry.get("round")
+        key = run, entry["round"]
         page = pages.setdefault(key, Page(*key))
+        if entry["event"] not in (SENT, RECEIVED, NO_REPLY, NOT_COUNTED):
+            page.remarks.append(f"{entry['event']}: {_describe_rest(entry)}")
+            continue
         if entry["event"] == NOT_COUNTED:
             page.remarks.append(f"{entry['client']}: {entry['what']}{_describe_reason(entry)}")
             continue
@@ -130,10 +135,14 @@ def _describe_others(entries: list[Entry]) -> Iterator[str]:
     for name in ("time (UTC)", "event", "what"):
         table.add_column(name, overflow="fold")
     for entry in entries:
-        rest = {k: v for k, v in entry.items() if k not in OWN_FIELDS and v is not None}
-        what = ", ".join(f"{name} {_shorten(value)}" for name, value in sorted(rest.items()))
-        table.add_row(entry["time"][SHOWN_TIME], entry["event"], what)
+        table.add_row(entry["time"][SHOWN_TIME], entry["event"], _describe_rest(entry))
     yield render_table(table)
+
+
+def _describe_rest(entry: Entry) -> str:
+    """Return what an entry says beside what every entry does."""
+    rest = {k: v for k, v in entry.items() if k not in OWN_FIELDS and v is not None}
+    return ", ".join(f"{name} {_shorten(value)}" for name, value in sorted(rest.items()))
 
 
 def _describe_page(page: Page) -> str:

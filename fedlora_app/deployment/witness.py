@@ -62,7 +62,7 @@ def witness_run(
         resumed_after=resumed_after,
         **describe_software(),
     )
-    grid.watch = _ServerWitness(grid.names).watch
+    grid.watch = _ServerWitness(grid).watch
     try:
         yield
     except BaseException as error:
@@ -72,20 +72,16 @@ def witness_run(
 
 
 class _ServerWitness:
-    """Enters what a grid sends and gets.
+    """Enters what a grid sends and gets."""
 
-    Args:
-        names: each node's client, as far as it is known.
-    """
-
-    def __init__(self, names: dict[int, str]) -> None:
-        self._names = names
+    def __init__(self, grid: PacedGrid) -> None:
+        self._grid = grid
         self._digester = Digester()
 
     def watch(self, request: Message, reply: Message | None) -> None:
         """Enter a message that was sent, or, with a reply, what came of it."""
         fields = _describe_request(request) | {"node": str(request.metadata.dst_node_id)}
-        known = fields["client"] or self._names.get(request.metadata.dst_node_id, "")
+        known = fields["client"] or self._grid.names.get(request.metadata.dst_node_id, "")
         fields |= {"end": SERVER_END, "client": known}
         if reply is None:
             record(SENT, **fields, **_describe_content(request, self._digester))

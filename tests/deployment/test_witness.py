@@ -15,8 +15,10 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from loopback import Federation, LoopbackGrid
 
 from fedlora_app.deployment.audit import compare_logs, read_log
+from fedlora_app.deployment.audit_pages import describe_log
 from fedlora_app.deployment.evidence import Evidence, EvidenceError
 from fedlora_app.deployment.record import EVIDENCE_VARIABLE
+from fedlora_app.deployment.witness import describe_reason
 from fedlora_app.federation.digest import Digester
 from fedlora_app.federation.messages import TASK_RECORD, UPDATE_RECORD, read_task
 from fedlora_app.strategy import RoundError
@@ -224,6 +226,17 @@ def test_the_command_prints_every_round_and_ends_with_status_2_if_something_is_w
     assert status == 2 and "BROKEN at line 6: removed before it: entry 5." in out
     assert fedlora("deploy", "audit", ann, "--against", broken)[0] == 2
     assert fedlora("deploy", "audit", tmp_path / "none.jsonl")[0] == 2
+
+
+def test_what_a_policy_refused_stands_on_the_page_of_its_round(recorded, tmp_path):
+    path = tmp_path / "ann.jsonl"
+    path.write_bytes(recorded.log("ann").read_bytes())
+    Evidence(path).add("refused", client="ann", round=1, rules={"rounds": "3 are asked for"})
+    *_, page = describe_log(read_log(path)).split("run, round ")
+    assert page.startswith("1") and "refused: client ann, round 1, rules rounds 3 are" in page
+    words = "ann: its policy refuses: rounds, upload_dtype"
+    assert describe_reason(words)["why"] == "its policy refuses: rounds, upload_dtype"
+    assert "why" not in describe_reason("ann: its policy refuses: what Mrs Smith said!")
 
 
 def test_a_digest_survives_the_wire_and_sees_every_change():
