@@ -13,9 +13,11 @@ from loopback import Federation
 from observation import find_windows
 from safetensors.torch import load_file
 
+from fedlora_app.config.loading import parse_config
 from fedlora_app.config.participation import training_clients
 from fedlora_app.config.schema import GLOBAL
 from fedlora_app.evaluation.choices import Evaluator, open_round
+from fedlora_app.evaluation.protocol import evaluate_round
 from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.evaluation.score_store import ScoreStore
 from fedlora_app.federation.messages import UPDATE_RECORD
@@ -125,6 +127,28 @@ def test_a_run_is_what_the_rule_says_and_resumes_to_the_byte(rule, tiny_project,
     assert adapter_files(again) == adapter_files(run)
     kept = {path.name for path in run.rglob(MEMORY_FILE)}
     assert kept == ({MEMORY_FILE} if rule == "rest-of-world" else set())
+
+
+@pytest.mark.slow
+def test_fedalt_answers_with_the_mean_of_the_others_and_its_own(tiny_project, tmp_path):
+    """As ``conf/study-methods.yaml`` has it: the local adapter beside that mean, then a mixer."""
+    config = configure("rest-of-world").dump()
+    config["training"] |= {"schedule": "mixed", "local_mixing_weight": 0.5, "global_epochs": 2}
+    config["evaluation"] |= {"protocol": "core"}
+    run = Federation(tiny_project, tmp_path, parse_config(config)).run()
+    examples = {c: m["train_global/num_examples"] for c, m in entries(run, 2, "global").items()}
+    reports = load_run(run).manifest["clients"]
+    assert examples == {
+        c: r["universal_examples"] + r["local_examples"] for c, r in reports.items()
+    }
+    found = evaluate_round(
+        open_round(load_run(run), tiny_project, combine="mixer"), lambda *_: None
+    )
+    assert found["combination"] == "mixer"
+    owners = {row["adapters"] for row in found["swap_table"] if row["client"] == "ann"}
+    assert {"base", "global", "global+local:ann"} <= owners
+    kept = load_file(run / "clients" / "ann" / "mixer" / "mixer.safetensors")
+    assert all(matrix.abs().sum() > 0 for matrix in kept.values())
 
 
 class TestGlobalAdaptersOfTheirOwn:
