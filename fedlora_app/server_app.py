@@ -7,14 +7,16 @@ configuration, and knows of the clients only what ``messages`` declares.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora_app.config.schema import GLOBAL, LOCAL
+from fedlora_app.deployment.coordinator import find_owners
 from fedlora_app.deployment.record import record
 from fedlora_app.deployment.witness import JOINED, witness_run
 from fedlora_app.evaluation.learning import describe_end
@@ -71,6 +73,7 @@ def main(grid: Grid, context: Context) -> None:
             config.federated.client_timeout_seconds,
             current_pool,
             config.federated.reconnect_seconds,
+            partial(_find_owners, config.client_ids),
         )
         stack.enter_context(_show_errors(paced))
         after = None if resumption is None else resumption.after_round
@@ -118,6 +121,12 @@ def main(grid: Grid, context: Context) -> None:
         run.finish()
     print(describe_end(read_history(run.path), config, run.manifest.get("final")), flush=True)
     print(f"Run directory: {run.path}\nReport: {report_run(run.path)}", flush=True)
+
+
+def _find_owners(clients: Collection[str]) -> dict[int, str] | None:
+    """Return which of the experiment's clients each node of a deployment is."""
+    owners = find_owners()
+    return owners and {node: site for node, site in owners.items() if site in clients}
 
 
 def build_registration(settings: Settings) -> Task:

@@ -6,6 +6,7 @@ let in, or let in no longer.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,6 +31,8 @@ from fedlora_app.deployment.templates import write_coordinator_templates
 from fedlora_app.foundation.errors import UserError
 
 SETTINGS_HEADING = "# Written by fedlora deploy, which each site's entry is changed by.\n"
+DEPLOYMENT_VARIABLE = "FEDLORA_DEPLOYMENT"
+"""Names the coordinator's folder to the processes of its deployment."""
 INVITED, APPROVED, REVOKED = "invited", "approved", "revoked"
 
 
@@ -201,3 +204,21 @@ def former_fingerprints(folder: CoordinatorFolder) -> dict[str, str]:
     """Return the sites that had keys once, by the keys' fingerprints."""
     paths = sorted(folder.former.glob("*/*.pub"))
     return {fingerprint_public_key(path.read_text().strip()): path.stem for path in paths}
+
+
+def find_owners() -> dict[int, str] | None:
+    """Return whose site each node is, by the key that the SuperLink knows it by.
+
+    Only sites that are let in have one. None where this process belongs to no deployment, so that
+    nobody but the node itself says who it is.
+
+    Raises:
+        RegistryError, CoordinatorError: it does, and its SuperLink or settings cannot be asked.
+    """
+    folder = os.environ.get(DEPLOYMENT_VARIABLE)
+    if not folder:
+        return None
+    coordinator = load_coordinator(Path(folder))
+    nodes = registry.list_nodes(coordinator.folder, coordinator.settings.port)
+    sites = {entry.fingerprint: site for site, entry in coordinator.approved.items()}
+    return {node.node_id: sites[node.fingerprint] for node in nodes if node.fingerprint in sites}

@@ -100,7 +100,11 @@ def is_listening(address: tuple[str, int]) -> bool:
 
 
 def _plan_coordinator(folder: CoordinatorFolder) -> End:
-    from fedlora_app.deployment.coordinator import load_coordinator, register_pending
+    from fedlora_app.deployment.coordinator import (
+        DEPLOYMENT_VARIABLE,
+        load_coordinator,
+        register_pending,
+    )
 
     coordinator = load_coordinator(folder.folder)
     host, port = coordinator.settings.host, coordinator.settings.port
@@ -114,7 +118,7 @@ def _plan_coordinator(folder: CoordinatorFolder) -> End:
             "--enable-supernode-auth",
             *("--database", str(folder.database)),
         ),
-        build_environment(folder),
+        build_environment(folder) | {DEPLOYMENT_VARIABLE: str(folder.folder)},
         is_ready=lambda: coordinator.is_running,
     )
     return End(folder, (superlink,), when_ready=lambda: register_pending(folder.folder))

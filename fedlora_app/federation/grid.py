@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -68,6 +68,8 @@ class PacedGrid(Grid):
             simulation it counts from where a worker takes the client's message.
         find_workers: returns a simulation's workers once there are any, else None.
         reconnect_seconds: a node that is gone is waited for so long. Simulated nodes never are.
+        find_owners: returns which client each node is by its key, of those that take part; None
+            where nodes are not known by keys.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class PacedGrid(Grid):
         client_timeout_seconds: float | None = None,
         find_workers: Callable[[], Workers | None] = lambda: None,
         reconnect_seconds: float = 0.0,
+        find_owners: Callable[[], Mapping[int, str] | None] = lambda: None,
     ) -> None:
         self.unwrapped = grid
         self._probes = None if self.is_simulation else Probes(grid)
@@ -85,6 +88,9 @@ class PacedGrid(Grid):
         self._clients_at_once = clients_at_once
         self._client_timeout_seconds = client_timeout_seconds or math.inf
         self._find_workers = find_workers
+        self._find_owners = find_owners
+        self.owners: Mapping[int, str] | None = None
+        """Which client each node is by its key; None where no keys are known."""
         self.names: dict[int, str] = {}
         self.watch: Callable[[Message, Message | None], None] = lambda request, reply: None
         """Is told of every message that was sent, and again with its reply or what came of it."""
@@ -256,8 +262,11 @@ class PacedGrid(Grid):
     def create_message(self, *args, **kwargs):  # noqa: D102
         return self.unwrapped.create_message(*args, **kwargs)
 
-    def get_node_ids(self) -> Iterable[int]:  # noqa: D102
-        return self.unwrapped.get_node_ids()
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the nodes that are there and take part; all, where they are not known by keys."""
+        self.owners = self._find_owners()
+        nodes = self.unwrapped.get_node_ids()
+        return nodes if self.owners is None else [node for node in nodes if node in self.owners]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:  # noqa: D102
         return self.unwrapped.push_messages(messages)

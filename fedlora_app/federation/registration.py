@@ -115,6 +115,12 @@ def _ask_who(
         node = message.metadata.src_node_id
         reply = read_reply(message, None, REGISTRATION_ROUND)
         entry = config.entry(reply.client_id)  # raises where the experiment has none of that id
+        owners = getattr(grid, "owners", None)
+        if owners is not None and owners.get(node) != reply.client_id:
+            raise MessageError(
+                f"Node {node} says that it is {reply.client_id}, and its key is "
+                f"{owners.get(node)}'s. The client.yaml of a site names the site's own id."
+            )
         if not reply.needs_settings:
             accept(reply, node)
         elif entry.is_bare or node in needing:

@@ -8,12 +8,12 @@ from conftest import build_tiny_config
 from flwr.app import Error, Message, RecordDict
 from loopback import LoopbackGrid
 
-from fedlora_app import client_app
+from fedlora_app import client_app, server_app
 from fedlora_app.federation import grid as grid_module
 from fedlora_app.federation import probes, registration
 from fedlora_app.federation import ray_pool as workers
 from fedlora_app.federation.grid import MOST_ATTEMPTS, PacedGrid, build_message
-from fedlora_app.federation.messages import build_probe, is_probe
+from fedlora_app.federation.messages import MessageError, build_probe, is_probe
 from fedlora_app.strategy import RoundError
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
@@ -433,3 +433,23 @@ def test_a_message_that_is_dropped_between_two_looks_is_sent_again():
     grid = PacedGrid(node, 1, reconnect_seconds=60.0)
     [reply] = grid.send_and_receive([build_message(RecordDict(), "train", 5)])
     assert not reply.has_error() and len(node.sent) == 2
+
+
+def test_only_nodes_whose_keys_are_known_to_take_part_are_asked():
+    """A run would reach every SuperNode that is connected, whether its owner agreed or not."""
+    grid = PacedGrid(LoopbackGrid(dict.fromkeys((11, 12, 13))), 1, find_owners=lambda: {11: "ann"})
+    assert list(grid.get_node_ids()) == [11]
+    assert sorted(PacedGrid(LoopbackGrid(dict.fromkeys((11, 12))), 1).get_node_ids()) == [11, 12]
+
+
+@pytest.mark.parametrize("owners", [{11: "ann", 12: "bob"}, {11: "bob", 12: "ann"}])
+def test_a_node_is_whose_its_key_is(owners, federation, monkeypatch):
+    """Nodes 11 and 12 say that they are ann and bob."""
+    monkeypatch.setattr(server_app, "find_owners", lambda: owners)
+    config = build_tiny_config(federated={"num_rounds": 1})
+    if owners[11] == "ann":
+        assert (federation.run("run", config) / "final" / "global").is_dir()
+        return
+    with pytest.raises(MessageError, match="Node 11 says that it is ann, and its key is bob's"):
+        federation.run("run", config)
+    assert not any(message.content.array_records for message in federation.grids[-1].sent)
