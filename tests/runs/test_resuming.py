@@ -714,7 +714,8 @@ def test_what_rounding_has_left_is_checked_before_anything_is_trained(stopped_at
         RoundError, match=f"(?s)bob: .*feedback/round_001.*{expected}.*resume='run@0'"
     ):
         federation.run("run", resume="run")
-    assert [message.metadata.message_type for message in federation.grids[-1].sent] == ["query"] * 4
+    # Each is asked who it is, then for a registration with its own settings, then for this.
+    assert [message.metadata.message_type for message in federation.grids[-1].sent] == ["query"] * 6
 
 
 @pytest.mark.slow
