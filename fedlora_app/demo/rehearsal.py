@@ -229,6 +229,7 @@ class Rehearsal:
         command += ["--superlink", f"{HOST}:{self._port}", "--port", str(_find_port())]
         command += ["--root-certificates", str(self.coordinator.root_certificate)]
         command += ["--auth-supernode-private-key", str(stranger.key), "--max-retries", "0"]
+        command += ["--isolation", "process"]  # else a child of it keeps its output open
         try:
             ended = subprocess.run(
                 command,
@@ -245,7 +246,7 @@ class Rehearsal:
 
     def _compare(self) -> None:
         """Lay each site's log beside the coordinator's, and say what each end saw."""
-        server = read_log(self.coordinator.evidence)
+        server, known = read_log(self.coordinator.evidence), len(self.faults)
         for name, site in self.sites.items():
             log = read_log(site.evidence)
             comparison = compare_logs(server, log)
@@ -259,7 +260,11 @@ class Rehearsal:
                     self.faults.append(f"{name}: {fault}")
         if server.fault is not None:
             self.faults.append(f"coordinator: {server.fault}")
-        self._say("The logs of both ends are whole and say the same." * (not self.faults))
+        self._expect(
+            len(self.faults) == known,
+            "The logs of both ends are whole and say the same.",
+            "The logs of both ends are not whole, or do not say the same.",
+        )
 
     def _search(self) -> None:
         """Look for what is the sites' own on the coordinator's disk, and for the result."""
