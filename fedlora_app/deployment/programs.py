@@ -32,6 +32,8 @@ class Program:
     environment: Mapping[str, str]
     is_ready: Callable[[], bool] = field(default=lambda: True, compare=False)
     """Whether what comes after it can be started."""
+    explain_end: Callable[[], str | None] = field(default=lambda: None, compare=False)
+    """Why it is not to be started again, once it has ended; None where it is."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ def _plan_coordinator(folder: CoordinatorFolder) -> End:
 
 
 def _plan_site(folder: SiteFolder) -> End:
+    from fedlora_app.deployment.site_checks import explain_end
+
     _require_files(folder)
     if not folder.executor_secret.exists():
         _write_secret(folder.executor_secret)
@@ -147,6 +151,7 @@ def _plan_site(folder: SiteFolder) -> End:
         ),
         environment,
         is_ready=lambda: is_listening((LOOPBACK, port)),
+        explain_end=lambda: explain_end(folder),
     )
     executor = Program(
         "executor",

@@ -13,7 +13,11 @@ import yaml
 
 from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import Config
-from fedlora_app.deployment.connection import examine_connection, examine_registration
+from fedlora_app.deployment.connection import (
+    NOT_LET_IN,
+    examine_connection,
+    examine_registration,
+)
 from fedlora_app.deployment.facts import Facts
 from fedlora_app.deployment.finding import Finding, fault, ok, warning
 from fedlora_app.deployment.layout import SiteFolder
@@ -24,6 +28,7 @@ from fedlora_app.deployment.machine_checks import (
     guarded,
 )
 from fedlora_app.deployment.site import SiteError, fingerprint_key_file, load_facts
+from fedlora_app.foundation.errors import UserError
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 LISTENING = "0A"  # a socket's state in /proc/net/tcp
@@ -51,14 +56,23 @@ def examine_site(folder: Path) -> Iterator[Finding]:
 
 
 def examine_own_registration(site: SiteFolder) -> Finding:
-    """Ask the SuperLink whether it lets this site in.
-
-    For whoever has started a SuperNode that ended: one whose key is revoked says only that it has
-    "terminated gracefully", with status 0.
-    """
+    """Ask the SuperLink whether it lets this site in."""
     facts = load_facts(site)
     root = site.root_certificate.read_text()
     return examine_registration(facts.address, root, site.key.read_bytes())
+
+
+def explain_end(site: SiteFolder) -> str | None:
+    """Return why a SuperNode that has ended is not to be started again; None where it may be.
+
+    One whose key was revoked says only that it has "terminated gracefully", with status 0. A
+    SuperLink that does not answer, or to a signature by a wrong clock, says nothing of the key.
+    """
+    try:
+        found = examine_own_registration(site)
+    except (OSError, UserError):  # the folder is being changed, as by fedlora deploy join
+        return None
+    return f"{found.what} {found.advice}" if found.what == NOT_LET_IN else None
 
 
 def _examine_key(site: SiteFolder, facts: Facts) -> Iterator[Finding]:

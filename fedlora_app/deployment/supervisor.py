@@ -1,8 +1,9 @@
 """Keeps the processes of one end running, and ends them when it ends.
 
 ``fedlora deploy start`` has it in the background, ``--foreground`` in front. A process that ends is
-started again after a pause that doubles; one that ends soon again and again ends them all. Its exit
-status says whether somebody stopped it (0) or it gave up (1).
+started again after a pause that doubles; one that ends soon again and again ends them all, and so
+does one that no other start would help (a site that was revoked). Its exit status says whether
+somebody stopped it (0) or it gave up (1).
 """
 
 from __future__ import annotations
@@ -126,7 +127,10 @@ class Supervisor:
         deadline = time.monotonic() + READY_SECONDS
         while not child.program.is_ready():
             if child.process.poll() is not None or time.monotonic() > deadline:
-                what = "ended" if child.process.poll() is not None else "is not ready"
+                has_ended = child.process.poll() is not None
+                if has_ended:
+                    _refuse_in_vain(child)
+                what = "ended" if has_ended else "is not ready"
                 raise ProcessesError(
                     f"{child.program.name} {what} within {READY_SECONDS:g} seconds. The end of "
                     f"{child.log}:\n{read_tail(child.log, 10)}"
@@ -149,6 +153,7 @@ class Supervisor:
         now = time.monotonic()
         if child.due is None and (status := child.process.poll()) is not None:
             signal_session(child.process.pid, signal.SIGKILL)  # what it has left
+            _refuse_in_vain(child)
             lived = now - child.started
             child.num_soon_ends = child.num_soon_ends + 1 if lived < SOON_SECONDS else 0
             if child.num_soon_ends >= MOST_SOON_ENDS or status == UNUSABLE:
@@ -212,6 +217,12 @@ def refuse_leftovers(path: Path, folder: Path) -> None:
         raise ProcessesError(
             f"{folder} is running already: {names}. To end them: fedlora deploy stop {folder}"
         )
+
+
+def _refuse_in_vain(child: _Child) -> None:
+    """Raise where it is known why a process has ended, and that another start would be in vain."""
+    if (why := child.program.explain_end()) is not None:
+        raise ProcessesError(f"{child.program.name} ended: {why}")
 
 
 def _spawn(program: Program, log: Path) -> subprocess.Popen[bytes]:

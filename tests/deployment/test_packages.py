@@ -21,6 +21,7 @@ from fedlora_app.deployment.layout import CoordinatorFolder, SiteFolder
 from fedlora_app.deployment.membership import approve, read_request
 from fedlora_app.deployment.package import MAX_PACKAGE_BYTES, read_package, write_zip
 from fedlora_app.deployment.site import join, make_request, open_package
+from fedlora_app.deployment.site_checks import examine_own_registration, explain_end
 from fedlora_app.foundation.project import hash_package
 
 SITES = ("ann", "bob", "cy")
@@ -132,6 +133,14 @@ def test_a_package_holds_no_secret(joined):
                     body = key.read_text().splitlines()[1:-1]
                     assert not [line for line in body if line.encode() in content]
                     assert base64.b64decode("".join(body))[-40:] not in content
+
+
+def test_a_superlink_that_does_not_answer_has_revoked_nobody(joined):
+    site = SiteFolder(joined / "ann")
+    assert examine_own_registration(site).level == "warning"
+    assert explain_end(site) is None
+    site.package_facts.unlink()
+    assert explain_end(site) is None
 
 
 def test_what_is_sent_is_all_that_leaves_a_site(world):

@@ -220,6 +220,32 @@ def test_what_cannot_work_is_not_started_again(site, brief):
     assert kept.run() == 1 and kept.children[0].known.num_restarts == 0
 
 
+def test_what_says_why_it_ended_is_not_started_again(site, brief):
+    """As a SuperNode whose key is revoked ends: with status 0, and no word of it."""
+    asked = []
+
+    def explain() -> str | None:
+        asked.append(True)
+        return "the key is not let in." if len(asked) == 3 else None
+
+    gone = replace(program("supernode", ""), explain_end=explain)
+    said: list[str] = []
+    kept = Supervisor(End(site, (gone, program("executor", SLEEP))), said.append)
+    assert kept.run() == 1 and kept.children[0].known.num_restarts == 2
+    assert said[-1] == "Error: supernode ended: the key is not let in."
+    assert not any(child.known.is_alive for child in kept.children)
+    assert read_started(site.processes).why == "supernode ended: the key is not let in."
+    assert next(describe_status(site.folder)).endswith("supernode ended: the key is not let in.")
+
+
+def test_what_ends_before_it_is_ready_says_why(site, brief):
+    gone = replace(
+        program("supernode", ""), is_ready=lambda: False, explain_end=lambda: "not let in."
+    )
+    kept = Supervisor(End(site, (gone,)), lambda line: None)
+    assert kept.run() == 1 and kept.why == "supernode ended: not let in."
+
+
 def test_a_program_that_never_answers_is_named_with_its_log(site, brief, monkeypatch):
     monkeypatch.setattr(supervisor, "READY_SECONDS", 0.1)
     silent = replace(program("superlink", SLEEP), is_ready=lambda: False)
