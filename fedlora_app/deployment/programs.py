@@ -14,6 +14,7 @@ from pathlib import Path
 from fedlora_app.deployment.layout import CoordinatorFolder, SiteFolder
 from fedlora_app.deployment.logs import READY, read_since_start
 from fedlora_app.deployment.processes import ProcessesError
+from fedlora_app.deployment.proxies import spare_loopback
 from fedlora_app.deployment.record import EVIDENCE_VARIABLE
 from fedlora_app.foundation.files import make_private_dir
 
@@ -80,7 +81,11 @@ def plan_end(folder: Path) -> End:
 
 
 def build_environment(end: CoordinatorFolder | SiteFolder) -> dict[str, str]:
-    """Return the variables of Flower's processes: a home of their own, nothing to install."""
+    """Return the variables of Flower's processes: a home of their own, nothing to install.
+
+    An executor and a ServerApp reach Flower at this machine's loopback, and by no proxy.
+    """
+    spare_loopback()
     # Flower looks for its other commands on PATH, where systemd and cron do not have them.
     paths = [str(HERE), *filter(None, [os.environ.get("PATH")])]
     return {

@@ -11,6 +11,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 
 import pytest
 from loopback import wait_until
@@ -29,7 +30,13 @@ from fedlora_app.deployment.processes import (
     read_started,
     write_started,
 )
-from fedlora_app.deployment.programs import End, Program, find_folder, plan_end
+from fedlora_app.deployment.programs import (
+    End,
+    Program,
+    build_environment,
+    find_folder,
+    plan_end,
+)
 from fedlora_app.deployment.supervisor import Supervisor, refuse_leftovers
 
 SLEEP = "import time; time.sleep(600)"
@@ -155,6 +162,24 @@ def test_a_site_s_programs(site):
     site.client_file.unlink()
     with pytest.raises(ProcessesError, match=r"client\.yaml is missing: fedlora deploy join"):
         plan_end(site.folder)
+
+
+def test_what_is_started_reaches_this_machine_by_no_proxy(site, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "fed.example.org")
+    environment = build_environment(site)
+    assert environment["NO_PROXY"].split(",")[0] == "fed.example.org"
+    with HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        asked = (
+            f"import httpx; print(httpx.head('http://127.0.0.1:{server.server_port}').status_code)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", asked], env=environment, capture_output=True, text=True
+        )
+    assert done.stdout == "200\n", done.stderr
 
 
 def test_a_folder_that_is_neither_end_s(tmp_path, site):
