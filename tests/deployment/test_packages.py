@@ -15,12 +15,19 @@ import yaml
 from conftest import build_tiny_config
 
 from fedlora_app.deployment import connection
+from fedlora_app.deployment.audit import read_log
 from fedlora_app.deployment.coordinator import create, load_coordinator
-from fedlora_app.deployment.keys import issue_certificate, make_root, make_site_key, sign_request
+from fedlora_app.deployment.keys import (
+    fingerprint_certificate,
+    issue_certificate,
+    make_root,
+    make_site_key,
+    sign_request,
+)
 from fedlora_app.deployment.layout import CoordinatorFolder, SiteFolder
 from fedlora_app.deployment.membership import approve, read_request
 from fedlora_app.deployment.package import MAX_PACKAGE_BYTES, read_package, write_zip
-from fedlora_app.deployment.site import join, make_request, open_package
+from fedlora_app.deployment.site import join, load_request, make_request, open_package
 from fedlora_app.deployment.site_checks import examine_own_registration, explain_end
 from fedlora_app.foundation.project import hash_package
 
@@ -159,7 +166,7 @@ def test_a_package_is_the_same_bytes_each_time(fedlora, joined):
 
 def test_one_site_s_commands_leave_the_others_files_as_they_are(fedlora, joined):
     def of_others() -> dict[str, bytes]:
-        own = ("cy", "coordinator.yaml", "former/cy-", ".lock")
+        own = ("cy", "coordinator.yaml", "former/cy-", ".lock", "deployment/evidence.jsonl")
         return {n: c for n, c in contents(joined).items() if not any(o in n for o in own)}
 
     before, known = of_others(), {i: e for i, e in entries(joined).items() if i != "cy"}
@@ -181,6 +188,36 @@ def test_one_site_s_commands_leave_the_others_files_as_they_are(fedlora, joined)
     assert not CoordinatorFolder(joined / "deployment").package("cy").exists()
     former = sorted(p.name for p in (joined / "deployment" / "former").iterdir())
     assert len(former) == 2 and all(name.startswith("cy-") for name in former)
+
+
+def test_who_was_let_in_and_no_longer_stands_in_the_evidence(fedlora, joined):
+    keys = [load_request(SiteFolder(joined / "ann")).fingerprint]
+    assert fedlora("deploy", "request", "ann", "--new-key")[0] == 0
+    keys.append(load_request(SiteFolder(joined / "ann")).fingerprint)
+    for step in (
+        ("rotate", "ann/request.json", "--yes"),
+        ("join", "deployment/packages/ann.zip", "--yes"),
+        ("revoke", "ann"),
+        ("add", "ann"),
+        ("renew",),
+    ):
+        assert fedlora("deploy", *step)[0] == 0
+    entries = [e for e in read_log(joined / "deployment/evidence.jsonl").entries]
+    assert [(e["event"], e["key"]) for e in entries if e.get("client") == "ann"] == [
+        ("site_approved", keys[0]),
+        ("site_rotated", keys[1]),
+        ("site_revoked", keys[1]),
+        ("site_invited", None),
+    ]
+    root = joined / "deployment/superlink.crt"
+    assert entries[-1]["event"] == "certificate_renewed"
+    assert entries[-1]["certificate"] == fingerprint_certificate(root.read_bytes())
+    at_site = read_log(joined / "ann/evidence.jsonl").entries
+    assert [(e["event"], e["key"]) for e in at_site] == [("package_joined", key) for key in keys]
+    status, out, _ = fedlora("deploy", "audit", "deployment/evidence.jsonl")
+    assert status == 0 and "site_revoked" in out and "The chain is whole" in out
+    for event in entries + at_site:
+        assert str(joined) not in json.dumps(event)
 
 
 def test_a_rotation_is_joined_by_the_new_key_alone(fedlora, joined):
@@ -260,7 +297,9 @@ def test_the_server_s_certificate_is_renewed_by_the_same_authority(fedlora, join
     assert fedlora("deploy", "renew")[0] == 0
     after = contents(joined)
     changed = {name for name in after if after[name] != before.get(name)}
-    assert changed == {"deployment/superlink.key", "deployment/superlink.crt"}
+    assert changed == {
+        *("deployment/superlink.key", "deployment/superlink.crt", "deployment/evidence.jsonl")
+    }
 
 
 def test_nothing_is_overwritten(fedlora, joined, experiment):

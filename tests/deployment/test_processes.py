@@ -17,8 +17,10 @@ import pytest
 from loopback import wait_until
 
 from fedlora_app.deployment import logs, supervisor
+from fedlora_app.deployment.audit import read_log
 from fedlora_app.deployment.control import describe_status, stop
 from fedlora_app.deployment.endings import UNUSABLE
+from fedlora_app.deployment.happenings import END_FAILED, END_STARTED, END_STOPPED
 from fedlora_app.deployment.layout import SiteFolder
 from fedlora_app.deployment.logs import READY, head, read_tail, rotate
 from fedlora_app.deployment.processes import (
@@ -38,6 +40,7 @@ from fedlora_app.deployment.programs import (
     plan_end,
 )
 from fedlora_app.deployment.supervisor import Supervisor, refuse_leftovers
+from fedlora_app.foundation.project import hash_package
 
 SLEEP = "import time; time.sleep(600)"
 STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1); {SLEEP}"
@@ -221,6 +224,9 @@ def test_what_ends_is_started_again_and_all_end_in_order(site, brief, tmp_path):
         stopping = pool.submit(stop_when_up)
         assert kept.run() == 0
         stopping.result()
+    started, stopped = read_log(site.evidence).entries
+    assert started["event"] == END_STARTED and started["programs"] == ["first", "second"]
+    assert stopped["event"] == END_STOPPED and started["package_sha256"] == hash_package()
     assert "two are there" in said and any("second ended with status 5" in s for s in said)
     assert ended.read_text() == "second first "
     assert not site.processes.exists() and kept.children[1].known.num_restarts == 1
@@ -237,6 +243,8 @@ def test_what_ends_again_and_again_ends_all(site, brief):
     started = read_started(site.processes)
     assert started.state == "failed" and "no such thing" in started.why
     assert (site.logs / "executor.log").read_text().count("no such thing") == 8
+    ended = read_log(site.evidence).entries[-1]
+    assert ended["event"] == END_FAILED and "no such thing" not in json.dumps(ended)
 
 
 def test_what_cannot_work_is_not_started_again(site, brief):
@@ -261,6 +269,7 @@ def test_what_says_why_it_ended_is_not_started_again(site, brief):
     assert not any(child.known.is_alive for child in kept.children)
     assert read_started(site.processes).why == "supernode ended: the key is not let in."
     assert next(describe_status(site.folder)).endswith("supernode ended: the key is not let in.")
+    assert read_log(site.evidence).entries[-1]["why"] == "supernode ended: the key is not let in."
 
 
 def test_what_ends_before_it_is_ready_says_why(site, brief):
@@ -269,6 +278,15 @@ def test_what_ends_before_it_is_ready_says_why(site, brief):
     )
     kept = Supervisor(End(site, (gone,)), lambda line: None)
     assert kept.run() == 1 and kept.why == "supernode ended: not let in."
+
+
+def test_what_cannot_be_entered_is_not_started(site, brief):
+    site.evidence.write_text("changed\n")
+    said: list[str] = []
+    kept = Supervisor(End(site, (program("executor", SLEEP),)), said.append)
+    assert kept.run() == 1 and not kept.children[0].known.is_alive
+    assert "Not entered in the evidence: end_failed." in said[-1]
+    assert site.evidence.read_text() == "changed\n"
 
 
 def test_a_program_that_never_answers_is_named_with_its_log(site, brief, monkeypatch):
