@@ -418,7 +418,8 @@ def test_doctor_sees_faults(fedlora, joined, tiny_project):
     facts = SiteFolder(joined / "ann").package_facts
     facts.write_text(facts.read_text().replace(hash_package(), "0" * 64).replace("1.41", "1.40"))
     client = SiteFolder(joined / "ann").client_file
-    client.write_text(f"id: ann\nmodel: {{name: {tiny_project / 'model'}}}\n")
+    own = yaml.safe_load(client.read_text()) | {"model": {"name": str(tiny_project / "model")}}
+    client.write_text(yaml.safe_dump(own))
     issued = issue_certificate(*make_root("x"), "localhost")
     root.certificate.write_bytes(issued[1])
     _, out, _ = fedlora("deploy", "doctor", "deployment", "--json")
@@ -427,6 +428,35 @@ def test_doctor_sees_faults(fedlora, joined, tiny_project):
     _, out, _ = fedlora("deploy", "doctor", "ann")
     assert "fault   code: the installed code" in out and "pip install flwr==1.40" in out
     assert "ok      base:" in out and "ok      memory: training takes" in out
+    assert "fault   data: data/universal_train.json, data/local_train.json of client.yaml" in out
+    assert "ok      policy: ann/policy.yaml has" in out.replace(f"{joined}/", "")
+
+
+def test_doctor_reads_a_site_s_two_files_as_its_client_does(fedlora, joined, tiny_project):
+    def look() -> str:
+        out = fedlora("deploy", "doctor", "ann")[1]
+        return out[out.index("gpu") :]
+
+    site = SiteFolder(joined / "ann")
+    draft = site.client_file.read_text()
+    site.client_file.write_text(draft.replace("system_prompt", "sytem_prompt"))
+    site.policy.write_text("rounds: none\nleast: 2\n")
+    out = look()
+    assert "fault   client.yaml:" in out and "sytem_prompt" in out and "package/client.yaml" in out
+    assert "fault   policy:" in out and "least" in out and "rounds" in out
+    site.client_file.write_text(draft.replace('id: "ann"', "id: bob"))
+    assert 'fault   client.yaml: No client is called "bob"' in look()
+    site.client_file.write_text(draft + "training: {batch_size: 7}\n")
+    assert "Their product must be the same at all clients." in look()
+    data = site.folder / "data"
+    data.mkdir()
+    for name in ("local_train", "universal_train"):
+        shutil.copy(tiny_project / "ann_local.json", data / f"{name}.json")
+    site.policy.unlink()
+    site.client_file.write_text(f"{draft}model: {{name: {tiny_project / 'model'}}}\n")
+    out = look()
+    assert "warning policy: there is none, so all is permitted" in out
+    assert "fault" not in out and "ok      data:" in out and "ok      memory:" in out
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,14 @@ def test_a_site_s_programs(site):
         plan_end(site.folder)
 
 
+def test_a_supervisor_holds_no_torch():
+    """It stays for months beside the executor, which needs the memory."""
+    asked = "import sys, fedlora_app.deployment.supervisor, fedlora_app.deployment.site_checks; "
+    asked += "print({'torch', 'transformers', 'flwr'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
 def test_what_is_started_reaches_this_machine_by_no_proxy(site, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
