@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from conftest import ROOT, build_tiny_config
 from loopback import Federation
 
 from fedlora_app.cli import app
+from fedlora_app.cli.deploy import ORDER
 from fedlora_app.foundation.files import lock_folder
 from fedlora_app.runs.reading import load_run
 from fedlora_app.study import StudyConfig, load_study, measure, tabulate
@@ -202,6 +204,15 @@ def test_every_command_has_help_with_an_example(fedlora):
     for name in names:
         status, out, _ = fedlora(name, "--help")
         assert status == 0 and f"Example: fedlora {name} " in " ".join(out.split())
+
+
+def test_the_commands_of_a_deployment_are_listed_as_they_are_needed(fedlora):
+    status, out, _ = fedlora("deploy", "--help")
+    listed = re.findall(r"^│ ([a-z]+) {2,}\S", out, re.M)
+    assert status == 0 and listed == list(ORDER)
+    for name in listed:
+        out = fedlora("deploy", name, "--help")[1]
+        assert f"Example: fedlora deploy {name} " in " ".join(out.split()) + " ", name
 
 
 def test_arguments_are_explained(fedlora):

@@ -11,10 +11,16 @@ from pathlib import Path
 import click
 import typer
 
-from fedlora_app.cli import data, deploy_processes, experiment, forgetting, training  # noqa: F401
+from fedlora_app.cli import data, experiment, forgetting, training  # noqa: F401
 
 # isort: split
-from fedlora_app.cli import deploy, model, operating, runs  # noqa: F401, after them in what --help lists
+from fedlora_app.cli import (  # noqa: F401, after them in what --help lists
+    deploy_checks,
+    deploy_processes,
+    deploy_sites,
+    model,
+    runs,
+)
 from fedlora_app.cli.root import app
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import keep_files_private

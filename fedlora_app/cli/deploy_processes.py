@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from fedlora_app.cli.deploy import deploy
+from fedlora_app.cli.deploy import DEPLOYMENT, FROM_NOTHING, deploy
 
 End = Annotated[Path, typer.Argument(metavar="DIR", help="The coordinator's folder, or a site's.")]
 
 
-@deploy.command()
+@deploy.command(rich_help_panel=FROM_NOTHING)
 def start(
     folder: End = Path("."),
     foreground: Annotated[
@@ -35,7 +35,7 @@ def start(
     typer.echo(f"Running. fedlora deploy status {folder} says how; fedlora deploy stop {folder}.")
 
 
-@deploy.command()
+@deploy.command(rich_help_panel=FROM_NOTHING)
 def status(folder: End = Path(".")) -> None:
     """Say what runs at this end since when, and at the coordinator which sites are online.
 
@@ -47,7 +47,7 @@ def status(folder: End = Path(".")) -> None:
         typer.echo(line)
 
 
-@deploy.command()
+@deploy.command(rich_help_panel=FROM_NOTHING)
 def stop(folder: End = Path(".")) -> None:
     """End what runs at this end, in order; nothing of it is left.
 
@@ -60,11 +60,11 @@ def stop(folder: End = Path(".")) -> None:
     typer.echo(f"Stopped: {', '.join(ended)}." if ended else f"{folder}: nothing was running.")
 
 
-@deploy.command()
+@deploy.command(rich_help_panel=FROM_NOTHING)
 def run(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The coordinator's folder.")] = Path(
-        "deployment"
-    ),
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The coordinator's folder.")
+    ] = DEPLOYMENT,
     rounds: Annotated[
         int, typer.Option(min=0, help="In the place of federated.num_rounds.", show_default=False)
     ] = 0,

@@ -25,6 +25,7 @@ AHEAD_SECONDS, BEHIND_SECONDS = 5, 305
 """How far a signature may be dated from Flower's clock: SYSTEM_TIME_TOLERANCE into the future, and
 TIMESTAMP_TOLERANCE beyond that into the past."""
 CLOCK_MARGIN_SECONDS = 2  # the Date header has whole seconds, and the way takes time
+NOT_LET_IN = "the SuperLink does not let this site's key in."
 UNREGISTERED, BAD_HEARTBEAT = 2004, 2003
 """Flower's error codes for a key that it does not know, and for an impossible interval."""
 VERIFY_ADVICE = {
@@ -155,7 +156,8 @@ def examine_registration(address: str, root: str, key: bytes) -> Finding:
 
     By a call that cannot succeed: to activate a node with an impossible heartbeat interval. Flower
     looks for the key first and at the interval then, so its error says whether the key is known,
-    and a SuperNode that is online with this key goes on.
+    also while a SuperNode is online with it, which goes on. (An activation that could succeed is
+    answered in that case as that of an unknown key.)
     """
     from flwr.proto.fleet_pb2 import ActivateNodeRequest
     from flwr.supercore.error import FlowerError
@@ -188,7 +190,7 @@ def examine_registration(address: str, root: str, key: bytes) -> Finding:
         return ok(name, "the SuperLink lets this key in.")
     if code == UNREGISTERED:
         advice = "Ask the coordinator: the key is not approved yet, or it was revoked."
-        return fault(name, "the SuperLink does not let this site's key in.", advice)
+        return fault(name, NOT_LET_IN, advice)
     if status == httpx.codes.UNAUTHORIZED:
         return fault(name, "the SuperLink refuses this site's signature.", "See the clock.")
     what = f"the SuperLink gave an unexpected answer (HTTP {status}, code {code})."

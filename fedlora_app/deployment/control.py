@@ -86,7 +86,7 @@ def describe_status(folder: Path) -> Iterator[str]:
     files = find_folder(folder)
     started = read_started(files.processes)
     if started is None or not started.processes:
-        why = f" Its last start failed. {started.why}" if started is not None else ""
+        why = f" What was started last has failed. {started.why}" if started is not None else ""
         yield f"{folder}: nothing runs.{why}"
         return
     for process in started.processes:

@@ -17,7 +17,10 @@ from pydantic import Field, ValidationError
 from fedlora_app.config.loading import load_config
 from fedlora_app.config.schema import Config, Section
 from fedlora_app.deployment import registry
+from fedlora_app.deployment.evidence import Evidence
+from fedlora_app.deployment.happenings import CERTIFICATE_RENEWED
 from fedlora_app.deployment.keys import (
+    fingerprint_certificate,
     fingerprint_public_key,
     issue_certificate,
     keep_out_of_git,
@@ -169,6 +172,8 @@ def renew_certificate(coordinator: Coordinator) -> None:
     )
     write_secret(folder.key, key)
     write_public(folder.certificate, certificate)
+    fingerprint = fingerprint_certificate(certificate)
+    Evidence(folder.evidence).add(CERTIFICATE_RENEWED, certificate=fingerprint)
 
 
 def register_pending(folder: Path) -> list[str]:

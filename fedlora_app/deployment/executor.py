@@ -53,7 +53,10 @@ from flwr.supernode.runtime.run_clientapp import (
 )
 
 from fedlora_app.deployment.endings import FAULTY, SPOILT, STOPPED_IN_TASK, UNUSABLE
+from fedlora_app.deployment.happenings import BUNDLE_REFUSED
 from fedlora_app.deployment.logs import READY
+from fedlora_app.deployment.record import record
+from fedlora_app.deployment.witness import hash_text, witness_received, witness_sent
 from fedlora_app.federation.messages import build_error_reply, ends_worker
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import keep_files_private
@@ -171,7 +174,8 @@ class Executor:
                 try:
                     message, context, _, fab = pull_task_input(client)
                     if refusal := find_refusal(task_type, fab.content):
-                        reply, details = self._refuse(message, context, refusal), refusal
+                        details = refusal
+                        reply = self._refuse_task(message, context, refusal, fab.content)
                     else:
                         reply = self.app(message, context)
                         status, details = SubStatus.COMPLETED, ""
@@ -197,6 +201,19 @@ class Executor:
             client.close()
         return is_spoilt
 
+    def _refuse_task(self, message: Message, context: Context, why: str, bundle: bytes) -> Message:
+        """Refuse a task, and enter message and reply in the evidence as the app would."""
+        witness_received(message, context.node_id)
+        record(
+            BUNDLE_REFUSED,
+            bundle_package_sha256=hash_bundle(bundle),
+            package_sha256=hash_package(),
+            why_sha256=hash_text(why),
+        )
+        reply = self._refuse(message, context, why)
+        witness_sent(message, reply, context.node_id)
+        return reply
+
     def _refuse(self, message: Message, context: Context, why: str) -> Message:
         """Return a reply that says why the work was not done; the log has it too."""
         name = identify(context, self.client_file)
@@ -219,10 +236,9 @@ def find_refusal(task_type: str, bundle: bytes) -> str | None:
     """Return why a task is not done here: it is another kind of app, or another code."""
     if task_type != TaskType.CLIENT_APP:
         return f"This client runs its own ClientApp and nothing else; asked for was {task_type}."
-    try:
-        bundled = hash_bundled_package(bundle)
-    except zipfile.BadZipFile as error:
-        return f"The app bundle is damaged: {error}."
+    bundled = hash_bundle(bundle)
+    if bundled is None:
+        return "The app bundle is damaged."
     if bundled == hash_package():
         return None
     return (
@@ -230,6 +246,14 @@ def find_refusal(task_type: str, bundle: bytes) -> str | None:
         f"the installed package {hash_package()}. Nothing of the bundle was run. Install the same "
         "version of fedlora-app at the coordinator and here."
     )
+
+
+def hash_bundle(bundle: bytes) -> str | None:
+    """Return the sha256 of the package in an app bundle; None where the bundle is damaged."""
+    try:
+        return hash_bundled_package(bundle)
+    except zipfile.BadZipFile:
+        return None
 
 
 def identify(context: Context, client_file: Path | None) -> str:

@@ -22,6 +22,13 @@ from fedlora_app.deployment.coordinator import (
     load_coordinator,
     register_pending,
 )
+from fedlora_app.deployment.evidence import Evidence
+from fedlora_app.deployment.happenings import (
+    SITE_APPROVED,
+    SITE_INVITED,
+    SITE_REVOKED,
+    SITE_ROTATED,
+)
 from fedlora_app.deployment.keys import (
     MAX_REQUEST_BYTES,
     CredentialError,
@@ -103,7 +110,7 @@ def approve(coordinator: Coordinator, request: Request) -> str:
     """Let a site in, write its package, and return what was done at the SuperLink."""
     with _changing(coordinator):
         check_newcomer(coordinator, request)
-        return _let_in(coordinator, request)
+        return _let_in(coordinator, request, SITE_APPROVED)
 
 
 def rotate(coordinator: Coordinator, request: Request) -> str:
@@ -111,16 +118,18 @@ def rotate(coordinator: Coordinator, request: Request) -> str:
     with _changing(coordinator):
         check_rotation(coordinator, request)
         _retire(coordinator, request.client)
-        return _let_in(coordinator, request)
+        return _let_in(coordinator, request, SITE_ROTATED)
 
 
 def revoke(coordinator: Coordinator, site: str) -> str:
     """Let a site in no longer, move its request and package aside, and return what was done."""
     with _changing(coordinator):
-        if _find_entry(coordinator, site).status == REVOKED:
+        entry = _find_entry(coordinator, site)
+        if entry.status == REVOKED:
             raise CoordinatorError(f"{site} is revoked already.")
         _retire(coordinator, site)
         coordinator.change_site(site, SiteEntry(status=REVOKED))
+        _enter(coordinator, SITE_REVOKED, site, entry.fingerprint)
         return _tell_superlink(coordinator)
 
 
@@ -136,6 +145,7 @@ def add(coordinator: Coordinator, site: str) -> None:
             raise CoordinatorError(f"{site} is {entry.status} already.")
         _require_named(coordinator, site)
         coordinator.change_site(site, SiteEntry())
+        _enter(coordinator, SITE_INVITED, site)
 
 
 def write_package(coordinator: Coordinator, site: str) -> Path:
@@ -158,7 +168,7 @@ def write_package(coordinator: Coordinator, site: str) -> Path:
     return path
 
 
-def _let_in(coordinator: Coordinator, request: Request) -> str:
+def _let_in(coordinator: Coordinator, request: Request, event: str) -> str:
     site, folder = request.client, coordinator.folder
     content = json.dumps(request.dump(), indent=2)
     write_public(folder.request(site), f"{content}\n".encode())
@@ -166,7 +176,13 @@ def _let_in(coordinator: Coordinator, request: Request) -> str:
     entry = SiteEntry(status=APPROVED, fingerprint=request.fingerprint)
     coordinator.change_site(site, entry)
     write_package(coordinator, site)
+    _enter(coordinator, event, site, request.fingerprint)
     return _tell_superlink(coordinator)
+
+
+def _enter(coordinator: Coordinator, event: str, site: str, key: str = "") -> None:
+    """Enter what was done in the coordinator's evidence, before the SuperLink is told."""
+    Evidence(coordinator.folder.evidence).add(event, client=site, key=key or None)
 
 
 def _tell_superlink(coordinator: Coordinator) -> str:

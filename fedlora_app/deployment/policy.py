@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -26,7 +26,9 @@ from fedlora_app.config.rounds import plan_round
 from fedlora_app.config.schema import AVERAGING_MODES, Config, ConfigError, Section
 from fedlora_app.deployment.client_file import ConfidentialError
 from fedlora_app.foundation.project import hash_package
-from fedlora_app.model.adapter_state import AdapterState
+
+if TYPE_CHECKING:  # which imports torch
+    from fedlora_app.model.adapter_state import AdapterState
 
 HEX = "0123456789abcdef"
 SHA256_LENGTH = 64

@@ -14,6 +14,7 @@ from pathlib import Path
 from fedlora_app.deployment.layout import CoordinatorFolder, SiteFolder
 from fedlora_app.deployment.logs import READY, read_since_start
 from fedlora_app.deployment.processes import ProcessesError
+from fedlora_app.deployment.proxies import spare_loopback
 from fedlora_app.deployment.record import EVIDENCE_VARIABLE
 from fedlora_app.foundation.files import make_private_dir
 
@@ -32,6 +33,8 @@ class Program:
     environment: Mapping[str, str]
     is_ready: Callable[[], bool] = field(default=lambda: True, compare=False)
     """Whether what comes after it can be started."""
+    explain_end: Callable[[], str | None] = field(default=lambda: None, compare=False)
+    """Why it is not to be started again, once it has ended; None where it is."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,11 @@ def plan_end(folder: Path) -> End:
 
 
 def build_environment(end: CoordinatorFolder | SiteFolder) -> dict[str, str]:
-    """Return the variables of Flower's processes: a home of their own, nothing to install."""
+    """Return the variables of Flower's processes: a home of their own, nothing to install.
+
+    An executor and a ServerApp reach Flower at this machine's loopback, and by no proxy.
+    """
+    spare_loopback()
     # Flower looks for its other commands on PATH, where systemd and cron do not have them.
     paths = [str(HERE), *filter(None, [os.environ.get("PATH")])]
     return {
@@ -125,6 +132,8 @@ def _plan_coordinator(folder: CoordinatorFolder) -> End:
 
 
 def _plan_site(folder: SiteFolder) -> End:
+    from fedlora_app.deployment.site_checks import explain_end
+
     _require_files(folder)
     if not folder.executor_secret.exists():
         _write_secret(folder.executor_secret)
@@ -147,6 +156,7 @@ def _plan_site(folder: SiteFolder) -> End:
         ),
         environment,
         is_ready=lambda: is_listening((LOOPBACK, port)),
+        explain_end=lambda: explain_end(folder),
     )
     executor = Program(
         "executor",

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora_app.config.schema import SAFE_NAME
+from fedlora_app.deployment.evidence import Evidence
 from fedlora_app.deployment.facts import Facts
+from fedlora_app.deployment.happenings import PACKAGE_JOINED
 from fedlora_app.deployment.keys import (
     Request,
     check_request,
@@ -163,6 +165,8 @@ def join(package: Package, site: SiteFolder) -> Joined:
     for part in (site.store, site.logs, site.flower_home):
         make_secret_dir(part)
     write_site_templates(site)
+    facts = package.facts
+    Evidence(site.evidence).add(PACKAGE_JOINED, client=facts.client, key=facts.key, root=facts.root)
     return Joined(site.folder, kept, written)
 
 

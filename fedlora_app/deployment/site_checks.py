@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from fedlora_app.config.loading import parse_config
-from fedlora_app.config.schema import Config
-from fedlora_app.deployment.connection import examine_connection, examine_registration
+from fedlora_app.deployment.connection import (
+    NOT_LET_IN,
+    examine_connection,
+    examine_registration,
+)
 from fedlora_app.deployment.facts import Facts
 from fedlora_app.deployment.finding import Finding, fault, ok, warning
 from fedlora_app.deployment.layout import SiteFolder
@@ -24,6 +23,7 @@ from fedlora_app.deployment.machine_checks import (
     guarded,
 )
 from fedlora_app.deployment.site import SiteError, fingerprint_key_file, load_facts
+from fedlora_app.foundation.errors import UserError
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 LISTENING = "0A"  # a socket's state in /proc/net/tcp
@@ -32,6 +32,8 @@ LOOPBACK = ("127.", "::1")
 
 def examine_site(folder: Path) -> Iterator[Finding]:
     """Yield what is found at a site's end."""
+    from fedlora_app.deployment.own_file_checks import examine_own_files  # imports torch
+
     site = SiteFolder(folder)
     secrets = (site.key, site.next_key, site.client_file, site.executor_secret, site.store)
     yield from examine_rights(secrets, folder)
@@ -47,18 +49,28 @@ def examine_site(folder: Path) -> Iterator[Finding]:
     root = site.root_certificate.read_text()
     yield from examine_connection(facts.host, facts.port, root, site.key.read_bytes())
     yield _examine_gpu()
-    yield from guarded("client.yaml", lambda: _examine_base(site, facts))
+    name = site.client_file.name
+    yield from guarded(name, lambda: examine_own_files(site, facts))
 
 
 def examine_own_registration(site: SiteFolder) -> Finding:
-    """Ask the SuperLink whether it lets this site in.
-
-    For whoever has started a SuperNode that ended: one whose key is revoked says only that it has
-    "terminated gracefully", with status 0.
-    """
+    """Ask the SuperLink whether it lets this site in."""
     facts = load_facts(site)
     root = site.root_certificate.read_text()
     return examine_registration(facts.address, root, site.key.read_bytes())
+
+
+def explain_end(site: SiteFolder) -> str | None:
+    """Return why a SuperNode that has ended is not to be started again; None where it may be.
+
+    One whose key was revoked says only that it has "terminated gracefully", with status 0. A
+    SuperLink that does not answer, or to a signature by a wrong clock, says nothing of the key.
+    """
+    try:
+        found = examine_own_registration(site)
+    except (OSError, UserError):  # the folder is being changed, as by fedlora deploy join
+        return None
+    return f"{found.what} {found.advice}" if found.what == NOT_LET_IN else None
 
 
 def _examine_key(site: SiteFolder, facts: Facts) -> Iterator[Finding]:
@@ -84,79 +96,6 @@ def _examine_gpu() -> Finding:
             "gpu", f"there is a driver, and torch {torch.__version__} sees no GPU.", advice
         )
     return warning("gpu", "none; training runs on the CPU.", "That is enough for small models.")
-
-
-def _examine_base(site: SiteFolder, facts: Facts) -> Iterator[Finding]:
-    """Look at the base model, and whether the experiment fits this machine with it."""
-    from fedlora_app.deployment.package import describe_base
-    from fedlora_app.model.pretrained import names_folder
-    from fedlora_app.planning.plan import build_plan
-    from fedlora_app.planning.text import format_size
-
-    config = build_local_config(site, facts)
-    base = describe_base(config, site.folder)
-    if base.fingerprint is None:
-        advice = f"Name its folder in {site.client_file} (model.name)"
-        if not names_folder(config.model, site.folder):
-            advice += f", or hf download {config.model.name}"
-        yield fault("base", f"{config.model.name} is not on this machine.", f"{advice}.")
-        return
-    if facts.base.fingerprint is None:
-        advice = "The other sites must have the same: ask the coordinator for its fingerprint."
-        yield warning("base", f"{base.fingerprint[:12]}; the package names none.", advice)
-    elif base.fingerprint == facts.base.fingerprint:
-        yield ok("base", f"{config.model.name} is the experiment's ({base.fingerprint[:12]}).")
-    else:
-        what = f"{config.model.name} is {base.fingerprint[:12]}, and the experiment's is "
-        what += f"{facts.base.fingerprint[:12]}."
-        yield fault("base", what, f"Get {facts.base.name} in the revision {facts.base.revision}.")
-    verdict = build_plan(config, site.folder).verdict
-    what = f"training takes {format_size(verdict.peak_bytes)} of {format_size(verdict.limit_bytes)}"
-    what += f", {verdict.limit_source}."
-    if verdict.fits:
-        yield ok("memory", what)
-    else:
-        settings = ", ".join(f"{k}: {v}" for k, v in (verdict.changes or {}).items())
-        advice = f"It would fit with {settings}." if settings else "Use a machine with more."
-        yield warning("memory", what, advice)
-
-
-def build_local_config(site: SiteFolder, facts: Facts) -> Config:
-    """Return the experiment as far as the package and this client's own file know it.
-
-    Raises:
-        ConfigError: the two do not go together.
-        SiteError: the client's file is not there, or is no YAML.
-    """
-    own = load_client_file(site)
-    settings: dict[str, Any] = {name: dict(section) for name, section in facts.settings.items()}
-    for section in ("model", "training"):
-        given = own.get(section) or {}
-        settings[section] |= {key: value for key, value in given.items() if value is not None}
-    client = {"id": facts.client, "system_prompt": "", "local_train": own.get("local_train") or "?"}
-    data = own.get("data") or {}
-    universal = own.get("universal_train") or data.get("universal_train") or client["local_train"]
-    named = {
-        "experiment": {"name": facts.experiment},
-        "federated": {"clients": [client | {"universal_train": universal}]},
-        "data": {"universal_train": None},
-    }
-    return parse_config(settings | named, source=str(site.client_file))
-
-
-def load_client_file(site: SiteFolder) -> dict[str, Any]:
-    """Read the client's own file as plain data."""
-    try:
-        own = yaml.safe_load(site.client_file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SiteError(
-            f"{site.client_file} does not exist; its draft is in {site.package}."
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SiteError(f"{site.client_file} is no YAML: {error}") from None
-    if not isinstance(own, dict):
-        raise SiteError(f"{site.client_file} holds no keys such as id, model, local_train.")
-    return own
 
 
 def examine_ports(site: SiteFolder) -> Iterator[Finding]:

@@ -12,8 +12,12 @@ all others. It refuses what comes from elsewhere, except for the Fleet API and `
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 import sys
+import time
+from dataclasses import dataclass
 from logging import WARN
 
 from flwr.supercore import log
@@ -23,7 +27,10 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from fedlora_app.deployment.happenings import CALL_REFUSED
 from fedlora_app.deployment.proxies import spare_loopback
+from fedlora_app.deployment.record import record
+from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import keep_files_private
 
 OWN_ADDRESSES = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
@@ -33,6 +40,9 @@ BIND_ADDRESSES = {"0.0.0.0", "::", "127.0.0.1", "::1", "localhost"}
 FLEET = "/v1/fleet/"
 HEALTH = "/health"
 REFUSAL = "From other machines this SuperLink serves the Fleet API only.\n"
+ENTRY_SECONDS, MAX_PATH_CHARS = 60.0, 80
+UNUSUAL = re.compile(r"[^\w/.%-]", re.ASCII)
+"""In a path that anybody may have sent, and that people read in a terminal."""
 REMOVED = {
     "FLWR_INTERNAL_GRPC_CONTROL_API",  # opens a second port with the same Control API
     "FLWR_INTERNAL_GRPC_FLEET_API",
@@ -45,15 +55,53 @@ class FleetOnly:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
+        self.refusals = Refusals()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer it with 403 and name it in the log."""
-        if scope["type"] == "lifespan" or is_served(scope):
+        """Pass a request on, or answer it with 403 and enter it in log and evidence."""
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
+            self.refusals.close()
+        elif is_served(scope):
+            await self.app(scope, receive, send)
+        else:
+            address = (scope.get("client") or ("an unknown address",))[0]
+            self.refusals.enter(address, str(scope.get("path")))
+            await PlainTextResponse(REFUSAL, status_code=403)(scope, receive, send)
+
+
+@dataclass
+class Refusals:
+    """What was refused, in log and evidence: one a minute, with how many came since the last.
+
+    So who calls again and again fills neither, and both say how often.
+    """
+
+    entered: float = -math.inf
+    """When the last entry was made, by the monotonic clock."""
+    num_passed_over: int = 0
+
+    def enter(self, address: str, path: str) -> None:
+        """Enter a refusal, or count it where there was one within a minute."""
+        if time.monotonic() - self.entered < ENTRY_SECONDS:
+            self.num_passed_over += 1
             return
-        address = (scope.get("client") or ("an unknown address",))[0]
-        log(WARN, "Refused %s from %s: %s", scope.get("path"), address, REFUSAL.strip())
-        await PlainTextResponse(REFUSAL, status_code=403)(scope, receive, send)
+        shown = UNUSUAL.sub("?", path[:MAX_PATH_CHARS])
+        log(WARN, "Refused %s from %s: %s", shown, address, REFUSAL.strip())
+        self._record(address=address, path=shown)
+        self.entered = time.monotonic()
+
+    def close(self) -> None:
+        """Enter how many were counted and not entered."""
+        if self.num_passed_over:
+            self._record()
+
+    def _record(self, **fields: str) -> None:
+        try:
+            record(CALL_REFUSED, **fields, passed_over=self.num_passed_over)
+        except (OSError, UserError) as error:  # it is refused all the same
+            log(WARN, "Not entered in the evidence: %s", error)
+        self.num_passed_over = 0
 
 
 def is_served(scope: Scope) -> bool:

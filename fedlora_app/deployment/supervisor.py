@@ -1,8 +1,9 @@
 """Keeps the processes of one end running, and ends them when it ends.
 
 ``fedlora deploy start`` has it in the background, ``--foreground`` in front. A process that ends is
-started again after a pause that doubles; one that ends soon again and again ends them all. Its exit
-status says whether somebody stopped it (0) or it gave up (1).
+started again after a pause that doubles; one that ends soon again and again ends them all, and so
+does one that no other start would help (a site that was revoked). Its exit status says whether
+somebody stopped it (0) or it gave up (1).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedlora_app.deployment.endings import STOPPED_IN_TASK, UNUSABLE
+from fedlora_app.deployment.evidence import Evidence
+from fedlora_app.deployment.happenings import END_FAILED, END_STARTED, END_STOPPED
 from fedlora_app.deployment.logs import head, read_tail, rotate
 from fedlora_app.deployment.processes import (
     STOP_SECONDS,
@@ -31,6 +34,7 @@ from fedlora_app.deployment.processes import (
 from fedlora_app.deployment.programs import End, Program, plan_end
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import keep_files_private, lock_folder, make_private_dir
+from fedlora_app.foundation.project import hash_package
 
 SUPERVISOR = "supervisor"
 POLL_SECONDS = 0.2
@@ -49,6 +53,10 @@ Say = Callable[[str], None]
 
 class _Stopped(BaseException):
     """A signal asks this process to end."""
+
+
+class _StartInVain(ProcessesError):
+    """A process has ended, and another start would not help."""
 
 
 @dataclass
@@ -74,6 +82,8 @@ class Supervisor:
     children: list[_Child] = field(default_factory=list)
     state: str = "starting"
     why: str = ""
+    has_own_words: bool = False
+    """Whether why holds nothing that a log said."""
     is_asked_to_stop: bool = False
 
     def run(self) -> int:
@@ -88,9 +98,11 @@ class Supervisor:
             self.state = "stopped"
         except UserError as error:
             self.state, self.why = "failed", str(error)
+            self.has_own_words = isinstance(error, _StartInVain)
             self.say(f"Error: {error}")
         finally:
             self._end_all()
+            self._enter_end()
             for number, handler in previous.items():
                 signal.signal(number, handler)
         return 0 if self.state == "stopped" else 1
@@ -110,6 +122,11 @@ class Supervisor:
             self._wait(self.children[-1])
         for line in self.end.when_ready():
             self.say(line)
+        Evidence(self.end.folder.evidence).add(
+            END_STARTED,
+            programs=[child.program.name for child in self.children],
+            package_sha256=hash_package(),
+        )
         self.state = "running"
         self._keep()
         self.say("Running.")
@@ -126,7 +143,10 @@ class Supervisor:
         deadline = time.monotonic() + READY_SECONDS
         while not child.program.is_ready():
             if child.process.poll() is not None or time.monotonic() > deadline:
-                what = "ended" if child.process.poll() is not None else "is not ready"
+                has_ended = child.process.poll() is not None
+                if has_ended:
+                    _refuse_in_vain(child)
+                what = "ended" if has_ended else "is not ready"
                 raise ProcessesError(
                     f"{child.program.name} {what} within {READY_SECONDS:g} seconds. The end of "
                     f"{child.log}:\n{read_tail(child.log, 10)}"
@@ -149,6 +169,7 @@ class Supervisor:
         now = time.monotonic()
         if child.due is None and (status := child.process.poll()) is not None:
             signal_session(child.process.pid, signal.SIGKILL)  # what it has left
+            _refuse_in_vain(child)
             lived = now - child.started
             child.num_soon_ends = child.num_soon_ends + 1 if lived < SOON_SECONDS else 0
             if child.num_soon_ends >= MOST_SOON_ENDS or status == UNUSABLE:
@@ -183,6 +204,15 @@ class Supervisor:
         else:
             self.end.folder.processes.unlink(missing_ok=True)
 
+    def _enter_end(self) -> None:
+        """Enter that all have ended; the ends of logs, which may quote anything, stay out."""
+        event = END_STOPPED if self.state == "stopped" else END_FAILED
+        fields = {"why": self.why} if self.has_own_words else {}
+        try:
+            Evidence(self.end.folder.evidence).add(event, **fields)
+        except (OSError, UserError) as error:
+            self.say(f"Not entered in the evidence: {event}. {error}")
+
     def _keep(self) -> None:
         known = (self.own, *(child.known for child in self.children))
         write_started(self.end.folder.processes, Started(self.state, "", known))
@@ -212,6 +242,12 @@ def refuse_leftovers(path: Path, folder: Path) -> None:
         raise ProcessesError(
             f"{folder} is running already: {names}. To end them: fedlora deploy stop {folder}"
         )
+
+
+def _refuse_in_vain(child: _Child) -> None:
+    """Raise where it is known why a process has ended, and that another start would be in vain."""
+    if (why := child.program.explain_end()) is not None:
+        raise _StartInVain(f"{child.program.name} ended: {why}")
 
 
 def _spawn(program: Program, log: Path) -> subprocess.Popen[bytes]:

@@ -18,18 +18,23 @@ import uvicorn
 from conftest import ROOT
 from deployed import Deployed
 from flower_process import free_port
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.cli.build import build_fab_from_disk
 from flwr.supercore.constant import TaskType
 from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.main import create_app
 from flwr.supernode.nodestate import NodeStateFactory
 from loopback import Federation, wait_until
 
 from fedlora_app.config.loading import load_config
 from fedlora_app.deployment import executor
+from fedlora_app.deployment.audit import read_log
 from fedlora_app.deployment.endings import STOPPED_IN_TASK
 from fedlora_app.deployment.executor import CLIENT_APP, find_refusal, identify
+from fedlora_app.deployment.happenings import BUNDLE_REFUSED
+from fedlora_app.deployment.record import EVIDENCE_VARIABLE
+from fedlora_app.deployment.witness import RECEIVED, SENT
 from fedlora_app.foundation.project import hash_bundled_package, hash_package
 
 CLIENT_TASK = TaskType.CLIENT_APP
@@ -92,6 +97,24 @@ def test_neither_another_app_nor_another_kind_nor_a_damaged_bundle_is_run(bundle
     assert "not what is installed here" in find_refusal(CLIENT_TASK, foreign.getvalue())
     assert "nothing else" in find_refusal(TaskType.AGENT_APP, bundle)
     assert "is damaged" in find_refusal(CLIENT_TASK, bundle[: len(bundle) // 2])
+
+
+def test_a_refused_bundle_is_entered_with_both_hashes(bundle, tmp_path, monkeypatch):
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    log = tmp_path / "evidence.jsonl"
+    monkeypatch.setenv(EVIDENCE_VARIABLE, str(log))
+    changed = rewrite(bundle, lambda name, content: content + b"# more" * name.endswith(".py"))
+    message = Message(RecordDict(), dst_node_id=23, message_type="train")
+    context = Context(1, 23, {"client-id": "ann"}, RecordDict(), {})
+    serving = executor.Executor("", b"", app=None)
+    for content in (changed, b"no zip"):
+        serving._refuse_task(message, context, find_refusal(CLIENT_TASK, content), content)
+    received, refused, sent, _, damaged, _ = read_log(log).entries
+    assert [e["event"] for e in (received, refused, sent)] == [RECEIVED, BUNDLE_REFUSED, SENT]
+    assert refused["bundle_package_sha256"] == hash_bundled_package(changed)
+    assert refused["package_sha256"] == hash_package()
+    assert sent["why_sha256"] == refused["why_sha256"] and sent["client"] == "ann"
+    assert damaged["bundle_package_sha256"] is None
 
 
 def test_a_refusal_names_the_client(tmp_path):

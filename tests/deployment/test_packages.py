@@ -15,12 +15,20 @@ import yaml
 from conftest import build_tiny_config
 
 from fedlora_app.deployment import connection
+from fedlora_app.deployment.audit import read_log
 from fedlora_app.deployment.coordinator import create, load_coordinator
-from fedlora_app.deployment.keys import issue_certificate, make_root, make_site_key, sign_request
+from fedlora_app.deployment.keys import (
+    fingerprint_certificate,
+    issue_certificate,
+    make_root,
+    make_site_key,
+    sign_request,
+)
 from fedlora_app.deployment.layout import CoordinatorFolder, SiteFolder
 from fedlora_app.deployment.membership import approve, read_request
 from fedlora_app.deployment.package import MAX_PACKAGE_BYTES, read_package, write_zip
-from fedlora_app.deployment.site import join, make_request, open_package
+from fedlora_app.deployment.site import join, load_request, make_request, open_package
+from fedlora_app.deployment.site_checks import examine_own_registration, explain_end
 from fedlora_app.foundation.project import hash_package
 
 SITES = ("ann", "bob", "cy")
@@ -134,6 +142,14 @@ def test_a_package_holds_no_secret(joined):
                     assert base64.b64decode("".join(body))[-40:] not in content
 
 
+def test_a_superlink_that_does_not_answer_has_revoked_nobody(joined):
+    site = SiteFolder(joined / "ann")
+    assert examine_own_registration(site).level == "warning"
+    assert explain_end(site) is None
+    site.package_facts.unlink()
+    assert explain_end(site) is None
+
+
 def test_what_is_sent_is_all_that_leaves_a_site(world):
     site = SiteFolder(world / "ann")
     sent = site.request.read_bytes()
@@ -150,7 +166,7 @@ def test_a_package_is_the_same_bytes_each_time(fedlora, joined):
 
 def test_one_site_s_commands_leave_the_others_files_as_they_are(fedlora, joined):
     def of_others() -> dict[str, bytes]:
-        own = ("cy", "coordinator.yaml", "former/cy-", ".lock")
+        own = ("cy", "coordinator.yaml", "former/cy-", ".lock", "deployment/evidence.jsonl")
         return {n: c for n, c in contents(joined).items() if not any(o in n for o in own)}
 
     before, known = of_others(), {i: e for i, e in entries(joined).items() if i != "cy"}
@@ -172,6 +188,36 @@ def test_one_site_s_commands_leave_the_others_files_as_they_are(fedlora, joined)
     assert not CoordinatorFolder(joined / "deployment").package("cy").exists()
     former = sorted(p.name for p in (joined / "deployment" / "former").iterdir())
     assert len(former) == 2 and all(name.startswith("cy-") for name in former)
+
+
+def test_who_was_let_in_and_no_longer_stands_in_the_evidence(fedlora, joined):
+    keys = [load_request(SiteFolder(joined / "ann")).fingerprint]
+    assert fedlora("deploy", "request", "ann", "--new-key")[0] == 0
+    keys.append(load_request(SiteFolder(joined / "ann")).fingerprint)
+    for step in (
+        ("rotate", "ann/request.json", "--yes"),
+        ("join", "deployment/packages/ann.zip", "--yes"),
+        ("revoke", "ann"),
+        ("add", "ann"),
+        ("renew",),
+    ):
+        assert fedlora("deploy", *step)[0] == 0
+    entries = [e for e in read_log(joined / "deployment/evidence.jsonl").entries]
+    assert [(e["event"], e["key"]) for e in entries if e.get("client") == "ann"] == [
+        ("site_approved", keys[0]),
+        ("site_rotated", keys[1]),
+        ("site_revoked", keys[1]),
+        ("site_invited", None),
+    ]
+    root = joined / "deployment/superlink.crt"
+    assert entries[-1]["event"] == "certificate_renewed"
+    assert entries[-1]["certificate"] == fingerprint_certificate(root.read_bytes())
+    at_site = read_log(joined / "ann/evidence.jsonl").entries
+    assert [(e["event"], e["key"]) for e in at_site] == [("package_joined", key) for key in keys]
+    status, out, _ = fedlora("deploy", "audit", "deployment/evidence.jsonl")
+    assert status == 0 and "site_revoked" in out and "The chain is whole" in out
+    for event in entries + at_site:
+        assert str(joined) not in json.dumps(event)
 
 
 def test_a_rotation_is_joined_by_the_new_key_alone(fedlora, joined):
@@ -251,7 +297,9 @@ def test_the_server_s_certificate_is_renewed_by_the_same_authority(fedlora, join
     assert fedlora("deploy", "renew")[0] == 0
     after = contents(joined)
     changed = {name for name in after if after[name] != before.get(name)}
-    assert changed == {"deployment/superlink.key", "deployment/superlink.crt"}
+    assert changed == {
+        *("deployment/superlink.key", "deployment/superlink.crt", "deployment/evidence.jsonl")
+    }
 
 
 def test_nothing_is_overwritten(fedlora, joined, experiment):
@@ -370,7 +418,8 @@ def test_doctor_sees_faults(fedlora, joined, tiny_project):
     facts = SiteFolder(joined / "ann").package_facts
     facts.write_text(facts.read_text().replace(hash_package(), "0" * 64).replace("1.41", "1.40"))
     client = SiteFolder(joined / "ann").client_file
-    client.write_text(f"id: ann\nmodel: {{name: {tiny_project / 'model'}}}\n")
+    own = yaml.safe_load(client.read_text()) | {"model": {"name": str(tiny_project / "model")}}
+    client.write_text(yaml.safe_dump(own))
     issued = issue_certificate(*make_root("x"), "localhost")
     root.certificate.write_bytes(issued[1])
     _, out, _ = fedlora("deploy", "doctor", "deployment", "--json")
@@ -379,6 +428,35 @@ def test_doctor_sees_faults(fedlora, joined, tiny_project):
     _, out, _ = fedlora("deploy", "doctor", "ann")
     assert "fault   code: the installed code" in out and "pip install flwr==1.40" in out
     assert "ok      base:" in out and "ok      memory: training takes" in out
+    assert "fault   data: data/universal_train.json, data/local_train.json of client.yaml" in out
+    assert "ok      policy: ann/policy.yaml has" in out.replace(f"{joined}/", "")
+
+
+def test_doctor_reads_a_site_s_two_files_as_its_client_does(fedlora, joined, tiny_project):
+    def look() -> str:
+        out = fedlora("deploy", "doctor", "ann")[1]
+        return out[out.index("gpu") :]
+
+    site = SiteFolder(joined / "ann")
+    draft = site.client_file.read_text()
+    site.client_file.write_text(draft.replace("system_prompt", "sytem_prompt"))
+    site.policy.write_text("rounds: none\nleast: 2\n")
+    out = look()
+    assert "fault   client.yaml:" in out and "sytem_prompt" in out and "package/client.yaml" in out
+    assert "fault   policy:" in out and "least" in out and "rounds" in out
+    site.client_file.write_text(draft.replace('id: "ann"', "id: bob"))
+    assert 'fault   client.yaml: No client is called "bob"' in look()
+    site.client_file.write_text(draft + "training: {batch_size: 7}\n")
+    assert "Their product must be the same at all clients." in look()
+    data = site.folder / "data"
+    data.mkdir()
+    for name in ("local_train", "universal_train"):
+        shutil.copy(tiny_project / "ann_local.json", data / f"{name}.json")
+    site.policy.unlink()
+    site.client_file.write_text(f"{draft}model: {{name: {tiny_project / 'model'}}}\n")
+    out = look()
+    assert "warning policy: there is none, so all is permitted" in out
+    assert "fault" not in out and "ok      data:" in out and "ok      memory:" in out
 
 
 @pytest.mark.parametrize(

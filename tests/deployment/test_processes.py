@@ -11,13 +11,16 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 
 import pytest
 from loopback import wait_until
 
 from fedlora_app.deployment import logs, supervisor
+from fedlora_app.deployment.audit import read_log
 from fedlora_app.deployment.control import describe_status, stop
 from fedlora_app.deployment.endings import UNUSABLE
+from fedlora_app.deployment.happenings import END_FAILED, END_STARTED, END_STOPPED
 from fedlora_app.deployment.layout import SiteFolder
 from fedlora_app.deployment.logs import READY, head, read_tail, rotate
 from fedlora_app.deployment.processes import (
@@ -29,8 +32,15 @@ from fedlora_app.deployment.processes import (
     read_started,
     write_started,
 )
-from fedlora_app.deployment.programs import End, Program, find_folder, plan_end
+from fedlora_app.deployment.programs import (
+    End,
+    Program,
+    build_environment,
+    find_folder,
+    plan_end,
+)
 from fedlora_app.deployment.supervisor import Supervisor, refuse_leftovers
+from fedlora_app.foundation.project import hash_package
 
 SLEEP = "import time; time.sleep(600)"
 STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1); {SLEEP}"
@@ -157,6 +167,32 @@ def test_a_site_s_programs(site):
         plan_end(site.folder)
 
 
+def test_a_supervisor_holds_no_torch():
+    """It stays for months beside the executor, which needs the memory."""
+    asked = "import sys, fedlora_app.deployment.supervisor, fedlora_app.deployment.site_checks; "
+    asked += "print({'torch', 'transformers', 'flwr'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
+def test_what_is_started_reaches_this_machine_by_no_proxy(site, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "fed.example.org")
+    environment = build_environment(site)
+    assert environment["NO_PROXY"].split(",")[0] == "fed.example.org"
+    with HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        asked = (
+            f"import httpx; print(httpx.head('http://127.0.0.1:{server.server_port}').status_code)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", asked], env=environment, capture_output=True, text=True
+        )
+    assert done.stdout == "200\n", done.stderr
+
+
 def test_a_folder_that_is_neither_end_s(tmp_path, site):
     with pytest.raises(ProcessesError, match="is neither a coordinator's folder"):
         find_folder(tmp_path)
@@ -196,6 +232,9 @@ def test_what_ends_is_started_again_and_all_end_in_order(site, brief, tmp_path):
         stopping = pool.submit(stop_when_up)
         assert kept.run() == 0
         stopping.result()
+    started, stopped = read_log(site.evidence).entries
+    assert started["event"] == END_STARTED and started["programs"] == ["first", "second"]
+    assert stopped["event"] == END_STOPPED and started["package_sha256"] == hash_package()
     assert "two are there" in said and any("second ended with status 5" in s for s in said)
     assert ended.read_text() == "second first "
     assert not site.processes.exists() and kept.children[1].known.num_restarts == 1
@@ -212,12 +251,50 @@ def test_what_ends_again_and_again_ends_all(site, brief):
     started = read_started(site.processes)
     assert started.state == "failed" and "no such thing" in started.why
     assert (site.logs / "executor.log").read_text().count("no such thing") == 8
+    ended = read_log(site.evidence).entries[-1]
+    assert ended["event"] == END_FAILED and "no such thing" not in json.dumps(ended)
 
 
 def test_what_cannot_work_is_not_started_again(site, brief):
     unusable = program("executor", f"raise SystemExit({UNUSABLE})")
     kept = Supervisor(End(site, (unusable,)), lambda line: None)
     assert kept.run() == 1 and kept.children[0].known.num_restarts == 0
+
+
+def test_what_says_why_it_ended_is_not_started_again(site, brief):
+    """As a SuperNode whose key is revoked ends: with status 0, and no word of it."""
+    asked = []
+
+    def explain() -> str | None:
+        asked.append(True)
+        return "the key is not let in." if len(asked) == 3 else None
+
+    gone = replace(program("supernode", ""), explain_end=explain)
+    said: list[str] = []
+    kept = Supervisor(End(site, (gone, program("executor", SLEEP))), said.append)
+    assert kept.run() == 1 and kept.children[0].known.num_restarts == 2
+    assert said[-1] == "Error: supernode ended: the key is not let in."
+    assert not any(child.known.is_alive for child in kept.children)
+    assert read_started(site.processes).why == "supernode ended: the key is not let in."
+    assert next(describe_status(site.folder)).endswith("supernode ended: the key is not let in.")
+    assert read_log(site.evidence).entries[-1]["why"] == "supernode ended: the key is not let in."
+
+
+def test_what_ends_before_it_is_ready_says_why(site, brief):
+    gone = replace(
+        program("supernode", ""), is_ready=lambda: False, explain_end=lambda: "not let in."
+    )
+    kept = Supervisor(End(site, (gone,)), lambda line: None)
+    assert kept.run() == 1 and kept.why == "supernode ended: not let in."
+
+
+def test_what_cannot_be_entered_is_not_started(site, brief):
+    site.evidence.write_text("changed\n")
+    said: list[str] = []
+    kept = Supervisor(End(site, (program("executor", SLEEP),)), said.append)
+    assert kept.run() == 1 and not kept.children[0].known.is_alive
+    assert "Not entered in the evidence: end_failed." in said[-1]
+    assert site.evidence.read_text() == "changed\n"
 
 
 def test_a_program_that_never_answers_is_named_with_its_log(site, brief, monkeypatch):

@@ -79,6 +79,17 @@ def test_both_ends_are_started_kept_running_and_stopped(deploy):
     running = [*second.values(), *deploy.processes("deployment").values()]
     assert "Stopped: supervisor, supernode, executor." in deploy("stop", SITE)
     assert re.search("nothing was running", deploy("stop", SITE))
+    deploy("start", SITE)
+    assert "no longer let in" in deploy("revoke", SITE)
+    refused = "supernode ended: the SuperLink does not let this site's key in. Ask the coordinator"
+    wait_until(
+        lambda: (
+            f"nothing runs. What was started last has failed. {refused}" in deploy("status", SITE)
+        ),
+        60,
+    )
+    said = (deploy.folder / SITE / "logs" / "supervisor.log").read_text()
+    assert "again in" not in said.rpartition("Running.")[2]
     assert "Stopped: supervisor, superlink." in deploy("stop", "deployment")
     assert not any(map(is_running, running))
     for end in (SITE, "deployment"):

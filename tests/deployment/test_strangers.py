@@ -55,6 +55,7 @@ from fedlora_app.deployment.site import join, make_request, open_package
 from fedlora_app.deployment.site_checks import (
     examine_own_registration,
     examine_ports,
+    explain_end,
     find_supernodes,
     listening_addresses,
 )
@@ -375,6 +376,20 @@ def test_whoever_claims_another_s_id_and_what_is_sent_again_later(running):
     assert '/v1/fleet/push-messages HTTP/1.1" 401' in servers.log("superlink")
 
 
+def test_a_supernode_that_was_killed_is_not_taken_for_revoked(running, processes):
+    """Flower answers its successor as one whose key it does not know, for up to a minute."""
+    coordinator, _ = running
+    bob, port = SiteFolder(coordinator.folder.folder.parent / "bob"), coordinator.settings.port
+    for name in ("killed", "successor"):
+        start_supernode(processes, name, port, bob.root_certificate, bob.key)
+        if name == "killed":
+            wait_until(lambda: "SuperNode ID" in processes.log("killed"))
+            processes.started["killed"].kill()
+    status, log = processes.end_of("successor")
+    assert status != 0 and "[code: 2004]" in log
+    assert explain_end(bob) is None
+
+
 def test_a_revoked_site_ends(running, processes):
     coordinator, servers = running
     site = let_in(coordinator, processes.folder / "cy")
@@ -386,12 +401,14 @@ def test_a_revoked_site_ends(running, processes):
     assert [f.level for f in findings] == ["ok"] * 5, findings  # while it runs, and undisturbed
     assert find_supernodes(site) == [supernode.pid]
     assert [f.level for f in examine_ports(site)] == ["ok"]
+    assert explain_end(site) is None
     assert "no longer let in" in revoke(load_coordinator(coordinator.folder.folder), "cy")
     status, log = processes.end_of("cy")
     assert status == 0 and "SuperNode terminated gracefully" in log  # Flower does not say why
     assert '/v1/fleet/pull-messages HTTP/1.1" 401' in servers.log("superlink")
     found = examine_own_registration(site)  # so we do
     assert found.level == "fault" and "does not let this site's key in" in found.what
+    assert explain_end(site) == f"{found.what} {found.advice}"
     with pytest.raises(registry.RegistryError, match="already in use"):
         (former,) = coordinator.folder.former.glob("cy-*/cy.pub")
         coordinator.folder.public_key("cy").write_bytes(former.read_bytes())

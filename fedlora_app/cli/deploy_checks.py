@@ -1,4 +1,4 @@
-"""The commands that run a deployment and look at what it did."""
+"""Commands that look at a deployment: before it runs, at what it did, and at one on trial."""
 
 from __future__ import annotations
 
@@ -8,11 +8,34 @@ from typing import Annotated
 
 import typer
 
-from fedlora_app.cli.deploy import deploy
+from fedlora_app.cli.deploy import FROM_NOTHING, LOOKING, deploy
 from fedlora_app.cli.root import AsJson
 
 
-@deploy.command()
+@deploy.command(rich_help_panel=FROM_NOTHING)
+def doctor(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A coordinator's folder or a site's.")
+    ] = Path("."),
+    as_json: AsJson = False,
+) -> None:
+    """Look at everything that a deployment needs at this end, and say what to do.
+
+    Example: fedlora deploy doctor ayr
+    """
+    from fedlora_app.deployment.doctor import examine
+    from fedlora_app.deployment.finding import FAULT
+
+    findings = examine(folder)
+    if as_json:
+        typer.echo(json.dumps([vars(finding) for finding in findings], ensure_ascii=False))
+    else:
+        typer.echo("\n".join(map(str, findings)))
+    if any(finding.level == FAULT for finding in findings):
+        raise typer.Exit(2)
+
+
+@deploy.command(rich_help_panel=LOOKING)
 def audit(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="An evidence.jsonl.")],
     against: Annotated[
@@ -20,7 +43,10 @@ def audit(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check an evidence log and print a page per round; status 2 if it is not as it was written."""
+    """Check an evidence log and print a page per round; status 2 if it is not as it was written.
+
+    Example: fedlora deploy audit deployment/evidence.jsonl --against ayr/evidence.jsonl
+    """
     from fedlora_app.deployment.audit import compare_logs, read_log
     from fedlora_app.deployment.audit_pages import describe_comparison, describe_log, dump_log
 
@@ -44,7 +70,7 @@ def audit(
         raise typer.Exit(2)
 
 
-@deploy.command()
+@deploy.command(rich_help_panel=LOOKING)
 def rehearse(
     output: Annotated[Path, typer.Option(help="The folder to make.")] = Path("rehearsal"),
 ) -> None:
