@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -46,6 +47,12 @@ class Network:
     def mend(self) -> None:
         """Put the cable back."""
         _run("ip", "-n", self._hosts[1], "link", "set", self._ends[1], "up")
+
+    def count_sent(self) -> int:
+        """Return how many bytes the site's host has sent."""
+        show = "ip", "-n", self._hosts[1], "-statistics", "-json", "link", "show", self._ends[1]
+        shown = json.loads(subprocess.run(show, check=True, capture_output=True).stdout)
+        return shown[0]["stats64"]["tx"]["bytes"]
 
     def build(self) -> None:
         """Make hosts and cable."""
