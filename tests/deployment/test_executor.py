@@ -214,6 +214,7 @@ def read_processes(run_dir: Path) -> set[tuple[str, str]]:
     return {(e["client"], e["process"]) for e in map(json.loads, lines) if e["event"] == "facts"}
 
 
+@pytest.mark.minutes
 @pytest.mark.deployment
 def test_executors_load_once_and_train_what_one_process_trains(
     sites, tiny_experiment, tiny_project, tmp_path
@@ -236,6 +237,7 @@ def test_executors_load_once_and_train_what_one_process_trains(
         assert ours == theirs, part
 
 
+@pytest.mark.minutes
 @pytest.mark.deployment
 def test_a_changed_bundle_is_refused_by_name(sites, tiny_experiment, tmp_path):
     changed = tmp_path / "fedlora-app"
@@ -255,6 +257,7 @@ def test_a_changed_bundle_is_refused_by_name(sites, tiny_experiment, tmp_path):
     assert hash_package() in output and not marker.exists()
 
 
+@pytest.mark.minutes
 @pytest.mark.deployment
 def test_stopped_executors_say_so_to_the_server_and_end(sites, tiny_experiment):
     """The last test: nobody has an executor after it. They are those that served the first run."""

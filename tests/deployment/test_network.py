@@ -15,7 +15,7 @@ from deployment.sites import build_bare_config
 from fedlora_app.deployment.processes import signal_session
 from fedlora_app.deployment.witness import RECEIVED, SENT
 
-pytestmark = pytest.mark.deployment
+pytestmark = [pytest.mark.deployment, pytest.mark.minutes]
 CUT_SECONDS = 8.0
 
 

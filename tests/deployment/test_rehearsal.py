@@ -41,6 +41,7 @@ def simulate(flower, folder: Path, output_dir: Path) -> RunPaths:
     return paths
 
 
+@pytest.mark.minutes
 @pytest.mark.deployment
 def test_a_deployment_survives_and_ends_in_the_bytes_of_the_simulation(flower, tmp_path):
     folder = tmp_path / "rehearsal"

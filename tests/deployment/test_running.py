@@ -63,6 +63,7 @@ def is_running(pid: int) -> bool:
     return find_beginning(pid) is not None  # an ended one may wait for its parent for a while
 
 
+@pytest.mark.minutes
 @pytest.mark.deployment
 def test_both_ends_are_started_kept_running_and_stopped(deploy):
     assert "Running." in deploy("start", "deployment") and "Running." in deploy("start", SITE)
