@@ -218,7 +218,7 @@ def test_the_command_prints_every_round_and_ends_with_status_2_if_something_is_w
     assert "10 messages and replies are the same" in out
     status, out, _ = fedlora("deploy", "audit", ann, "--against", server, "--json")
     dumped = json.loads(out)
-    assert status == 0 and dumped["fault"] is None and dumped["compared"]["num_agreed"] == 8
+    assert status == 0 and dumped["fault"] is None and dumped["compared"]["num_agreed"] == 10
     assert [page["round"] for page in dumped["rounds"]] == [0, 1]
 
     broken = tmp_path / "broken.jsonl"
