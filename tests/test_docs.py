@@ -17,7 +17,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 FILE = r"(?:fedlora_app|tests|conf|docs|data|benchmarks|notebooks)/[\w./-]*\w"
 WRITTEN_LATER = {
     *("data/local_train.json", "data/local_test.json"),  # in a client's own folder
-    *("data/universal_train.json", "data/universal_test.json"),
+    *("data/universal_train.json", "data/universal_test.json", "data/conflict_test.json"),
     "data/faq",
     "data/faq/experiment.yaml",
     "data/desk",

@@ -37,6 +37,10 @@ def examine_own_files(site: SiteFolder, facts: Facts) -> Iterator[Finding]:
             f"Its draft is {site.package / POLICY}.",
         )
     )
+    if own.client_id != facts.client:
+        what = f'id is "{own.client_id}", and the package is for {facts.client}.'
+        yield fault(site.client_file.name, what, "The run refuses a site by another's id.")
+        return
     config = build_local_config(own, facts)
     yield ok(site.client_file.name, f"it goes together with the experiment, as {own.client_id}.")
     yield _examine_data(own, config)
@@ -77,7 +81,7 @@ def _examine_base(own: OwnSettings, config: Config, facts: Facts) -> Iterator[Fi
         what = f"{config.model.name} is {base.fingerprint[:12]}, and the experiment's is "
         what += f"{facts.base.fingerprint[:12]}."
         yield fault("base", what, f"Get {facts.base.name} in the revision {facts.base.revision}.")
-    verdict = build_plan(config, own.folder).verdict
+    verdict = build_plan(_without_others(config, own.client_id), own.folder).verdict
     what = f"training takes {format_size(verdict.peak_bytes)} of {format_size(verdict.limit_bytes)}"
     what += f", {verdict.limit_source}."
     if verdict.fits:
@@ -88,6 +92,14 @@ def _examine_base(own: OwnSettings, config: Config, facts: Facts) -> Iterator[Fi
         yield warning("memory", what, advice)
 
 
+def _without_others(config: Config, client_id: str) -> Config:
+    """Return the experiment of one client, which is all that a plan can be made for here."""
+    raw = config.dump()
+    raw["federated"]["clients"] = [c for c in raw["federated"]["clients"] if c["id"] == client_id]
+    raw["data"] |= {"conflict_test": None, "conflict_validation": None}  # they name the others
+    return parse_config(raw)
+
+
 def build_local_config(own: OwnSettings, facts: Facts) -> Config:
     """Return the experiment as far as the package and this client's own file know it.
 
@@ -96,7 +108,7 @@ def build_local_config(own: OwnSettings, facts: Facts) -> Config:
     """
     named = {
         "experiment": {"name": facts.experiment},
-        "federated": {"clients": [{"id": facts.client}]},
+        "federated": {"clients": [{"id": i} for i in sorted({*facts.participants, facts.client})]},
         "data": {"universal_train": None},
     }
     return own.merge(parse_config(facts.settings | named, source="package.json"))

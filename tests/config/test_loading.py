@@ -19,7 +19,7 @@ def test_every_config_loads_and_opens_with_its_question_and_command(path):
     load_config(path)
     _, first, *rest = path.read_text().splitlines()  # after the line that names the schema
     assert re.fullmatch(r"# .*\?", first)
-    assert any(re.match(r"#\s+flwr run \.", line) for line in rest)
+    assert any(re.match(r"#\s+(flwr run \.|fedlora deploy init )", line) for line in rest)
     if path.name != "demo.yaml":
         assert f"conf/{path.name}" in path.read_text()
 

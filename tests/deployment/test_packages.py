@@ -445,7 +445,7 @@ def test_doctor_reads_a_site_s_two_files_as_its_client_does(fedlora, joined, tin
     assert "fault   client.yaml:" in out and "sytem_prompt" in out and "package/client.yaml" in out
     assert "fault   policy:" in out and "least" in out and "rounds" in out
     site.client_file.write_text(draft.replace('id: "ann"', "id: bob"))
-    assert 'fault   client.yaml: No client is called "bob"' in look()
+    assert 'fault   client.yaml: id is "bob", and the package is for ann.' in look()
     site.client_file.write_text(draft + "training: {batch_size: 7}\n")
     assert "Their product must be the same at all clients." in look()
     data = site.folder / "data"
@@ -453,7 +453,8 @@ def test_doctor_reads_a_site_s_two_files_as_its_client_does(fedlora, joined, tin
     for name in ("local_train", "universal_train"):
         shutil.copy(tiny_project / "ann_local.json", data / f"{name}.json")
     site.policy.unlink()
-    site.client_file.write_text(f"{draft}model: {{name: {tiny_project / 'model'}}}\n")
+    shared = f"data: {{conflict_test: {tiny_project / 'conflict.json'}}}"  # it names bob, too
+    site.client_file.write_text(f"{draft}model: {{name: {tiny_project / 'model'}}}\n{shared}\n")
     out = look()
     assert "warning policy: there is none, so all is permitted" in out
     assert "fault" not in out and "ok      data:" in out and "ok      memory:" in out
