@@ -47,8 +47,8 @@ from fedlora_app.federation.messages import (
     Task,
     build_reply,
     build_task_content,
-    pack_state,
 )
+from fedlora_app.federation.packed_state import pack_state
 from fedlora_app.federation.registration import register_clients
 from fedlora_app.federation.replies import Reply
 from fedlora_app.foundation.process_memory import reset_peak

@@ -24,13 +24,8 @@ from benchmarks.pipe import FIRST_NODE_ID, PipeGrid, answer_messages, start_clie
 from benchmarks.process import MIB, peak_bytes, resident_bytes
 from fedlora_app.config.schema import GLOBAL, Config
 from fedlora_app.federation.grid import PacedGrid
-from fedlora_app.federation.messages import (
-    UPDATE_RECORD,
-    Task,
-    build_reply,
-    pack_state,
-    read_task,
-)
+from fedlora_app.federation.messages import UPDATE_RECORD, Task, build_reply, read_task
+from fedlora_app.federation.packed_state import pack_state
 from fedlora_app.federation.roster import count_bytes
 from fedlora_app.foundation.process_memory import reset_peak
 from fedlora_app.model.adapters import (

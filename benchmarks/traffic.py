@@ -18,15 +18,18 @@ from typing import Any
 import torch
 from flwr.app import RecordDict
 from flwr.common.serde import recorddict_to_proto
+from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.pipe import identify_process
 from benchmarks.toy_models import QWEN_7B, equal_adapters, use_tests
 from benchmarks.two_processes import CLIENTS, build_project, quiet
 from fedlora_app.config.schema import GLOBAL
-from fedlora_app.federation.messages import ADAPTER_RECORD, UPDATE_RECORD, pack_state, read_task
+from fedlora_app.federation.messages import ADAPTER_RECORD, UPDATE_RECORD, read_task
+from fedlora_app.federation.packed_state import pack_state
 from fedlora_app.foundation.files import WEIGHTS_FILE
 from fedlora_app.model.adapters import attach_adapters, state_shapes
+from fedlora_app.runs.paths import RunPaths
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "nf4": 0.5}
 FP32_BYTES = 4
@@ -85,7 +88,6 @@ def _count_run(
         run_dir = federation.run()
     (grid,) = federation.grids
     totals: dict[str, int] = defaultdict(int)
-    shapes: dict[str, tuple[int, ...]] = {}
     names = set()
     for request, reply in zip(grid.sent, grid.received, strict=True):
         if read_task(request).server_round == 0:
@@ -96,16 +98,15 @@ def _count_run(
             names |= set(content.array_records)
             for record in content.array_records.values():
                 totals[f"array_bytes_{direction}"] += sum(len(a.data) for a in record.values())
-                if direction == "down":  # an update may travel as bytes
-                    shapes |= {key: array.shape for key, array in record.items()}
     per_client = {key: total / num_rounds / len(CLIENTS) for key, total in totals.items()}
-    num_parameters = sum(map(math.prod, shapes.values()))
+    state = load_file(RunPaths(run_dir).global_adapter(num_rounds) / WEIGHTS_FILE)
+    num_parameters = sum(tensor.numel() for tensor in state.values())
     least = round((DTYPE_BYTES[dtype] + FP32_BYTES) * num_parameters)
     return {
         "what": f"{len(CLIENTS)} clients, {num_rounds} rounds, counted",
         "upload_dtype": dtype,
         "num_parameters": num_parameters,
-        "num_tensors": len(shapes),
+        "num_tensors": len(state),
         **per_client,
         "least_bytes": least,
         "ratio": round((per_client["bytes_down"] + per_client["bytes_up"]) / least, 6),
@@ -127,7 +128,7 @@ def _calculate(counted: dict[str, Any], rank: int) -> dict[str, Any]:
     }
     num_parameters = sum(map(math.prod, shapes.values()))
     least = round((DTYPE_BYTES[dtype] + FP32_BYTES) * num_parameters)
-    # Names and headers of the counted run's arrays are in here too, which is on the safe side.
+    # The key and header of the counted run's array are in here too, which is on the safe side.
     sent = {
         f"bytes_{direction}": size
         + counted[f"bytes_{direction}"]
@@ -152,8 +153,6 @@ def _serialised_bytes(content: RecordDict) -> int:
 
 def _find_local(run_dir: Path, sent: bytes) -> int:
     """Return the bytes of tensors of local adapters, as saved, whose beginning was sent."""
-    from safetensors.torch import load_file
-
     found = 0
     files = [
         *run_dir.glob(f"clients/*/round_*/{WEIGHTS_FILE}"),

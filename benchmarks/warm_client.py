@@ -50,7 +50,8 @@ from benchmarks.two_processes import build_project
 from fedlora_app.config.loading import change_config
 from fedlora_app.config.schema import GLOBAL, Config
 from fedlora_app.federation.grid import build_message
-from fedlora_app.federation.messages import Task, build_task_content, pack_state
+from fedlora_app.federation.messages import Task, build_task_content
+from fedlora_app.federation.packed_state import pack_state
 from fedlora_app.foundation.project import hash_package
 from fedlora_app.model.adapters import build_initial_state
 from fedlora_app.server_app import build_shapes

@@ -48,8 +48,8 @@ from fedlora_app.federation.messages import (
     build_reply,
     is_probe,
     read_task,
-    unpack_state,
 )
+from fedlora_app.federation.packed_state import unpack_state
 from fedlora_app.federation.ray_pool import watch_workers
 from fedlora_app.foundation.files import keep_files_private
 from fedlora_app.foundation.project import (

@@ -20,7 +20,9 @@ from fedlora_app.evaluation.choices import Evaluator, open_round
 from fedlora_app.evaluation.protocol import evaluate_round
 from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.evaluation.score_store import ScoreStore
+from fedlora_app.federation.aggregation import Aggregation
 from fedlora_app.federation.messages import UPDATE_RECORD
+from fedlora_app.federation.packed_state import unpack_state
 from fedlora_app.federation.rules import RULES, build_rule
 from fedlora_app.model.adapters import get_state
 from fedlora_app.model.ranks import rank_axis, take_ranks
@@ -61,14 +63,16 @@ def adapter_files(run):
     return {str(path.relative_to(run)): path.read_bytes() for path in paths}
 
 
-def updates_in(grid, server_round: int):
+def updates_in(federation, server_round: int):
     """Return what each client sent in a round, and the examples that it counts."""
     found = {}
+    whole = {key: tensor.shape for key, tensor in server_state(federation.path, 0).items()}
+    shapes = Aggregation(federation.config, whole).update_shapes(None, server_round)
+    (grid,) = federation.grids
     for reply in grid.received:
         about = reply.content.config_records["about"]
         if UPDATE_RECORD in reply.content and about["server-round"] == server_round:
-            arrays = reply.content.array_records[UPDATE_RECORD]
-            update = {key: torch.tensor(array.numpy()) for key, array in arrays.items()}
+            update = unpack_state(reply.content.array_records[UPDATE_RECORD], shapes, "a client")
             found[about["client-id"]] = (update, reply.content["metrics"]["num-examples"])
     return found
 
@@ -115,7 +119,7 @@ def test_a_run_is_what_the_rule_says_and_resumes_to_the_byte(rule, tiny_project,
     expected = build_rule(config)
     for server_round in (1, 2):
         expected.begin(server_state(run, server_round - 1), server_round)
-        for client, (update, weight) in updates_in(whole.grids[0], server_round).items():
+        for client, (update, weight) in updates_in(whole, server_round).items():
             expected.add(client, update, weight)
         result = expected.result()
         for key, tensor in server_state(run, server_round).items():
@@ -369,7 +373,7 @@ class TestWhoTakesPart:
         )
         federation = Federation(tiny_project, tmp_path, config)
         run = federation.run()
-        updates = updates_in(federation.grids[0], 1)
+        updates = updates_in(federation, 1)
         before, after = server_state(run, 0), server_state(run, 1)
         for key in after:
             mean = sum(w * updates[c][0][key] for c, w in by_client.items()) / sum(weights)

@@ -44,10 +44,9 @@ from fedlora_app.federation.messages import (
     UPDATE_RECORD,
     MessageError,
     Task,
-    pack_state,
     read_task,
-    unpack_state,
 )
+from fedlora_app.federation.packed_state import pack_state, unpack_state
 from fedlora_app.federation.replies import read_reply
 from fedlora_app.foundation.files import hash_file
 from fedlora_app.model.adapter_files import load_adapter, save_adapter
@@ -888,7 +887,7 @@ def npy(array: np.ndarray, **header) -> bytes:
 
 
 @st.composite
-def arrays(draw, good: torch.Tensor):
+def arrays(draw, good: Array):
     """Draw a Flower array: good, or wrong in what it says of itself or in what it holds."""
     array = good.numpy()
     kind = draw(
@@ -898,7 +897,7 @@ def arrays(draw, good: torch.Tensor):
         dtypes = ["f8", "f2", "i4", "u2", "u1", "?", "c8", "U3", "S2", ">f4", "M8[s]"]
         array = np.ones(array.shape, dtype=draw(st.sampled_from(dtypes)))
     if kind == "shape":
-        shapes = [(), (0,), (1,), (3,), array.T.shape, (*array.shape, 1), (1000, 1000)]
+        shapes = [(), (0,), (1,), (3,), (len(array) // 2, 2), (*array.shape, 1), (1000, 1000)]
         array = np.ones(draw(st.sampled_from(shapes)), dtype="f4")
     if kind == "values":
         array = array.copy()
@@ -927,12 +926,13 @@ def arrays(draw, good: torch.Tensor):
 @st.composite
 def states(draw):
     """Draw the arrays of a message."""
-    record = {key: draw(arrays(tensor)) for key, tensor in STATE.items()}
+    ((key, good),) = pack_state(STATE).items()
+    array = draw(arrays(good))
+    record = {key: array}
     action = draw(st.sampled_from(["keep", "keep", "remove", "add", "rename"]))
     if action != "keep":
-        array = record["x.lora_A.weight"]
         if action != "add":
-            del record["x.lora_A.weight"]
+            del record[key]
         if action != "remove":
             record[draw(st.text(max_size=5) | st.just("\ud800"))] = array
     return ArrayRecord(record)

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from fedlora_app import client as client_module
 from fedlora_app.config.schema import Config
 from fedlora_app.federation.messages import ABOUT_RECORD, METRIC_RECORD, UPDATE_RECORD
+from fedlora_app.federation.packed_state import unpack_state
 from fedlora_app.foundation.files import WEIGHTS_FILE
 from fedlora_app.strategy import RoundError
 
@@ -216,9 +217,7 @@ class TestWhatLeavesAClient:
             records = {METRIC_RECORD, ABOUT_RECORD}
             if reply.metadata.message_type == "train":
                 records.add(UPDATE_RECORD)
-                arrays = content.array_records[UPDATE_RECORD]
-                assert {key: array.numpy().shape for key, array in arrays.items()} == shapes
-                assert {array.dtype for array in arrays.values()} == {"float32"}
+                unpack_state(content.array_records[UPDATE_RECORD], shapes, "a client")
             assert set(content) == records
             about = content.config_records[ABOUT_RECORD]
             assert set(about) == {"client-id", "server-round", "dtype", "facts"}

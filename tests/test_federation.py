@@ -33,6 +33,7 @@ from fedlora_app.federation.messages import (
     build_need_reply,
     read_task,
 )
+from fedlora_app.federation.packed_state import unpack_state
 from fedlora_app.model import base as model_module
 from fedlora_app.model.adapters import lora_layers
 from fedlora_app.runs import client_folder
@@ -82,6 +83,13 @@ def train_replies(grid):
     return [reply for reply in grid.received if UPDATE_RECORD in reply.content.array_records]
 
 
+def updates_in(replies, like, dtype="float32"):
+    """Return the update in each reply; ``like`` is a state of the same tensors."""
+    shapes = {key: tensor.shape for key, tensor in like.items()}
+    records = [reply.content.array_records[UPDATE_RECORD] for reply in replies]
+    return [unpack_state(record, shapes, "a client", dtype) for record in records]
+
+
 def test_the_global_adapter_moves_by_the_weighted_mean_of_the_deltas(finished):
     """The predecessor never trained its global adapter: B stayed zero."""
     run = finished.path
@@ -91,9 +99,9 @@ def test_the_global_adapter_moves_by_the_weighted_mean_of_the_deltas(finished):
     replies = train_replies(finished.grids[0])[:2]
     counts = [reply.content.metric_records[METRIC_RECORD]["num-examples"] for reply in replies]
     assert counts == [4, 4]
+    updates = updates_in(replies, before)
     for key in before:
-        deltas = [reply.content.array_records[UPDATE_RECORD][key].numpy() for reply in replies]
-        mean = sum(c * torch.tensor(d) for c, d in zip(counts, deltas, strict=True)) / sum(counts)
+        mean = sum(c * u[key] for c, u in zip(counts, updates, strict=True)) / sum(counts)
         torch.testing.assert_close(after[key] - before[key], mean, rtol=0, atol=1e-6)
 
 
@@ -114,12 +122,9 @@ def test_weights_count_the_examples_of_the_global_phase_only(unequal):
             counts[entry["client"]] = entry["metrics"]["num-examples"]
     assert counts == {"ann": 4, "cy": 3}  # and not 7 and 8 with the local records
     before, after = server_state(run, 0), server_state(run, 1)
+    ann, cy = updates_in(train_replies(unequal.grids[0])[:2], before)
     for key in before:
-        sent = [
-            torch.tensor(reply.content.array_records[UPDATE_RECORD][key].numpy())
-            for reply in train_replies(unequal.grids[0])[:2]
-        ]
-        mean = (4 * sent[0] + 3 * sent[1]) / 7
+        mean = (4 * ann[key] + 3 * cy[key]) / 7
         torch.testing.assert_close(after[key] - before[key], mean, rtol=0, atol=1e-6)
 
 
@@ -128,16 +133,14 @@ def test_bf16_uploads_are_half_the_bytes_and_means_of_what_was_sent(tiny_project
     federation = Federation(tiny_project, tmp_path, config)
     run = federation.run()
     before, after = server_state(run, 0), server_state(run, 1)
-    replies = train_replies(federation.grids[0])
+    ann, bob = updates_in(train_replies(federation.grids[0]), before, "bfloat16")
     for key in before:
-        sent = [reply.content.array_records[UPDATE_RECORD][key].numpy() for reply in replies]
-        deltas = [torch.from_numpy(d.copy()).view(torch.bfloat16).float() for d in sent]
-        mean = (deltas[0] + deltas[1]) / 2
+        mean = (ann[key] + bob[key]) / 2
         torch.testing.assert_close(after[key] - before[key], mean, rtol=0, atol=1e-6)
     metrics = entries(run, "traffic")[-1]["metrics"]
-    headers = 128 * len(before)  # of the .npy format
-    payload = metrics["adapter_bytes_down"] - headers
-    assert metrics["adapter_bytes_up"] - headers == payload / 2
+    header = 128  # of the .npy format
+    payload = metrics["adapter_bytes_down"] - header
+    assert metrics["adapter_bytes_up"] - header == payload / 2
 
 
 def test_a_local_adapter_continues_from_its_last_round(federation, monkeypatch):
@@ -244,10 +247,10 @@ def test_no_local_adapter_is_in_any_message(tiny_project, tmp_path, monkeypatch)
         for server_round in range(3):
             for tensor in local_state(run, client, server_round).values():
                 assert tensor.numpy().tobytes() not in sent or not tensor.any()
-    global_names = set(server_state(run, 0))
+    state = server_state(run, 0)
     for reply in federation.grids[0].received:
-        for record in reply.content.array_records.values():
-            assert set(record) == global_names
+        assert set(reply.content.array_records) <= {UPDATE_RECORD}
+    updates_in(train_replies(federation.grids[0]), state)  # and holds the global tensors alone
     for text in (b"says red", b"What is the", b"You are ann"):  # data and prompts
         assert text not in sent
 
@@ -601,11 +604,8 @@ def test_who_loses_the_average_that_it_was_just_sent_has_failed(federation):
 def test_the_aggregation_error_is_that_of_the_updates(unequal):
     run = unequal.path
     replies = train_replies(unequal.grids[0])[:2]
-    sent = [
-        {key: torch.tensor(array.numpy()) for key, array in r.content[UPDATE_RECORD].items()}
-        for r in replies
-    ]
     before, after = server_state(run, 0), server_state(run, 1)
+    sent = updates_in(replies, before)
     exact, products = {}, {}
     for a in (key for key in before if "lora_A" in key):
         b = a.replace("lora_A", "lora_B")
@@ -734,10 +734,10 @@ class TestFaultyClients:
     @pytest.mark.parametrize(
         ("change", "expected"),
         [
-            (lambda r: _arrays(r).popitem(), "1 tensors are missing"),
+            (lambda r: _arrays(r).popitem(), "sent another adapter"),
             (lambda r: _replace(r, lambda a: a * float("nan")), "not finite"),
             (lambda r: _replace(r, lambda a: a * 1e13), "probably diverged"),
-            (lambda r: _replace(r, lambda a: a[:1]), "has shape"),
+            (lambda r: _replace(r, lambda a: a[:1]), "in an array of shape (1,), expected"),
             (lambda r: _replace(r, lambda a: a.astype("float64")), "float64, expected float32"),
             (lambda r: _metrics(r).update({"num-examples": 0}), "0 examples"),
             (lambda r: _metrics(r).update({"num-examples": 1.5}), "1.5 examples"),
@@ -763,10 +763,10 @@ class TestFaultyClients:
         spoil = self.spoil(lambda r: _replace(r, lambda a: a * float("nan")))
         run = federation.run(config=config, tamper=spoil)
         before, after = server_state(run, 0), server_state(run, 1)
-        ann, cy = (train_replies(federation.grids[0])[index] for index in (0, 2))
+        replies = train_replies(federation.grids[0])
+        ann, cy = updates_in([replies[0], replies[2]], before)
         for key in before:
-            sent = [r.content.array_records[UPDATE_RECORD][key].numpy() for r in (ann, cy)]
-            mean = torch.tensor((4 * sent[0] + 3 * sent[1]) / 7)
+            mean = (4 * ann[key] + 3 * cy[key]) / 7
             torch.testing.assert_close(after[key] - before[key], mean, rtol=0, atol=1e-6)
         manifest = json.loads((run / "manifest.json").read_text())
         assert "not finite" in manifest["rounds"][1]["failures"]["bob"]
@@ -834,8 +834,8 @@ def _metrics(reply):
 
 def _replace(reply, change):
     record = _arrays(reply)
-    key = sorted(record)[0]
-    record[key] = Array(change(record[key].numpy()))
+    ((key, array),) = record.items()
+    record[key] = Array(change(array.numpy()))
 
 
 def test_what_an_unexpected_error_says_stays_at_the_client(federation, monkeypatch):
@@ -854,8 +854,7 @@ def test_a_reply_that_cannot_be_decoded_names_its_sender(federation):
     def cut(message, reply):
         if message.metadata.message_type == "train":
             record = _arrays(reply)
-            key = sorted(record)[0]
-            array = record[key]
+            ((key, array),) = record.items()
             record[key] = Array(array.dtype, tuple(array.shape), array.stype, array.data[:40])
         return reply
 

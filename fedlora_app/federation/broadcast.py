@@ -24,13 +24,8 @@ from fedlora_app.config.sharing import (
     travelling_factors,
 )
 from fedlora_app.federation.aggregation import Aggregation
-from fedlora_app.federation.messages import (
-    KEPT,
-    REGISTRATION_ROUND,
-    Task,
-    pack_state,
-    unpack_state,
-)
+from fedlora_app.federation.messages import KEPT, REGISTRATION_ROUND, Task
+from fedlora_app.federation.packed_state import pack_state, unpack_state
 from fedlora_app.federation.replies import Reply
 from fedlora_app.federation.roster import Patch, Roster
 from fedlora_app.model.adapter_state import AdapterState

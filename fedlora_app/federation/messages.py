@@ -7,19 +7,15 @@ is refused here before it leaves.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
-import warnings
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import numpy as np
 import torch
 from flwr.app import (
-    Array,
     ArrayRecord,
     ConfigRecord,
     Message,
@@ -31,14 +27,8 @@ from flwr.app import (
 from fedlora_app.config.loading import parse_config
 from fedlora_app.config.private import without_private
 from fedlora_app.config.schema import FEEDBACK, LOCAL, OWN_GLOBAL, Config
-from fedlora_app.federation.quantised import (
-    WIRE_DTYPES,
-    count_wire_bytes,
-    dequantise,
-    is_quantised,
-    quantise,
-)
-from fedlora_app.model.adapter_state import AdapterState, check_names, check_state
+from fedlora_app.federation.packed_state import MessageError, pack_state
+from fedlora_app.model.adapter_state import AdapterState, check_state
 
 KEPT = {LOCAL: "local_adapter", OWN_GLOBAL: "own_global_adapter", FEEDBACK: "feedback"}
 """What clients keep by rounds: its role, and the fact by which they name a file's hash."""
@@ -54,11 +44,9 @@ NEEDS = "needs"
 GLOBAL_ADAPTER = "global adapter"
 OWN_SETTINGS = "own settings"
 """What a client may need before it can do its task."""
-MAX_ARRAY_HEADER_BYTES = 4096
 MAX_ERROR_CHARS = 10_000
 MAX_PATH_CHARS = 4096
 MOST_FACTS = 2**31  # that a client's files are about
-NUMPY_FORMAT = "numpy.ndarray"  # what Flower calls it
 TIME_TO_LIVE_SECONDS = 10 * 365 * 24 * 3600.0
 
 COUNTED = ("examples", "truncated", "dropped")
@@ -101,10 +89,6 @@ DECLARED_FACTS = {
 }
 """What a fact may be called, and what it may say."""
 FINDING_KEYS = {"severity", "rule", "file", "record"}
-
-
-class MessageError(ValueError):
-    """A message is not what was agreed on; the text says who sent it and what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -176,42 +160,6 @@ class Task:
         except (ValueError, RecursionError) as error:
             raise MessageError(f"{source} is not JSON: {error}.") from None
         return parse_config(raw, source=source)
-
-
-def pack_state(state: AdapterState, dtype: str = "float32") -> ArrayRecord:
-    """Return a state as Flower arrays; bfloat16 travels as its 16 bits, int8 and nf4 as bytes."""
-    return ArrayRecord({key: Array(_to_wire(tensor, dtype)) for key, tensor in state.items()})
-
-
-def unpack_state(
-    record: ArrayRecord, shapes: dict[str, torch.Size], sender: str, dtype: str = "float32"
-) -> AdapterState:
-    """Return the fp32 state in a record after checking names, dtypes, shapes and values.
-
-    The tensors of an fp32 record are views of its bytes, which are only to be read.
-
-    Raises:
-        MessageError, AdapterError: naming the sender and the tensor.
-    """
-    wire_dtype = WIRE_DTYPES[dtype]
-    check_names(record, shapes, f"{sender} sent")
-    state = {}
-    for key, shape in shapes.items():
-        array = record[key]
-        if array.dtype != wire_dtype:
-            raise MessageError(
-                f"{sender} sent {key} as {array.dtype:.50}, expected {wire_dtype} (for {dtype})."
-            )
-        most = count_wire_bytes(shape.numel(), dtype) + MAX_ARRAY_HEADER_BYTES
-        if len(array.data) > most:
-            raise MessageError(f"{sender} sent {key} as {len(array.data)} bytes, too many for it.")
-        try:
-            state[key] = _from_wire(_view_array(array), shape, dtype)
-        except Exception as error:  # numpy raises nearly anything for damaged bytes
-            reason = str(error)[:200]
-            raise MessageError(f"{sender} sent {key} as a damaged array: {reason!a}.") from None
-    check_state(state, shapes, f"{sender} sent")
-    return state
 
 
 def build_message(content: RecordDict, message_type: str, node_id: int) -> Message:
@@ -373,39 +321,3 @@ def _is_finding(finding: Any) -> bool:
         and len(finding["file"]) <= MAX_PATH_CHARS
         and (finding["record"] is None or isinstance(finding["record"], int))
     )
-
-
-def _view_array(array: Array) -> torch.Tensor:
-    """Return what an array holds in numpy's own format, without a copy and without pickle."""
-    if array.stype != NUMPY_FORMAT:
-        raise TypeError(f"it is of type {array.stype!r:.50}")
-    stream = io.BytesIO(array.data)
-    if np.lib.format.read_magic(stream) != (1, 0):
-        raise ValueError("its version is not 1.0")
-    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    if is_fortran or dtype != array.dtype:
-        raise TypeError("it holds something else than it says")
-    values = np.frombuffer(array.data, dtype, offset=stream.tell())
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(values.reshape(shape))
-
-
-def _from_wire(values: torch.Tensor, shape: torch.Size, dtype: str) -> torch.Tensor:
-    """Return the fp32 tensor of this shape that the values of an array stand for."""
-    if dtype == "bfloat16":
-        return values.view(torch.bfloat16).float()
-    if not is_quantised(dtype):
-        return values
-    expected = (count_wire_bytes(shape.numel(), dtype),)
-    if values.shape != expected:
-        raise ValueError(f"it has shape {tuple(values.shape)}, expected {expected}")
-    return dequantise(values, shape, dtype)
-
-
-def _to_wire(tensor: torch.Tensor, dtype: str) -> Any:
-    if dtype == "bfloat16":
-        return tensor.bfloat16().view(torch.uint16).numpy()
-    if is_quantised(dtype):
-        return quantise(tensor, dtype).numpy()
-    return tensor.float().numpy()

@@ -26,8 +26,8 @@ from fedlora_app.federation.messages import (
     MessageError,
     is_declared,
     is_possible,
-    unpack_state,
 )
+from fedlora_app.federation.packed_state import unpack_state
 from fedlora_app.federation.roster import Roster
 from fedlora_app.model.adapter_state import AdapterError, AdapterState
 from fedlora_app.model.fingerprint import COVERS, explain_fingerprint

@@ -25,7 +25,7 @@ from fedlora_app.data.questions import Question
 from fedlora_app.data.tokens import Example
 from fedlora_app.evaluation.client_round import evaluate_questions
 from fedlora_app.evaluation.room import count_halvings
-from fedlora_app.federation.messages import pack_state, unpack_state
+from fedlora_app.federation.packed_state import pack_state, unpack_state
 from fedlora_app.foundation.process_memory import read_peak, read_resident, reset_peak
 from fedlora_app.model.adapter_files import save_adapter
 from fedlora_app.model.adapters import (

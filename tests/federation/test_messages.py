@@ -2,27 +2,17 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 from random_states import SHAPES, STATE
 
 from fedlora_app.federation.messages import (
     ABOUT_RECORD,
     DECLARED_METRICS,
-    MAX_ARRAY_HEADER_BYTES,
     MessageError,
     build_reply,
     is_possible,
-    pack_state,
-    unpack_state,
-)
-from fedlora_app.federation.quantised import (
-    WIRE_DTYPES,
-    count_wire_bytes,
-    dequantise,
-    quantise,
 )
 from fedlora_app.model.adapter_state import AdapterError
 
@@ -70,36 +60,6 @@ def build_request() -> Message:
     return Message(RecordDict(), dst_node_id=5, message_type="train")
 
 
-def test_fp32_travels_exactly_and_bf16_to_its_precision():
-    exact = unpack_state(pack_state(STATE), SHAPES, "ann")
-    rounded = unpack_state(pack_state(STATE, "bfloat16"), SHAPES, "ann", "bfloat16")
-    for key, tensor in STATE.items():
-        assert torch.equal(exact[key], tensor)
-        assert torch.equal(rounded[key], tensor.bfloat16().float())
-    size = sum(len(array.data) for array in pack_state(STATE, "bfloat16").values())
-    assert size < sum(len(array.data) for array in pack_state(STATE).values())
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (lambda s: s | {"other": torch.zeros(1)}, "ann sent: 0 tensors are missing and 1 are unkn"),
-        (lambda s: {k: v for k, v in s.items() if "lora_A" in k}, "1 tensors are missing"),
-        (lambda s: {k: v.T.contiguous() for k, v in s.items()}, "has shape"),
-        (lambda s: {k: v * torch.nan for k, v in s.items()}, "not finite"),
-    ],
-)
-def test_a_state_of_another_kind_is_refused(change, expected):
-    with pytest.raises(AdapterError, match=expected):
-        unpack_state(pack_state(change(STATE)), SHAPES, "ann")
-
-
-def test_another_dtype_is_refused():
-    record = ArrayRecord({key: Array(t.double().numpy()) for key, t in STATE.items()})
-    with pytest.raises(MessageError, match="ann sent x.lora_A.weight as float64, expected float32"):
-        unpack_state(record, SHAPES, "ann")
-
-
 @pytest.mark.parametrize(
     ("name", "value", "fits"),
     [
@@ -116,53 +76,6 @@ def test_another_dtype_is_refused():
 def test_lists_hold_verdicts_or_the_numbers_of_facts(name, value, fits):
     assert DECLARED_METRICS.fullmatch(name)
     assert is_possible(name, value) == fits
-
-
-@pytest.mark.parametrize("dtype", WIRE_DTYPES)
-def test_an_array_of_more_bytes_than_its_tensor_has_is_refused_unread(dtype):
-    key, tensor = next(iter(STATE.items()))
-    record = pack_state(STATE, dtype)
-    array = record[key]
-    most = count_wire_bytes(tensor.numel(), dtype) + MAX_ARRAY_HEADER_BYTES
-    array.data += b"x" * (most + 1 - len(array.data))
-    with pytest.raises(MessageError, match=f"ann sent {key} as {most + 1} bytes, too many for it"):
-        unpack_state(record, SHAPES, "ann", dtype)
-
-
-@pytest.mark.parametrize("dtype", ["int8", "nf4"])
-def test_rounded_tensors_travel_as_bytes_and_come_back_as_they_were_rounded(dtype):
-    record = pack_state(STATE, dtype)
-    assert {array.dtype for array in record.values()} == {"uint8"}
-    back = unpack_state(record, SHAPES, "ann", dtype)
-    for key, tensor in STATE.items():
-        expected = dequantise(quantise(tensor, dtype), tensor.shape, dtype)
-        assert torch.equal(back[key], expected) and not torch.equal(back[key], tensor)
-
-
-@pytest.mark.parametrize("dtype", ["int8", "nf4"])
-@pytest.mark.parametrize(
-    ("spoil", "expected"),
-    [
-        (lambda wire: wire[:-1], r"damaged array: .it has shape \(\d+,\), expected \(\d+,\)"),
-        (lambda wire: np.append(wire, wire[-1:]), "damaged array: .it has shape"),
-        (lambda wire: wire[None], "damaged array: .it has shape"),
-        (lambda wire: wire[:0], "damaged array: .it has shape"),
-        (lambda wire: wire.astype(np.int8), "as int8, expected uint8"),
-        (lambda wire: wire.astype(np.float32), "as float32, expected uint8"),
-        (lambda wire: with_scale(wire, np.nan), "not finite"),
-        (lambda wire: with_scale(wire, np.inf), "not finite"),
-    ],
-)
-def test_bytes_that_no_rounding_gives_are_refused(dtype, spoil, expected):
-    record = pack_state(STATE, dtype)
-    key = next(iter(STATE))
-    record[key] = Array(spoil(record[key].numpy()))
-    with pytest.raises((MessageError, AdapterError), match=f"ann sent.*{key}.*{expected}"):
-        unpack_state(record, SHAPES, "ann", dtype)
-
-
-def with_scale(wire: np.ndarray, scale: float) -> np.ndarray:
-    return np.concatenate([np.array([scale], np.float32).view(np.uint8), wire[4:]])
 
 
 @pytest.mark.parametrize("name", ["answer", "local_weights", "train_global/text", "global/x/n"])

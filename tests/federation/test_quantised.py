@@ -8,7 +8,8 @@ from flwr.common.serde import recorddict_to_proto
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from fedlora_app.config.schema import GLOBAL, AdaptersConfig
-from fedlora_app.federation.messages import UPDATE_RECORD, pack_state
+from fedlora_app.federation.messages import UPDATE_RECORD
+from fedlora_app.federation.packed_state import pack_state
 from fedlora_app.federation.quantised import (
     BLOCK_SIZE,
     CODE_BITS,
@@ -112,11 +113,11 @@ def test_an_update_of_7b_is_small_enough():
     shapes = state_shapes(attach_adapters(base, AdaptersConfig()), GLOBAL)
     assert sum(shape.numel() for shape in shapes.values()) == 40_370_176
     for dtype, most in (("nf4", MOST_BYTES), ("int8", 2 * MOST_BYTES)):
-        # As serialised: one real array for every shape, and the names of all.
-        distinct = set(shapes.values())
-        size_of = {shape: serialised_bytes({"": torch.zeros(shape)}, dtype) for shape in distinct}
-        whole = sum(size_of[shape] + len(key) for key, shape in shapes.items())
-        assert count_upload_bytes(shapes, dtype) < whole < most
+        # As serialised: the bytes of one real tensor of every shape, and what is around them.
+        size_of = {shape: len(quantise(torch.zeros(shape), dtype)) for shape in {*shapes.values()}}
+        whole = sum(size_of[shape] for shape in shapes.values())
+        assert whole == count_upload_bytes(shapes, dtype)
+        assert whole + serialised_bytes({"x": torch.zeros(1)}, dtype) < most
 
 
 def serialised_bytes(state, dtype: str) -> int:

@@ -12,9 +12,9 @@ from fedlora_app.federation.messages import (
     build_error_reply,
     build_reply,
     build_task_content,
-    pack_state,
     read_task,
 )
+from fedlora_app.federation.packed_state import pack_state
 from fedlora_app.federation.roster import UNKNOWN, Roster, Traffic, count_bytes
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
@@ -68,7 +68,7 @@ def test_the_bytes_of_a_message_grow_by_what_is_put_in():
     packed = pack_state(STATE)
     both, arrays = count_bytes(build_task_content(task, packed))
     assert arrays == sum(len(array.data) for array in packed.values())
-    assert both == without + arrays + sum(map(len, STATE))
+    assert both == without + arrays + sum(map(len, packed))
     longer, _ = count_bytes(
         build_task_content(Task("", 0, "", False, "run" + 18 * "x", "", "", "", "{}"))
     )

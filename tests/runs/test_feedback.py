@@ -12,7 +12,8 @@ from observation import find_windows
 from safetensors.torch import load_file
 
 from fedlora_app.client import Client
-from fedlora_app.federation.messages import ABOUT_RECORD, UPDATE_RECORD, unpack_state
+from fedlora_app.federation.messages import ABOUT_RECORD, UPDATE_RECORD
+from fedlora_app.federation.packed_state import unpack_state
 from fedlora_app.runs.paths import RunPaths
 from fedlora_app.strategy import RoundError
 
