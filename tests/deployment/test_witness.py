@@ -72,8 +72,8 @@ def test_what_one_end_sent_is_what_the_other_received(recorded):
         comparison = compare_logs(server, log)
         assert comparison.clients == [client]
         assert not comparison.contradictions and not comparison.undelivered
-        # Registration, evaluation of the base, training, evaluation: each there and back.
-        assert comparison.num_agreed == 8
+        # Who it is, registration, evaluation of the base, training, evaluation: there and back.
+        assert comparison.num_agreed == 10
         assert compare_logs(log, server) == comparison
 
 
@@ -87,7 +87,8 @@ def test_the_server_says_what_ran_and_who_took_part(recorded):
     at_clients = read_log(recorded.log("ann")).entries
     received = [e for e in at_clients if e["event"] == "received"]
     assert {e["package_sha256"] for e in received} == {entries[0]["package_sha256"]}
-    assert len({e["config_sha256"] for e in received}) == 1
+    first, *others = [e["config_sha256"] for e in received]
+    assert first not in others and len(set(others)) == 1  # nobody's settings, and then its own
 
 
 def test_bytes_are_those_of_the_arrays(recorded):
@@ -99,9 +100,9 @@ def test_bytes_are_those_of_the_arrays(recorded):
     }
     entries = read_log(recorded.log("bob")).entries
     sent = [e for e in entries if e["event"] == "sent"]
-    assert [e["bytes"] for e in sent] == [0, 0, update, 0]
-    assert [bool(e["sha256"]) for e in sent] == [False, False, True, False]
-    assert "num-examples" in sent[2]["metrics"] and all(e["rest_sha256"] for e in sent)
+    assert [e["bytes"] for e in sent] == [0, 0, 0, update, 0]
+    assert [bool(e["sha256"]) for e in sent] == [False, False, False, True, False]
+    assert "num-examples" in sent[3]["metrics"] and all(e["rest_sha256"] for e in sent)
 
 
 def test_no_log_holds_a_text_a_prompt_or_the_name_of_a_file(recorded, tiny_project):
@@ -213,10 +214,10 @@ def test_the_command_prints_every_round_and_ends_with_status_2_if_something_is_w
     status, out, _ = fedlora("deploy", "audit", server, "--against", ann)
     assert status == 0
     assert "The chain is whole." in out and "run, round 1" in out
-    assert "8 messages and replies are the same" in out
+    assert "10 messages and replies are the same" in out
     status, out, _ = fedlora("deploy", "audit", ann, "--against", server, "--json")
     dumped = json.loads(out)
-    assert status == 0 and dumped["fault"] is None and dumped["compared"]["num_agreed"] == 8
+    assert status == 0 and dumped["fault"] is None and dumped["compared"]["num_agreed"] == 10
     assert [page["round"] for page in dumped["rounds"]] == [0, 1]
 
     broken = tmp_path / "broken.jsonl"
