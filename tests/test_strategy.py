@@ -12,6 +12,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora_app.config.schema import GLOBAL
 from fedlora_app.federation.messages import Task, build_reply
+from fedlora_app.federation.packed_state import unpack_state
 from fedlora_app.model.adapters import attach_adapters, build_initial_state, state_shapes
 from fedlora_app.runs.directory import RunDirectory
 from fedlora_app.strategy import GlobalAdapterFedAvg
@@ -69,8 +70,9 @@ def test_replies_are_folded_in_and_let_go_one_by_one(strategy):
 
     result, _ = strategy.aggregate_train(1, replies())
     assert most == 1
-    for key, array in result.items():
-        torch.testing.assert_close(torch.tensor(array.numpy()), state[key] + 0.5)
+    shapes = {key: tensor.shape for key, tensor in state.items()}
+    for key, tensor in unpack_state(result, shapes, "The server").items():
+        torch.testing.assert_close(tensor, state[key] + 0.5)
 
 
 def test_messages_are_addressed_in_the_order_of_ids_and_do_not_expire(strategy):
