@@ -25,6 +25,7 @@ from fedlora_app.runs.paths import RunDirectoryError
 FLWR = str(Path(sys.executable).with_name("flwr"))  # of this environment, whatever PATH says
 POLL_SECONDS = 5.0
 STOP_SECONDS = 60.0
+RESTART_SECONDS = 120.0
 TRACEBACK_HEADINGS = ("Simulation raised an exception", "ServerApp raised an exception")
 """What stands in the line above the traceback that ends a failed run's log."""
 EXIT_CODE = re.compile(r".*ERROR.*: +Exit Code: \d+$")
@@ -65,7 +66,7 @@ def run_with_flower(
     log = LogReader(say)
     try:
         while True:
-            status = _read_status(run_id, environment)  # before the log, which is whole if it ended
+            status = _await_status(run_id, environment)  # before the log, which is whole at its end
             _follow(log, run_id, environment)
             if status.startswith("finished"):
                 break
@@ -155,6 +156,18 @@ def _stop(run_id: str, environment: dict[str, str]) -> None:
         if _read_status(run_id, environment).startswith("finished"):
             return
         time.sleep(1.0)
+
+
+def _await_status(run_id: str, environment: dict[str, str]) -> str:
+    """Return a run's status, by a SuperLink that may just be started again."""
+    deadline = time.monotonic() + RESTART_SECONDS
+    while True:
+        try:
+            return _read_status(run_id, environment)
+        except RunDirectoryError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_SECONDS)
 
 
 def _read_status(run_id: str, environment: dict[str, str]) -> str:

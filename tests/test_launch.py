@@ -11,9 +11,10 @@ import pytest
 from conftest import ROOT
 from flower_process import BIN
 
+from fedlora_app import launch
 from fedlora_app.config.run_config import format_run_config
 from fedlora_app.foundation.files import is_locked
-from fedlora_app.launch import FLWR, LogReader
+from fedlora_app.launch import FLWR, LogReader, RunFailedError, run_with_flower
 
 TRACEBACK = """Traceback (most recent call last):
   File "server_app.py", line 80, in main
@@ -78,6 +79,26 @@ def test_settings_are_one_argument_of_flower_s():
 
 def test_the_command_is_that_of_this_environment():
     assert str(BIN / "flwr") == FLWR
+
+
+def test_a_superlink_that_is_started_again_is_waited_for(tmp_path, monkeypatch):
+    """Between two looks at a run it was killed; the run has failed with it, which it then says."""
+    answers = tmp_path / "answers"
+    answers.write_text(
+        '{"success": true, "run-id": 7}\n'
+        '{"success": false, "error-message": "Connection to the SuperLink is unavailable."}\n'
+        '{"success": true, "runs": [{"status": "finished:failed"}]}\n'
+    )
+    flwr = tmp_path / "flwr"
+    flwr.write_text(
+        f'#!/bin/sh\n[ "$1" = log ] && exit\nhead -n 1 {answers}\nsed -i 1d {answers}\n'
+    )
+    flwr.chmod(0o755)
+    monkeypatch.setattr(launch, "FLWR", str(flwr))
+    monkeypatch.setattr(launch, "POLL_SECONDS", 0.01)
+    with pytest.raises(RunFailedError, match="The run failed"):
+        run_with_flower(tmp_path, {}, None)
+    assert answers.read_text() == ""
 
 
 @pytest.mark.minutes

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from conftest import ROOT
@@ -25,6 +27,7 @@ from fedlora_app.deployment.site import join, make_request, open_package
 
 START_SECONDS = 120.0
 RUN_SECONDS = 240.0
+STOP_SECONDS = 90.0
 
 Where = Callable[..., list[str]]
 
@@ -61,6 +64,7 @@ class Deployment:
         self._project = project
         self._at_coordinator, self._at_site = at_coordinator, at_site
         self._variables = variables or {}
+        self._runs: list[Run] = []
         experiment = folder / "experiment.yaml"
         experiment.write_text(json.dumps(config.dump()))
         coordinator = create(self.coordinator.folder, host, free_port(), experiment, ROOT)
@@ -78,13 +82,18 @@ class Deployment:
         wait_until(lambda: self._status().count(": approved, online") == len(self.sites), 60)
 
     def stop(self) -> None:
+        """End all that was started, and fail where anything is left."""
+        for run in self._runs:
+            run.stop()
         for end in (*self.sites.values(), self.coordinator):
             if end.processes.exists():
                 stop(end.folder)
+        wait_until(lambda: not self._find_processes())
 
     def run(self, name: str, *options: str) -> Run:
         """Begin a run, or go on with one."""
-        return Run(self, name, options)
+        self._runs.append(Run(self, name, options))
+        return self._runs[-1]
 
     def command(self, at: Where, *arguments: str) -> list[str]:
         return at(str(BIN / "fedlora"), "deploy", *arguments)
@@ -151,6 +160,15 @@ class Deployment:
             )
             assert ours == theirs, part
 
+    def _find_processes(self) -> list[str]:
+        """Return which processes have a folder of this deployment in their environment."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended
+                if f"={self.folder}/".encode() in (process / "environ").read_bytes():
+                    found.append(process.name)
+        return found
+
     def _status(self) -> str:
         return self._call(self._at_coordinator, "status", str(self.coordinator.folder))
 
@@ -190,12 +208,15 @@ class Run:
 
     def end(self, status: int = 0) -> str:
         """Wait for its end and return what it has printed."""
-        try:
-            assert self._process.wait(RUN_SECONDS) == status, self.text + self._deployment.logs()
-        finally:
-            if self._process.poll() is None:
-                self._process.kill()
+        ended = self._process.wait(RUN_SECONDS)
+        assert ended == status, self.text + self._deployment.logs()
         return self.text
+
+    def stop(self) -> None:
+        """Stop it as Ctrl-C does, if it is under way."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+            self._process.wait(STOP_SECONDS)
 
     @property
     def text(self) -> str:
