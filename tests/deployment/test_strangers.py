@@ -60,7 +60,7 @@ from fedlora_app.deployment.site_checks import (
     listening_addresses,
 )
 
-pytestmark = pytest.mark.deployment
+pytestmark = [pytest.mark.deployment, pytest.mark.minutes]
 STRANGER = "127.0.0.2"
 PROTOBUF = {"content-type": "application/protobuf", "accept": "application/protobuf"}
 SITES = ("ann", "bob", "cy")
