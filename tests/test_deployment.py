@@ -19,6 +19,7 @@ from fedlora_app.deployment.audit import compare_logs, read_log
 from fedlora_app.deployment.record import EVIDENCE_VARIABLE
 
 
+@pytest.mark.minutes
 @pytest.mark.deployment
 @pytest.mark.parametrize("has_own_files", [False, True])
 def test_the_same_app_on_a_superlink_with_two_supernodes(

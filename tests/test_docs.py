@@ -68,6 +68,7 @@ def test_readme_is_one_document():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 160
 
 
+@pytest.mark.minutes
 @pytest.mark.slow
 def test_the_algorithm_on_one_page_runs():
     script = ROOT / "docs" / "one_round.py"

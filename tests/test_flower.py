@@ -107,6 +107,7 @@ def test_a_run_started_from_a_foreign_folder(flower, tiny_experiment, tiny_proje
     assert "final/ holds round 2 of 3, which does best" in output
 
 
+@pytest.mark.minutes
 def test_another_number_of_nodes_stops_with_the_line_that_fixes_it(flower, tiny_experiment):
     output = flower.run(
         ".", "--federation-config", "num-supernodes=3", run_config=f"config='{tiny_experiment}'"

@@ -209,6 +209,7 @@ def test_a_page_elsewhere_has_its_own_plots_and_is_private(tmp_path):
     assert write_report(run, tmp_path / "folder") == tmp_path / "folder" / "report.html"
 
 
+@pytest.mark.minutes
 @pytest.mark.slow
 def test_a_large_run_gives_a_page_under_10_megabytes(tmp_path):
     run = write_run(tmp_path / "run", num_clients=50, num_rounds=100, num_conflicts=300)
