@@ -198,39 +198,7 @@ def _handle(message: Message, context: Context, handle: Handler) -> Message:
             config = own.merge(config)
         elif config.entry(client_id).is_bare and is_first_contact(task):
             return build_need_reply(message, client_id, task.server_round, OWN_SETTINGS)
-        _set_up_process(config)
-        root, output_dir = _folders(task, context, own)
-        guard = build_guard(own)
-        asked = Asked(
-            client_id,
-            task.server_round,
-            config,
-            SiteFolder(root).root_certificate,
-            lambda: compute_fingerprint(config.model, root),
-        )
-        guard.require_permitted(asked)
-        run_dir = root / output_dir / check_run_name(task.run_name)
-        hide = str if own is None else own.hide
-        client = Client(
-            config, client_id, run_dir, root, task.date, hide=hide, watch=guard.require_time
-        )
-        guard.require_steps(client.count_steps, asked)
-        client.folder.require_own()
-        # By Flower's number too: this machine may have two runs of one name in two projects.
-        run = f"{task.run_name}, flwr's {message.metadata.run_id}"
-        choose_device(run, may_share=config.federated.share_gpu)
-        done = handle(client, task, message)
-        guard.require_sendable(done.metrics, done.facts, done.update, done.update_dtype)
-        return build_reply(
-            message,
-            client_id,
-            task.server_round,
-            done.metrics,
-            done.facts,
-            update=done.update,
-            update_dtype=done.update_dtype,
-            shapes=done.shapes,
-        )
+        return _work(message, context, task, client_id, config, own, handle)
     except ConfidentialError as error:
         print(f"{client_id}: {error}", flush=True)
         if isinstance(error, PolicyError):
@@ -255,6 +223,55 @@ def _handle(message: Message, context: Context, handle: Handler) -> Message:
         if is_spoilt:
             why += ". CUDA is lost to this process, so the next client gets a new one"
         return build_error_reply(message, client_id, why, process_is_spoilt=is_spoilt)
+
+
+def _work(
+    message: Message,
+    context: Context,
+    task: Task,
+    client_id: str,
+    config: Config,
+    own: OwnSettings | None,
+    handle: Handler,
+) -> Message:
+    """Return the reply to a message that this client's policy permits, as far as it permits it.
+
+    Args:
+        config: the experiment as it is carried out here.
+    """
+    _set_up_process(config)
+    root, output_dir = _folders(task, context, own)
+    guard = build_guard(own)
+    asked = Asked(
+        client_id,
+        task.server_round,
+        config,
+        SiteFolder(root).root_certificate,
+        lambda: compute_fingerprint(config.model, root),
+    )
+    guard.require_permitted(asked)
+    run_dir = root / output_dir / check_run_name(task.run_name)
+    hide = str if own is None else own.hide
+    client = Client(
+        config, client_id, run_dir, root, task.date, hide=hide, watch=guard.require_time
+    )
+    guard.require_steps(client.count_steps, asked)
+    client.folder.require_own()
+    # By Flower's number too: this machine may have two runs of one name in two projects.
+    run = f"{task.run_name}, flwr's {message.metadata.run_id}"
+    choose_device(run, may_share=config.federated.share_gpu)
+    done = handle(client, task, message)
+    guard.require_sendable(done.metrics, done.facts, done.update, done.update_dtype)
+    return build_reply(
+        message,
+        client_id,
+        task.server_round,
+        done.metrics,
+        done.facts,
+        update=done.update,
+        update_dtype=done.update_dtype,
+        shapes=done.shapes,
+    )
 
 
 def identify_client(context: Context, config: Config) -> str:
