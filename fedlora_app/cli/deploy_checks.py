@@ -77,7 +77,7 @@ def rehearse(
     """Hold one round of a deployment on this machine, with what goes wrong in one.
 
     A coordinator and three sites as separate processes with separate folders, keys and data; a
-    site is killed, another paused, and strangers try to come in. It takes some three minutes.
+    site is killed, another paused, and strangers try to come in. It takes some four minutes.
     Example: fedlora deploy rehearse
     """
     from fedlora_app.demo.rehearsal import Rehearsal, RehearsalError
