@@ -129,7 +129,8 @@ def _serve(server: Connection, adapter: str, num_clients: int) -> None:
         if message.metadata.message_type != MessageType.TRAIN:
             return build_reply(message, task.client_id, task.server_round, report, facts)
         metrics = {"num-examples": 100 + message.metadata.dst_node_id, "update_norm": 1.0}
-        reply = build_reply(message, task.client_id, task.server_round, metrics, {})
+        base = {"base_model": facts["base_model"]}
+        reply = build_reply(message, task.client_id, task.server_round, metrics, base)
         reply.content[UPDATE_RECORD] = pack_state(update)
         return reply
 

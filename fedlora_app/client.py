@@ -201,7 +201,7 @@ class Client:
         loaded, model = self._prepare(global_state, kept)
         start = get_state(model, GLOBAL)
         result = self._run_phase(loaded, model, phase, server_round)
-        facts = self._files[self.client_id].hashes
+        facts = self._files[self.client_id].hashes | {"base_model": loaded.fingerprint}
         if LOCAL in phase.trainable:
             facts["local_adapter"] = self.folder.save_local(model, server_round)
         trained = get_state(model, GLOBAL)

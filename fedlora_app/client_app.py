@@ -303,8 +303,18 @@ def is_first_contact(task: Task) -> bool:
 
 
 def build_guard(own: OwnSettings | None) -> Guard:
-    """Return what holds this message against the client's policy; without one all is permitted."""
+    """Return what holds this message against the client's policy; without one all is permitted.
+
+    Raises:
+        ConfidentialError: it cannot be read, or a site that has joined a deployment has none.
+    """
     path = None if own is None else own.policy_path
+    if path is None and own is not None and SiteFolder(own.folder).package_facts.exists():
+        raise ConfidentialError(
+            f"{SiteFolder(own.folder).policy} is missing, and this site has joined a deployment. "
+            "To permit everything, put a file there that holds {}.",
+            "its policy is missing; its log says more",
+        )
     return Guard(Policy() if path is None else load_policy(path))
 
 

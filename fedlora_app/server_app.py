@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from functools import partial
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context, MetricRecord
@@ -18,6 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.deployment.coordinator import find_owners
 from fedlora_app.deployment.record import record
+from fedlora_app.deployment.registry import RegistryError
 from fedlora_app.deployment.witness import JOINED, witness_run
 from fedlora_app.evaluation.learning import describe_end
 from fedlora_app.federation.grid import PacedGrid
@@ -73,7 +73,7 @@ def main(grid: Grid, context: Context) -> None:
             config.federated.client_timeout_seconds,
             current_pool,
             config.federated.reconnect_seconds,
-            partial(_find_owners, config.client_ids),
+            _Owners(config.client_ids),
         )
         stack.enter_context(_show_errors(paced))
         after = None if resumption is None else resumption.after_round
@@ -123,10 +123,28 @@ def main(grid: Grid, context: Context) -> None:
     print(f"Run directory: {run.path}\nReport: {report_run(run.path)}", flush=True)
 
 
-def _find_owners(clients: Collection[str]) -> dict[int, str] | None:
-    """Return which of the experiment's clients each node of a deployment is."""
-    owners = find_owners()
-    return owners and {node: site for node, site in owners.items() if site in clients}
+class _Owners:
+    """Which of the experiment's clients each node of a deployment is.
+
+    Where the SuperLink does not say so for a moment, what it said last holds: a run of hours does
+    not end by that, and nobody new is let in meanwhile.
+    """
+
+    def __init__(self, clients: Collection[str]) -> None:
+        self._clients = clients
+        self._known: dict[int, str] | None = None
+
+    def __call__(self) -> dict[int, str] | None:
+        """Return it; None where nodes are not known by keys."""
+        try:
+            found = find_owners()
+        except RegistryError as error:
+            if self._known is None:
+                raise
+            print(f"Nobody new is let in for now. {error}", flush=True)
+            return self._known
+        self._known = found and {n: site for n, site in found.items() if site in self._clients}
+        return self._known
 
 
 def build_registration(settings: Settings) -> Task:

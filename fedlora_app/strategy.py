@@ -44,6 +44,7 @@ from fedlora_app.federation.replies import (
     require_examples,
     require_facts,
     require_same_base,
+    require_the_runs_base,
 )
 from fedlora_app.federation.roster import Roster, Traffic
 from fedlora_app.foundation.progress import client_lines
@@ -201,7 +202,7 @@ class GlobalAdapterFedAvg(FedAvg):
         server_round += self._rounds_before
         plan = plan_round(self.config, server_round)
         expected = self._broadcast.facts_after_round(server_round)
-        check = partial(require_facts, ["base_model", *expected])
+        check = partial(require_facts, expected)
         num_asked = len(self._members(server_round))
         reports: dict[str, dict[str, Any]] = {}
         for reply in self._valid_replies(server_round, "evaluate", num_asked, replies, check):
@@ -317,8 +318,13 @@ class GlobalAdapterFedAvg(FedAvg):
     ) -> Iterator[Reply]:
         """Yield the replies that count; keep why the others do not; raise if too few do."""
 
+        base_model = self._run.manifest["base_model"]
+
         def check(reply: Reply) -> None:
             self._require_same_data(reply)
+            require_facts(["base_model"], reply)
+            if "fingerprint" in base_model:  # a client that joined later may have another
+                require_the_runs_base(base_model, reply)
             use(reply)
 
         label = f"round {server_round}/{self.config.federated.num_rounds}, {step}"

@@ -476,9 +476,9 @@ def test_all_faults_of_a_run_configuration_are_one_error(federation):
 def test_public_records_hold_the_pair_near_the_global_adapter(finished, tiny_project, tmp_path):
     """They are read and hashed like the rest, reach the local phase alone, and change it."""
     public = [{"instruction": f"Say {n}.", "output": f"{n}, as asked."} for n in ("one", "two")]
-    (tiny_project / "public.json").write_text(json.dumps(public))
+    (tmp_path / "public.json").write_text(json.dumps(public))
     training = finished.config.training.model_dump() | {"local_kl_weight": 5.0, "replay": 0}
-    config = build_tiny_config(training=training, data={"public": "public.json"})
+    config = build_tiny_config(training=training, data={"public": str(tmp_path / "public.json")})
     run = Federation(tiny_project, tmp_path, config).run()
     assert server_state(run, 1).keys() == server_state(finished.path, 1).keys()
     assert equal(server_state(run, 2), server_state(finished.path, 2))
@@ -880,8 +880,8 @@ class TestRegistration:
     def test_all_clients_faults_come_together(self, tiny_project, tmp_path):
         clients = build_tiny_config().dump()["federated"]["clients"]
         clients[0]["local_train"] = "nowhere.json"
-        (tiny_project / "bad.json").write_text(json.dumps([{"instruction": "x", "output": ""}]))
-        clients[1]["universal_train"] = "bad.json"
+        (tmp_path / "bad.json").write_text(json.dumps([{"instruction": "x", "output": ""}]))
+        clients[1]["universal_train"] = str(tmp_path / "bad.json")
         clients[1]["local_test"] = "gone.json"
         config = build_tiny_config(federated={"clients": clients})
         federation = Federation(tiny_project, tmp_path, config)
@@ -1189,6 +1189,51 @@ def test_a_client_that_is_not_there_at_the_start_joins_later(tiny_project, tmp_p
     assert "bob is not there, and is taken in as soon as it is." in output
     assert "bob joins from round 2 on." in output
     load_run(run)
+
+
+def test_a_node_that_goes_while_it_registers_is_a_client_that_is_not_there(
+    tiny_project, tmp_path, capsys
+):
+    federation, _ = build_late(tiny_project, tmp_path, (0, ""))
+
+    def die(message, reply):
+        is_bob = message.metadata.dst_node_id == 12
+        if is_bob and read_task(message).client_id == "":
+            return Message(Error(code=5, reason="Node Unavailable"), reply_to=message)
+        return reply
+
+    run = federation.run(tamper=die)
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert list(manifest["clients"]) == ["ann"] and len(manifest["rounds"]) == 4
+    assert "bob is not there, and is taken in as soon as it is." in capsys.readouterr().out
+
+
+def test_a_late_client_with_another_base_model_has_failed_and_the_run_goes_on(
+    tiny_project, tmp_path
+):
+    """Its update would be of the right shapes, and must not count."""
+    federation, appear = build_late(tiny_project, tmp_path, (1, "evaluate"))
+
+    def come_otherwise(message, reply):
+        reply = appear(message, reply)
+        about = reply.content.config_records.get("about", {})
+        if about.get("client-id") == "bob" and "base_model" in str(about.get("facts")):
+            facts = json.loads(about["facts"]) | {"base_model": "0" * 64}
+            about["facts"] = json.dumps(facts)
+        return reply
+
+    run = federation.run(tamper=come_otherwise, gone={12})
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert "bob holds another base model" in manifest["rounds"][2]["failures"]["bob"]
+    updates = [e["client"] for e in entries(run, "global") if e["round"] == 2]
+    assert updates == ["ann"] and len(manifest["rounds"]) == 4
+
+
+def test_a_resumed_run_names_who_has_taken_part_and_is_not_there(tiny_project, tmp_path):
+    federation, appear = build_late(tiny_project, tmp_path, (0, ""))
+    federation.run(config=_until(federation.config, 1), tamper=appear)
+    with pytest.raises(MessageError, match="bob: it has taken part, and its SuperNode is not"):
+        federation.run(resume=str(federation.path), gone={12}, **{"num-rounds": 2})
 
 
 @pytest.mark.parametrize("changes", [{"min_clients": None}, {"client_timeout_seconds": None}])

@@ -50,7 +50,8 @@ def reply_from(message: Message, strategy, value: float) -> Message:
     shapes = state_shapes(strategy._model, GLOBAL)
     update = {key: torch.full(shape, value) for key, shape in shapes.items()}
     shapes = {key: tensor.shape for key, tensor in update.items()} if update else None
-    return build_reply(message, client, 1, {"num-examples": 2}, {}, update, shapes=shapes)
+    facts = {"base_model": "0" * 64}
+    return build_reply(message, client, 1, {"num-examples": 2}, facts, update, shapes=shapes)
 
 
 def test_replies_are_folded_in_and_let_go_one_by_one(strategy):

@@ -64,7 +64,7 @@ def approve(request: RequestFile, yes: Yes = False, deployment: Folder = DEPLOYM
     membership.check_newcomer(coordinator, asked)
     _confirm(asked, yes)
     typer.echo(membership.approve(coordinator, asked))
-    typer.echo(f"Send to {asked.client}: {coordinator.folder.package(asked.client)}")
+    _describe_package(asked.client, coordinator.folder.package(asked.client))
 
 
 @deploy.command(rich_help_panel=LATER)
@@ -79,7 +79,7 @@ def rotate(request: RequestFile, yes: Yes = False, deployment: Folder = DEPLOYME
     membership.check_rotation(coordinator, asked)
     _confirm(asked, yes)
     typer.echo(membership.rotate(coordinator, asked))
-    typer.echo(f"Send to {asked.client}: {coordinator.folder.package(asked.client)}")
+    _describe_package(asked.client, coordinator.folder.package(asked.client))
 
 
 @deploy.command(rich_help_panel=LATER)
@@ -125,7 +125,7 @@ def package(site: SiteId, deployment: Folder = DEPLOYMENT) -> None:
     from fedlora_app.deployment.membership import write_package
 
     path = write_package(load_coordinator(deployment), site)
-    typer.echo(f"Send to {site}: {path}")
+    _describe_package(site, path)
 
 
 @deploy.command(rich_help_panel=LATER)
@@ -180,6 +180,7 @@ def join(
 
     Example: fedlora deploy join ayr.zip
     """
+    from fedlora_app.deployment.package import fingerprint_package
     from fedlora_app.deployment.site import join as unpack
     from fedlora_app.deployment.site import open_package
 
@@ -187,7 +188,8 @@ def join(
     facts = opened.facts
     typer.echo(f"{facts.experiment} at {facts.address}, with {', '.join(facts.participants)}.")
     typer.echo(f"The fingerprint of its root certificate:\n{_fold(facts.root)}")
-    _ask("Does the coordinator name the same, by telephone or in person?", yes)
+    typer.echo(f"The fingerprint of the package:\n{_fold(fingerprint_package(package))}")
+    _ask("Does the coordinator name the same of both, by telephone or in person?", yes)
     done = unpack(opened, folder)
     for path in done.kept:
         typer.echo(f"{path} stays as it is; the new draft is in {folder.package}.")
@@ -201,6 +203,13 @@ def _open_request(request: Path, deployment: Path) -> tuple[Coordinator, Request
     from fedlora_app.deployment.membership import read_request
 
     return load_coordinator(deployment), read_request(request)
+
+
+def _describe_package(site: str, path: Path) -> None:
+    from fedlora_app.deployment.package import fingerprint_package
+
+    typer.echo(f"Send to {site}: {path}")
+    typer.echo(f"Its fingerprint, which the site compares:\n{_fold(fingerprint_package(path))}")
 
 
 def _confirm(asked: Request, yes: bool) -> None:

@@ -49,7 +49,7 @@ RUN_NAME = "rehearsal"
 NUM_RECORDS = 48
 NUM_QUESTIONS = 6
 SETTINGS: dict[str, dict[str, Any]] = {
-    "training": {"max_steps": 3},
+    "training": {"global_epochs": 20},
     "federated": {"num_rounds": 1, "clients_at_once": 0},
 }
 PAUSE_SECONDS = 15.0
@@ -140,7 +140,7 @@ class Rehearsal:
         return sum(node.status == "online" for node in nodes) == len(CITIES)
 
     def _run(self) -> None:
-        """Run the round, and disturb it once two of the sites have begun to train."""
+        """Run the round, and disturb it once the site that is to be killed has begun to train."""
         log = self.folder / "run.log"
         command = [sys.executable, "-P", "-m", "fedlora_app.cli", "deploy", "run"]
         command += [str(self.coordinator.folder), "--name", RUN_NAME]
@@ -153,6 +153,8 @@ class Rehearsal:
                 lambda: self._has_begun(KILLED) or run.poll() is not None,
                 RUN_SECONDS,
             )
+            if run.poll() is not None:
+                raise RehearsalError(f"The run ended before it could be disturbed; see {log}.")
             self._kill()
             self._pause()
             start_in_background(self.sites[KILLED].folder)
@@ -169,6 +171,16 @@ class Rehearsal:
             ):
                 self._say(f"coordinator saw: {line}")
         self._expect(run.returncode == 0, "The round is complete.", f"The run failed; see {log}.")
+        sent = [
+            entry
+            for entry in read_log(self.coordinator.evidence).entries
+            if (entry["event"], entry.get("kind"), entry.get("client")) == (SENT, "train", KILLED)
+        ]
+        self._expect(
+            len(sent) > 1,
+            f"{KILLED} was asked to train again, and its update counts.",
+            f"{KILLED} was killed too late: it had trained already, and nothing was lost.",
+        )
 
     def _has_begun(self, city: str) -> bool:
         return any(

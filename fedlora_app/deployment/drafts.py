@@ -47,7 +47,7 @@ adapter_rank: {adapter_rank}  # at most
 target_modules: {target_modules}
 update_dtypes: {update_dtypes}
 # update_parameters: 40370176   # numbers in an update, at most
-# send_update: false            # take part, and send no update
+# send_update: false            # refuse what would have this site send an update
 # metrics: ["*"]                # figures that may leave, as patterns; a reply with others does not
 # facts: ["*"]                  # such as "sha256/*", "device", "base_model"
 code_sha256: {code_sha256}  # of the fedlora-app that is installed here
@@ -101,7 +101,10 @@ def draft_policy(config: Config, facts: Mapping[str, Any]) -> str:
         "base_sha256": (facts.get("base") or {}).get("fingerprint"),
     }
     # JSON is YAML, and quotes what YAML would read as something else: ids such as "no", hashes.
-    return POLICY.format(**{key: json.dumps(value) for key, value in values.items()})
+    text = POLICY.format(**{key: json.dumps(value) for key, value in values.items()})
+    for key in (key for key, value in values.items() if value is None):  # not known: no rule
+        text = text.replace(f"\n{key}: null", f"\n# {key}:")
+    return text
 
 
 def _find_least_others(config: Config) -> int | None:

@@ -6,6 +6,7 @@ site's two files. The same facts give the same bytes, so that two people can com
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import zipfile
@@ -21,7 +22,7 @@ from fedlora_app import __version__
 from fedlora_app.config.schema import Config
 from fedlora_app.deployment.drafts import draft_client_file, draft_policy
 from fedlora_app.deployment.facts import Base, Facts
-from fedlora_app.deployment.keys import CredentialError, fingerprint_certificate
+from fedlora_app.deployment.keys import CredentialError, fingerprint_certificate, group_digits
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.project import PROJECT_NAME, hash_package
 
@@ -146,6 +147,11 @@ def pin_requirements() -> list[str]:
         except (InvalidRequirement, PackageNotFoundError):
             continue
     return sorted(pinned)
+
+
+def fingerprint_package(path: Path) -> str:
+    """Return the sha256 of a package, which two people compare: it covers all that is in it."""
+    return group_digits(hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def describe_base(config: Config, project: Path) -> Base:

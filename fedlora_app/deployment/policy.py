@@ -138,6 +138,12 @@ def load_policy(path: Path) -> Policy:
         raise ConfidentialError(str(error), told) from None
     if not isinstance(raw, dict):
         raise ConfidentialError(f"{path} holds no rules. Expected keys such as rounds.", told)
+    if empty := [str(name) for name, value in raw.items() if value is None]:
+        raise ConfidentialError(
+            f"{path}: nothing stands behind {', '.join(empty)}. A rule that is to permit "
+            "everything is left out, name and all.",
+            told,
+        )
     try:
         return Policy.model_validate(raw)
     except ValidationError as error:
@@ -261,6 +267,11 @@ def _check_participants(permitted: list[str], asked: Asked) -> str | None:
 
 def _check_least_others(permitted: int, asked: Asked) -> str | None:
     config = asked.experiment
+    if config.federated.weighting == "given":
+        weights = {c.id: c.weight or 0.0 for c in config.federated.clients}
+        share = weights[asked.client_id] / sum(weights.values())
+        if share > 1 / (permitted + 1):
+            return f"by its weight this client would have {share:.0%} of every average"
     if config.federated.mode not in AVERAGING_MODES:
         return None if plan_round(config, 1).train is None else f"mode {config.federated.mode}"
     for number in asked.rounds_with_update:

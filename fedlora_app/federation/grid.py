@@ -135,7 +135,8 @@ class PacedGrid(Grid):
             if has_come:  # others may have come while these were dealt with
                 pause = FIRST_POLL_SECONDS
                 continue
-            for message_id in sorted(pending.keys() & suspected):  # no reply had come after all
+            # Of those that were asked for once more since, and no reply had come after all:
+            for message_id in sorted(pending.keys() & suspected & set(asked_for)):
                 asked = pending.pop(message_id)
                 if again := self._ask_again(asked):
                     pending.update(again)

@@ -176,8 +176,8 @@ def build_probe(node_id: int) -> Message:
 
 
 def is_probe(message: Message) -> bool:
-    """Return whether a message asks for nothing but a reply."""
-    return message.has_content() and PROBE_RECORD in message.content.config_records
+    """Return whether a message asks for nothing but a reply, and holds nothing else."""
+    return message.has_content() and dict(message.content) == {PROBE_RECORD: ConfigRecord()}
 
 
 def build_task_content(

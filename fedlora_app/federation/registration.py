@@ -20,6 +20,7 @@ from fedlora_app.config.run_config import format_run_config
 from fedlora_app.config.schema import Config, ConfigError
 from fedlora_app.federation.grid import PacedGrid, build_message
 from fedlora_app.federation.messages import (
+    MAX_ERROR_CHARS,
     REGISTRATION_ROUND,
     MessageError,
     Task,
@@ -62,7 +63,7 @@ def register_clients(
     if known_faults and not is_complete:
         raise _refuse(known_faults)
     try:
-        node_ids = wait_for_nodes(grid, config, run_config, len(taken_part))
+        node_ids = wait_for_nodes(grid, config, run_config)
     except ConfigError as error:
         raise ConfigError("\n".join([*known_faults, str(error)])) from None
     registered: dict[str, tuple[int, Reply]] = {}
@@ -78,7 +79,12 @@ def register_clients(
 
     # Simulated nodes share the server's disk, where all settings lie.
     of = config.client_ids if grid.is_simulation else []
-    found = _ask_who(grid, node_ids, task, config, accept, of)
+    found, lost = _ask_who(grid, node_ids, task, config, accept, of)
+    if len(registered) < config.federated.required_clients:
+        found += lost
+    else:
+        for sentence in lost:  # a node that went is a client that is not there
+            print(sentence, flush=True)
     faults = [_leave_out(known_faults, fault) for fault in found]
     if faults or known_faults:
         raise _refuse([*known_faults, *sorted(set(filter(None, faults)))])
@@ -98,8 +104,8 @@ def _ask_who(
     config: Config,
     accept: Callable[[Reply, int], None],
     of: Collection[str] = (),
-) -> list[str]:
-    """Have nodes register, whoever they are; return what is wrong.
+) -> tuple[list[str], list[str]]:
+    """Have nodes register, whoever they are.
 
     Nobody's own settings travel before it is known who a node is. One without a file of its own
     then asks for them, and gets the same message with its own and nobody else's.
@@ -108,11 +114,19 @@ def _ask_who(
         accept: is given a client's registration and its node; raises ``ValueError`` where it
             cannot be.
         of: the clients whose settings every node gets at once.
+
+    Returns:
+        What is wrong with replies, and which nodes did not reply.
     """
     needing: dict[int, str] = {}
+    lost: list[str] = []
 
     def read(message: Message) -> None:
         node = message.metadata.src_node_id
+        if message.has_error():
+            name = (getattr(grid, "owners", None) or {}).get(node, f"node {node}")
+            lost.append(f"{name}: {str(message.error.reason)[:MAX_ERROR_CHARS]}")
+            return
         reply = read_reply(message, None, REGISTRATION_ROUND)
         entry = config.entry(reply.client_id)  # raises where the experiment has none of that id
         owners = getattr(grid, "owners", None)
@@ -140,7 +154,7 @@ def _ask_who(
         build_message(build_task_content(task, of=[client]), MessageType.QUERY, node)
         for node, client in needing.items()
     ]
-    return faults + collect_faults(grid, again, read)
+    return faults + collect_faults(grid, again, read), lost
 
 
 def read_report(metrics: Mapping[str, Any], facts: Mapping[str, str]) -> dict[str, Any]:
@@ -226,7 +240,8 @@ def find_returned(
         if isinstance(grid, PacedGrid):
             grid.names[node] = reply.client_id
 
-    return _ask_who(grid, new, replace(task, resumes=True), config, take_back)
+    faults, lost = _ask_who(grid, new, replace(task, resumes=True), config, take_back)
+    return faults + lost
 
 
 def collect_faults(
@@ -245,20 +260,15 @@ def collect_faults(
     return faults
 
 
-def wait_for_nodes(
-    grid: PacedGrid, config: Config, run_config: dict[str, Any], at_least: int = 0
-) -> list[int]:
+def wait_for_nodes(grid: PacedGrid, config: Config, run_config: dict[str, Any]) -> list[int]:
     """Return the nodes, waiting for SuperNodes to connect; a simulation has all it gets.
 
     With ``federated.min_clients`` and ``client_timeout_seconds`` the others are waited for until
     that time has passed.
-
-    Args:
-        at_least: this many are waited for in any case.
     """
     simulated = grid.is_simulation
     num_clients = len(config.federated.clients)
-    required = max(at_least, config.federated.required_clients)
+    required = config.federated.required_clients
     patience = config.federated.client_timeout_seconds or math.inf
     started, reported = time.monotonic(), 0.0
     while True:
@@ -274,7 +284,10 @@ def wait_for_nodes(
             return node_ids
         if time.monotonic() - reported > CONNECT_REPORT_SECONDS:
             reported = time.monotonic()
-            print(f"Waiting for {num_clients - len(node_ids)} more SuperNodes.", flush=True)
+            here = {grid.owners[node] for node in node_ids} if grid.owners is not None else set()
+            names = f" of {', '.join(sorted(set(config.client_ids) - here))}" if here else ""
+            number = num_clients - len(node_ids)
+            print(f"Waiting for {number} more SuperNodes{names}.", flush=True)
         time.sleep(1)
 
 

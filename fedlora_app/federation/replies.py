@@ -171,6 +171,16 @@ def require_same_base(recorded: dict[str, Any], base_models: Mapping[str, str]) 
         recorded |= {"fingerprint": fingerprint, "fingerprint_covers": COVERS}
 
 
+def require_the_runs_base(recorded: Mapping[str, Any], reply: Reply) -> None:
+    """Raise ``MessageError`` where a client holds another base model than the run has recorded."""
+    found, expected = reply.facts["base_model"], recorded["fingerprint"]
+    if found != expected:
+        raise MessageError(
+            f"{reply.client_id} holds another base model ({found[:12]}) than the run "
+            f"({expected[:12]}). Compare model.name, model.revision and the model's files."
+        )
+
+
 def choose_valid(
     messages: Iterable[Message],
     server_round: int,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import shutil
 import stat
@@ -90,7 +91,13 @@ def test_from_nothing_to_a_joined_site(fedlora, experiment, tmp_path, monkeypatc
     assert status == 0 and "SuperLink does not run" in out
     lines = [line for line in shown.splitlines() if line.startswith("  ")]
     assert len(lines) == 2 and all(line in out for line in lines)  # the same at both ends
-    status, out, _ = fedlora("deploy", "join", "deployment/packages/cy.zip", "--yes")
+    printed = out[out.index("which the site compares") :]
+    package = Path("deployment/packages/cy.zip")
+    assert hashlib.sha256(package.read_bytes()).hexdigest() in printed.replace(" ", "").replace(
+        "\n", ""
+    )
+    status, out, _ = fedlora("deploy", "join", package, "--yes")
+    assert all(line in out for line in printed.splitlines()[1:3])  # it covers all that is in it
     assert status == 0 and "complete it" in out and "localhost:9" in out
     assert len(root_lines) == 2 and all(line in out for line in root_lines)
     site = SiteFolder(tmp_path / "cy")

@@ -13,6 +13,7 @@ from deployment.sites import build_bare_config, build_federation, names_of, set_
 
 from fedlora_app import client as client_module
 from fedlora_app.deployment import policy as policy_module
+from fedlora_app.deployment.client_file import ConfidentialError
 from fedlora_app.deployment.drafts import draft_policy
 from fedlora_app.deployment.layout import SiteFolder
 from fedlora_app.deployment.policy import (
@@ -243,6 +244,35 @@ def test_fingerprints_are_read_as_people_write_them(tmp_path):
     for text in (colons, spaces):
         (tmp_path / "policy.yaml").write_text(f'coordinator: "{text}"')
         assert load_policy(tmp_path / "policy.yaml").coordinator == found
+
+
+def test_a_policy_that_is_missing_or_empty_in_part_permits_nothing(federation):
+    """Somebody edits it, or its disk is away, or a list was taken out below its name."""
+    policy = federation.own_files["ann"].with_name("policy.yaml")
+    facts = SiteFolder(policy.parent).package_facts
+    facts.parent.mkdir()
+    facts.write_text("{}")  # it has joined a deployment
+    with pytest.raises(ValueError, match="ann: its policy is missing"):
+        federation.run()
+    policy.write_text("rounds: 9\nparticipants:\n")
+    with pytest.raises(ConfidentialError, match="nothing stands behind participants"):
+        load_policy(policy)
+    policy.write_text("{}")
+    assert (federation.run("run2") / "final" / "global").is_dir()
+
+
+@pytest.mark.parametrize(("weight", "is_permitted"), [(1.0, True), (1e6, False)])
+def test_no_weight_makes_the_average_this_client_s_own(federation, weight, is_permitted):
+    clients = [{"id": "ann", "weight": weight}, {"id": "bob", "weight": 1.0}]
+    federation.config = build_bare_config(
+        federated={"num_rounds": 1, "weighting": "given", "clients": clients}
+    )
+    set_policy(federation, "ann", least_others=1)
+    if is_permitted:
+        federation.run()
+        return
+    with pytest.raises(ValueError, match="ann: its policy refuses: least_others"):
+        federation.run()
 
 
 class TestDraft:

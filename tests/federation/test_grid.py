@@ -453,3 +453,31 @@ def test_a_node_is_whose_its_key_is(owners, federation, monkeypatch):
     with pytest.raises(MessageError, match="Node 11 says that it is ann, and its key is bob's"):
         federation.run("run", config)
     assert not any(message.content.array_records for message in federation.grids[-1].sent)
+
+
+def test_a_suspected_message_is_not_given_up_while_its_node_is_away(quick_probes):
+    """Its reply may lie at the SuperLink, where nobody asks for it before the node is back."""
+
+    class AnswersAndGoes(OneByOne):
+        def get_node_ids(self):
+            self.looks = getattr(self, "looks", 0) + 1
+            probe_was_answered = any(is_probe(self.sent[int(i[1:])]) for i in self.done)
+            return [] if probe_was_answered and self.looks % 3 else [5]
+
+        def pull_messages(self, message_ids):
+            if all(is_probe(self.sent[int(i[1:])]) for i in message_ids):
+                self.done += self.queue
+                self.queue = []
+            return [self._replies.pop(i) for i in list(message_ids) if i in self.done]
+
+    node = AnswersAndGoes(1, 0)
+    grid = PacedGrid(node, 1, reconnect_seconds=60.0)
+    [reply] = grid.send_and_receive([build_message(RecordDict(), "train", 5)])
+    assert not reply.has_error() and node.trained == 1
+
+
+def test_only_an_empty_probe_is_one():
+    probe = build_probe(5)
+    assert is_probe(probe)
+    probe.content["more"] = probe.content["probe"].copy()
+    assert not is_probe(probe)
