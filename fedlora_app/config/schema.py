@@ -299,6 +299,28 @@ class FederatedConfig(Section):
         return self.aggregation if self.mode in AVERAGING_MODES else "fedavg"
 
 
+class PrivacyConfig(Section):
+    """Differential privacy of the global adapter: whom it protects, and by how much noise."""
+
+    unit: Literal["none", "client", "record"] = "none"
+    """Whose traces are hidden. client: all that one client trained on; its whole update is clipped
+    and noise is added to it or to the mean. record: one training record, by clipping every
+    example's gradient and adding noise in every step (DP-SGD), which fits few clients too."""
+    noise: Literal["server", "client"] = "server"
+    """Who adds it with unit client. server: to the mean, where the server is trusted; client: each
+    to its own update before it leaves. With unit record it is always the client."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Largest L2 norm of a client's update, or with unit record of an example's gradient."""
+    noise_multiplier: float | None = Field(None, gt=0)
+    """Standard deviation of the noise over clip_norm. null, and no epsilon: clipping alone."""
+    epsilon: float | None = Field(None, gt=0)
+    """Instead of noise_multiplier: as much noise as keeps the whole run within it."""
+    delta: float | None = Field(None, gt=0, lt=1)
+    """The chance with which epsilon may fail to hold; well below one over the number of units."""
+    secure_aggregation: bool = False
+    """Have the server see sums of updates only. Refused: docs/privacy.md says why."""
+
+
 class DataConfig(Section):
     """Files that all clients share, Alpaca JSON or JSON Lines."""
 
@@ -349,6 +371,7 @@ class Config(Section):
     adapters: AdaptersConfig = Field(default_factory=AdaptersConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     federated: FederatedConfig
+    privacy: PrivacyConfig = Field(default_factory=PrivacyConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
 
