@@ -66,10 +66,24 @@ def generate(
 ) -> list[str]:
     """Return the greedy answers, padded on the left and masked while batched.
 
-    Answers that have ended leave the batch, so that those that have not are computed alone.
-
     Args:
         stop_ids: tokens that end an answer, beside those that the model ships.
+    """
+    answers = generate_ids(model, tokenizer, prompt_ids, stop_ids, max_new_tokens, streamer)
+    return [decode(tokenizer, ids) for ids in answers]
+
+
+def generate_ids(
+    model: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[list[int]],
+    stop_ids: list[int],
+    max_new_tokens: int,
+    streamer: BaseStreamer | None = None,
+) -> list[list[int]]:
+    """Return the greedy answers' tokens, as ``generate`` has them.
+
+    Answers that have ended leave the batch, so that those that have not are computed alone.
     """
     base = model.get_base_model()
     shipped = base.generation_config.eos_token_id
@@ -109,7 +123,7 @@ def generate(
             ones = mask.new_ones((len(kept), ids.shape[1] - mask.shape[1]))
             mask = torch.cat([mask[kept], ones], dim=1)
             leaving.cache.batch_select_indices(kept)
-    return [decode(tokenizer, answers[row]) for row in range(len(prompt_ids))]
+    return [answers[row] for row in range(len(prompt_ids))]
 
 
 class _Leaving(StoppingCriteria):

@@ -76,6 +76,19 @@ class Candidate:
     question: str
     answer: str
 
+    @classmethod
+    def of(cls, record: Record, system_prompt: str) -> Candidate:
+        """Return a record as a client with that system prompt would train on it."""
+        return cls(system_prompt, format_question(record), record.output)
+
+    def encode(
+        self, tokenizer: PreTrainedTokenizerBase, max_seq_length: int | None = None
+    ) -> Example:
+        """Return it as training would see it."""
+        record = Record(self.question, self.answer)
+        example = encode_example(tokenizer, self.system_prompt, record)
+        return replace(example, input_ids=example.input_ids[:max_seq_length])
+
 
 def attack_scores(
     global_log_probs: Sequence[Sequence[float]], base_log_probs: Sequence[Sequence[float]]
@@ -169,12 +182,12 @@ def collect_suspects(
     """Return the members and non-members of every client and set, without those too long."""
     sets = _build_sets(tokenizer, client_files, config)
     candidates = {
-        _to_candidate(record, config.client(client_id).system_prompt): None
+        Candidate.of(record, config.client(client_id).system_prompt): None
         for (client_id, _), pairs in sets.items()
         for record in [*pairs.members, *pairs.nonmembers]
     }
     limit = config.training.max_seq_length
-    examples = [_encode(tokenizer, candidate, limit) for candidate in candidates]
+    examples = [candidate.encode(tokenizer, limit) for candidate in candidates]
     return Suspects(sets, list(candidates), examples)
 
 
@@ -220,7 +233,7 @@ def _build_sets(
 
         def fitting(records: Iterable[Record], prompt: str = prompt) -> list[Record]:
             limit = config.training.max_seq_length
-            return [r for r in records if _fits(tokenizer, _to_candidate(r, prompt), limit)]
+            return [r for r in records if _fits(tokenizer, Candidate.of(r, prompt), limit)]
 
         for name, train in ((UNIVERSAL, files.universal), (LOCAL_SET, files.local)):
             test = files.tests[name].records if name in files.tests else []
@@ -243,24 +256,12 @@ def _measure_pairs(
     pairs: Pairs, scores: Mapping[Candidate, float], system_prompt: str
 ) -> dict[str, Any]:
     sides = (pairs.members, pairs.nonmembers)
-    values = [[scores[_to_candidate(r, system_prompt)] for r in side] for side in sides]
+    values = [[scores[Candidate.of(r, system_prompt)] for r in side] for side in sides]
     facts = [[cluster(r) for r in side] for side in sides]
     measured = measure_membership(*values) | measure_pairs(*values, *facts)
     return measured | {"n_by_length": pairs.num_by_length, "n_dropped": pairs.num_dropped}
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, candidate: Candidate, max_seq_length: int | None
-) -> Example:
-    record = Record(candidate.question, candidate.answer)
-    example = encode_example(tokenizer, candidate.system_prompt, record)
-    return replace(example, input_ids=example.input_ids[:max_seq_length])
-
-
 def _fits(tokenizer: PreTrainedTokenizerBase, candidate: Candidate, max_seq_length: int) -> bool:
     """Return whether training would keep any of the answer."""
-    return _encode(tokenizer, candidate, max_seq_length).num_answer_tokens > 0
-
-
-def _to_candidate(record: Record, system_prompt: str) -> Candidate:
-    return Candidate(system_prompt, format_question(record), record.output)
+    return candidate.encode(tokenizer, max_seq_length).num_answer_tokens > 0

@@ -143,7 +143,7 @@ def build_initial_state(model: AdaptedModel, name: str, seed: int) -> AdapterSta
 
 def state_shapes(model: AdaptedModel, name: str) -> dict[str, torch.Size]:
     """Return the shape of every tensor of an adapter, sorted by key."""
-    shapes = {key: tensor.shape for key, tensor in sorted(_find_parameters(model, name).items())}
+    shapes = {key: tensor.shape for key, tensor in sorted(named_parameters(model, name).items())}
     return resize_ranks(shapes, sum(_ranks(model, name))) if _is_joint(model, name) else shapes
 
 
@@ -151,7 +151,7 @@ def get_state(model: AdaptedModel, name: str) -> AdapterState:
     """Return a copy of an adapter's weights, fp32 on the CPU, sorted by key."""
     state = {
         key: tensor.detach().to("cpu", torch.float32, copy=True)
-        for key, tensor in sorted(_find_parameters(model, name).items())
+        for key, tensor in sorted(named_parameters(model, name).items())
     }
     return join_ranks(state, get_state(model, FROZEN)) if _is_joint(model, name) else state
 
@@ -168,7 +168,7 @@ def set_state(model: AdaptedModel, name: str, state: AdapterState) -> None:
         set_state(model, FROZEN, take_ranks(state, learning, learning + frozen))
         state = take_ranks(state, 0, learning)
     with torch.no_grad():
-        for key, parameter in _find_parameters(model, name).items():
+        for key, parameter in named_parameters(model, name).items():
             parameter.copy_(state[key])
 
 
@@ -205,8 +205,8 @@ def activate(
         raise ValueError("activate() needs an adapter; use base_only() for none.")
     model.base_model.set_adapter(with_frozen(model, active))
     for name in model.peft_config:
-        learning = of_factors(_find_parameters(model, name), factors if name == GLOBAL else FACTORS)
-        for key, parameter in _find_parameters(model, name).items():
+        learning = of_factors(named_parameters(model, name), factors if name == GLOBAL else FACTORS)
+        for key, parameter in named_parameters(model, name).items():
             parameter.requires_grad_(name in trainable and key in learning)
 
 
@@ -291,7 +291,7 @@ def base_only(model: AdaptedModel):
 
 def adapter_parameters(model: AdaptedModel, name: str) -> list[torch.nn.Parameter]:
     """Return the live parameters of one adapter."""
-    return list(_find_parameters(model, name).values())
+    return list(named_parameters(model, name).values())
 
 
 def lora_layers(model: AdaptedModel, *names: str) -> list[LoraLayer]:
@@ -393,7 +393,7 @@ def _ranks(model: AdaptedModel, name: str) -> tuple[int, int]:
     return model.peft_config[name].r, model.peft_config[FROZEN].r
 
 
-def _find_parameters(model: AdaptedModel, name: str) -> Parameters:
+def named_parameters(model: AdaptedModel, name: str) -> Parameters:
     """Return an adapter's parameters by PEFT's file keys, in the order of the modules."""
     known = _parameters.setdefault(model, {})
     if name not in known:

@@ -37,6 +37,7 @@ class RunPaths:
         self.history_table = folder / "history.csv"
         self.events = folder / "metrics.jsonl"
         self.evaluation = folder / "evaluation.json"  # of the final round, or the newest
+        self.attack = folder / "attack.json"  # what the updates that were kept give away
         self.forgetting = folder / "forgetting.json"  # what a forgotten client's absence changes
         self.partial_evaluation = folder / ".evaluation.partial.jsonl"
         self.lock = folder / LOCK_FILE

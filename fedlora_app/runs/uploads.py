@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -50,6 +52,12 @@ class KeptUploads:
             record.adapters[f"{UPLOAD}:{client}"] = self._sha256[client]
             record.weights[client] = self._weights[client]
         self._sha256, self._weights = {}, {}
+
+
+def read_upload_hashes(entry: Mapping[str, Any]) -> dict[str, str]:
+    """Return the sha256 of every update that a round's entry of the manifest names, by client."""
+    parts = ((name.partition(":"), sha256) for name, sha256 in entry.get("adapters", {}).items())
+    return {client: sha256 for (role, _, client), sha256 in parts if role == UPLOAD and client}
 
 
 def load_upload(

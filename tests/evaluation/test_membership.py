@@ -116,7 +116,7 @@ def covers_half(estimate: dict) -> bool:
 
 def score_records(model, tokenizer, records, active, batch_size=1, max_seq_length=None):
     examples = [
-        membership._encode(tokenizer, membership._to_candidate(record, PROMPT), max_seq_length)
+        membership.Candidate.of(record, PROMPT).encode(tokenizer, max_seq_length)
         for record in records
     ]
     with only_adapters(model, active):

@@ -1,0 +1,318 @@
+"""All attacks on a run: what is tried, on which updates, and what ``attack.json`` holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fedlora_app.attacks import extraction, tokens
+from fedlora_app.attacks.observed import AttackError, Observed, observe, observed_rounds
+from fedlora_app.attacks.records import (
+    Suspicion,
+    collect_suspicions,
+    encode_candidates,
+    list_candidates,
+)
+from fedlora_app.attacks.scores import LOSS_DROP, compare_with_gradients, mean_log_probs
+from fedlora_app.config.participation import training_clients
+from fedlora_app.config.rounds import plan_round
+from fedlora_app.data.client_files import tokenize_client_files
+from fedlora_app.data.records import Record
+from fedlora_app.data.tokens import Example, encode_example
+from fedlora_app.evaluation.choices import SavedRound
+from fedlora_app.evaluation.membership import Candidate
+from fedlora_app.evaluation.saved_model import SavedModel
+from fedlora_app.foundation.files import write_json
+from fedlora_app.model.adapter_state import AdapterState
+from fedlora_app.model.adapters import AdaptedModel
+from fedlora_app.model.base import LoadedModel
+from fedlora_app.training.selection import select_phase, take_part
+
+FORMAT = 1
+UPDATE, AVERAGE, OTHERS = "update", "average", "others"
+SOURCES = {
+    UPDATE: "the client's own update",
+    OTHERS: "the other clients' updates, which cannot tell of it: a control",
+    AVERAGE: "the average, which every client gets to see",
+}
+ALL_ROUNDS = "all"
+ASSUMPTIONS = (
+    "The attacker is the server, honest in the protocol and curious: it has the base model, every "
+    "global adapter, every update as it came, the experiment's configuration with the system "
+    "prompts that stand in it, and candidates to be told apart. It has none of the clients' data, "
+    "which only judge its guesses here.",
+    "A chance level of 0.5 is that of a coin. The others' updates are a second one: what they reach "
+    "is due to how the candidates differ, not to what this client sent.",
+)
+NOT_TRIED = (
+    "Weights that a malicious server plants before it asks for an update.",
+    "Optimisation of dummy inputs until their gradients match (DLG and its successors), which needs "
+    "one plain gradient step and the batch's size; clients send what many AdamW steps add up to.",
+    "Attacks with shadow models that are trained on other data of the kind.",
+    "What scores, counts and hashes tell that clients report beside their updates.",
+)
+
+Report = Callable[[str, int, int], None]
+"""Called with what is tried, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is tried.
+
+    Args:
+        sample: records on each side of a set, at most.
+        texts: texts that are drawn from each client's model.
+    """
+
+    rounds: tuple[int, ...] = ()
+    sample: int = 100
+    texts: int = 64
+
+
+def attack_run(saved: SavedRound, report: Report, effort: Effort) -> dict[str, Any]:
+    """Try all attacks, write ``attack.json`` and return what it holds.
+
+    Args:
+        saved: the run's final round with all clients' files.
+
+    Raises:
+        AttackError: a round has no updates that were kept.
+        ModelError: the base model cannot be loaded.
+    """
+    rounds = _choose_rounds(saved, effort.rounds)
+    model = SavedModel(saved.run, saved.server_round, saved.root)
+    loaded, adapted = model.load()
+    attacks = _Attacks(saved, loaded, adapted, report, effort)
+    for number in rounds:
+        attacks.add(observe(saved.run, adapted, number), rounds)
+    found = {
+        "format": FORMAT,
+        "run": saved.run.name,
+        "rounds": rounds,
+        "sample": effort.sample,
+        "records": list(attacks.measure_records()),
+        "tokens": list(attacks.measure_tokens()),
+        "texts": attacks.texts,
+        "assumptions": list(ASSUMPTIONS),
+        "not_tried": list(NOT_TRIED),
+    }
+    write_json(saved.run.paths.attack, found)
+    return found
+
+
+def _choose_rounds(saved: SavedRound, wanted: tuple[int, ...]) -> list[int]:
+    kept = list(observed_rounds(saved.run))
+    if missing := sorted(set(wanted) - set(kept)):
+        has = f"rounds {kept[0]} to {kept[-1]}" if kept else "no round"
+        raise AttackError(
+            f"{saved.run.path} has no updates of round {missing[0]}; it has those of {has}."
+        )
+    if not kept:
+        raise AttackError(f"{saved.run.path} has no updates: no round is complete.")
+    return sorted(set(wanted)) or kept
+
+
+Scored = dict[str, dict[str, dict[Candidate, float]]]
+"""By attack and sender, every candidate's score."""
+
+
+@dataclass
+class _Attacks:
+    """What has been scored so far, one round after the other."""
+
+    saved: SavedRound
+    loaded: LoadedModel
+    model: AdaptedModel
+    report: Report
+    effort: Effort
+    texts: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        config, tokenizer = self.saved.run.config, self.loaded.tokenizer
+        self._suspicions = collect_suspicions(
+            tokenizer, self.saved.files, config, self.effort.sample
+        )
+        self._candidates = list_candidates(self._suspicions)
+        self._examples = encode_candidates(tokenizer, self._candidates, config)
+        self._vocabulary = tokens.know_vocabulary(self.model, len(tokenizer))
+        self._scored: dict[int, Scored] = {}
+        self._token_scores: dict[int, dict[str, dict[str, np.ndarray]]] = {}
+
+    def add(self, observed: Observed, rounds: list[int]) -> None:
+        """Score everything by what the server saw in one round."""
+        senders = {client: observed.moved(client) for client in observed.updates}
+        senders[AVERAGE] = observed.mean_update
+        number = observed.server_round
+        self._scored[number] = self._score_records(observed, senders)
+        self._token_scores[number] = {
+            sender: tokens.score_tokens(self._vocabulary, observed.before, update)
+            for sender, update in senders.items()
+        }
+        if number in (rounds[0], rounds[-1]):
+            self.texts += self._extract(observed)
+
+    def measure_records(self) -> Iterator[dict[str, Any]]:
+        """Yield a row per client, set, attack, source and rounds."""
+        for suspicion in self._suspicions:
+            for rounds, scored in self._with_all(self._scored, _add_scores):
+                for attack, by_sender in scored.items():
+                    for source, scores in _by_source(by_sender, suspicion.client, _mean_scores):
+                        yield {
+                            **_describe(suspicion),
+                            "attack": attack,
+                            "source": source,
+                            "rounds": rounds,
+                            **suspicion.measure(scores),
+                        }
+
+    def measure_tokens(self) -> Iterator[dict[str, Any]]:
+        """Yield a row per client, attack, source and rounds."""
+        for client in self.saved.files:
+            numbers = [n for n, found in self._token_scores.items() if client in found]
+            for rounds, by_sender in self._with_all(self._token_scores, _add_tokens):
+                those = numbers if rounds == ALL_ROUNDS else [rounds]
+                batch = self._find_batch(client, those)
+                for source, scores in _by_source(by_sender, client, _mean_tokens):
+                    for row in tokens.measure_tokens(scores, batch):
+                        yield {"client": client, "source": source, "rounds": rounds, **row}
+
+    def _with_all(self, by_round: Mapping[int, Any], add: Callable) -> Iterator[tuple[Any, Any]]:
+        yield from by_round.items()
+        if len(by_round) > 1:
+            yield ALL_ROUNDS, add(list(by_round.values()))
+
+    def _score_records(self, observed: Observed, senders: Mapping[str, AdapterState]) -> Scored:
+        what = f"round {observed.server_round}, records"
+        batch_size = self.saved.run.config.evaluation.batch_size
+        states = observed.reached | {AVERAGE: observed.average}
+        count, total = len(self._examples), (len(states) + 2) * len(self._examples)
+        before = mean_log_probs(self.model, observed.before, self._examples, batch_size)
+        drops = {}
+        for turn, (sender, state) in enumerate(states.items(), 1):
+            self.report(what, turn * count, total)
+            after = mean_log_probs(self.model, state, self._examples, batch_size)
+            drops[sender] = [new - old for new, old in zip(after, before, strict=True)]
+        done = (len(states) + 1) * count
+        by_gradient = compare_with_gradients(
+            self.model,
+            observed.before,
+            senders,
+            self._examples,
+            lambda number: self.report(what, done + number, total),
+        )
+        lists = {LOSS_DROP: drops, **by_gradient}
+        return {
+            attack: {s: dict(zip(self._candidates, v, strict=True)) for s, v in found.items()}
+            for attack, found in lists.items()
+        }
+
+    def _extract(self, observed: Observed) -> Iterator[dict[str, Any]]:
+        config, tokenizer = self.saved.run.config, self.loaded.tokenizer
+        for client, reached in observed.reached.items():
+            secrets = extraction.collect_secrets(client, self.saved.files)
+            states = {UPDATE: reached, AVERAGE: observed.average, "before": observed.before}
+            for turn, (source, state) in enumerate(states.items()):
+                self.report(f"round {observed.server_round}, texts", turn, len(states))
+                texts = extraction.elicit(
+                    self.model,
+                    tokenizer,
+                    state,
+                    config.client(client).system_prompt,
+                    number=self.effort.texts,
+                    batch_size=config.evaluation.batch_size,
+                    max_new_tokens=config.evaluation.max_new_tokens,
+                )
+                about = {"client": client, "rounds": observed.server_round, "source": source}
+                for row in extraction.measure_extraction(secrets, texts):
+                    yield {**about, **row, "n_texts": len(texts)}
+
+    def _find_batch(self, client: str, rounds: Iterable[int]) -> tokens.Batch:
+        config, tokenizer = self.saved.run.config, self.loaded.tokenizer
+        trained = [e for n in rounds for e in self._trained(client, n)]
+        prompt = config.client(client).system_prompt
+        return tokens.find_batch(tokenizer, prompt, trained, self._all_examples())
+
+    def _trained(self, client: str, server_round: int) -> list[Example]:
+        """Return what a client trained the global adapter on in a round."""
+        config, root = self.saved.run.config, self.saved.root
+        if client not in training_clients(config, server_round):
+            return []
+        phase = plan_round(config, server_round).train
+
+        def load(owner: str):
+            of_owner, files = config.client(owner), self.saved.files[owner]
+            return tokenize_client_files(config, of_owner, files, self.loaded.tokenizer, root)
+
+        selected = select_phase(config, client, phase, server_round, load)
+        return take_part(selected, config, client, phase, server_round)
+
+    def _all_examples(self) -> list[Example]:
+        """Return everything that anybody trains on or is asked, but conflicts."""
+        config, tokenizer = self.saved.run.config, self.loaded.tokenizer
+        return [
+            encode_example(tokenizer, config.client(client).system_prompt, record)
+            for client, files in self.saved.files.items()
+            for file in (files.universal, files.local, *files.tests.values())
+            for record in file.records
+            if isinstance(record, Record)
+        ]
+
+
+def _describe(suspicion: Suspicion) -> dict[str, Any]:
+    return {
+        "client": suspicion.client,
+        "set": suspicion.name,
+        "was_trained": suspicion.was_trained,
+        "n_members": len(suspicion.members.candidates),
+        "n_nonmembers": len(suspicion.nonmembers.candidates),
+    }
+
+
+def _by_source(
+    by_sender: Mapping[str, Any], client: str, mean: Callable
+) -> Iterator[tuple[str, Any]]:
+    """Yield what each source says of a client: its own update, the others' and the average."""
+    if client in by_sender:
+        yield UPDATE, by_sender[client]
+    others = [found for sender, found in by_sender.items() if sender not in (client, AVERAGE)]
+    if others:
+        yield OTHERS, mean(others)
+    yield AVERAGE, by_sender[AVERAGE]
+
+
+def _mean_scores(found: list[dict[Candidate, float]]) -> dict[Candidate, float]:
+    return {candidate: sum(f[candidate] for f in found) / len(found) for candidate in found[0]}
+
+
+def _mean_tokens(found: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    shared = [attack for attack in found[0] if all(attack in f for f in found)]
+    return {attack: np.mean([f[attack] for f in found], axis=0) for attack in shared}
+
+
+def _add_scores(rounds: list[Scored]) -> Scored:
+    """Return the sums over the rounds in which each sender sent something."""
+    total: Scored = {}
+    for scored in rounds:
+        for attack, by_sender in scored.items():
+            for sender, scores in by_sender.items():
+                sums = total.setdefault(attack, {}).setdefault(sender, dict.fromkeys(scores, 0.0))
+                for candidate, value in scores.items():
+                    sums[candidate] += value
+    return total
+
+
+def _add_tokens(
+    rounds: list[dict[str, dict[str, np.ndarray]]],
+) -> dict[str, dict[str, np.ndarray]]:
+    """Return the sums over the rounds in which each sender sent something."""
+    total: dict[str, dict[str, np.ndarray]] = {}
+    for by_sender in rounds:
+        for sender, scores in by_sender.items():
+            sums = total.setdefault(sender, {})
+            for attack, values in scores.items():
+                sums[attack] = sums.get(attack, 0) + values
+    return total
