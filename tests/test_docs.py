@@ -21,6 +21,8 @@ WRITTEN_LATER = {
     "data/faq",
     "data/faq/experiment.yaml",
     "data/desk",
+    "data/planted",
+    "data/planted/experiment.yaml",
     "data/alpaca",
     "data/entangled",
     "data/states-de",

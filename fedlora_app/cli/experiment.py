@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from fedlora_app.cli.root import AsJson, ConfigPath, app, find_config, quiet_transformers
 from fedlora_app.foundation.environment import prepare_environment
 from fedlora_app.foundation.terminal import show_progress
+
+if TYPE_CHECKING:
+    from fedlora_app.config.schema import Config
 
 
 @app.command()
@@ -22,11 +25,31 @@ def check(
         bool, typer.Option("--all", help="A line for every finding, and not one for each kind.")
     ] = False,
     as_json: AsJson = False,
+    plant: Annotated[
+        int | None,
+        typer.Option(min=1, help="Write a copy of the data with so many canaries in each file."),
+    ] = None,
+    client: Annotated[
+        list[str] | None, typer.Option(help="With --plant: whose files; everybody's by default.")
+    ] = None,
+    into: Annotated[
+        Literal["local", "universal", "both"], typer.Option(help="With --plant: which files.")
+    ] = "both",
+    output: Annotated[
+        Path | None, typer.Option(help="With --plant: a folder that is empty or not there.")
+    ] = None,
 ) -> None:
     """Check a configuration, its data and its question sets, without the model's weights.
 
     The model's tokenizer is used where it is on this machine. Example: fedlora check conf/demo.yaml
+
+    Canaries are records with made-up secrets. What a run remembers of them, fedlora attack says.
+    Example: fedlora check conf/demo.yaml --plant 10 --output data/planted
     """
+    if (plant is None) != (output is None):
+        raise typer.BadParameter("--plant and --output go together.")
+    if plant is None and (client or into != "both"):
+        raise typer.BadParameter("--client and --into need --plant.")
     _look_at_nothing_remote()
     from fedlora_app.config.loading import load_config
     from fedlora_app.data.linter import describe_findings
@@ -36,6 +59,9 @@ def check(
 
     path, root = find_config(config)
     experiment = load_config(path, overrides)
+    if plant is not None and output is not None:
+        path = _plant(experiment, root, output, plant, client or [], into, str(path))
+        experiment = load_config(path)
     found = inspect_experiment(experiment, root)
     if as_json:
         typer.echo(json.dumps([vars(finding) for finding in found.findings], ensure_ascii=False))
@@ -54,6 +80,33 @@ def check(
         typer.echo(found.note, err=True)
     if found.has_errors:
         raise typer.Exit(2)
+
+
+def _plant(
+    experiment: Config,
+    root: Path,
+    output: Path,
+    count: int,
+    clients: list[str],
+    into: str,
+    source: str,
+) -> Path:
+    """Write the experiment with canaries; say on stderr what there is, return its YAML's path."""
+    from fedlora_app.data.canaries import ROLES
+    from fedlora_app.data.planting import plant_canaries
+
+    roles = ROLES if into == "both" else (into,)
+    planted = plant_canaries(
+        experiment, root, output, count, clients=clients, roles=roles, source=source
+    )
+    for line in (
+        f"Written: {output}, with {planted.num_canaries} canaries. Next:",
+        f"  fedlora train {planted.path}",
+        "  fedlora attack latest",
+        *filter(None, [planted.note]),
+    ):
+        typer.echo(line, err=True)
+    return planted.path
 
 
 @app.command()
