@@ -17,7 +17,7 @@ MODULES = {
 }
 ORDER = [
     *("foundation", "config", "model", "data", "training"),
-    *("federation", "runs", "evaluation", "report", "planning", "serving", "deployment"),
+    *("federation", "runs", "evaluation", "attacks", "report", "planning", "serving", "deployment"),
     *(
         "preflight",
         "client_checks",

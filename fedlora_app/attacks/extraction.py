@@ -1,17 +1,17 @@
-"""Text that an update gives back: the client's model is asked nothing, and answers.
+"""Text that an update gives back: the model that a client had trained is asked.
 
-The server adds a client's update to the adapter that it sent, which is the model that the client
-had trained, and lets it go on from an empty question: once from each of the likeliest first tokens,
-greedily from there (after Carlini et al. 2021, https://arxiv.org/abs/2012.07805, whose samples
-begin with the likeliest words too). What comes is compared with the answers that the client trained
-on, with those that only others trained on, and with what the model before the update says.
+The server adds a client's update to the adapter that it sent, which is that model. It lets it go on
+from an empty question, once from each of the likeliest first tokens and greedily from there (after
+Carlini et al. 2021, https://arxiv.org/abs/2012.07805, whose samples begin with the likeliest words
+too); and where it guesses a question, it asks that. What comes is compared with the answers that
+the client trained on, with those that only others trained on, and with what the model before the
+update says.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -22,18 +22,21 @@ from transformers import PreTrainedTokenizerBase
 from fedlora_app.config.schema import GLOBAL
 from fedlora_app.data.client_files import ClientFiles
 from fedlora_app.data.dialogue import encode_prompt
-from fedlora_app.data.records import Record
+from fedlora_app.data.records import Record, format_question
 from fedlora_app.data.similarity import normalise_answer
 from fedlora_app.evaluation.decoding import decode
-from fedlora_app.evaluation.generation import find_stop_ids, generate_ids
+from fedlora_app.evaluation.generation import find_stop_ids, generate, generate_ids
 from fedlora_app.evaluation.membership_pairs import cluster
 from fedlora_app.evaluation.statistics import proportion
+from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model.adapter_state import AdapterState
 from fedlora_app.model.adapters import AdaptedModel, only_adapters, set_state
 from fedlora_app.model.base import find_decoder
 from fedlora_app.model.head import find_head
 
 OWN, OTHERS, PRIVATE = "own", "others", "private"
+NOTHING, QUESTION = "nothing", "question"
+PROMPTS = {NOTHING: "an empty question", QUESTION: "the question, guessed"}
 WHOSE = {
     OWN: "universal answers that only this client trained on",
     OTHERS: "universal answers that only other clients trained on",
@@ -79,54 +82,96 @@ def elicit(
     return texts
 
 
-@dataclass(frozen=True)
-class Secrets:
-    """The answers that are looked for, by whose they are, each with its fact."""
+@torch.inference_mode()
+def ask(
+    model: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    state: AdapterState,
+    system_prompt: str,
+    records: Sequence[Record],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[str]:
+    """Return the greedy answers to the records' questions.
 
-    answers: Mapping[str, Mapping[str, str]]
+    Args:
+        state: the global adapter that answers, alone.
+    """
+    set_state(model, GLOBAL, state)
+    model.eval()
+    prompts = [encode_prompt(tokenizer, system_prompt, format_question(r)) for r in records]
+    stop_ids, texts = find_stop_ids(tokenizer), []
+    with only_adapters(model, [GLOBAL]):
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            texts += generate(model, tokenizer, batch, stop_ids, max_new_tokens)
+    return texts
 
 
-def collect_secrets(client: str, client_files: Mapping[str, ClientFiles]) -> Secrets:
-    """Return the distinct answers of which one client's update may tell; shared ones are none."""
-    by_client = {c: _by_answer(f.universal.records) for c, f in client_files.items()}
+Secrets = dict[str, list[Record]]
+"""By whose they are, records with distinct answers that are looked for."""
+
+
+def collect_secrets(client: str, client_files: Mapping[str, ClientFiles], sample: int) -> Secrets:
+    """Return the distinct answers of which one client's update may tell; shared ones are none.
+
+    Args:
+        sample: of each kind at most so many, the same ones every time.
+    """
+    universal = {c: _by_answer(f.universal.records) for c, f in client_files.items()}
     local = {c: _by_answer(f.local.records) for c, f in client_files.items()}
-    own = by_client.pop(client)
-    others = {text: fact for found in by_client.values() for text, fact in found.items()}
-    private = local.pop(client)
-    elsewhere = {*others, *(text for found in local.values() for text in found)}
-    return Secrets(
-        {
-            OWN: {text: fact for text, fact in own.items() if text not in others},
-            OTHERS: {text: fact for text, fact in others.items() if text not in own},
-            PRIVATE: {t: f for t, f in private.items() if t not in own and t not in elsewhere},
-        }
-    )
+    own, private = universal.pop(client), local.pop(client)
+    others = {text: record for found in universal.values() for text, record in found.items()}
+    elsewhere = {text for found in (own, others, *local.values()) for text in found}
+    found = {
+        OWN: [record for text, record in own.items() if text not in others],
+        OTHERS: [record for text, record in others.items() if text not in own],
+        PRIVATE: [record for text, record in private.items() if text not in elsewhere],
+    }
+    for whose, records in found.items():
+        if len(records) > sample:
+            rng = random.Random(derive_seed("extraction", client, whose))
+            found[whose] = rng.sample(records, sample)
+    return found
 
 
-def measure_extraction(secrets: Secrets, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
+def measure_texts(secrets: Secrets, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield by whose answers they are how many came word by word, and how near the others came.
 
     ``verbatim`` has its interval over facts; ``rouge_l`` is the mean over answers of the best
     ROUGE-L (F) among the texts.
     """
-    said = {normalise_answer(text) for text in texts}
+    for whose, records in secrets.items():
+        yield _measure(NOTHING, whose, records, [texts] * len(records))
+
+
+def measure_answers(whose: str, records: Sequence[Record], texts: Sequence[str]) -> dict[str, Any]:
+    """Return the same where each record's own question was asked."""
+    return _measure(QUESTION, whose, records, [[text] for text in texts])
+
+
+def _measure(
+    prompt: str, whose: str, records: Sequence[Record], texts: Sequence[Sequence[str]]
+) -> dict[str, Any]:
     scorer = RougeScorer(["rougeL"])
-    for whose, answers in secrets.answers.items():
-        came = [float(normalise_answer(answer) in said) for answer in answers]
-        best = [
-            max((scorer.score(answer, text)["rougeL"].fmeasure for text in texts), default=0.0)
-            for answer in answers
-        ]
-        yield {
-            "whose": whose,
-            "verbatim": proportion(came, list(answers.values())).dump(),
-            "rouge_l": fmean(best) if best else None,
-            "n": len(came),
-        }
+    came, best = [], []
+    for record, said in zip(records, texts, strict=True):
+        wanted = normalise_answer(record.output)
+        came.append(float(wanted in {normalise_answer(text) for text in said}))
+        near = (scorer.score(record.output, text)["rougeL"].fmeasure for text in said)
+        best.append(max(near, default=0.0))
+    return {
+        "prompt": prompt,
+        "whose": whose,
+        "verbatim": proportion(came, [cluster(record) for record in records]).dump(),
+        "rouge_l": fmean(best) if best else None,
+        "n": len(came),
+    }
 
 
-def _by_answer(records: Sequence[Record]) -> dict[str, str]:
-    found: dict[str, str] = defaultdict(str)
+def _by_answer(records: Sequence[Record]) -> dict[str, Record]:
+    found: dict[str, Record] = {}
     for record in records:
-        found.setdefault(record.output.strip(), cluster(record))
-    return dict(found)
+        found.setdefault(normalise_answer(record.output), record)
+    return found

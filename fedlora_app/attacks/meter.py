@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedlora_app.attacks import extraction, tokens
+from fedlora_app.attacks.exposure import measure_canaries
 from fedlora_app.attacks.observed import AttackError, Observed, observe, observed_rounds
 from fedlora_app.attacks.records import (
     Suspicion,
@@ -19,6 +20,7 @@ from fedlora_app.attacks.records import (
 from fedlora_app.attacks.scores import LOSS_DROP, compare_with_gradients, mean_log_probs
 from fedlora_app.config.participation import training_clients
 from fedlora_app.config.rounds import plan_round
+from fedlora_app.data.canaries import load_canaries
 from fedlora_app.data.client_files import tokenize_client_files
 from fedlora_app.data.records import Record
 from fedlora_app.data.tokens import Example, encode_example
@@ -27,8 +29,6 @@ from fedlora_app.evaluation.membership import Candidate
 from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.foundation.files import write_json
 from fedlora_app.model.adapter_state import AdapterState
-from fedlora_app.model.adapters import AdaptedModel
-from fedlora_app.model.base import LoadedModel
 from fedlora_app.training.selection import select_phase, take_part
 
 FORMAT = 1
@@ -44,13 +44,13 @@ ASSUMPTIONS = (
     "global adapter, every update as it came, the experiment's configuration with the system "
     "prompts that stand in it, and candidates to be told apart. It has none of the clients' data, "
     "which only judge its guesses here.",
-    "A chance level of 0.5 is that of a coin. The others' updates are a second one: what they reach "
-    "is due to how the candidates differ, not to what this client sent.",
+    "A chance level of 0.5 is that of a coin. The others' updates are a second one: what they "
+    "reach is due to how the candidates differ, not to what this client sent.",
 )
 NOT_TRIED = (
     "Weights that a malicious server plants before it asks for an update.",
-    "Optimisation of dummy inputs until their gradients match (DLG and its successors), which needs "
-    "one plain gradient step and the batch's size; clients send what many AdamW steps add up to.",
+    "Optimisation of dummy inputs until their gradients match (DLG and its successors), which "
+    "needs one plain gradient step and the batch's size; clients send the sum of many AdamW steps.",
     "Attacks with shadow models that are trained on other data of the kind.",
     "What scores, counts and hashes tell that clients report beside their updates.",
 )
@@ -85,8 +85,10 @@ def attack_run(saved: SavedRound, report: Report, effort: Effort) -> dict[str, A
     """
     rounds = _choose_rounds(saved, effort.rounds)
     model = SavedModel(saved.run, saved.server_round, saved.root)
-    loaded, adapted = model.load()
-    attacks = _Attacks(saved, loaded, adapted, report, effort)
+    _, adapted = model.load()
+    for files in saved.files.values():
+        load_canaries(files)  # raises before anything long where they are not of the files
+    attacks = _Attacks(saved, model, report, effort)
     for number in rounds:
         attacks.add(observe(saved.run, adapted, number), rounds)
     found = {
@@ -97,6 +99,7 @@ def attack_run(saved: SavedRound, report: Report, effort: Effort) -> dict[str, A
         "records": list(attacks.measure_records()),
         "tokens": list(attacks.measure_tokens()),
         "texts": attacks.texts,
+        "canaries": attacks.canaries,
         "assumptions": list(ASSUMPTIONS),
         "not_tried": list(NOT_TRIED),
     }
@@ -125,13 +128,14 @@ class _Attacks:
     """What has been scored so far, one round after the other."""
 
     saved: SavedRound
-    loaded: LoadedModel
-    model: AdaptedModel
+    saved_model: SavedModel
     report: Report
     effort: Effort
     texts: list[dict[str, Any]] = field(default_factory=list)
+    canaries: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.loaded, self.model = self.saved_model.load()
         config, tokenizer = self.saved.run.config, self.loaded.tokenizer
         self._suspicions = collect_suspicions(
             tokenizer, self.saved.files, config, self.effort.sample
@@ -154,6 +158,7 @@ class _Attacks:
         }
         if number in (rounds[0], rounds[-1]):
             self.texts += self._extract(observed)
+            self.canaries += measure_canaries(self.saved, self.saved_model, observed, self.report)
 
     def measure_records(self) -> Iterator[dict[str, Any]]:
         """Yield a row per client, set, attack, source and rounds."""
@@ -212,23 +217,25 @@ class _Attacks:
 
     def _extract(self, observed: Observed) -> Iterator[dict[str, Any]]:
         config, tokenizer = self.saved.run.config, self.loaded.tokenizer
+        limits = {
+            "batch_size": config.evaluation.batch_size,
+            "max_new_tokens": config.evaluation.max_new_tokens,
+        }
+        what, done = f"round {observed.server_round}, texts", 0
         for client, reached in observed.reached.items():
-            secrets = extraction.collect_secrets(client, self.saved.files)
+            secrets = extraction.collect_secrets(client, self.saved.files, self.effort.sample)
             states = {UPDATE: reached, AVERAGE: observed.average, "before": observed.before}
-            for turn, (source, state) in enumerate(states.items()):
-                self.report(f"round {observed.server_round}, texts", turn, len(states))
-                texts = extraction.elicit(
-                    self.model,
-                    tokenizer,
-                    state,
-                    config.client(client).system_prompt,
-                    number=self.effort.texts,
-                    batch_size=config.evaluation.batch_size,
-                    max_new_tokens=config.evaluation.max_new_tokens,
-                )
+            for source, state in states.items():
+                self.report(what, done, len(states) * len(observed.reached))
+                who = (self.model, tokenizer, state, config.client(client).system_prompt)
+                texts = extraction.elicit(*who, number=self.effort.texts, **limits)
+                rows = list(extraction.measure_texts(secrets, texts))
+                for whose, records in secrets.items():
+                    answers = extraction.ask(*who, records, **limits)
+                    rows.append(extraction.measure_answers(whose, records, answers))
                 about = {"client": client, "rounds": observed.server_round, "source": source}
-                for row in extraction.measure_extraction(secrets, texts):
-                    yield {**about, **row, "n_texts": len(texts)}
+                yield from (about | row | {"n_texts": len(texts)} for row in rows)
+                done += 1
 
     def _find_batch(self, client: str, rounds: Iterable[int]) -> tokens.Batch:
         config, tokenizer = self.saved.run.config, self.loaded.tokenizer

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import typer
 
-from fedlora_app.cli import data, experiment, forgetting, training  # noqa: F401
+from fedlora_app.cli import attacking, data, experiment, forgetting, training  # noqa: F401
 
 # isort: split
 from fedlora_app.cli import (  # noqa: F401, after them in what --help lists
