@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from fedlora_app.attacks.observed import Observed
+from fedlora_app.attacks.results import AVERAGE, BEFORE, LOCAL_ALONE, UPDATE
 from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.data.canaries import ROLES, load_canaries
 from fedlora_app.evaluation.answering import Answering
@@ -17,8 +18,6 @@ from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.evaluation.scoring import score_prompts
 from fedlora_app.model.adapter_state import AdapterState
 from fedlora_app.model.adapters import AdaptedModel, only_adapters, set_state
-
-BEFORE, LOCAL_ALONE = "before", "local"
 
 
 def measure_canaries(
@@ -75,9 +74,9 @@ def _models(
     observed: Observed,
     client: str,
 ) -> dict[str, Callable[[], AbstractContextManager[AdaptedModel]]]:
-    states = {BEFORE: observed.before, "average": observed.average}
+    states = {BEFORE: observed.before, AVERAGE: observed.average}
     if client in observed.reached:
-        states["update"] = observed.reached[client]
+        states[UPDATE] = observed.reached[client]
     found = {source: partial(_global_alone, adapted, state) for source, state in states.items()}
     if LOCAL in saved.trained:
         found[LOCAL_ALONE] = partial(_local_alone, model, client)

@@ -19,6 +19,7 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedTokenizerBase
 
+from fedlora_app.attacks.results import NOTHING, OTHERS, OWN, PRIVATE, QUESTION
 from fedlora_app.config.schema import GLOBAL
 from fedlora_app.data.client_files import ClientFiles
 from fedlora_app.data.dialogue import encode_prompt
@@ -33,15 +34,6 @@ from fedlora_app.model.adapter_state import AdapterState
 from fedlora_app.model.adapters import AdaptedModel, only_adapters, set_state
 from fedlora_app.model.base import find_decoder
 from fedlora_app.model.head import find_head
-
-OWN, OTHERS, PRIVATE = "own", "others", "private"
-NOTHING, QUESTION = "nothing", "question"
-PROMPTS = {NOTHING: "an empty question", QUESTION: "the question, guessed"}
-WHOSE = {
-    OWN: "universal answers that only this client trained on",
-    OTHERS: "universal answers that only other clients trained on",
-    PRIVATE: "this client's local answers",
-}
 
 
 @torch.inference_mode()

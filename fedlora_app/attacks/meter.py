@@ -17,7 +17,18 @@ from fedlora_app.attacks.records import (
     encode_candidates,
     list_candidates,
 )
-from fedlora_app.attacks.scores import LOSS_DROP, compare_with_gradients, mean_log_probs
+from fedlora_app.attacks.results import (
+    ALL_ROUNDS,
+    ASSUMPTIONS,
+    AVERAGE,
+    BEFORE,
+    FORMAT,
+    LOSS_DROP,
+    NOT_TRIED,
+    OTHERS,
+    UPDATE,
+)
+from fedlora_app.attacks.scores import compare_with_gradients, mean_log_probs
 from fedlora_app.config.participation import training_clients
 from fedlora_app.config.rounds import plan_round
 from fedlora_app.data.canaries import load_canaries
@@ -30,30 +41,6 @@ from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.foundation.files import write_json
 from fedlora_app.model.adapter_state import AdapterState
 from fedlora_app.training.selection import select_phase, take_part
-
-FORMAT = 1
-UPDATE, AVERAGE, OTHERS = "update", "average", "others"
-SOURCES = {
-    UPDATE: "the client's own update",
-    OTHERS: "the other clients' updates, which cannot tell of it: a control",
-    AVERAGE: "the average, which every client gets to see",
-}
-ALL_ROUNDS = "all"
-ASSUMPTIONS = (
-    "The attacker is the server, honest in the protocol and curious: it has the base model, every "
-    "global adapter, every update as it came, the experiment's configuration with the system "
-    "prompts that stand in it, and candidates to be told apart. It has none of the clients' data, "
-    "which only judge its guesses here.",
-    "A chance level of 0.5 is that of a coin. The others' updates are a second one: what they "
-    "reach is due to how the candidates differ, not to what this client sent.",
-)
-NOT_TRIED = (
-    "Weights that a malicious server plants before it asks for an update.",
-    "Optimisation of dummy inputs until their gradients match (DLG and its successors), which "
-    "needs one plain gradient step and the batch's size; clients send the sum of many AdamW steps.",
-    "Attacks with shadow models that are trained on other data of the kind.",
-    "What scores, counts and hashes tell that clients report beside their updates.",
-)
 
 Report = Callable[[str, int, int], None]
 """Called with what is tried, how much of it is done, and how much there is."""
@@ -224,7 +211,7 @@ class _Attacks:
         what, done = f"round {observed.server_round}, texts", 0
         for client, reached in observed.reached.items():
             secrets = extraction.collect_secrets(client, self.saved.files, self.effort.sample)
-            states = {UPDATE: reached, AVERAGE: observed.average, "before": observed.before}
+            states = {UPDATE: reached, AVERAGE: observed.average, BEFORE: observed.before}
             for source, state in states.items():
                 self.report(what, done, len(states) * len(observed.reached))
                 who = (self.model, tokenizer, state, config.client(client).system_prompt)
@@ -288,7 +275,8 @@ def _by_source(
     others = [found for sender, found in by_sender.items() if sender not in (client, AVERAGE)]
     if others:
         yield OTHERS, mean(others)
-    yield AVERAGE, by_sender[AVERAGE]
+    if AVERAGE in by_sender:
+        yield AVERAGE, by_sender[AVERAGE]
 
 
 def _mean_scores(found: list[dict[Candidate, float]]) -> dict[Candidate, float]:

@@ -18,28 +18,21 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from fedlora_app.attacks.results import FACTS, SETS
 from fedlora_app.config.rounds import plan_round
 from fedlora_app.config.schema import Config
 from fedlora_app.data.client_files import ClientFiles
-from fedlora_app.data.questions import LOCAL_SET, UNIVERSAL
+from fedlora_app.data.questions import UNIVERSAL
 from fedlora_app.data.records import Record
 from fedlora_app.data.tokens import Example
 from fedlora_app.evaluation.membership import Candidate, collect_suspects
-from fedlora_app.evaluation.membership_pairs import LOCAL_ANSWERS, cluster
+from fedlora_app.evaluation.membership_pairs import cluster
 from fedlora_app.evaluation.statistics import (
     area_under_curve,
     clustered_area,
     proportion,
 )
 from fedlora_app.foundation.seeds import derive_seed
-
-FACTS = "facts"
-SETS = {
-    UNIVERSAL: "wording of universal records",
-    FACTS: "which universal facts it has",
-    LOCAL_SET: "wording of local records",
-    LOCAL_ANSWERS: "local answers",
-}
 
 Scores = Mapping[Candidate, float]
 

@@ -18,6 +18,7 @@ from statistics import fmean
 
 import torch
 
+from fedlora_app.attacks.results import ALIGNMENT, PROJECTION
 from fedlora_app.config.schema import GLOBAL
 from fedlora_app.data.tokens import Example
 from fedlora_app.evaluation.scoring import score_examples
@@ -25,6 +26,7 @@ from fedlora_app.model.adapter_state import AdapterState
 from fedlora_app.model.adapters import (
     AdaptedModel,
     activate,
+    learning_part,
     lora_layers,
     named_parameters,
     only_adapters,
@@ -32,12 +34,6 @@ from fedlora_app.model.adapters import (
 )
 from fedlora_app.training.losses import answer_log_likelihoods
 
-LOSS_DROP, ALIGNMENT, PROJECTION = "loss_drop", "alignment", "projection"
-ATTACKS = {
-    LOSS_DROP: "likelier answer",
-    ALIGNMENT: "gradient alignment",
-    PROJECTION: "input subspace",
-}
 SMALLEST = 1e-12
 
 Progress = Callable[[int], None]
@@ -61,6 +57,8 @@ def compare_with_gradients(
 ) -> dict[str, dict[str, list[float]]]:
     """Return every update's alignment and projection for every example, by score and sender.
 
+    An update that leaves A alone has no projection.
+
     One forward and backward pass an example, however many updates there are.
 
     Args:
@@ -72,11 +70,12 @@ def compare_with_gradients(
     model.eval()
     parameters = named_parameters(model, GLOBAL)
     moved = {
-        name: {k: update[k].to(model.device) for k in parameters if k in update}
+        name: {k: change.to(model.device) for k, change in learning_part(model, update).items()}
         for name, update in updates.items()
     }
     subspaces = {name: input_subspaces(update) for name, update in moved.items()}
-    found = {score: {name: [] for name in updates} for score in (ALIGNMENT, PROJECTION)}
+    found: dict[str, dict[str, list[float]]] = {ALIGNMENT: {name: [] for name in updates}}
+    found[PROJECTION] = {name: [] for name, bases in subspaces.items() if bases}
     try:
         for done, example in enumerate(examples, 1):
             with _measured_inputs(model, subspaces) as shares, torch.enable_grad():
@@ -86,7 +85,8 @@ def compare_with_gradients(
             for name, update in moved.items():
                 inner = sum((gradients[k] * update[k]).sum().item() for k in gradients)
                 found[ALIGNMENT][name].append(-inner / max(norm, SMALLEST))
-                found[PROJECTION][name].append(fmean(shares[name]) if shares[name] else 0.0)
+            for name, values in found[PROJECTION].items():
+                values.append(fmean(shares[name]))
             model.zero_grad(set_to_none=True)
             progress(done)
     finally:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fedlora_app.attacks.results import EFFECT, INPUT, OUTPUT
 from fedlora_app.attacks.scores import SMALLEST, input_subspaces
 from fedlora_app.config.schema import GLOBAL
 from fedlora_app.data.dialogue import encode_prompt
@@ -32,12 +33,6 @@ from fedlora_app.model.adapters import AdaptedModel, base_only, lora_layers
 from fedlora_app.model.base import decoder_layers, find_decoder
 from fedlora_app.model.head import find_head
 
-INPUT, EFFECT, OUTPUT = "input", "effect", "output"
-ATTACKS = {
-    INPUT: "input subspace, lowest layer",
-    EFFECT: "change of the lowest layer's projections",
-    OUTPUT: "writing direction, last layer",
-}
 CHUNK = 2048
 
 

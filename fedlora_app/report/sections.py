@@ -16,6 +16,7 @@ from fedlora_app.evaluation.names import (
 )
 from fedlora_app.evaluation.reported import collect_reports, find_reported_leading
 from fedlora_app.report import plots
+from fedlora_app.report.attack import show_attack
 from fedlora_app.report.gate import show_gate
 from fedlora_app.report.parts import SHAPE_ERRORS, Plotter, Section, Table
 from fedlora_app.report.questions import show_conflicts
@@ -27,8 +28,9 @@ from fedlora_app.runs.paths import RunDirectoryError
 
 def build_sections(run: PartialRun, plotter: Plotter) -> list[Section]:
     """Return all sections of one run's report."""
-    makers = (_show_answers, show_gate, _show_training, show_conflicts, _show_costs, _show_data)
-    sections = [_guard(make, run, plotter) for make in (*makers, _show_provenance)]
+    makers = (_show_answers, show_gate, show_attack, _show_training, show_conflicts)
+    makers += (_show_costs, _show_data, _show_provenance)
+    sections = [_guard(make, run, plotter) for make in makers]
     return [section for section in sections if section is not None]
 
 

@@ -1,0 +1,99 @@
+"""What ``attack.json`` holds: the names in it, and how its rows are read. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fedlora_app.data.questions import LOCAL_SET, UNIVERSAL
+from fedlora_app.evaluation.membership_pairs import LOCAL_ANSWERS
+from fedlora_app.foundation.percent import format_percent
+
+FORMAT = 1
+
+FACTS = "facts"
+SETS = {
+    UNIVERSAL: "wording of universal records",
+    FACTS: "which universal facts it has",
+    LOCAL_SET: "wording of local records",
+    LOCAL_ANSWERS: "local answers",
+}
+"""What is told apart."""
+
+LOSS_DROP, ALIGNMENT, PROJECTION = "loss_drop", "alignment", "projection"
+RECORD_ATTACKS = {
+    LOSS_DROP: "likelier answer",
+    ALIGNMENT: "gradient alignment",
+    PROJECTION: "input subspace",
+}
+INPUT, EFFECT, OUTPUT = "input", "effect", "output"
+TOKEN_ATTACKS = {
+    INPUT: "input subspace, lowest layer",
+    EFFECT: "change of the lowest layer's projections",
+    OUTPUT: "writing direction, last layer",
+}
+
+UPDATE, OTHERS, AVERAGE = "update", "others", "average"
+BEFORE, LOCAL_ALONE = "before", "local"
+SOURCES = {UPDATE: "own update", OTHERS: "others' (control)", AVERAGE: "average"}
+TEXT_SOURCES = {UPDATE: "own update", AVERAGE: "average", BEFORE: "before it"}
+ALL_ROUNDS = "all"
+
+OWN, PRIVATE = "own", "private"
+WHOSE = {OWN: "own facts", OTHERS: "others' facts", PRIVATE: "own local"}
+ABOUT_WHOSE = {
+    OWN: "universal answers that only this client trained on",
+    OTHERS: "universal answers that only other clients trained on",
+    PRIVATE: "this client's local answers",
+}
+NOTHING, QUESTION = "nothing", "question"
+ABOUT_PROMPTS = {NOTHING: "an empty question", QUESTION: "the question, guessed"}
+
+ASSUMPTIONS = (
+    "The attacker is the server, honest in the protocol and curious: it has the base model, every "
+    "global adapter, every update as it came, the experiment's configuration with the system "
+    "prompts that stand in it, and candidates to be told apart. It has none of the clients' data, "
+    "which only judge its guesses here.",
+    "A chance level of 0.5 is that of a coin. The others' updates are a second one: what they "
+    "reach is due to how the candidates differ, not to what this client sent.",
+)
+NOT_TRIED = (
+    "Weights that a malicious server plants before it asks for an update.",
+    "Optimisation of dummy inputs until their gradients match (DLG and its successors), which "
+    "needs one plain gradient step and the batch's size; clients send the sum of many AdamW steps.",
+    "Attacks with shadow models that are trained on other data of the kind.",
+    "What scores, counts and hashes tell that clients report beside their updates.",
+)
+
+Row = Mapping[str, Any]
+
+
+def group(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Return rows by what they have under these keys."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return found
+
+
+def choose_best(rows: Iterable[Row]) -> dict[str, Row]:
+    """Return by source the rows of the attack that does best with the client's own update.
+
+    Over all rounds where there are several, else of the only one. Empty where the client sent none.
+    """
+    rows = list(rows)
+    rounds = ALL_ROUNDS if any(row["rounds"] == ALL_ROUNDS for row in rows) else None
+    those = [row for row in rows if rounds in (None, row["rounds"])]
+    own = [row for row in those if row["source"] == UPDATE and row["auc"]["value"] is not None]
+    if not own:
+        return {}
+    best = max(own, key=lambda row: row["auc"]["value"])["attack"]
+    return {row["source"]: row for row in those if row["attack"] == best}
+
+
+def show_auc(row: Row | None) -> str:
+    """Return an AUC in percent with its interval, "" where there is none."""
+    if row is None:
+        return ""
+    auc = row["auc"]
+    return format_percent(auc["value"], auc["low"], auc["high"], digits=0)
