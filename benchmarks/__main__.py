@@ -175,6 +175,20 @@ def gate(
 
 
 @app.command()
+def survival(
+    model: Annotated[str, typer.Option(help="Hub id or folder.")] = DEMO_MODEL,
+    rank: Annotated[int, typer.Option(min=1)] = 8,
+    learning_rate: Annotated[float, typer.Option()] = 2e-3,
+    draws: Annotated[int, typer.Option(min=1, help="Of records.")] = 5,
+) -> None:
+    """What of a batch is left in an update, from one gradient to a hundred optimizer steps."""
+    from benchmarks.survival import describe, measure
+
+    result = measure(model, rank, learning_rate, draws, ROOT)
+    _finish(f"survival-{result['model']}", result, describe)
+
+
+@app.command()
 def long(
     rounds: Annotated[int, typer.Option(min=40)] = 200,
     every: Annotated[int, typer.Option(min=1, help="Rounds from one sample to the next.")] = 10,
