@@ -56,6 +56,11 @@ def sampling_rate(num_examples: int, training: TrainingConfig) -> float:
     return min(1.0, examples_per_step(training) / num_examples)
 
 
+def hides_records(phase: Phase, privacy: PrivacyConfig) -> bool:
+    """Return whether a phase is to hide single records: where the global adapter learns."""
+    return privacy.unit == "record" and GLOBAL in phase.trainable
+
+
 def protect_records(
     phase: Phase,
     privacy: PrivacyConfig,
@@ -70,7 +75,7 @@ def protect_records(
     Raises:
         ConfigError: the settings lack what it takes, or exclude it.
     """
-    if privacy.unit != "record" or GLOBAL not in phase.trainable:
+    if not hides_records(phase, privacy):
         return None
     faults = []
     if privacy.clip_norm is None:

@@ -361,6 +361,26 @@ def test_how_a_step_is_computed_changes_no_draw_and_no_noise(model, changes, mon
         torch.testing.assert_close(tensor, plain[key], rtol=1e-3, atol=5e-5)
 
 
+def test_states_of_lower_layers_are_kept_as_elsewhere():
+    config = AdaptersConfig.model_validate({"global": {"first_layer": 1}})
+    model = fill(attach_adapters(build_tiny_model(256), config))
+    start, examples = get_state(model, GLOBAL), build_examples([6, 9, 12, 4, 30, 7])
+    layer = model.get_base_model().model.layers[0]
+    results, runs = [], []
+    for keeps_states in (False, True):
+        calls = []
+        hook = layer.mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        privacy, settings = RecordPrivacy(0.5, 0.5, KEY), {"num_steps": 12}
+        results.append(
+            trained(model, start, examples, privacy, keeps_states=keeps_states, **settings)
+        )
+        hook.remove()
+        runs.append(len(calls))
+    assert runs[1] < runs[0]
+    for key, tensor in results[0].items():
+        torch.testing.assert_close(results[1][key], tensor, rtol=1e-3, atol=5e-5)
+
+
 def test_the_pull_towards_the_received_adapter_has_no_noise_and_no_bound(model):
     start, examples = get_state(model, GLOBAL), build_examples([6] * 8)
     privacy = RecordPrivacy(1e-9, 0.0, KEY)  # which leaves nothing else
