@@ -66,6 +66,7 @@ from fedlora_app.runs.client_folder import ClientFolder
 from fedlora_app.runs.paths import RunPaths
 from fedlora_app.training.decay import choose_decays
 from fedlora_app.training.phase import PhaseResult, train_phase
+from fedlora_app.training.record_privacy import protect_records
 from fedlora_app.training.selection import Selection, select_phase, take_part
 from fedlora_app.training.within_memory import settle_checkpointing, train_within_memory
 
@@ -342,7 +343,12 @@ class Client:
         self, loaded: LoadedModel, model: AdaptedModel, phase: Phase, server_round: int
     ) -> PhaseResult:
         selected = self._select(loaded.tokenizer, phase, server_round)
-        examples = take_part(selected, self.config, self.client_id, phase, server_round)
+        given, examples = self.config.privacy, selected.examples
+        privacy = protect_records(
+            phase, given, given.noise_multiplier, self.folder.read_or_make_secret_key
+        )
+        if privacy is None:  # else every step draws of all of them
+            examples = take_part(selected, self.config, self.client_id, phase, server_round)
         kind = (self.run_dir, phase.name)
         training = loaded.smaller_batches.get(kind) or settle_checkpointing(
             self.config, model, phase, selected.examples
@@ -373,6 +379,7 @@ class Client:
                 ),
                 progress=note_step,
                 factors=phase.factors,
+                privacy=privacy,
             )
 
         with scaled_adapters(model, dict(zip(BOTH, phase.weights, strict=True))):

@@ -70,6 +70,7 @@ from fedlora_app.model.device import (
 from fedlora_app.runs.client_folder import LostGlobalError
 from fedlora_app.runs.paths import RunDirectoryError, check_run_name
 from fedlora_app.training.attention import PackingError
+from fedlora_app.training.clipping import ClippingError
 from fedlora_app.training.phase import TrainingError
 
 if "flwr.simulation.app" in sys.modules:
@@ -85,6 +86,7 @@ PACKAGE_SHA256 = hash_package()  # of the code that this process runs, even if t
 EXPLAINED_ERRORS = (
     AdapterError,
     CardError,
+    ClippingError,
     ConfigError,
     DataError,
     EvaluationError,

@@ -281,8 +281,9 @@ def evaluate_questions(
 
 
 def phase_metrics(phase: Phase, result: PhaseResult) -> Metrics:
-    """Return a training phase's figures under ``train_<adapters>/<metric>``."""
-    return _prefixed(f"train_{phase.name}", vars(result))
+    """Return a training phase's figures under ``train_<adapters>/<metric>``, but those withheld."""
+    told = {name: value for name, value in vars(result).items() if value is not None}
+    return _prefixed(f"train_{phase.name}", told)
 
 
 def _summarise(asked: Sequence[tuple[Question, Score]], gold: GoldReader) -> Metrics:

@@ -90,6 +90,10 @@ class RunPaths:
         """Return the folder of the global adapter that a client keeps for its next message."""
         return self.client(client) / "received"
 
+    def secret_key(self, client: str) -> Path:
+        """Return the file of the key that a client's noise and samples derive from."""
+        return self.client(client) / "secret.key"
+
     def gate(self, client: str) -> Path:
         """Return the folder of the gate before a client's local adapter."""
         return self.combiner(client, "gate")

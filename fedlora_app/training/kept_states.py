@@ -113,8 +113,7 @@ def _fits(base: PreTrainedModel, examples: Sequence[Example]) -> bool:
 def _is_exact(base: PreTrainedModel, first_layer: int, lay_out: Layout) -> bool:
     """Return whether a model computes the same from kept states, tried out once per model."""
     modules = [module for layer in decoder_layers(base)[:first_layer] for module in layer.modules()]
-    dropouts = [m.p if isinstance(m, torch.nn.Dropout) else _dropout(m) for m in modules]
-    if any(dropout > 0 for dropout in dropouts):
+    if any(dropout_of(module) > 0 for module in modules):
         return False
     verdicts = _verdicts.setdefault(base, {})
     if first_layer not in verdicts:
@@ -122,7 +121,10 @@ def _is_exact(base: PreTrainedModel, first_layer: int, lay_out: Layout) -> bool:
     return verdicts[first_layer]
 
 
-def _dropout(module: torch.nn.Module) -> float:
+def dropout_of(module: torch.nn.Module) -> float:
+    """Return the share of values that a module itself drops in training."""
+    if isinstance(module, torch.nn.Dropout):
+        return module.p
     return getattr(module, "attention_dropout", None) or 0.0  # which attention draws by itself
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -40,6 +41,16 @@ class Batch:
     counts: list[int]
     lengths: list[int]
     is_packed: bool
+
+    @property
+    def spans(self) -> list[slice]:
+        """Each example's rows among all of them (rows * width), padding included."""
+        if self.is_packed:
+            ends = list(accumulate(self.lengths))
+        else:
+            width = self.inputs["input_ids"].shape[1]
+            ends = [width * (row + 1) for row in range(len(self.lengths))]
+        return [slice(start, end) for start, end in pairwise([0, *ends])]
 
     def split(self, states: torch.Tensor) -> list[torch.Tensor]:
         """Return each example's own (T, D) of hidden states (rows * width, D)."""

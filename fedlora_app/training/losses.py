@@ -19,16 +19,31 @@ from fedlora_app.data.tokens import Example
 from fedlora_app.model.adapters import AdaptedModel, scaled_local
 from fedlora_app.model.head import Head, find_head
 from fedlora_app.training.kept_states import KeptStates
-from fedlora_app.training.layout import Layout, compute_hidden_states, pad
+from fedlora_app.training.layout import Batch, Layout, compute_hidden_states, pad
 
 LOGIT_ROWS = 256  # 156 MB in fp32 with a vocabulary of 152,064
 
 
 def answer_log_likelihoods(model: AdaptedModel, examples: Sequence[Example]) -> list[torch.Tensor]:
     """Return each example's log-likelihoods, one per answer token, fp32."""
-    hidden, targets, counts = _answer_states(model, examples, pad)
-    losses = token_losses(find_head(model.get_base_model()), hidden, targets)
-    return list((-losses).split(counts))
+    hidden, batch = _answer_states(model, examples, pad)
+    losses = token_losses(find_head(model.get_base_model()), hidden, batch.targets)
+    return list((-losses).split(batch.counts))
+
+
+def compute_example_losses(
+    model: AdaptedModel,
+    examples: Sequence[Example],
+    lay_out: Layout,
+    kept: KeptStates | None = None,
+) -> tuple[torch.Tensor, list[slice]]:
+    """Return each example's mean loss over its own answer (E,), and its rows among all tokens'.
+
+    No example's loss depends on which others lie beside it. Arguments as for ``compute_losses``.
+    """
+    hidden, batch = _answer_states(model, examples, lay_out, kept)
+    losses = token_losses(find_head(model.get_base_model()), hidden, batch.targets)
+    return torch.stack([part.mean() for part in losses.split(batch.counts)]), batch.spans
 
 
 def compute_losses(
@@ -49,7 +64,8 @@ def compute_losses(
         kept: fills itself with the examples' states and gives those that it has.
     """
     head = find_head(model.get_base_model())
-    hidden, targets, counts = _answer_states(model, examples, lay_out, kept)
+    hidden, batch = _answer_states(model, examples, lay_out, kept)
+    targets, counts = batch.targets, batch.counts
     learnt = _find_tokens(counts, [not example.is_public for example in examples])
     if len(learnt) == len(hidden):
         losses = token_losses(head, hidden, targets)
@@ -61,7 +77,7 @@ def compute_losses(
         return losses, None
     with torch.no_grad(), scaled_local(model, 0.0):
         # The local adapter's layers are those that learn, so that kept states are global alone's.
-        reference, _, _ = _answer_states(model, others, lay_out, kept)
+        reference, _ = _answer_states(model, others, lay_out, kept)
     places = _find_tokens(counts, [not example.is_own for example in examples])
     return losses, _token_divergences(head, hidden[places.to(hidden.device)], reference)
 
@@ -141,11 +157,11 @@ def _answer_states(
     examples: Sequence[Example],
     lay_out: Layout,
     kept: KeptStates | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Return the hidden states that predict answer tokens (N, D), those (N,), and their counts."""
+) -> tuple[torch.Tensor, Batch]:
+    """Return the hidden states that predict answer tokens (N, D), and how all examples lie."""
     batch = lay_out(examples, model.device)
     if kept is None:
         hidden = compute_hidden_states(model.get_base_model(), batch)
     else:
         hidden = kept.compute_hidden_states(batch, examples)
-    return hidden.index_select(0, batch.predicting), batch.targets, batch.counts
+    return hidden.index_select(0, batch.predicting), batch

@@ -41,6 +41,7 @@ from fedlora_app.training.losses import compute_losses
 from fedlora_app.training.optimizer import fresh_optimizer
 from fedlora_app.training.packing import packed_attention, using_attention
 from fedlora_app.training.proximal import ProximalTerm
+from fedlora_app.training.record_privacy import RecordPrivacy, private_gradients, record_settings
 from fedlora_app.training.schedule import schedule_factor
 
 Progress = Callable[[int, int, float], None]  # step, number of steps, loss
@@ -52,20 +53,23 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """What one phase did. Losses are means over answer tokens, in nats."""
+    """What one phase did. Losses are means over answer tokens, in nats.
+
+    What is None is withheld: it tells of the records of a phase that is to hide each of them.
+    """
 
     num_steps: int
     num_examples: int
-    num_answer_tokens: int
-    train_loss: float
-    final_train_loss: float
+    num_answer_tokens: int | None
+    train_loss: float | None
+    final_train_loss: float | None
     penalty: float
     """What protects the global adapter's knowledge, or holds it near what was received, with its
     weights; a mean over steps, not part of the losses."""
     seconds: float
     peak_memory_bytes: int
     """As ``model.device`` defines it: of this phase on a GPU, of the process on a CPU."""
-    num_tokens: int
+    num_tokens: int | None
     """Of whole examples, those that are not learnt included."""
     gradient_checkpointing: int
     """1 where activations were computed twice to save memory."""
@@ -87,6 +91,7 @@ def train_phase(
     progress: Progress | None = None,
     keeps_states: bool = True,
     factors: Sequence[str] = FACTORS,
+    privacy: RecordPrivacy | None = None,
 ) -> PhaseResult:
     """Train the adapters ``trainable`` for ``num_steps`` optimizer steps.
 
@@ -96,10 +101,16 @@ def train_phase(
         seed: decides the order of examples and the dropout.
         keeps_states: of the layers below those that learn, wherever that pays and is exact.
         factors: of the global adapter that learn, where it is trainable.
+        privacy: hides single examples in what the global adapter learns, which must be alone;
+            steps then draw their examples by chance. None: nothing is hidden.
 
     Raises:
         TrainingError: the loss is not finite.
+        ClippingError: single examples cannot be hidden.
     """
+    if privacy is not None:
+        assert tuple(active) == tuple(trainable) == (GLOBAL,), "others' noise is not provided for"
+        training = record_settings(training)
     activate(model, active, trainable, factors)
     reset_peak_memory(model.device)
     checkpointing = training.gradient_checkpointing is True
@@ -122,13 +133,23 @@ def train_phase(
             kept = stack.enter_context(
                 keeping_states(model, examples, training, trainable, num_steps)
             )
+        private = None
+        batches = step_batches(examples, training, seed)
+        if privacy is not None:
+            about = seed, num_steps, run_span, weight_decays, tuple(factors)
+            private = stack.enter_context(
+                private_gradients(model, examples, training, privacy, *about)
+            )
+            batches = private.draw_batches()
         torch.manual_seed(seed)
-        batches = islice(step_batches(examples, training, seed), num_steps)
-        for step, batch in enumerate(batches):
+        for step, batch in enumerate(islice(batches, num_steps)):
             position = run_span[0] + (run_span[1] - run_span[0]) * step / num_steps
             for group in optimizer.param_groups:
                 group["lr"] = training.learning_rate * schedule_factor(position, training)
-            loss, penalty = _accumulate_gradients(model, batch, training, penalised, kept)
+            if private is None:
+                loss, penalty = _accumulate_gradients(model, batch, training, penalised, kept)
+            else:
+                loss, penalty = private.accumulate(step, batch, kept), 0.0
             if proximal is not None:
                 penalty += proximal.add_gradient()
             if not math.isfinite(loss + penalty):
@@ -140,13 +161,14 @@ def train_phase(
             total.add(batch, loss, penalty)
             if progress is not None:
                 progress(step + 1, num_steps, total.losses[-1] if total.losses else loss)
+    is_open = privacy is None
     return PhaseResult(
         num_steps=num_steps,
         num_examples=len(examples),
-        num_tokens=total.num_tokens,
-        num_answer_tokens=total.num_answer_tokens,
-        train_loss=sum(total.losses) / len(total.losses),
-        final_train_loss=total.losses[-1],
+        num_tokens=total.num_tokens if is_open else None,
+        num_answer_tokens=total.num_answer_tokens if is_open else None,
+        train_loss=sum(total.losses) / len(total.losses) if is_open else None,
+        final_train_loss=total.losses[-1] if is_open else None,
         penalty=sum(total.penalties) / len(total.penalties),
         seconds=time.monotonic() - started,
         peak_memory_bytes=read_peak_memory(model.device),

@@ -23,6 +23,7 @@ from fedlora_app.training.batches import examples_per_step, largest_micro_batch
 from fedlora_app.training.phase import PhaseResult, TrainingError
 from fedlora_app.training.phase_memory import predict_step_bytes
 from fedlora_app.training.proximal import without_idle_term
+from fedlora_app.training.record_privacy import hides_records, record_settings
 
 USABLE_SHARE = 0.9  # of the free memory; the rest is lost to fragmentation
 
@@ -124,6 +125,8 @@ def settle_checkpointing(
     memory that is free now, or where that cannot be told and the model is on a GPU.
     """
     training = without_idle_term(config)
+    if hides_records(phase, config.privacy):
+        training = record_settings(training)
     if training.gradient_checkpointing != "auto":
         return training
     num_tokens = largest_micro_batch((len(example.input_ids) for example in examples), training)
