@@ -25,12 +25,12 @@ def gaussian(key: bytes, *parts: str | int, shape: tuple[int, ...]) -> torch.Ten
     """Return standard normal numbers (shape), fp64 on the CPU.
 
     The quantile function of a uniform number of 64 bits: one is the sign, and the others reach
-    down to 2**-65, hence out to 9.1 standard deviations. What lies beyond has a chance of 1e-19.
+    down to 2**-65, hence out to 9.2 standard deviations. What lies beyond has a chance of 5e-20.
 
     Args:
         parts: what they are for, such as round, step and a tensor's name; others, other numbers.
     """
-    bits = _draw_bits(key, parts, math.prod(shape))
+    bits = _draw_bits(key, ("gaussian", *parts), math.prod(shape))
     below = ((bits >> np.uint64(1)).astype(np.float64) + 0.5) * 2.0**-64  # in (0, 0.5]
     numbers = np.where(bits & np.uint64(1), ndtri(below), -ndtri(below))
     return torch.from_numpy(numbers).reshape(shape)
@@ -40,10 +40,9 @@ def uniform(key: bytes, *parts: str | int, n: int) -> torch.Tensor:
     """Return ``n`` uniform numbers in [0, 1), multiples of 2**-53, fp64 on the CPU.
 
     Args:
-        parts: as for ``gaussian``, from whose numbers these do not differ in anything but form:
-            what they are for must be said too.
+        parts: as for ``gaussian``; the numbers of the two are independent of each other.
     """
-    bits = _draw_bits(key, parts, n)
+    bits = _draw_bits(key, ("uniform", *parts), n)
     return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
