@@ -217,7 +217,7 @@ def build_tiny_config(clients: tuple[str, ...] = ("ann", "bob"), **changes) -> C
         "evaluation": {"batch_size": 64, "max_new_tokens": 3, "interval": 2},
     }
     for section, values in changes.items():
-        raw[section] |= values
+        raw[section] = raw.get(section, {}) | values
     return parse_config(raw)
 
 
