@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.client_checks import check_client, list_owners
+from fedlora_app.config.privacy import protects_at
 from fedlora_app.config.rounds import BOTH, Phase, plan_round
 from fedlora_app.config.schema import (
     FEEDBACK,
@@ -26,6 +27,7 @@ from fedlora_app.config.schema import (
     OWN_GLOBAL,
     ClientConfig,
     Config,
+    ConfigError,
     TrainingConfig,
 )
 from fedlora_app.config.sharing import PERSONAL, STAY, of_factors, travelling_factors
@@ -41,6 +43,7 @@ from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.client_round import ClientEvaluation, Metrics, phase_metrics
 from fedlora_app.evaluation.gold import count_gold_answers
 from fedlora_app.federation.messages import Kept
+from fedlora_app.federation.privacy import compute_norm, protect_update
 from fedlora_app.foundation.progress import step_lines
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model import base as model_module
@@ -192,10 +195,13 @@ class Client:
             global_state: the adapter that the server sent.
 
         Returns:
-            The update (new minus received, fp32) of what travels of the global adapter; the
-            metrics, of which ``num-examples`` counts this phase's examples only; and as facts the
-            hashes of the data, and of the adapters that were kept.
+            The update (new minus received, fp32) of what travels of the global adapter, clipped
+            and with noise where the client is to protect it; the metrics, of which
+            ``num-examples`` counts this phase's examples only; and as facts the hashes of the data,
+            and of the adapters that were kept.
         """
+        if self.config.privacy.unit == "record":  # until its steps are private, none is taken
+            raise ConfigError("privacy.unit: record is not built yet. Use client, or none.")
         phase = plan_round(self.config, server_round).train
         assert phase is not None, "this mode has nothing to train before the average"
         loaded, model = self._prepare(global_state, kept)
@@ -213,8 +219,11 @@ class Client:
         )
         before = learning_part(model, start)
         update = {key: sent[key] - before[key] for key in sent}
-        norm = torch.stack([delta.double().norm() for delta in update.values()]).norm().item()
-        metrics = phase_metrics(phase, result) | {"update_norm": norm}
+        if protects_at(self.config.privacy, "client"):
+            update = protect_update(
+                update, self.config, server_round, self.folder.read_or_make_secret_key
+            )
+        metrics = phase_metrics(phase, result) | {"update_norm": compute_norm(update)}
         return update, {"num-examples": result.num_examples, **metrics}, facts
 
     def personalise(

@@ -18,6 +18,7 @@ from fedlora_app.evaluation.reported import collect_reports, find_reported_leadi
 from fedlora_app.report import plots
 from fedlora_app.report.gate import show_gate
 from fedlora_app.report.parts import SHAPE_ERRORS, Plotter, Section, Table
+from fedlora_app.report.privacy import show_privacy
 from fedlora_app.report.questions import show_conflicts
 from fedlora_app.runs.history import load_history
 from fedlora_app.runs.manifest import FORGOTTEN
@@ -27,8 +28,9 @@ from fedlora_app.runs.paths import RunDirectoryError
 
 def build_sections(run: PartialRun, plotter: Plotter) -> list[Section]:
     """Return all sections of one run's report."""
-    makers = (_show_answers, show_gate, _show_training, show_conflicts, _show_costs, _show_data)
-    sections = [_guard(make, run, plotter) for make in (*makers, _show_provenance)]
+    makers = (_show_answers, show_gate, _show_training, show_privacy, show_conflicts, _show_costs)
+    makers = (*makers, _show_data, _show_provenance)
+    sections = [_guard(make, run, plotter) for make in makers]
     return [section for section in sections if section is not None]
 
 

@@ -20,6 +20,7 @@ from fedlora_app.model.adapter_state import AdapterError, AdapterState
 from fedlora_app.model.adapters import AdaptedModel, get_state
 from fedlora_app.runs.feedback import FeedbackFolder
 from fedlora_app.runs.paths import RunPaths, list_rounds, require_within
+from fedlora_app.runs.secret_key import read_or_make_key
 
 
 class LostGlobalError(AdapterError):
@@ -52,6 +53,14 @@ class ClientFolder:
     def feedback(self) -> FeedbackFolder:
         """What the rounding of this client's updates has left to send."""
         return FeedbackFolder(self.paths, self.client_id)
+
+    def read_or_make_secret_key(self) -> bytes:
+        """Return the secret that this client's own noise is drawn from, made where there is none.
+
+        Raises:
+            RunDirectoryError: its file is damaged.
+        """
+        return read_or_make_key(self.paths.secret_key(self.client_id), self.paths.folder)
 
     def require_own(self) -> None:
         """Raise ``RunDirectoryError`` where links lead from what is kept here out of the run.
