@@ -95,3 +95,16 @@ def test_older_configurations_have_no_privacy():
     raw = build_tiny_config(CLIENTS).dump()
     del raw["privacy"]
     assert Config.model_validate(raw).privacy.unit == "none"
+
+
+def test_flower_still_has_secure_aggregation_for_its_legacy_api_alone():
+    """Where this fails, what the refusal says is no longer so."""
+    from flwr import clientapp, serverapp
+    from flwr.app import Context, RecordDict
+    from flwr.server.workflow import SecAggPlusWorkflow
+
+    workflow = SecAggPlusWorkflow(num_shares=3, reconstruction_threshold=2)
+    with pytest.raises(TypeError, match="Expect a LegacyContext, but get Context"):
+        workflow(None, Context(1, 1, {}, RecordDict(), {}))
+    for package in (clientapp.mod, serverapp.strategy):
+        assert not [name for name in dir(package) if "secagg" in name.lower()]
