@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.client_checks import check_client, list_owners
+from fedlora_app.config.privacy import protects_at
 from fedlora_app.config.rounds import BOTH, Phase, plan_round
 from fedlora_app.config.schema import (
     FEEDBACK,
@@ -40,7 +41,9 @@ from fedlora_app.data.dialogue import pin_date
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.client_round import ClientEvaluation, Metrics, phase_metrics
 from fedlora_app.evaluation.gold import count_gold_answers
+from fedlora_app.federation.accountant import noise_multiplier_for
 from fedlora_app.federation.messages import Kept
+from fedlora_app.federation.privacy import compute_norm, protect_update
 from fedlora_app.foundation.progress import step_lines
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model import base as model_module
@@ -66,7 +69,7 @@ from fedlora_app.runs.client_folder import ClientFolder
 from fedlora_app.runs.paths import RunPaths
 from fedlora_app.training.decay import choose_decays
 from fedlora_app.training.phase import PhaseResult, train_phase
-from fedlora_app.training.record_privacy import protect_records
+from fedlora_app.training.record_privacy import hides_records, protect_records
 from fedlora_app.training.selection import Selection, select_phase, take_part
 from fedlora_app.training.within_memory import settle_checkpointing, train_within_memory
 
@@ -193,9 +196,10 @@ class Client:
             global_state: the adapter that the server sent.
 
         Returns:
-            The update (new minus received, fp32) of what travels of the global adapter; the
-            metrics, of which ``num-examples`` counts this phase's examples only; and as facts the
-            hashes of the data, and of the adapters that were kept.
+            The update (new minus received, fp32) of what travels of the global adapter, clipped
+            and with noise where the client is to protect it; the metrics, of which
+            ``num-examples`` counts this phase's examples only; and as facts the hashes of the data,
+            and of the adapters that were kept.
         """
         phase = plan_round(self.config, server_round).train
         assert phase is not None, "this mode has nothing to train before the average"
@@ -214,8 +218,11 @@ class Client:
         )
         before = learning_part(model, start)
         update = {key: sent[key] - before[key] for key in sent}
-        norm = torch.stack([delta.double().norm() for delta in update.values()]).norm().item()
-        metrics = phase_metrics(phase, result) | {"update_norm": norm}
+        if protects_at(self.config.privacy, "client"):
+            update = protect_update(
+                update, self.config, server_round, self.folder.read_or_make_secret_key
+            )
+        metrics = phase_metrics(phase, result) | {"update_norm": compute_norm(update)}
         return update, {"num-examples": result.num_examples, **metrics}, facts
 
     def personalise(
@@ -343,10 +350,13 @@ class Client:
         self, loaded: LoadedModel, model: AdaptedModel, phase: Phase, server_round: int
     ) -> PhaseResult:
         selected = self._select(loaded.tokenizer, phase, server_round)
-        given, examples = self.config.privacy, selected.examples
-        privacy = protect_records(
-            phase, given, given.noise_multiplier, self.folder.read_or_make_secret_key
-        )
+        examples, given = selected.examples, self.config.privacy
+        privacy = None
+        if hides_records(phase, given):
+            counts = (selected.num_universal, selected.num_local)
+            noise = noise_multiplier_for(self.config, self.client_id, counts)
+            key = self.folder.read_or_make_secret_key()
+            privacy = protect_records(phase, given, noise, key)
         if privacy is None:  # else every step draws of all of them
             examples = take_part(selected, self.config, self.client_id, phase, server_round)
         kind = (self.run_dir, phase.name)

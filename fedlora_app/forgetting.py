@@ -25,11 +25,13 @@ import torch
 from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import AVERAGING_MODES, GLOBAL, LOCAL, Config
 from fedlora_app.config.sharing import PERSONAL
+from fedlora_app.federation.accountant import noise_multiplier_for
 from fedlora_app.federation.aggregation import Aggregation
 from fedlora_app.federation.messages import MessageError
+from fedlora_app.federation.privacy import Release
 from fedlora_app.federation.product_errors import ProductErrors
 from fedlora_app.foundation.errors import UserError
-from fedlora_app.foundation.files import new_folder, write_json
+from fedlora_app.foundation.files import make_private_dir, new_folder, write_json
 from fedlora_app.foundation.quiet import quiet_flower
 from fedlora_app.model.adapter_files import load_adapter, save_adapter, save_tensors
 from fedlora_app.model.adapter_state import AdapterState
@@ -39,6 +41,8 @@ from fedlora_app.runs.history import read_history
 from fedlora_app.runs.manifest import FORGOTTEN, MEMORY, UPLOAD, WEIGHTS
 from fedlora_app.runs.paths import MAX_NAME_LENGTH, MEMORY_FILE
 from fedlora_app.runs.reading import SavedRun
+from fedlora_app.runs.secret_key import open_server_key
+from fedlora_app.runs.spending import Spending
 from fedlora_app.runs.uploads import load_upload
 
 APPROXIMATION = (
@@ -64,6 +68,8 @@ class Replayed:
     metrics: dict[str, float]
     errors: ProductErrors | None
     """The relative aggregation error by module, as far as it is known."""
+    release: Release | None = None
+    """What of the clients' privacy it spends."""
     stands_still: bool = False
     """There was no update."""
 
@@ -82,7 +88,8 @@ def replay(
         AdapterError: an update or the first adapter is missing or damaged.
         ForgettingError: a round does not say which updates counted, or one cannot be used.
     """
-    aggregation = Aggregation(config, state_shapes(model, GLOBAL))
+    key = open_server_key(config, run.paths)
+    aggregation = Aggregation(config, state_shapes(model, GLOBAL), key)
     entries = {entry["round"]: entry for entry in run.manifest["rounds"]}
     state = _load_global(run, 0, model)
     yield Replayed(0, state, {}, {}, None)
@@ -103,7 +110,8 @@ def replay(
         with quiet_flower():  # whose strategies optimise at the server
             state = aggregation.result()
         metrics, errors = dict(aggregation.metrics), aggregation.errors
-        yield Replayed(server_round, state, aggregation.memory, metrics, errors)
+        release = aggregation.release
+        yield Replayed(server_round, state, aggregation.memory, metrics, errors, release)
 
 
 def _require_uploads(run: SavedRun, entry: dict[str, Any], server_round: int) -> dict[str, str]:
@@ -180,6 +188,9 @@ def configure_without(run: SavedRun, client: str) -> Config:
     required = raw["federated"]["min_clients"]
     raw["federated"]["clients"] = others
     raw["federated"]["min_clients"] = required and min(required, len(others))
+    if raw["privacy"]["unit"] == "client":  # its noise is what it was, whoever is left
+        multiplier = noise_multiplier_for(run.config)
+        raw["privacy"] |= {"epsilon": None, "noise_multiplier": multiplier}
     raw["data"]["conflict_clients"] = [*run.config.data.conflict_clients, client]
     return parse_config(raw, source=f"Without {client} the configuration of {path}")
 
@@ -306,9 +317,12 @@ class Forgetting:
     def _write_rounds(self, new: RunDirectory, report: Report) -> list[int]:
         """Write all rounds and the history; return the rounds in which nobody else trained."""
         history, still = list(self._kept_history()), []
+        spending = self._copy_secrets(new)
         for replayed in replay(self.run, self.config, self.model, self.client):
             number = replayed.server_round
             new.manifest["rounds"].append(self._write_round(new, replayed))
+            if replayed.release is not None:
+                spending.note(replayed.release)
             if replayed.stands_still:
                 still.append(number)
             elif number > 0:
@@ -343,6 +357,14 @@ class Forgetting:
         }
         kept = {name: value for name, value in facts.items() if value}
         return {"round": number, "adapters": adapters, **kept}
+
+    def _copy_secrets(self, new: RunDirectory) -> Spending:
+        """Copy the secret of the server's noise, and what it has told: that is not taken back."""
+        make_private_dir(new.paths.server)
+        for name in ("server_key", "releases"):
+            if (source := getattr(self.run.paths, name)).exists():
+                shutil.copy2(source, getattr(new.paths, name))
+        return Spending(self.config, new.paths)
 
     def _copy_others(self, new: RunDirectory) -> None:
         """Copy what the other clients have of their own, as far as it is on this machine."""

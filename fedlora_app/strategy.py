@@ -63,6 +63,8 @@ from fedlora_app.runs.resuming import (
     suggest_earlier,
 )
 from fedlora_app.runs.round_record import RoundRecord
+from fedlora_app.runs.secret_key import open_server_key
+from fedlora_app.runs.spending import Spending
 from fedlora_app.runs.uploads import KeptUploads
 
 NOT_COME = "it was not there when the run began, and has not come yet"
@@ -100,10 +102,11 @@ class GlobalAdapterFedAvg(FedAvg):
         self._task = task
         self._model = model
         shapes = state_shapes(model, GLOBAL)
-        self._aggregation = Aggregation(config, shapes)
+        self._aggregation = Aggregation(config, shapes, open_server_key(config, run.paths))
         self._broadcast = Broadcast(config, self.roster, task, shapes, self._aggregation)
         self._run = run
         self._uploads = KeptUploads(run.paths)
+        self._spending = Spending(config, run.paths)
         self._report = report
         self._base_models: dict[str, str] = {}
         self._rounds_before = 0  # that an earlier process has completed
@@ -304,6 +307,8 @@ class GlobalAdapterFedAvg(FedAvg):
             self._round.add_metrics(reply.client_id, phase.name, reply.metrics)
             self._round.adapters |= self._broadcast.note_kept(reply, server_round, has_ended=False)
         state = self._aggregation.result()
+        if (release := self._aggregation.release) is not None:
+            self._spending.note(release)
         if (errors := self._aggregation.errors) is not None:
             self._round.log("aggregation", relative_error=errors.by_module)
         return state
@@ -374,6 +379,7 @@ class GlobalAdapterFedAvg(FedAvg):
 
     def _complete_round(self, server_round: int, reports: dict[str, dict[str, Any]]) -> None:
         """Enter the round with what the server itself has measured, and report it."""
+        self._spending.enter(self._round, self._run.manifest["clients"])
         traffic, metrics = self.roster.traffic.by_client, self._aggregation.metrics
         seconds = self._round.complete(traffic, metrics)
         if self.config.federated.keep_rounds is not None:

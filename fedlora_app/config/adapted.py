@@ -35,6 +35,7 @@ def load_adapted_config(path: Path, kept: Config) -> tuple[Config, list[str]]:
     base = kept.dump()
     base["model"].pop("trust_remote_code")
     base["experiment"].pop("track")
+    base.pop("privacy")  # of what is sent to a server
     base["federated"] = {name: base["federated"][name] for name in ("num_rounds", "keep_rounds")}
     # The records of the run's conflict file may be used as they are, with the new clients' answers.
     base["data"]["conflict_clients"] = kept.conflict_ids

@@ -15,10 +15,10 @@ from fedlora_app.config.schema import (
     AdapterConfig,
     FederatedConfig,
 )
-from fedlora_app.config.sharing import PERSONAL, WITH_FROZEN_PART, WITH_MIXED_RANKS
+from fedlora_app.config.sharing import PERSONAL, PLAIN_MEANS, WITH_FROZEN_PART, WITH_MIXED_RANKS
 
 ROBUST = ("median", "trimmed-mean")
-MEANS = ("fedavg", "freeze-a", "alternate", "share-a", "share-b", *ROBUST)
+MEANS = (*PLAIN_MEANS, *ROBUST)
 """Rules of which a server optimizer can take the result for a mean update."""
 LEAST_ROBUST = 3
 

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from fedlora_app.config.combinations import fill_frozen_rank, find_faults
 from fedlora_app.config.faults import describe_faults, list_faults, shorten, show
 from fedlora_app.config.final_round import find_final_faults
+from fedlora_app.config.privacy import find_privacy_faults
 from fedlora_app.config.private import find_private_faults, is_bare
 from fedlora_app.config.schema import (
     GLOBAL,
@@ -78,7 +79,7 @@ def parse_config(
     except ValidationError as error:
         found, num_more = describe_faults(error, Config)
         faults += found
-    faults += [*_cross_faults(raw), *find_faults(raw)]
+    faults += [*_cross_faults(raw), *find_faults(raw), *find_privacy_faults(raw)]
     if config is None or faults:
         raise ConfigError(list_faults(source, faults, num_more))
     return config

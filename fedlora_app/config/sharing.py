@@ -12,6 +12,8 @@ from fedlora_app.config.schema import Aggregation, Config
 
 FACTORS = ("A", "B")
 EXACT_IN_B, EXACT_IN_A = ("B",), ("A",)
+PLAIN_MEANS: tuple[Aggregation, ...] = ("fedavg", "freeze-a", "alternate", "share-a", "share-b")
+"""Rules that take the mean of the updates as they come, and nothing else."""
 STAY: dict[Aggregation, tuple[str, ...]] = {"share-a": ("B",), "share-b": ("A",)}
 """Factors that each client trains and keeps for itself."""
 WITH_FROZEN_PART: tuple[Aggregation, ...] = ("residual", "stack")

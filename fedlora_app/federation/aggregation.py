@@ -10,6 +10,7 @@ from fedlora_app.config.schema import Config
 from fedlora_app.config.sharing import FACTORS, of_factors, travelling_factors
 from fedlora_app.federation.aggregation_error import AggregationErrorObserver, ProductSketch
 from fedlora_app.federation.messages import MessageError
+from fedlora_app.federation.privacy import Release, build_protection
 from fedlora_app.federation.product_errors import ProductErrors
 from fedlora_app.federation.replies import Reply, require_update
 from fedlora_app.federation.rules import build_rule
@@ -33,13 +34,17 @@ class Aggregation:
 
     Args:
         shapes: of the global adapter's tensors.
+        key: the server's secret one, where it adds noise.
     """
 
-    def __init__(self, config: Config, shapes: dict[str, torch.Size]) -> None:
+    def __init__(
+        self, config: Config, shapes: dict[str, torch.Size], key: bytes | None = None
+    ) -> None:
         self._config = config
         self._shapes = shapes
         self._rule = build_rule(config)
         self._optimizer = ServerOptimizer(config.federated)
+        self._protection = build_protection(config, key)
         self._sketch = ProductSketch(shapes, config.experiment.seed)
         self.metrics: dict[str, float] = {}
         self.errors: ProductErrors | None = None
@@ -52,11 +57,13 @@ class Aggregation:
         if isinstance(self._rule, FedAvg) and self._means_both(server_round):
             self._observer = AggregationErrorObserver(self._sketch)
         self._telemetry = UpdateTelemetry(self.update_shapes(None, server_round))
+        if self._protection is not None:
+            self._protection.begin(server_round)
         self._seconds = 0.0
         self.metrics, self.errors = {}, None
 
     def add(self, reply: Reply, weight: int) -> AdapterState:
-        """Fold in the update in a reply, and return it.
+        """Fold in the update in a reply, and return it as it came.
 
         Raises:
             MessageError, AdapterError: there is none, or it cannot be used.
@@ -75,10 +82,15 @@ class Aggregation:
             MessageError: it cannot be used.
         """
         started = time.monotonic()
+        received = update
+        if self._protection is not None:
+            update = self._protection.clip(received)
         try:
             self._rule.add(client, update, weight)
         except RejectedUpdateError as error:
             raise MessageError(f"{client}: {error}") from None
+        if self._protection is not None:
+            self._protection.note(client, received, update)
         if self._observer is not None:
             self._observer.add(update, weight)
         self._telemetry.add(update)
@@ -91,8 +103,13 @@ class Aggregation:
             RejectedUpdateError: there was no update.
         """
         started = time.monotonic()
-        state = self._optimizer.step(self._state, self._rule.result())
+        mean = self._rule.result()
+        if self._protection is not None:
+            mean = self._protection.add_noise(self._state, mean)
+        state = self._optimizer.step(self._state, mean)
         self.metrics = dict(self._rule.figures)
+        if self._protection is not None:
+            self.metrics |= self._protection.figures
         self.errors = self._rule.errors
         if self._observer is not None:
             self.errors = self._observer.measure(self._rule, state)
@@ -104,6 +121,11 @@ class Aggregation:
         self._seconds += time.monotonic() - started
         self.metrics["aggregation_seconds"] = self._seconds
         return state
+
+    @property
+    def release(self) -> Release | None:
+        """What of the clients' privacy the round has spent; None where the server adds no noise."""
+        return self._protection.release if self._protection is not None else None
 
     def update_shapes(self, client: str | None, server_round: int) -> dict[str, torch.Size]:
         """Return the shapes of a client's update; with None those of one of full rank."""

@@ -15,7 +15,8 @@ from fedlora_app.config.rounds import plan_round
 from fedlora_app.config.schema import Config
 from fedlora_app.config.sharing import travelling_factors
 from fedlora_app.data.client_files import load_all_files
-from fedlora_app.federation.quantised import WIRE_DTYPES, count_wire_bytes
+from fedlora_app.federation.privacy_notice import describe_privacy
+from fedlora_app.federation.quantised import PLAIN_BYTES, WIRE_DTYPES, count_wire_bytes
 from fedlora_app.model.base import (
     ModelError,
     build_empty_model,
@@ -184,6 +185,9 @@ def build_plan(config: Config, root: Path, gpu_memory: str = "") -> Plan:
     notes += _note_settings(config, on_cpu)
     counts = {p.client: (p.selection.num_universal, p.selection.num_local) for p in parts}
     notes += [*describe_decay(config, counts), *describe_long_phases(config, counts)]
+    traffic = _plan_traffic(config, sizes.global_tensors)
+    num_values = traffic.up_by_dtype.get("float32", 0) // PLAIN_BYTES["float32"]
+    notes += [f"privacy: {line}" for line in describe_privacy(config, num_values, counts)]
     return Plan(
         name=config.experiment.name,
         mode=config.federated.mode,
@@ -195,7 +199,7 @@ def build_plan(config: Config, root: Path, gpu_memory: str = "") -> Plan:
         phases=phases,
         work=work,
         num_rounds=config.federated.num_rounds,
-        traffic=_plan_traffic(config, sizes.global_tensors),
+        traffic=traffic,
         cards=[_plan_card(config, card, predict, work) for card in cards],
         verdict=_judge(config, predict, phases, limit, source, parts),
         notes=notes,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -12,17 +11,15 @@ from pathlib import Path
 from fedlora_app.config.schema import GLOBAL, LOCAL, OWN_GLOBAL
 from fedlora_app.foundation.files import (
     WEIGHTS_FILE,
-    make_private_dir,
     remove_partials,
     replace_folder,
-    write_atomically,
 )
-from fedlora_app.foundation.secret_noise import KEY_BYTES
 from fedlora_app.model.adapter_files import CONFIG_FILE, load_adapter, require_file, save_adapter
 from fedlora_app.model.adapter_state import AdapterError, AdapterState
 from fedlora_app.model.adapters import AdaptedModel, get_state
 from fedlora_app.runs.feedback import FeedbackFolder
-from fedlora_app.runs.paths import RunDirectoryError, RunPaths, list_rounds, require_within
+from fedlora_app.runs.paths import RunPaths, list_rounds, require_within
+from fedlora_app.runs.secret_key import read_or_make_key
 
 
 class LostGlobalError(AdapterError):
@@ -56,6 +53,14 @@ class ClientFolder:
         """What the rounding of this client's updates has left to send."""
         return FeedbackFolder(self.paths, self.client_id)
 
+    def read_or_make_secret_key(self) -> bytes:
+        """Return the secret that this client's own noise is drawn from, made where there is none.
+
+        Raises:
+            RunDirectoryError: its file is damaged.
+        """
+        return read_or_make_key(self.paths.secret_key(self.client_id), self.paths.folder)
+
     def require_own(self) -> None:
         """Raise ``RunDirectoryError`` where links lead from what is kept here out of the run.
 
@@ -71,26 +76,6 @@ class ClientFolder:
         remove_partials(self.path)
         remove_partials(self._final.parent, self.client_id)
         self.feedback.remove_partials()
-
-    def read_or_make_secret_key(self) -> bytes:
-        """Return the key that this client's noise and samples derive from, made when first needed.
-
-        Whoever has it can take the noise out of this client's updates: it is never sent or shown.
-
-        Raises:
-            RunDirectoryError: the file is not a key.
-        """
-        path = self.paths.secret_key(self.client_id)
-        if not path.exists():
-            make_private_dir(path.parent)
-            write_atomically(path, secrets.token_bytes(KEY_BYTES))
-        key = path.read_bytes()
-        if len(key) != KEY_BYTES:
-            raise RunDirectoryError(
-                f"{path} has {len(key)} bytes and a key has {KEY_BYTES}. Restore it; without it, "
-                "remove it, and what follows has other noise."
-            )
-        return key
 
     def require_local(self, local_round: int, sha256: str) -> None:
         """Raise ``AdapterError`` unless a round's local adapter is as it was written.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fedlora_app.config.participation import training_clients
 from fedlora_app.config.rounds import plan_round
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdapterConfig, Config
 from fedlora_app.config.sharing import of_factors, travelling_factors
+from fedlora_app.federation.privacy_notice import count_travelling, describe_privacy
 from fedlora_app.federation.quantised import count_upload_bytes
 from fedlora_app.model.ranks import resize_ranks
 from fedlora_app.training.decay import describe_decay
@@ -44,6 +45,9 @@ def describe_start(
         *(f"  {'':<15} {line}" for line in describe_proximal(config)),
         *(f"  {'':<15} {line}" for line in describe_decay(config, counts)),
         *(f"  {'':<15} {line}" for line in describe_long_phases(config, counts)),
+        *_label(
+            "privacy", describe_privacy(config, count_travelling(config, shapes[GLOBAL]), counts)
+        ),
         *(["  server          no model, no device"] if not plan.is_global_given else []),
     ]
     for client, report in clients.items():
@@ -51,6 +55,12 @@ def describe_start(
         lines.append(f"  {client:<15} {has} examples; {report['device']}")
         lines += [f"  {'':<15} {note}" for note in _notes(report, training.max_seq_length)]
     return "\n".join(lines)
+
+
+def _label(name: str, lines: Iterable[str]) -> Iterator[str]:
+    """Yield lines of the block, the name before the first of them."""
+    for number, line in enumerate(lines):
+        yield f"  {'' if number else name:<15} {line}"
 
 
 def _describe(adapter: AdapterConfig) -> str:

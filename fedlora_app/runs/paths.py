@@ -19,6 +19,8 @@ ROUND = "round_"
 MEMORY_FILE = "memory.safetensors"
 """In the folder of a round's global adapter: what the aggregation keeps beside it."""
 SAFETENSORS = ".safetensors"
+KEY_FILE = "secret.key"
+"""Where noise is added, at the server or at a client: the secret that it is drawn from."""
 MAX_NAME_LENGTH = 64
 
 
@@ -42,6 +44,8 @@ class RunPaths:
         self.partial_evaluation = folder / ".evaluation.partial.jsonl"
         self.lock = folder / LOCK_FILE
         self.server = folder / "server"
+        self.server_key = self.server / KEY_FILE
+        self.releases = self.server / "releases.jsonl"  # what of clients' privacy has been spent
         self.clients = folder / "clients"
         self.final = folder / "final"
         self.final_global = self.final / "global"
@@ -74,6 +78,10 @@ class RunPaths:
         """Return the folder of what a client keeps during the run."""
         return self.clients / client
 
+    def secret_key(self, client: str) -> Path:
+        """Return the file of the secret that a client's own noise is drawn from."""
+        return self.client(client) / KEY_FILE
+
     def local_adapter(self, client: str, server_round: int) -> Path:
         """Return the folder of a client's local adapter after a round."""
         return self.client(client) / _name_round(server_round)
@@ -89,10 +97,6 @@ class RunPaths:
     def received_global(self, client: str) -> Path:
         """Return the folder of the global adapter that a client keeps for its next message."""
         return self.client(client) / "received"
-
-    def secret_key(self, client: str) -> Path:
-        """Return the file of the key that a client's noise and samples derive from."""
-        return self.client(client) / "secret.key"
 
     def gate(self, client: str) -> Path:
         """Return the folder of the gate before a client's local adapter."""
@@ -114,7 +118,8 @@ class RunPaths:
     def written_by_server(self) -> list[Path]:
         """What the server writes, without the folders of single rounds."""
         files = [self.config, self.manifest, self.events, self.history, self.history_table]
-        return [*files, self.server, self.final, self.final_global, self.lock]
+        secrets = [self.server_key, self.releases]
+        return [*files, self.server, *secrets, self.final, self.final_global, self.lock]
 
 
 def list_rounds(folder: Path) -> dict[int, Path]:

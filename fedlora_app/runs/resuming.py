@@ -133,6 +133,7 @@ def find_resumption(given: str, places: list[Path], num_rounds: int | None) -> R
         after = int(number)
     config = saved.config
     if num_rounds is not None:
+        _require_same_budget(config, num_rounds)
         raw = config.dump()
         raw["federated"]["num_rounds"] = num_rounds
         config = parse_config(raw, source=f"{saved.path / 'config.json'} with num-rounds")
@@ -183,6 +184,17 @@ def suggest_earlier(run_dir: Path, after: int) -> str:
     if not earlier:
         return "\nNo earlier round is kept; start a new run."
     return f"\nTo resume from the newest round before it: resume='{run_dir.name}@{max(earlier)}'"
+
+
+def _require_same_budget(config: Config, num_rounds: int) -> None:
+    """Raise where the noise was chosen for another number of rounds than there are to be."""
+    planned = config.federated.num_rounds
+    if config.privacy.epsilon is not None and num_rounds != planned:
+        raise ConfigError(
+            f"resume: the run's noise keeps {planned} rounds within privacy.epsilon "
+            f"{config.privacy.epsilon:g}, and num-rounds is {num_rounds}. Leave it at {planned}, "
+            "or start a new run; one with privacy.noise_multiplier instead can have more rounds."
+        )
 
 
 def require_same_settings(kept: Config, given: Config) -> None:

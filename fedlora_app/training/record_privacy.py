@@ -62,37 +62,23 @@ def hides_records(phase: Phase, privacy: PrivacyConfig) -> bool:
 
 
 def protect_records(
-    phase: Phase,
-    privacy: PrivacyConfig,
-    noise_multiplier: float | None,
-    read_key: Callable[[], bytes],
-) -> RecordPrivacy | None:
-    """Return how a phase hides single records, None where it does not.
+    phase: Phase, privacy: PrivacyConfig, noise_multiplier: float | None, key: bytes
+) -> RecordPrivacy:
+    """Return how a phase hides single records, which ``hides_records`` says that it is to.
 
     Args:
         noise_multiplier: None where there is to be clipping alone.
 
     Raises:
-        ConfigError: the settings lack what it takes, or exclude it.
+        ConfigError: another adapter answers beside the global one.
     """
-    if not hides_records(phase, privacy):
-        return None
-    faults = []
-    if privacy.clip_norm is None:
-        faults.append("privacy.clip_norm: missing; privacy.unit record needs a bound.")
-    if noise_multiplier is None and privacy.epsilon is not None:
-        faults.append(
-            "privacy.epsilon: no noise is made from it with privacy.unit record yet. Set "
-            "privacy.noise_multiplier instead."
-        )
+    assert privacy.clip_norm is not None, "a unit without a bound is refused before"
     if phase.active != (GLOBAL,):
-        faults.append(
+        raise ConfigError(
             "training.schedule: joint trains both adapters at once, and privacy.unit record hides "
             "records in a phase of the global one alone. Use phased or mixed."
         )
-    if faults:
-        raise ConfigError("\n".join(faults))
-    return RecordPrivacy(privacy.clip_norm, noise_multiplier or 0.0, read_key())
+    return RecordPrivacy(privacy.clip_norm, noise_multiplier or 0.0, key)
 
 
 def record_settings(training: TrainingConfig) -> TrainingConfig:
