@@ -89,9 +89,9 @@ def find_limit(norms: Iterable[float], ratio: float | None) -> float | None:
 def require_unplanted(state: Mapping[str, torch.Tensor], what: str) -> None:
     """Raise ``MessageError`` where a matrix reads single inputs or writes single outputs.
 
-    So are weights made that have training write its examples into the update (Fowl et al. 2022,
-    https://arxiv.org/abs/2110.13057): each rank of A passes one input on, or B leads to one output.
-    A matrix of zeros passes, which B is at first.
+    With each rank of A passing one input on, or B leading to one output, a server can read off the
+    update what single activations were. Other forms of such weights pass, and so does a matrix of
+    zeros, which B is at first.
 
     Args:
         state: an adapter, or a change of one.
