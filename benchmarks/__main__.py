@@ -34,6 +34,7 @@ OF_ALL = (
     "evaluation",
     "leaving",
     "gate",
+    "poison",
     "large",
     "capacity",
     "gpu",
@@ -189,6 +190,17 @@ def survival(
 
 
 @app.command()
+def poison(
+    rounds: Annotated[int, typer.Option(min=2)] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Of a client in a round.")] = 20,
+) -> None:
+    """What a client that sends poison does to the global adapter, under rules and bounds."""
+    from benchmarks.poison import describe, measure
+
+    _finish("poison", measure(rounds, steps), describe)
+
+
+@app.command()
 def long(
     rounds: Annotated[int, typer.Option(min=40)] = 200,
     every: Annotated[int, typer.Option(min=1, help="Rounds from one sample to the next.")] = 10,
@@ -258,7 +270,7 @@ def all_(
         bool, typer.Option(help="Also the run over 200 rounds, some ten minutes.")
     ] = False,
 ) -> None:
-    """Everything that suits this machine, each in a fresh process; about 35 minutes."""
+    """Everything that suits this machine, each in a fresh process; about 45 minutes."""
     import torch
 
     names = [*OF_ALL, *(["long"] if with_long else [])]

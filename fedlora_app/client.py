@@ -175,6 +175,16 @@ class Client:
         """Return the shapes of the update that this client sends in a round."""
         return of_factors(self.learning_shapes(), travelling_factors(self.config, server_round))
 
+    def accept_global(self, state: AdapterState, server_round: int) -> AdapterState:
+        """Return a global adapter that was sent; raise where it is refused here.
+
+        Raises:
+            MessageError: with federated.max_norm_ratio, it is not plausible.
+        """
+        if (ratio := self.config.federated.max_norm_ratio) is not None:
+            self.folder.accept_global(self._load_model()[1], state, server_round, ratio)
+        return state
+
     def keep_global(self, state: AdapterState) -> str:
         """Keep the global adapter for a later message; return its file's sha256."""
         return self.folder.save_global(self._load_model()[1], state)

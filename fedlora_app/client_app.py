@@ -344,6 +344,11 @@ def _folders(task: Task, context: Context, own: OwnSettings | None) -> tuple[Pat
 
 
 def _received_state(client: Client, task: Task, message: Message) -> AdapterState:
+    """Return the global adapter that a message is about, unless this client refuses it."""
+    return client.accept_global(_read_state(client, task, message), task.server_round)
+
+
+def _read_state(client: Client, task: Task, message: Message) -> AdapterState:
     """Return the global adapter that came with the message, or was kept, or both in parts."""
     arrays = message.content.array_records.get(ADAPTER_RECORD)
     if arrays is None and task.global_sha256:

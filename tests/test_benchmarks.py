@@ -71,6 +71,19 @@ def test_one_load_per_client_process_and_none_in_the_server():
     require_table(loads, figures)
 
 
+def test_poison_moves_the_mean_and_is_refused_by_the_bounds():
+    poison = bench("poison")
+    figures = poison.measure(num_rounds=2, max_steps=2, poisons=(poison.HONEST, "100 times"))
+    found = {(row["poison"], row["defence"]): row for row in figures["rows"]}
+    assert found[poison.HONEST, "fedavg"]["distance"] == 0
+    assert not any(row["refused"] for row in figures["rows"] if row["poison"] == poison.HONEST)
+    assert found["100 times", "fedavg"]["distance"] > 10
+    assert found["100 times", "median"]["distance"] < 1
+    assert found["100 times", "max_norm_ratio: 3"]["refused"] == 1  # from the second round on
+    assert found["100 times", "and max_update_norm"]["refused"] == 2
+    require_table(poison, figures)
+
+
 def test_overhead():
     overhead = bench("overhead")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}

@@ -281,6 +281,13 @@ class FederatedConfig(Section):
     upload_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"
     """Of the update that a client sends; bfloat16 halves the bytes, int8 takes a quarter and nf4 an
     eighth of them. What the rounding of int8 and nf4 loses, a client adds to its next update."""
+    max_norm_ratio: float | None = Field(None, gt=1)
+    """An update whose L2 norm is more than so many times the median of those of earlier rounds is
+    refused, and its client has failed in this round. A client refuses a global adapter likewise
+    that has changed too much, or whose weights look planted. null: no limit."""
+    max_update_norm: float | None = Field(None, gt=0)
+    """An update with a larger L2 norm is refused in any round, also in the first, where there is no
+    median yet. A run's history has those of honest ones as update_norm. null: no limit."""
     clients: list[ClientConfig] = Field(min_length=1)
 
     @property

@@ -9,6 +9,7 @@ import torch
 from fedlora_app.config.schema import Config
 from fedlora_app.config.sharing import FACTORS, of_factors, travelling_factors
 from fedlora_app.federation.aggregation_error import AggregationErrorObserver, ProductSketch
+from fedlora_app.federation.bounds import NormBounds
 from fedlora_app.federation.messages import MessageError
 from fedlora_app.federation.privacy import Release, build_protection
 from fedlora_app.federation.product_errors import ProductErrors
@@ -24,6 +25,8 @@ from fedlora_app.model.ranks import fit_client, resize_ranks
 ERROR = "aggregation_error"
 OPTIMIZER = "optimizer:"
 """Before the names of what the server's optimizer keeps, beside what the rule does."""
+BOUNDS = "bounds:"
+"""The same of what the bounds on updates keep."""
 
 
 class Aggregation:
@@ -45,6 +48,7 @@ class Aggregation:
         self._rule = build_rule(config)
         self._optimizer = ServerOptimizer(config.federated)
         self._protection = build_protection(config, key)
+        self._bounds = NormBounds(config.federated)
         self._sketch = ProductSketch(shapes, config.experiment.seed)
         self.metrics: dict[str, float] = {}
         self.errors: ProductErrors | None = None
@@ -53,6 +57,7 @@ class Aggregation:
         """Start a round from the global adapter that the clients received."""
         self._state, self._round = state, server_round
         self._rule.begin(state, server_round)
+        self._bounds.begin()
         self._observer = None
         if isinstance(self._rule, FedAvg) and self._means_both(server_round):
             self._observer = AggregationErrorObserver(self._sketch)
@@ -71,6 +76,7 @@ class Aggregation:
         started = time.monotonic()
         shapes = self.update_shapes(reply.client_id, self._round)
         update = require_update(reply, shapes, self._config.federated.upload_dtype)
+        self._bounds.require(reply.client_id, update)
         self._seconds += time.monotonic() - started
         self.fold(reply.client_id, update, weight)
         return update
@@ -91,6 +97,7 @@ class Aggregation:
             raise MessageError(f"{client}: {error}") from None
         if self._protection is not None:
             self._protection.note(client, received, update)
+        self._bounds.note(received)
         if self._observer is not None:
             self._observer.add(update, weight)
         self._telemetry.add(update)
@@ -150,11 +157,22 @@ class Aggregation:
     @property
     def memory(self) -> AdapterState:
         """What the rounds to come need beside the adapter; kept with the run."""
-        kept = self._optimizer.memory
-        return self._rule.memory | {f"{OPTIMIZER}{name}": kept[name] for name in kept}
+        kept = {
+            f"{prefix}{name}": tensor
+            for prefix, part in self._remembering.items()
+            for name, tensor in part.memory.items()
+        }
+        return self._rule.memory | kept
 
     def recall(self, memory: AdapterState) -> None:
         """Go on from what ``memory`` was after an earlier round."""
-        ours = {k.removeprefix(OPTIMIZER): t for k, t in memory.items() if k.startswith(OPTIMIZER)}
-        self._optimizer.recall(ours)
-        self._rule.recall({k: t for k, t in memory.items() if not k.startswith(OPTIMIZER)})
+        for prefix, part in self._remembering.items():
+            names = [name for name in memory if name.startswith(prefix)]
+            part.recall({name.removeprefix(prefix): memory[name] for name in names})
+        prefixes = tuple(self._remembering)
+        self._rule.recall({k: t for k, t in memory.items() if not k.startswith(prefixes)})
+
+    @property
+    def _remembering(self) -> dict[str, ServerOptimizer | NormBounds]:
+        """What keeps something beside the rule, by what the names of it begin with."""
+        return {OPTIMIZER: self._optimizer, BOUNDS: self._bounds}

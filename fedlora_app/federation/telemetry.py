@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from fedlora_app.federation.weighted_mean import RejectedUpdateError, WeightedMean
-from fedlora_app.model.adapter_state import AdapterState
+from fedlora_app.model.adapter_state import AdapterState, compute_norm
 from fedlora_app.model.ranks import pad_ranks, rank_axis
 
 
@@ -27,7 +27,7 @@ class UpdateTelemetry:
 
     def add(self, update: AdapterState) -> None:
         """See one client's update."""
-        norm = _norm(update)
+        norm = compute_norm(update)
         if norm == 0:
             return
         unit = {key: tensor / norm for key, tensor in update.items()}
@@ -46,13 +46,9 @@ class UpdateTelemetry:
             new: and after it.
         """
         moved = {key: new[key].double() - received[key].double() for key in new}
-        figures = {"global_step_norm": _norm(moved), "global_norm": _norm(new)}
+        figures = {"global_step_norm": compute_norm(moved), "global_norm": compute_norm(new)}
         count = self._units.num_updates
         if count > 1:
-            summed = count * _norm({key: self._units.mean_of(key) for key in self._shapes})
+            summed = count * compute_norm({key: self._units.mean_of(key) for key in self._shapes})
             figures["update_cosine"] = (summed**2 - count) / (count * (count - 1))
         return figures
-
-
-def _norm(state: AdapterState) -> float:
-    return torch.stack([tensor.double().norm() for tensor in state.values()]).norm().item()

@@ -34,6 +34,11 @@ def check_state(state: AdapterState, shapes: dict[str, torch.Size], what: str) -
             raise AdapterError(f"{what}: {key} holds values that are not finite.")
 
 
+def compute_norm(state: AdapterState) -> float:
+    """Return the L2 norm of all of a state's values together."""
+    return torch.stack([tensor.double().norm() for tensor in state.values()]).norm().item()
+
+
 def check_names(names: Iterable[str], shapes: dict[str, torch.Size], what: str) -> None:
     """Raise ``AdapterError`` unless the tensors' names are those of the adapter."""
     names = set(names)

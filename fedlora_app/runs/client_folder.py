@@ -11,6 +11,7 @@ from pathlib import Path
 from fedlora_app.config.schema import GLOBAL, LOCAL, OWN_GLOBAL
 from fedlora_app.foundation.files import (
     WEIGHTS_FILE,
+    make_private_dir,
     remove_partials,
     replace_folder,
 )
@@ -19,6 +20,7 @@ from fedlora_app.model.adapter_state import AdapterError, AdapterState
 from fedlora_app.model.adapters import AdaptedModel, get_state
 from fedlora_app.runs.feedback import FeedbackFolder
 from fedlora_app.runs.paths import RunPaths, list_rounds, require_within
+from fedlora_app.runs.received import ReceivedChanges
 from fedlora_app.runs.secret_key import read_or_make_key
 
 
@@ -141,6 +143,22 @@ class ClientFolder:
         """Remove the adapters to use, of a run that had fewer rounds."""
         for folder in (self._final, self.paths.final_own_global(self.client_id)):
             shutil.rmtree(folder, ignore_errors=True)
+
+    def accept_global(
+        self, model: AdaptedModel, state: AdapterState, server_round: int, max_ratio: float
+    ) -> None:
+        """Hold a global adapter that was sent against those before, and remember it.
+
+        Raises:
+            MessageError: it is not plausible.
+            AdapterError: what was remembered is damaged.
+        """
+        try:
+            before = self.load_global(model, "")
+        except LostGlobalError:  # as in the first round
+            before = None
+        changes = ReceivedChanges(self.paths.changes(self.client_id), max_ratio)
+        changes.accept(state, before, server_round)
 
     def load_global(self, model: AdaptedModel, sha256: str) -> AdapterState:
         """Read the global adapter that was kept last.

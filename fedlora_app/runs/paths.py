@@ -98,6 +98,10 @@ class RunPaths:
         """Return the folder of the global adapter that a client keeps for its next message."""
         return self.client(client) / "received"
 
+    def changes(self, client: str) -> Path:
+        """Return the file of how much the global adapter has changed at a client, by rounds."""
+        return self.client(client) / "changes.json"
+
     def gate(self, client: str) -> Path:
         """Return the folder of the gate before a client's local adapter."""
         return self.combiner(client, "gate")

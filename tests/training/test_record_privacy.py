@@ -18,8 +18,9 @@ from torch.nn import functional
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from fedlora_app.config.rounds import plan_round
-from fedlora_app.config.schema import GLOBAL, AdaptersConfig, ConfigError, TrainingConfig
+from fedlora_app.config.schema import GLOBAL, AdaptersConfig, Config, ConfigError, TrainingConfig
 from fedlora_app.data.tokens import Example
+from fedlora_app.federation.accountant import noise_multiplier_for
 from fedlora_app.model.adapters import (
     activate,
     adapter_parameters,
@@ -39,6 +40,7 @@ from fedlora_app.training.packing import packed_attention
 from fedlora_app.training.phase import set_checkpointing, train_phase
 from fedlora_app.training.record_privacy import (
     RecordPrivacy,
+    hides_records,
     private_gradients,
     protect_records,
     sampling_rate,
@@ -517,27 +519,36 @@ def test_another_key_is_another_run(tiny_project, tmp_path):
     assert ours != theirs  # of one seed, which would give the noise away
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"training": {"schedule": "joint"}}, "joint trains both adapters at once"),
-        ({"privacy": RECORD | {"noise_multiplier": None, "epsilon": 3.0}}, "privacy.epsilon"),
-        ({"privacy": RECORD | {"clip_norm": None}}, "privacy.clip_norm: missing"),
-    ],
-)
-def test_settings_that_hide_nothing_are_refused(changes, message):
-    config = build_tiny_config(**({"privacy": RECORD} | changes))
-    phase, privacy = plan_round(config, 1).train, config.privacy
-    with pytest.raises(ConfigError, match=message):
-        protect_records(phase, privacy, privacy.noise_multiplier, lambda: KEY)
+def test_a_phase_of_both_adapters_hides_nothing():
+    raw = build_tiny_config(privacy=RECORD).dump()
+    raw["training"]["schedule"] = "joint"
+    config = Config.model_validate(raw)  # parse_config refuses it before
+    with pytest.raises(ConfigError, match="joint trains both adapters at once"):
+        protect_records(plan_round(config, 1).train, config.privacy, 2.0, KEY)
 
 
 def test_only_phases_of_the_global_adapter_hide_records():
     config = build_tiny_config(privacy=RECORD)
     plan, privacy = plan_round(config, 1), config.privacy
-    assert protect_records(plan.train, privacy, 2.0, lambda: KEY) == RecordPrivacy(0.1, 2.0, KEY)
-    assert protect_records(plan.personalise, privacy, 2.0, lambda: KEY) is None
-    assert protect_records(plan.train, build_tiny_config().privacy, None, lambda: KEY) is None
+    assert hides_records(plan.train, privacy) and not hides_records(plan.personalise, privacy)
+    assert not hides_records(plan.train, build_tiny_config().privacy)
+    assert protect_records(plan.train, privacy, 2.0, KEY) == RecordPrivacy(0.1, 2.0, KEY)
+    assert protect_records(plan.train, privacy, None, KEY) == RecordPrivacy(0.1, 0.0, KEY)
+
+
+@pytest.mark.slow
+def test_a_client_s_noise_follows_from_epsilon(tiny_project, tmp_path):
+    """Clients of other numbers of records have other noise for one epsilon."""
+    privacy = RECORD | {"noise_multiplier": None, "epsilon": 3.0}
+    config = build_tiny_config(("ann", "cy"), privacy=privacy, federated={"num_rounds": 1})
+    found = {
+        c: noise_multiplier_for(config, c, n) for c, n in {"ann": (4, 3), "cy": (3, 5)}.items()
+    }
+    assert found["ann"] != found["cy"] and min(found.values()) > 0.5
+    run = Federation(tiny_project, tmp_path, config).run()
+    history = json.loads((run / "history.json").read_text())
+    spent = [e["metrics"] for e in history if e["phase"] == "privacy"]
+    assert spent and max(v for m in spent for k, v in m.items() if "epsilon" in k) <= 3.0
 
 
 def test_a_key_that_is_damaged_is_refused(tmp_path):
@@ -545,5 +556,5 @@ def test_a_key_that_is_damaged_is_refused(tmp_path):
     key = folder.read_or_make_secret_key()
     assert key == folder.read_or_make_secret_key() and len(key) == 32
     (tmp_path / "clients/ann/secret.key").write_bytes(key[:5])
-    with pytest.raises(RunDirectoryError, match=r"has 5 bytes and a key has 32\. Restore it"):
+    with pytest.raises(RunDirectoryError, match="is damaged: expected 32 bytes"):
         folder.read_or_make_secret_key()

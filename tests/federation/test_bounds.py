@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import build_tiny_config
+from random_states import STATE
+
+from fedlora_app.federation.bounds import (
+    NormBounds,
+    find_limit,
+    require_unplanted,
+    share_of_largest,
+)
+from fedlora_app.federation.messages import MessageError
+from fedlora_app.model.adapter_state import compute_norm
+
+A, B = "layer.lora_A.weight", "layer.lora_B.weight"
+"""Of 4 ranks, 96 inputs and 80 outputs."""
+
+
+def bounds_of(**federated) -> NormBounds:
+    return NormBounds(build_tiny_config(federated=federated).federated)
+
+
+def of_norm(norm: float):
+    return {key: tensor * (norm / compute_norm(STATE)) for key, tensor in STATE.items()}
+
+
+def test_the_limit_is_a_multiple_of_the_median():
+    assert find_limit([1.0, 2.0, 100.0], 3.0) == 6.0
+    assert find_limit([0.0, 2.0], 3.0) == 6.0  # of a client that has learnt nothing
+    assert find_limit([], 3.0) is None and find_limit([1.0], None) is None
+
+
+def test_an_update_is_held_against_those_of_earlier_rounds_and_not_of_its_own():
+    bounds = bounds_of(max_norm_ratio=2.0)
+    bounds.begin()
+    for norm in (1.0, 50.0, 1.2):  # nothing says which of them is right
+        bounds.require("ann", of_norm(norm))
+        bounds.note(of_norm(norm))
+    bounds.begin()
+    bounds.require("ann", of_norm(2.3))
+    bounds.note(of_norm(2.3))
+    with pytest.raises(MessageError, match=r"bob sent .* norm 2\.5, which is 2\.08 times"):
+        bounds.require("bob", of_norm(2.5))
+    resumed = bounds_of(max_norm_ratio=2.0)
+    resumed.recall(bounds.memory)
+    resumed.begin()
+    bounds.begin()
+    assert resumed._earlier == sorted(bounds._earlier) == pytest.approx([1.0, 1.2, 2.3, 50.0])
+
+
+def test_a_largest_norm_holds_from_the_first_round_on():
+    bounds = bounds_of(max_update_norm=2.0)
+    bounds.require("ann", of_norm(1.99))
+    with pytest.raises(MessageError, match=r"ann sent .* norm 2\.01, above federated\.max"):
+        bounds.require("ann", of_norm(2.01))
+    bounds.note(of_norm(1.0))
+    assert bounds.memory == {}  # it needs none
+
+
+def test_without_bounds_everything_passes_and_nothing_is_kept():
+    bounds = bounds_of()
+    for _ in range(2):
+        bounds.begin()
+        bounds.require("ann", of_norm(1e30))
+        bounds.note(of_norm(1e30))
+    assert bounds.memory == {}
+
+
+def plant_row(state):
+    state[B] = torch.zeros(80, 4)
+    state[B][17] = torch.randn(4)
+
+
+def plant_inputs(state):
+    state[A] = torch.zeros(4, 96)
+    state[A][range(4), [3, 5, 8, 90]] = 1e20  # whose squares no fp32 holds
+
+
+@pytest.mark.parametrize(("plant", "key"), [(plant_row, B), (plant_inputs, A)])
+def test_planted_weights_are_refused_with_their_matrix(plant, key):
+    torch.manual_seed(0)
+    state = {A: torch.randn(4, 96), B: torch.randn(80, 4)}
+    require_unplanted(state, "The server sent a global adapter")
+    plant(state)
+    with pytest.raises(MessageError, match=rf"The server sent .*: 100% of {key} lie"):
+        require_unplanted(state, "The server sent a global adapter")
+
+
+def test_zeros_and_ranks_of_few_entries_pass():
+    require_unplanted({B: torch.zeros(80, 4), A: torch.eye(4, 32)}, "It")
+    assert share_of_largest(B, torch.eye(80, 4)) == 1
+    assert share_of_largest(B, torch.ones(80, 4)) == pytest.approx(1 / 80)
