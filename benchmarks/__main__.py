@@ -190,6 +190,16 @@ def survival(
 
 
 @app.command()
+def privacy(
+    runs: Annotated[list[Path], typer.Argument(help="Attacked runs, <setting>-seed<N>.")],
+) -> None:
+    """What attacks reach under each setting: a table of runs that fedlora attack was tried on."""
+    from benchmarks.privacy import describe, measure
+
+    _finish("privacy", measure(runs), describe)
+
+
+@app.command()
 def poison(
     rounds: Annotated[int, typer.Option(min=2)] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Of a client in a round.")] = 20,

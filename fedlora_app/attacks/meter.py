@@ -10,6 +10,7 @@ import numpy as np
 
 from fedlora_app.attacks import extraction, tokens
 from fedlora_app.attacks.exposure import measure_canaries
+from fedlora_app.attacks.limits import find_limit
 from fedlora_app.attacks.observed import AttackError, Observed, observe, observed_rounds
 from fedlora_app.attacks.records import (
     Suspicion,
@@ -87,11 +88,20 @@ def attack_run(saved: SavedRound, report: Report, effort: Effort) -> dict[str, A
         "tokens": list(attacks.measure_tokens()),
         "texts": attacks.texts,
         "canaries": attacks.canaries,
+        "limit": find_limit(saved.run.config, _count_examples(saved)),
         "assumptions": list(ASSUMPTIONS),
         "not_tried": list(NOT_TRIED),
     }
     write_json(saved.run.paths.attack, found)
     return found
+
+
+def _count_examples(saved: SavedRound) -> dict[str, tuple[int, int]]:
+    """Return every client's universal and local examples, as it registered them."""
+    return {
+        client: (about["universal_examples"], about["local_examples"])
+        for client, about in saved.run.manifest["clients"].items()
+    }
 
 
 def _choose_rounds(saved: SavedRound, wanted: tuple[int, ...]) -> list[int]:

@@ -97,3 +97,39 @@ def show_auc(row: Row | None) -> str:
         return ""
     auc = row["auc"]
     return format_percent(auc["value"], auc["low"], auc["high"], digits=0)
+
+
+def exceeding(rows: Iterable[Row], limit: Mapping[str, Any] | None) -> list[Row]:
+    """Return the rows whose AUC is above the limit with its whole interval."""
+    if limit is None:
+        return []
+    return [
+        row
+        for row in rows
+        if (row["set"], row["source"]) == (limit["set"], limit["source"])
+        and row["auc"]["low"] is not None
+        and row["auc"]["low"] > limit["auc"]
+    ]
+
+
+def describe_limit(found: Mapping[str, Any]) -> str:
+    """Return a sentence on what the settings allow and what was reached; "" without noise."""
+    limit = found.get("limit")
+    if not limit:
+        return ""
+    where = limit["set"], limit["source"]
+    rows = [row for row in found["records"] if (row["set"], row["source"]) == where]
+    best = max((r["auc"]["value"] for r in rows if r["auc"]["value"] is not None), default=None)
+    text = (
+        f"privacy.unit {limit['unit']}, epsilon {limit['epsilon']:.3g} at delta "
+        f"{limit['delta']:g}: no attack may reach an AUC above {100 * limit['auc']:.1f} % there"
+    )
+    if best is None:
+        return f"{text}."
+    text += f"; the best one reached {100 * best:.1f} %."
+    if exceeding(found["records"], limit):
+        text += (
+            " That is more than may be: either the noise is not what the settings say, or members "
+            "and non-members of the set differ by themselves. Look at the others' updates."
+        )
+    return text

@@ -22,6 +22,7 @@ from fedlora_app.attacks.results import (
     WHOSE,
     Row,
     choose_best,
+    describe_limit,
     group,
     show_auc,
 )
@@ -43,7 +44,12 @@ NEVER_TRAINED = "never in an update"
 
 def describe_attack(found: Mapping[str, Any]) -> str:
     """Return the tables and what is to be known of them."""
-    parts = [_records(found["records"]), _tokens(found["tokens"]), _texts(found["texts"])]
+    parts = [
+        _records(found["records"]),
+        describe_limit(found),
+        _tokens(found["tokens"]),
+        _texts(found["texts"]),
+    ]
     parts.append(_canaries(found["canaries"]) if found["canaries"] else PLANT)
     parts += [f"Assumed: {text}" for text in found["assumptions"]]
     parts += [f"Not tried: {text}" for text in found["not_tried"]]

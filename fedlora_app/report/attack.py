@@ -19,6 +19,7 @@ from fedlora_app.attacks.results import (
     UPDATE,
     WHOSE,
     choose_best,
+    describe_limit,
     group,
     show_auc,
 )
@@ -59,6 +60,8 @@ def show_attack(run: PartialRun, plotter: Plotter) -> Section | None:
         return Section("attack", "What an update gives away", [text])
     found = read_object(path)
     section = Section("attack", "What an update gives away", [PURPOSE])
+    if limit := describe_limit(found):
+        section.text.append(limit)
     section.plots.append(plotter.draw("attack", lambda: plot_attack(found)))
     section.tables.append(_list_records(found["records"]))
     section.tables.append(_list_texts(found["texts"]))

@@ -11,6 +11,7 @@ import yaml
 from conftest import build_tiny_config, build_tiny_model
 from loopback import Federation
 
+from fedlora_app.attacks.limits import largest_auc
 from fedlora_app.attacks.observed import apply_update, observe
 from fedlora_app.attacks.records import Side, Suspicion
 from fedlora_app.attacks.results import (
@@ -24,6 +25,7 @@ from fedlora_app.attacks.results import (
     SETS,
     UPDATE,
     choose_best,
+    exceeding,
     group,
 )
 from fedlora_app.attacks.scores import compare_with_gradients, input_subspaces
@@ -161,6 +163,7 @@ def test_local_answers_show_in_updates_that_were_trained_on_them(runs, fedlora, 
         assert all(row["was_trained"] for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["alternate", "freeze-a", "residual", "median"])
 def test_attacks_take_every_kind_of_update(rule, runs, fedlora):
     run = runs(rule, aggregation=rule)
@@ -172,6 +175,7 @@ def test_attacks_take_every_kind_of_update(rule, runs, fedlora):
     assert has_a == (rule != "freeze-a")
 
 
+@pytest.mark.slow
 def test_canaries_that_were_planted_are_measured(project, fedlora, monkeypatch):
     monkeypatch.chdir(project)
     config = configure("training.global_epochs=30 federated.num_rounds=1")
@@ -187,6 +191,45 @@ def test_canaries_that_were_planted_are_measured(project, fedlora, monkeypatch):
     for client in CLIENTS:
         assert bits[client, "universal", UPDATE] > bits[client, "universal", BEFORE]
     assert "Exposure of canaries" in out
+
+
+def test_noise_that_was_switched_off_shows(runs, fedlora, project):
+    """A run whose settings promise noise, and whose updates have none, tells more than may be."""
+    honest = runs("fedavg", mode="fedavg", overrides="training.global_epochs=12")
+    copy = shutil.copytree(honest, project / "results" / "promised")
+    config = json.loads((copy / "config.json").read_text())
+    config["privacy"] |= {"unit": "client", "noise": "client", "clip_norm": 1.0}
+    config["privacy"] |= {"epsilon": 0.1, "delta": 1e-6}
+    (copy / "config.json").write_text(json.dumps(config))
+    status, out, err = fedlora("attack", copy, "--texts", "2")
+    assert status == 0, err
+    limit = json.loads((copy / "attack.json").read_text())["limit"]
+    assert limit["unit"] == "client" and limit["epsilon"] <= 0.1
+    assert limit["auc"] == pytest.approx(largest_auc(limit["epsilon"], 1e-6, 2))
+    assert limit["auc"] < 0.56
+    assert "the noise is not what the settings say" in " ".join(out.split())
+    shutil.rmtree(copy)
+
+
+@pytest.mark.slow
+def test_noise_that_is_there_keeps_within_what_epsilon_allows(runs, fedlora):
+    privacy = {"unit": "client", "noise": "client", "clip_norm": 1.0, "epsilon": 1.0}
+    settings = " ".join(f"privacy.{k}={v}" for k, v in {**privacy, "delta": 1e-6}.items())
+    run = runs("noisy", overrides=f"training.global_epochs=8 {settings}")
+    status, out, err = fedlora("attack", run, "--texts", "2")
+    assert status == 0, err
+    found = json.loads((run / "attack.json").read_text())
+    assert found["limit"] and not exceeding(found["records"], found["limit"])
+    assert "the noise is not what the settings say" not in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "delta", "units", "expected"),
+    [(0, 0, 1, 0.5), (1, 0, 1, 0.7310586), (0.5, 0.05, 1, 0.6592695), (0.5, 0.01, 2, 0.7451169)],
+)
+def test_what_epsilon_allows_is_the_area_below_its_roc(epsilon, delta, units, expected):
+    assert largest_auc(epsilon, delta, units) == pytest.approx(expected, abs=1e-6)
+    assert largest_auc(2000.0, 1e-5, units) == pytest.approx(1)
 
 
 def test_a_run_without_updates_is_refused(runs, fedlora, project):

@@ -1,0 +1,119 @@
+"""How much less an update gives away under each setting: a table over attacked and evaluated runs.
+
+Of every setting the mean over seeds and clients of the best attack with a client's own update (over
+all rounds), and what the setting costs: questions answered rightly.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedlora_app.attacks.results import (
+    AVERAGE,
+    FACTS,
+    OTHERS,
+    OWN,
+    PRIVATE,
+    QUESTION,
+    UPDATE,
+    choose_best,
+    group,
+)
+from fedlora_app.data.questions import LOCAL_SET, UNIVERSAL
+from fedlora_app.evaluation.evaluated_run import chosen_rows
+from fedlora_app.evaluation.membership_pairs import LOCAL_ANSWERS
+from fedlora_app.evaluation.statistics import over_seeds
+
+TOLD = {FACTS: "which facts", UNIVERSAL: "wording", LOCAL_ANSWERS: "local answers"}
+GIVEN = {OWN: "own facts", PRIVATE: "own local"}
+ANSWERED = {UNIVERSAL: "universal", LOCAL_SET: "local"}
+SEED = re.compile(r"-seed\d+$")
+
+
+def measure(runs: Sequence[Path]) -> dict[str, Any]:
+    """Return a row per setting, of runs that are called ``<setting>-seed<N>``.
+
+    Raises:
+        FileNotFoundError: a run was not attacked.
+    """
+    by_setting: dict[str, list[dict[str, float]]] = {}
+    for run in runs:
+        figures = _read(run)
+        by_setting.setdefault(SEED.sub("", run.name), []).append(figures)
+    return {
+        "rows": [
+            {"setting": setting, "seeds": len(seeds), **_average(seeds)}
+            for setting, seeds in by_setting.items()
+        ]
+    }
+
+
+def describe(result: dict[str, Any]) -> str:
+    """Return the table of a measurement."""
+    told = [f"{label}{suffix}" for label in TOLD.values() for suffix in ("", ", others'", ", mean")]
+    headings = ["setting", "seeds", *told, "tokens", *GIVEN.values(), *ANSWERED.values()]
+    lines = [
+        "AUC, % (50 is chance), of the best attack with a client's own update, with the others' "
+        "updates and with the mean; then answers that come word by word when the question is asked "
+        "of the client's update; and test questions that clients answer rightly. Means over seeds "
+        "and clients, with Student's interval over three seeds and more.",
+        "",
+        f"| {' | '.join(headings)} |",
+        "|---" * len(headings) + "|",
+    ]
+    for row in result["rows"]:
+        cells = [_show(row[name]) for name in _names()]
+        lines.append(f"| {row['setting']} | {row['seeds']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _names() -> list[str]:
+    told = [f"{name}/{source}" for name in TOLD for source in (UPDATE, OTHERS, AVERAGE)]
+    return [*told, "tokens", *(f"given/{w}" for w in GIVEN), *(f"right/{n}" for n in ANSWERED)]
+
+
+def _read(run: Path) -> dict[str, float]:
+    found = json.loads((run / "attack.json").read_text())
+    figures: dict[str, list[float]] = {}
+
+    def note(name: str, value: float | None) -> None:
+        if value is not None:
+            figures.setdefault(name, []).append(value)
+
+    for (name, _), rows in group(found["records"], "set", "client").items():
+        for source, row in choose_best(rows).items():
+            note(f"{name}/{source}", row["auc"]["value"])
+    domain = [row for row in found["tokens"] if row["among"] == "domain"]
+    for rows in group(domain, "client").values():
+        for source, row in choose_best(rows).items():
+            if source == UPDATE:
+                note("tokens", row["auc"]["value"])
+    last = max(found["rounds"])
+    for row in found["texts"]:
+        wanted = (row["prompt"], row["source"], row["rounds"]) == (QUESTION, UPDATE, last)
+        if wanted and row["whose"] in GIVEN:
+            note(f"given/{row['whose']}", row["verbatim"]["value"])
+    evaluation = run / "evaluation.json"
+    if evaluation.exists():
+        for row in chosen_rows(json.loads(evaluation.read_text())):
+            if row["question_set"] in ANSWERED:
+                note(f"right/{row['question_set']}", row["exact_match"]["value"])
+    return {name: sum(values) / len(values) for name, values in figures.items()}
+
+
+def _average(seeds: Iterable[Mapping[str, float]]) -> dict[str, Any]:
+    seeds = list(seeds)
+    return {n: over_seeds([s[n] for s in seeds if n in s]).dump() for n in _names()}
+
+
+def _show(found: Mapping[str, Any]) -> str:
+    if found["value"] is None:
+        return ""
+    text = f"{100 * found['value']:.0f}"
+    if found["low"] is None or found["n"] < 3:
+        return text
+    return f"{text} [{100 * max(0, found['low']):.0f}, {100 * min(1, found['high']):.0f}]"
