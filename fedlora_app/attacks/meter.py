@@ -219,13 +219,18 @@ class _Attacks:
             "max_new_tokens": config.evaluation.max_new_tokens,
         }
         what, done = f"round {observed.server_round}, texts", 0
+        said: dict[tuple[str, str], list[str]] = {}  # clients may have one system prompt
         for client, reached in observed.reached.items():
             secrets = extraction.collect_secrets(client, self.saved.files, self.effort.sample)
             states = {UPDATE: reached, AVERAGE: observed.average, BEFORE: observed.before}
             for source, state in states.items():
                 self.report(what, done, len(states) * len(observed.reached))
-                who = (self.model, tokenizer, state, config.client(client).system_prompt)
-                texts = extraction.elicit(*who, number=self.effort.texts, **limits)
+                prompt = config.client(client).system_prompt
+                who = (self.model, tokenizer, state, prompt)
+                key = (client if source == UPDATE else source, prompt)
+                if key not in said:
+                    said[key] = extraction.elicit(*who, number=self.effort.texts, **limits)
+                texts = said[key]
                 rows = list(extraction.measure_texts(secrets, texts))
                 for whose, records in secrets.items():
                     answers = extraction.ask(*who, records, **limits)

@@ -45,14 +45,15 @@ class Vocabulary:
     """What an attacker knows of every token from the base model alone.
 
     Args:
-        inputs: (V, in), what enters the modules named in ``reading``, without the mean.
-        reading: the lowest decoder layer's modules that have the global adapter and get it.
+        inputs: (V, in), what enters the modules named in ``reading``, without the mean; None where
+            the lowest decoder layer has no global adapter.
+        reading: the lowest decoder layer's modules that have it and get that.
         directions: (V, D), what the head reads every token by, without the mean; None where the
             head is no plain linear layer.
         writing: the last decoder layer's modules that add to the hidden states.
     """
 
-    inputs: torch.Tensor
+    inputs: torch.Tensor | None
     reading: tuple[str, ...]
     directions: torch.Tensor | None
     writing: tuple[str, ...]
@@ -70,28 +71,29 @@ def know_vocabulary(model: AdaptedModel, size: int) -> Vocabulary:
     layers = decoder_layers(base)
     adapted = set(lora_layers(model, GLOBAL))
     lowest = [module for module in layers[0].modules() if module in adapted]
-    ids = torch.arange(size, device=model.device).split(CHUNK)
     seen: list[torch.nn.Module] = []
     parts = []
     with base_only(model):
-        for chunk in ids:
-            modules, x = _capture_inputs(base, lowest, chunk)
-            seen = modules
+        for chunk in torch.arange(size, device=model.device).split(CHUNK) if lowest else ():
+            seen, x = _capture_inputs(base, lowest, chunk)
             parts.append(x)
-    inputs = torch.cat(parts)
-    head, width = find_head(base), inputs.shape[1]
-    directions = None
+    inputs = _centre(torch.cat(parts)) if parts else None
+    head = find_head(base)
+    directions, writing = None, []
     if type(head) is torch.nn.Linear:
-        directions = head.weight[:size].float()
-        directions = directions - directions.mean(0)
+        directions = _centre(head.weight[:size].float())
         width = directions.shape[1]
-    writing = [m for m in layers[-1].modules() if m in adapted and m.out_features == width]
+        writing = [m for m in layers[-1].modules() if m in adapted and m.out_features == width]
     return Vocabulary(
-        inputs - inputs.mean(0),
+        inputs,
         tuple(names[module] for module in seen),
         directions,
-        tuple(names[module] for module in writing if module.in_features),
+        tuple(names[module] for module in writing),
     )
+
+
+def _centre(vectors: torch.Tensor) -> torch.Tensor:
+    return vectors - vectors.mean(0)
 
 
 def _capture_inputs(
@@ -130,16 +132,16 @@ def score_tokens(
         update: what it changes, in the adapter's shapes.
     """
     after = {key: before[key] + update[key] for key in before}
-    sizes = known.inputs.norm(dim=1).clamp_min(SMALLEST)
     subspaces = input_subspaces(update)
     found: dict[str, list[torch.Tensor]] = {INPUT: [], EFFECT: [], OUTPUT: []}
-    for name in known.reading:
+    for name in known.reading if known.inputs is not None else ():
+        inputs = known.inputs
+        sizes = inputs.norm(dim=1).clamp_min(SMALLEST)
         a, b = (f"{name}.lora_{factor}.weight" for factor in "AB")
         if name in subspaces:
-            basis = subspaces[name].to(known.inputs.device)
-            found[INPUT].append((known.inputs @ basis).norm(dim=1) / sizes)
+            found[INPUT].append((inputs @ subspaces[name].to(inputs.device)).norm(dim=1) / sizes)
         new, old = (
-            known.inputs @ state[a].to(known.inputs.device).T @ state[b].to(known.inputs.device).T
+            inputs @ state[a].to(inputs.device).T @ state[b].to(inputs.device).T
             for state in (after, before)
         )
         found[EFFECT].append((new - old).norm(dim=1) / sizes)

@@ -292,6 +292,17 @@ class TestOneGradient:
         assert rows["input", "vocabulary"]["auc"]["value"] > 0.95
         assert rows["input", "domain"]["auc"]["value"] is None  # nothing else was given
 
+    def test_above_the_lowest_layer_only_writing_is_seen(self, tokenizer):
+        base = build_tiny_model(len(tokenizer), num_hidden_layers=2)
+        config = build_tiny_config(
+            adapters={"global": {"rank": 4, "alpha": 8, "first_layer": 1}}
+        ).adapters
+        model = attach_adapters(base, config)
+        state = build_initial_state(model, GLOBAL, 1)
+        update = {k: torch.ones_like(t) for k, t in state.items()}
+        known = know_vocabulary(model, len(tokenizer))
+        assert known.inputs is None and set(score_tokens(known, state, update)) == {"output"}
+
     def test_its_records_are_aligned_with_it(self, model, start, tokenizer):
         examples = [
             encode_example(tokenizer, "", Record(f"Which office is {c}?", f"The {c} one."))
