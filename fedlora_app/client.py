@@ -341,11 +341,27 @@ class Client:
         Raises:
             DataError, ModelError: the data or the tokenizer cannot be read.
         """
-        tokenizer = load_tokenizer(self.config.model, self.root)
-        pin_date(tokenizer, self.date)
+        tokenizer = self._load_tokenizer()
         plan = plan_round(self.config, server_round)
         phases = [phase for phase in (plan.train, plan.personalise) if phase is not None]
         return sum(self._select(tokenizer, phase, server_round).num_steps for phase in phases)
+
+    def count_examples(self) -> tuple[int, int]:
+        """Return how many universal and local examples this client's data make.
+
+        Raises:
+            DataError, ModelError: likewise.
+        """
+        files = self._files[self.client_id]
+        examples = tokenize_client_files(
+            self.config, self._own, files, self._load_tokenizer(), self.root
+        )
+        return len(examples.universal.examples), len(examples.local.examples)
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        tokenizer = load_tokenizer(self.config.model, self.root)
+        pin_date(tokenizer, self.date)
+        return tokenizer
 
     def _select(
         self, tokenizer: PreTrainedTokenizerBase, phase: Phase, server_round: int

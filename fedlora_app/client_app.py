@@ -244,19 +244,20 @@ def _work(
     _set_up_process(config)
     root, output_dir = _folders(task, context, own)
     guard = build_guard(own)
+    run_dir = root / output_dir / check_run_name(task.run_name)
+    hide = str if own is None else own.hide
+    client = Client(
+        config, client_id, run_dir, root, task.date, hide=hide, watch=guard.require_time
+    )
     asked = Asked(
         client_id,
         task.server_round,
         config,
         SiteFolder(root).root_certificate,
         lambda: compute_fingerprint(config.model, root),
+        client.count_examples,
     )
     guard.require_permitted(asked)
-    run_dir = root / output_dir / check_run_name(task.run_name)
-    hide = str if own is None else own.hide
-    client = Client(
-        config, client_id, run_dir, root, task.date, hide=hide, watch=guard.require_time
-    )
     guard.require_steps(client.count_steps, asked)
     client.folder.require_own()
     # By Flower's number too: this machine may have two runs of one name in two projects.

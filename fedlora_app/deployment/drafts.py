@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from fedlora_app.config.privacy import has_noise
 from fedlora_app.config.schema import AVERAGING_MODES, Config
 from fedlora_app.deployment.policy import count_sure_others
+from fedlora_app.deployment.privacy_rule import compute_spending
 
 SHARED_SETS = ("universal_test", "universal_validation", "conflict_test", "conflict_validation")
 """Question sets that all clients answer, each with its own copy."""
@@ -46,6 +49,7 @@ modes: {modes}
 adapter_rank: {adapter_rank}  # at most
 target_modules: {target_modules}
 update_dtypes: {update_dtypes}
+privacy: {privacy}  # how what this site sends is protected, at least
 # update_parameters: 40370176   # numbers in an update, at most
 # send_update: false            # refuse what would have this site send an update
 # metrics: ["*"]                # figures that may leave, as patterns; a reply with others does not
@@ -97,6 +101,7 @@ def draft_policy(config: Config, facts: Mapping[str, Any]) -> str:
         "adapter_rank": max(ranks),
         "target_modules": sorted(modules),
         "update_dtypes": [federated.upload_dtype],
+        "privacy": _find_privacy(config),
         "code_sha256": facts.get("code_sha256"),
         "base_sha256": (facts.get("base") or {}).get("fingerprint"),
     }
@@ -114,3 +119,22 @@ def _find_least_others(config: Config) -> int | None:
         return None
     rounds = range(1, federated.num_rounds + 1)
     return max(0, min(count_sure_others(config, number) for number in rounds)) or None
+
+
+def _find_privacy(config: Config) -> dict[str, Any] | None:
+    """Return the protection that an experiment has, None where it has none."""
+    privacy = config.privacy
+    if privacy.unit == "none":
+        return None
+    rule: dict[str, Any] = {"unit": [privacy.unit]}
+    if not has_noise(privacy):
+        return rule
+    if privacy.unit == "record" or privacy.noise == "client":
+        rule["noise"] = "client"
+    if privacy.epsilon is not None:
+        rule |= {"epsilon": privacy.epsilon, "delta": privacy.delta}
+    elif privacy.unit == "client" and privacy.delta is not None:
+        spent = (compute_spending(config, c, (0, 0), privacy.delta) for c in config.client_ids)
+        rule |= {"epsilon": math.ceil(max(spent) * 1000) / 1000, "delta": privacy.delta}
+    # With a multiplier a record's epsilon depends on how many a site has, which it alone knows.
+    return rule

@@ -25,6 +25,7 @@ from fedlora_app.config.participation import training_clients
 from fedlora_app.config.rounds import plan_round
 from fedlora_app.config.schema import AVERAGING_MODES, Config, ConfigError, Section
 from fedlora_app.deployment.client_file import ConfidentialError
+from fedlora_app.deployment.privacy_rule import PrivacyRule, find_privacy_fault
 from fedlora_app.foundation.project import hash_package
 
 if TYPE_CHECKING:  # which imports torch
@@ -73,6 +74,8 @@ class Policy(Section):
     update_parameters: int | None = Field(None, ge=1)
     """Numbers in an update, at most."""
     update_dtypes: list[Dtype] | None = None
+    privacy: PrivacyRule | None = None
+    """Whom the updates protect, who adds the noise, and the epsilon that a run may spend."""
     metrics: list[str] | None = None
     """Patterns of the figures that may leave: "train_*", "*/exact_match"."""
     facts: list[str] | None = None
@@ -105,6 +108,7 @@ class Asked:
         experiment: as it is carried out here.
         root_certificate: the file with which this site's SuperNode knows its server.
         fingerprint: computes that of the base model.
+        count_examples: returns this client's universal and local examples.
     """
 
     client_id: str
@@ -112,6 +116,7 @@ class Asked:
     experiment: Config
     root_certificate: Path
     fingerprint: Callable[[], str]
+    count_examples: Callable[[], tuple[int, int]]
 
     @property
     def rounds_with_update(self) -> Iterator[int]:
@@ -318,6 +323,10 @@ def _check_update_dtypes(permitted: list[str], asked: Asked) -> str | None:
     return None if dtype in permitted else f"{dtype} is none of {', '.join(permitted)}"
 
 
+def _check_privacy(permitted: PrivacyRule, asked: Asked) -> str | None:
+    return find_privacy_fault(permitted, asked.experiment, asked.client_id, asked.count_examples)
+
+
 def _check_code(permitted: str, asked: Asked) -> str | None:
     found = hash_package()
     return None if found == permitted else f"this process runs {found}, not {permitted}"
@@ -339,6 +348,7 @@ RULES: dict[str, Callable[[Any, Asked], str | None]] = {
     "target_modules": _check_target_modules,
     "send_update": _check_send_update,
     "update_dtypes": _check_update_dtypes,
+    "privacy": _check_privacy,
     "code_sha256": _check_code,
     "base_sha256": _check_base,
 }

@@ -24,6 +24,12 @@ from fedlora_app.deployment.policy import (
     fingerprint_certificate,
     load_policy,
 )
+from fedlora_app.deployment.privacy_rule import (
+    PrivacyRule,
+    compute_spending,
+    find_privacy_fault,
+)
+from fedlora_app.federation.accountant import compute_epsilon
 from fedlora_app.federation.messages import UPDATE_RECORD, read_task
 from fedlora_app.foundation.project import hash_package
 from fedlora_app.model.base import compute_fingerprint
@@ -31,6 +37,10 @@ from fedlora_app.strategy import RoundError
 
 OTHER = 64 * "0"
 NUM_PARAMETERS = 2048  # of the tiny experiment's global adapter
+PRIVATE = {"unit": "client", "noise": "client", "clip_norm": 1.0, "epsilon": 3.0, "delta": 1e-5}
+CLIPPED = {"unit": "client", "clip_norm": 1.0}
+NOISY = CLIPPED | {"noise_multiplier": 2.0, "delta": 0.1}
+RECORD = NOISY | {"unit": "record"}
 
 
 def write_certificate(folder) -> str:
@@ -56,6 +66,7 @@ def permitted_rules(federation, client="ann") -> dict:
         "send_update": True,
         "update_parameters": NUM_PARAMETERS,
         "update_dtypes": ["float32"],
+        "privacy": {"unit": ["client"], "noise": "client", "epsilon": 3, "delta": 1e-5},
         "metrics": ["*_*", "num-examples", "*/*"],
         "facts": ["*_*", "sha256/*", "device", "process", "findings"],
         "code_sha256": hash_package(),
@@ -76,6 +87,7 @@ REFUSED_AT_ONCE = {
     "target_modules": ["q_proj"],
     "send_update": False,
     "update_dtypes": ["bfloat16"],
+    "privacy": {"unit": ["record"]},
     "code_sha256": OTHER,
     "base_sha256": OTHER,
     "steps": 5,
@@ -88,7 +100,7 @@ REFUSED_LATER = {"update_parameters": NUM_PARAMETERS - 1, "seconds": 1e-9}
 
 @pytest.fixture
 def federation(tiny_project, tmp_path):
-    config = build_bare_config(federated={"num_rounds": 1})
+    config = build_bare_config(federated={"num_rounds": 1}, privacy=PRIVATE)
     return build_federation(tiny_project, tmp_path, config)
 
 
@@ -112,7 +124,7 @@ def test_the_narrowest_rules_permit_the_experiment(federation):
 def test_it_refuses_before_anything_is_trained(federation, capsys, rule):
     rules = permitted_rules(federation) | {rule: REFUSED_AT_ONCE[rule]}
     if rule == "rounds":
-        federation.config = build_bare_config()  # of two
+        federation.config = build_bare_config(privacy=PRIVATE)  # of two
     set_policy(federation, "ann", **rules)
     with pytest.raises(ValueError, match=f"ann: its policy refuses: {rule}$"):
         federation.run()
@@ -275,6 +287,80 @@ def test_no_weight_makes_the_average_this_client_s_own(federation, weight, is_pe
         federation.run()
 
 
+class TestPrivacy:
+    """The rule by itself; above it refuses by its name."""
+
+    @pytest.mark.parametrize(
+        ("rule", "privacy", "fault"),
+        [
+            ({"unit": ["client"]}, {}, "privacy.unit is none"),
+            ({"unit": ["client"]}, CLIPPED, None),
+            ({"unit": ["record"]}, CLIPPED, "privacy.unit is client, none of record"),
+            ({"epsilon": 1e9}, {}, "privacy.unit is none"),
+            ({"epsilon": 1e9}, CLIPPED, "without noise, so that epsilon is infinite"),
+            ({"noise": "client"}, CLIPPED | {"noise": "client"}, "without noise"),
+            ({"noise": "client"}, NOISY, "the server would add the noise"),
+            ({"noise": "client"}, NOISY | {"noise": "client"}, None),
+            ({"noise": "client"}, RECORD, None),
+            ({"epsilon": 3.2}, NOISY, None),
+            ({"epsilon": 3.1}, NOISY, "spend epsilon 3.19 at delta 1e-05, and at most 3.1"),
+            # What the experiment calls delta does not count.
+            ({"epsilon": 1.0, "delta": 0.1}, NOISY, None),
+            ({"epsilon": 3.0}, PRIVATE, None),
+            ({"epsilon": 2.9}, PRIVATE, "would spend epsilon"),
+            ({"epsilon": 3.0, "delta": 1e-6}, PRIVATE, "would spend epsilon"),
+        ],
+    )
+    def test_what_satisfies_it(self, rule, privacy, fault):
+        config = build_bare_config(federated={"weighting": "equal"}, privacy=privacy)
+        found = find_privacy_fault(PrivacyRule(**rule), config, "ann", lambda: (20, 6))
+        assert found is None if fault is None else fault in found
+
+    def test_a_round_in_which_this_client_is_not_asked_spends_nothing_of_it(self):
+        clients = [{"id": "ann", "last_round": 1}, {"id": "bob"}]
+        federated = {"weighting": "equal", "clients": clients}
+        config = build_bare_config(federated=federated, privacy=NOISY)
+        spent = [compute_spending(config, client, (0, 0), 1e-5) for client in ("ann", "bob")]
+        assert spent == [compute_epsilon(1e-5, [(2.0, rounds)]) for rounds in (1, 2)]
+
+    def test_a_record_s_epsilon_depends_on_this_client_s_data(self):
+        config = build_bare_config(privacy=RECORD)
+        rule = PrivacyRule(epsilon=compute_spending(config, "ann", (20, 6), 1e-5) * 1.01)
+        assert find_privacy_fault(rule, config, "ann", lambda: (20, 6)) is None
+        assert "would spend" in find_privacy_fault(rule, config, "ann", lambda: (4, 6))
+
+    def test_a_mode_that_sends_no_update_needs_none(self):
+        config = build_bare_config(federated={"mode": "local-only"})
+        assert find_privacy_fault(PrivacyRule(unit=["record"]), config, "ann", dict) is None
+
+    def test_of_single_records_it_is_the_client_s_own_count(self, federation, capsys):
+        """Of its tokenised data, before anything is trained."""
+        federation.config = build_bare_config(federated={"num_rounds": 1}, privacy=RECORD)
+        set_policy(federation, "ann", privacy={"unit": ["record"], "epsilon": 1e-3})
+        with pytest.raises(ValueError, match="ann: its policy refuses: privacy$"):
+            federation.run()
+        assert "privacy: the run would spend epsilon" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("rule", "fault"),
+        [
+            ({}, "privacy: expected at least one of unit, noise and epsilon"),
+            ({"unit": ["none"]}, "privacy.unit.0: input should be 'client' or 'record'"),
+            ({"unit": ["client"], "epsilon": None}, "privacy: nothing stands behind epsilon"),
+            ({"unit": []}, "privacy.unit: at least one is needed"),
+            ({"unit": ["client"], "delta": 0.1}, "privacy: delta belongs to epsilon"),
+            ({"epsilon": 8, "noise": "server"}, "privacy.noise: input should be 'client'"),
+            ({"epsilonn": 8}, 'privacy.epsilonn: unknown key. Did you mean "epsilon"?'),
+        ],
+    )
+    def test_its_faults_are_named(self, tmp_path, rule, fault):
+        path = tmp_path / "policy.yaml"
+        path.write_text(json.dumps({"privacy": rule}))
+        with pytest.raises(ConfidentialError) as caught:
+            load_policy(path)
+        assert fault in str(caught.value)
+
+
 class TestDraft:
     def test_it_permits_the_experiment_and_nothing_more(self, federation):
         path = federation.own_files["ann"].with_name("policy.yaml")
@@ -290,6 +376,24 @@ class TestDraft:
         assert drafted == {k: v for k, v in rules.items() if k in drafted}
         assert drafted.keys() == RULES.keys() - {"send_update"}
         federation.run()
+
+    @pytest.mark.parametrize(
+        ("privacy", "drafted"),
+        [
+            ({}, None),
+            (CLIPPED, {"unit": ["client"]}),
+            (NOISY, {"unit": ["client"], "epsilon": 0.944, "delta": 0.1}),
+            (RECORD, {"unit": ["record"], "noise": "client"}),
+        ],
+    )
+    def test_it_has_the_protection_that_the_experiment_has(self, tmp_path, privacy, drafted):
+        path = tmp_path / "policy.yaml"
+        config = build_bare_config(federated={"weighting": "equal"}, privacy=privacy)
+        path.write_text(draft_policy(config, {}))
+        rule = load_policy(path).privacy
+        assert (None if rule is None else rule.model_dump(exclude_unset=True)) == drafted
+        counts = lambda: (20, 6)  # noqa: E731
+        assert rule is None or find_privacy_fault(rule, config, "ann", counts) is None
 
     def test_what_is_unknown_permits_everything(self, tmp_path):
         path = tmp_path / "policy.yaml"
