@@ -59,8 +59,9 @@ ASSUMPTIONS = (
 )
 NOT_TRIED = (
     "Weights that a malicious server plants before it asks for an update.",
-    "Optimisation of dummy inputs until their gradients match (DLG and its successors), which "
-    "needs one plain gradient step and the batch's size; clients send the sum of many AdamW steps.",
+    "Reconstruction of whole texts from a gradient, by inputs whose gradients match (DLG and its "
+    "successors) or token by token (DAGER beyond its first step). It needs one plain gradient step "
+    "and the batch's size; clients send the sum of many AdamW steps.",
     "Attacks with shadow models that are trained on other data of the kind.",
     "What scores, counts and hashes tell that clients report beside their updates.",
 )
