@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ from fedlora_app.model.device import (
     is_out_of_memory,
 )
 from fedlora_app.runs.client_folder import LostGlobalError
+from fedlora_app.runs.own_spending import OwnRelease, describe_release
 from fedlora_app.runs.paths import RunDirectoryError, check_run_name
 from fedlora_app.training.attention import PackingError
 from fedlora_app.training.clipping import ClippingError
@@ -103,7 +105,7 @@ EXPLAINED_ERRORS = (
 class Outcome:
     """What a client would send: figures, facts, and after training an update.
 
-    ``shapes`` are those that the update must have.
+    ``shapes`` are those that the update must have, and ``release`` is what it spends of privacy.
     """
 
     metrics: dict[str, Any]
@@ -111,6 +113,7 @@ class Outcome:
     update: AdapterState | None = None
     update_dtype: str = "float32"
     shapes: dict[str, torch.Size] | None = None
+    release: OwnRelease | None = None
 
 
 Handler = Callable[[Client, Task, Message], Outcome]
@@ -153,6 +156,9 @@ def _register(client: Client, task: Task, message: Message) -> Outcome:
 def _train(client: Client, task: Task, message: Message) -> Outcome:
     state = _received_state(client, task, message)
     update, metrics, facts = client.train(task.server_round, state, task.from_kept)
+    release = describe_release(
+        client.config, client.client_id, task.server_round, update, client.count_examples
+    )
     upload_dtype = client.config.federated.upload_dtype
     if keeps_feedback(client.config):
         update, facts[FEEDBACK] = client.folder.feedback.settle(
@@ -163,7 +169,7 @@ def _train(client: Client, task: Task, message: Message) -> Outcome:
             task.from_kept.get(FEEDBACK, Kept()),
         )
     shapes = client.update_shapes(task.server_round)
-    return Outcome(metrics, facts, update, upload_dtype, shapes)
+    return Outcome(metrics, facts, update, upload_dtype, shapes, release)
 
 
 def _personalise(client: Client, task: Task, message: Message) -> Outcome:
@@ -265,6 +271,11 @@ def _work(
     choose_device(run, may_share=config.federated.share_gpu)
     done = handle(client, task, message)
     guard.require_sendable(done.metrics, done.facts, done.update, done.update_dtype)
+    if done.release is not None:
+        spending = client.folder.spending
+        spending.require_within(done.release, config.privacy)
+        guard.require_spendable(partial(spending.compute, done.release))
+        spending.note(done.release)
     return build_reply(
         message,
         client_id,

@@ -223,6 +223,16 @@ class Guard:
                 refused["update_dtypes"] = f"the update is in {dtype}"
         _refuse(refused)
 
+    def require_spendable(self, compute: Callable[[float], float]) -> None:
+        """Raise ``PolicyError`` where an update would spend more epsilon than is permitted.
+
+        Args:
+            compute: returns what is spent with it at a delta, rounds that were repeated included.
+        """
+        rule = self.policy.privacy
+        if rule is not None:
+            _refuse({"privacy": rule.find_excess(compute)})
+
 
 def count_sure_others(config: Config, server_round: int) -> int:
     """Return how many other updates are in a round's average with each, whoever else fails."""

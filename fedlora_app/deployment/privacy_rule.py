@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -10,6 +11,9 @@ from pydantic import Field, model_validator
 from fedlora_app.config.privacy import has_noise
 from fedlora_app.config.rounds import plan_round
 from fedlora_app.config.schema import Config, Section
+
+SLACK = 1 + 1e-6
+"""For the rounding of sums."""
 
 
 class PrivacyRule(Section):
@@ -33,6 +37,19 @@ class PrivacyRule(Section):
         if self.epsilon is None and "delta" in self.model_fields_set:
             raise ValueError("delta belongs to epsilon, and there is none")
         return self
+
+    def find_excess(self, compute: Callable[[float], float]) -> str | None:
+        """Return why an epsilon is too large, None where it is not.
+
+        Args:
+            compute: returns it at a delta; only called where there is a bound.
+        """
+        if self.epsilon is None or (spent := compute(self.delta)) <= self.epsilon * SLACK:
+            return None
+        return (
+            f"the run would spend epsilon {spent:.3g} at delta {self.delta:g}, and at most "
+            f"{self.epsilon:g} is permitted"
+        )
 
 
 def find_privacy_fault(
@@ -63,16 +80,8 @@ def find_privacy_fault(
             return "updates are clipped without noise, so that epsilon is infinite"
         if rule.noise is not None and privacy.unit == "client" and privacy.noise != "client":
             return f"the {privacy.noise} would add the noise"
-    if rule.epsilon is None:
-        return None
-    counts = count_examples() if privacy.unit == "record" else (0, 0)
-    spent = compute_spending(config, client_id, counts, rule.delta)
-    if spent <= rule.epsilon:
-        return None
-    return (
-        f"the run would spend epsilon {spent:.3g} at delta {rule.delta:g}, and at most "
-        f"{rule.epsilon:g} is permitted"
-    )
+    counts = count_examples() if privacy.unit == "record" and rule.epsilon is not None else (0, 0)
+    return rule.find_excess(partial(compute_spending, config, client_id, counts))
 
 
 def compute_spending(

@@ -74,7 +74,7 @@ def protect_update(
     if multiplier is None:
         return clipped
     deviation = multiplier * (privacy.clip_norm or math.inf)
-    purpose = ("client", server_round, _hash_state(clipped))
+    purpose = ("client", server_round, hash_state(clipped))
     return _add_noise(clipped, deviation, read_key(), purpose)
 
 
@@ -108,7 +108,7 @@ class MeanProtection:
     def note(self, client: str, update: AdapterState, clipped: AdapterState) -> None:
         """See an update that has been folded in, as it came and as it was clipped."""
         self._num_clipped += clipped is not update
-        self._hashes[client] = _hash_state(clipped)
+        self._hashes[client] = hash_state(clipped)
 
     def add_noise(self, received: AdapterState, mean: AdapterState) -> AdapterState:
         """Return the new adapter with noise on every number that has travelled.
@@ -168,7 +168,7 @@ def _add_noise(
     }
 
 
-def _hash_state(state: AdapterState) -> str:
+def hash_state(state: AdapterState) -> str:
     """Return the sha256 of a state's names, shapes and bytes."""
     total = hashlib.sha256()
     for name in sorted(state):

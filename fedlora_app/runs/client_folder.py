@@ -19,6 +19,7 @@ from fedlora_app.model.adapter_files import CONFIG_FILE, load_adapter, require_f
 from fedlora_app.model.adapter_state import AdapterError, AdapterState
 from fedlora_app.model.adapters import AdaptedModel, get_state
 from fedlora_app.runs.feedback import FeedbackFolder
+from fedlora_app.runs.own_spending import OwnSpending
 from fedlora_app.runs.paths import RunPaths, list_rounds, require_within
 from fedlora_app.runs.received import ReceivedChanges
 from fedlora_app.runs.secret_key import read_or_make_key
@@ -54,6 +55,11 @@ class ClientFolder:
     def feedback(self) -> FeedbackFolder:
         """What the rounding of this client's updates has left to send."""
         return FeedbackFolder(self.paths, self.client_id)
+
+    @property
+    def spending(self) -> OwnSpending:
+        """What this client's own noise has spent of its privacy."""
+        return OwnSpending(self.paths.own_releases(self.client_id))
 
     def read_or_make_secret_key(self) -> bytes:
         """Return the secret that this client's own noise is drawn from, made where there is none.

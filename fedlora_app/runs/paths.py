@@ -21,6 +21,8 @@ MEMORY_FILE = "memory.safetensors"
 SAFETENSORS = ".safetensors"
 KEY_FILE = "secret.key"
 """Where noise is added, at the server or at a client: the secret that it is drawn from."""
+RELEASES_FILE = "releases.jsonl"
+"""Likewise: what of clients' privacy has been spent."""
 MAX_NAME_LENGTH = 64
 
 
@@ -45,7 +47,7 @@ class RunPaths:
         self.lock = folder / LOCK_FILE
         self.server = folder / "server"
         self.server_key = self.server / KEY_FILE
-        self.releases = self.server / "releases.jsonl"  # what of clients' privacy has been spent
+        self.releases = self.server / RELEASES_FILE
         self.clients = folder / "clients"
         self.final = folder / "final"
         self.final_global = self.final / "global"
@@ -81,6 +83,10 @@ class RunPaths:
     def secret_key(self, client: str) -> Path:
         """Return the file of the secret that a client's own noise is drawn from."""
         return self.client(client) / KEY_FILE
+
+    def own_releases(self, client: str) -> Path:
+        """Return the list of what a client's own noise has spent of its privacy."""
+        return self.client(client) / RELEASES_FILE
 
     def local_adapter(self, client: str, server_round: int) -> Path:
         """Return the folder of a client's local adapter after a round."""
