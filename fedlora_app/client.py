@@ -43,11 +43,11 @@ from fedlora_app.evaluation.client_round import ClientEvaluation, Metrics, phase
 from fedlora_app.evaluation.gold import count_gold_answers
 from fedlora_app.federation.accountant import noise_multiplier_for
 from fedlora_app.federation.messages import Kept
-from fedlora_app.federation.privacy import compute_norm, protect_update
+from fedlora_app.federation.privacy import protect_update
 from fedlora_app.foundation.progress import step_lines
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model import base as model_module
-from fedlora_app.model.adapter_state import AdapterState
+from fedlora_app.model.adapter_state import AdapterState, compute_norm
 from fedlora_app.model.adapters import (
     AdaptedModel,
     attach_once,

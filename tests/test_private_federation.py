@@ -15,9 +15,10 @@ from test_aggregation import adapter_files, entries, interrupt_in_round, server_
 from fedlora_app.config.loading import change_config
 from fedlora_app.config.schema import ConfigError
 from fedlora_app.federation.accountant import compute_epsilon
-from fedlora_app.federation.privacy import clip_update, compute_norm
+from fedlora_app.federation.privacy import clip_update
 from fedlora_app.federation.rules.fedavg import FedAvg
 from fedlora_app.forgetting import Forgetting, configure_without
+from fedlora_app.model.adapter_state import compute_norm
 from fedlora_app.report.page import write_report
 from fedlora_app.runs import secret_key
 from fedlora_app.runs.paths import RunDirectoryError

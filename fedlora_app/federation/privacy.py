@@ -20,13 +20,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from fedlora_app.config.privacy import protects_at
 from fedlora_app.config.schema import Config
 from fedlora_app.federation.accountant import noise_multiplier_for
 from fedlora_app.foundation.secret_noise import gaussian
-from fedlora_app.model.adapter_state import AdapterState
+from fedlora_app.model.adapter_state import AdapterState, compute_norm
 
 ROUNDING = 2.0**-22
 """How far below the bound an update is clipped, relatively, so that fp32 keeps it below."""
@@ -53,11 +51,6 @@ def clip_update(update: AdapterState, clip_norm: float) -> AdapterState:
         return update
     factor = clip_norm * (1 - ROUNDING) / norm
     return {key: (tensor.double() * factor).float() for key, tensor in update.items()}
-
-
-def compute_norm(state: AdapterState) -> float:
-    """Return the L2 norm of all tensors together, computed in fp64."""
-    return torch.stack([tensor.double().norm() for tensor in state.values()]).norm().item()
 
 
 def protect_update(
