@@ -155,6 +155,7 @@ class _Attacks:
         }
         if number in (rounds[0], rounds[-1]):
             self.texts += self._extract(observed)
+        if number == rounds[-1]:
             self.canaries += measure_canaries(self.saved, self.saved_model, observed, self.report)
 
     def measure_records(self) -> Iterator[dict[str, Any]]:
