@@ -1,7 +1,7 @@
 """How much less an update gives away under each setting: a table over attacked and evaluated runs.
 
-Of every setting the mean over seeds and clients of the best attack with a client's own update (over
-all rounds), and what the setting costs: questions answered rightly.
+Of every setting the mean over seeds and clients of the attacks with a client's own update (over all
+rounds), and what the setting costs: questions answered rightly.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from typing import Any
 from fedlora_app.attacks.results import (
     AVERAGE,
     FACTS,
+    HEADLINES,
     OTHERS,
     OWN,
     PRIVATE,
     QUESTION,
     UPDATE,
-    choose_best,
+    choose_headline,
+    choose_token_attack,
     group,
 )
 from fedlora_app.data.questions import LOCAL_SET, UNIVERSAL
@@ -57,7 +59,7 @@ def describe(result: dict[str, Any]) -> str:
     told = [f"{label}{suffix}" for label in TOLD.values() for suffix in ("", ", others'", ", mean")]
     headings = ["setting", "seeds", *told, "tokens", *GIVEN.values(), *ANSWERED.values()]
     lines = [
-        "AUC, % (50 is chance), of the best attack with a client's own update, with the others' "
+        "AUC, % (50 is chance), of the chosen attacks with a client's own update, with the others' "
         "updates and with the mean; then answers that come word by word when the question is asked "
         "of the client's update; and test questions that clients answer rightly. Means over seeds "
         "and clients, with Student's interval over three seeds and more.",
@@ -85,11 +87,11 @@ def _read(run: Path) -> dict[str, float]:
             figures.setdefault(name, []).append(value)
 
     for (name, _), rows in group(found["records"], "set", "client").items():
-        for source, row in choose_best(rows).items():
+        for source, row in choose_headline(rows, HEADLINES[name]).items():
             note(f"{name}/{source}", row["auc"]["value"])
     domain = [row for row in found["tokens"] if row["among"] == "domain"]
     for rows in group(domain, "client").values():
-        for source, row in choose_best(rows).items():
+        for source, row in choose_headline(rows, choose_token_attack(rows)).items():
             if source == UPDATE:
                 note("tokens", row["auc"]["value"])
     last = max(found["rounds"])

@@ -16,7 +16,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.attacks.results import NOTHING, OTHERS, OWN, PRIVATE, QUESTION
@@ -28,6 +27,7 @@ from fedlora_app.data.similarity import normalise_answer
 from fedlora_app.evaluation.decoding import decode
 from fedlora_app.evaluation.generation import find_stop_ids, generate, generate_ids
 from fedlora_app.evaluation.membership_pairs import cluster
+from fedlora_app.evaluation.metrics import compute_rouge_l
 from fedlora_app.evaluation.statistics import proportion
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model.adapter_state import AdapterState
@@ -146,12 +146,11 @@ def measure_answers(whose: str, records: Sequence[Record], texts: Sequence[str])
 def _measure(
     prompt: str, whose: str, records: Sequence[Record], texts: Sequence[Sequence[str]]
 ) -> dict[str, Any]:
-    scorer = RougeScorer(["rougeL"])
     came, best = [], []
     for record, said in zip(records, texts, strict=True):
         wanted = normalise_answer(record.output)
         came.append(float(wanted in {normalise_answer(text) for text in said}))
-        near = (scorer.score(record.output, text)["rougeL"].fmeasure for text in said)
+        near = (compute_rouge_l(text, record.output) for text in said)
         best.append(max(near, default=0.0))
     return {
         "prompt": prompt,

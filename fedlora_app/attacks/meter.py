@@ -41,6 +41,7 @@ from fedlora_app.evaluation.membership import Candidate
 from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.foundation.files import write_json
 from fedlora_app.model.adapter_state import AdapterState
+from fedlora_app.training.record_privacy import hides_records
 from fedlora_app.training.selection import select_phase, take_part
 
 Report = Callable[[str, int, int], None]
@@ -258,6 +259,8 @@ class _Attacks:
             return tokenize_client_files(config, of_owner, files, self.loaded.tokenizer, root)
 
         selected = select_phase(config, client, phase, server_round, load)
+        if hides_records(phase, config.privacy):
+            return selected.examples  # steps draw of all of them
         return take_part(selected, config, client, phase, server_round)
 
     def _all_examples(self) -> list[Example]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from fedlora_app.config.schema import AVERAGING_MODES, GLOBAL, Config
 from fedlora_app.config.sharing import of_factors, travelling_factors
+from fedlora_app.data.client_files import ClientFiles
 from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.model.adapter_state import AdapterState
 from fedlora_app.model.adapters import AdaptedModel, state_shapes
 from fedlora_app.model.ranks import fit_client, resize_ranks, widen_from_client
 from fedlora_app.runs.reading import SavedRun
+from fedlora_app.runs.resuming import describe_changed_data, find_changed_data
 from fedlora_app.runs.uploads import load_upload, read_upload_hashes
 
 
@@ -63,6 +65,20 @@ def require_uploads(run: SavedRun) -> None:
             "with federated.keep_uploads: true. What the global adapter alone tells: fedlora "
             "evaluate RUN --membership"
         )
+
+
+def require_same_data(run: SavedRun, files: Mapping[str, ClientFiles]) -> None:
+    """Raise ``AttackError`` where data are not those that the run was trained on.
+
+    They would judge the guesses by what nobody has sent anything of.
+    """
+    faults = [
+        describe_changed_data(run.config, client, changed)
+        for client, own in files.items()
+        if (changed := find_changed_data(run.manifest["clients"].get(client, {}), own.hashes))
+    ]
+    if faults:
+        raise AttackError("\n".join(faults))
 
 
 def observe(run: SavedRun, model: AdaptedModel, server_round: int) -> Observed:

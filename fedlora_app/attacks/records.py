@@ -2,8 +2,8 @@
 
 Four sets per client. ``universal`` and ``local``: its training records against held-out
 paraphrases of the same facts, so that more than chance means a trace of the wording. ``facts``: the
-facts of its universal records against those that only other clients trained on, one score a fact,
-so that more than chance tells who has which fact. ``local_answers``: its local records against the
+facts that only it trained on against those that only others did, one score a fact, so that more
+than chance tells who has which fact. ``local_answers``: its local records against the
 same questions with a wrong answer, so that more than chance gives away its private answers.
 """
 
@@ -58,7 +58,6 @@ class Suspicion:
 
     Args:
         was_trained: whether the global adapter was trained on the members at all.
-        are_paired: each member has its own non-member, in the same order.
     """
 
     client: str
@@ -66,7 +65,6 @@ class Suspicion:
     members: Side
     nonmembers: Side
     was_trained: bool
-    are_paired: bool = True
 
     def measure(self, scores: Scores) -> dict[str, Any]:
         """Return the AUC with its interval over facts, and the share of pairs that are won."""
@@ -109,7 +107,7 @@ def collect_suspicions(
             fitting = [r for r in records if _fits(tokenizer, r, prompt, limit)]
             chosen = _draw([(r, r) for r in fitting], sample, client, FACTS)
             sides.append(_side([r for r, _ in chosen], prompt))
-        found.append(Suspicion(client, FACTS, *sides, was_trained=True, are_paired=False))
+        found.append(Suspicion(client, FACTS, *sides, was_trained=True))
     order = list(SETS)
     return sorted(found, key=lambda s: (s.client, order.index(s.name)))
 
@@ -135,12 +133,15 @@ def _side(records: Sequence[Record], prompt: str) -> Side:
 def _split_by_fact(
     client: str, client_files: Mapping[str, ClientFiles]
 ) -> tuple[list[Record], list[Record]]:
-    """Return universal records about facts that a client has, and of others about other facts."""
+    """Return universal records about facts that only a client has, and that only others have."""
     own = client_files[client].universal.records
-    known = {cluster(record) for record in own}
     others = [r for c, f in client_files.items() if c != client for r in f.universal.records]
     distinct = {(cluster(r), r.instruction, r.input, r.output): r for r in others}
-    return list(own), [r for r in distinct.values() if cluster(r) not in known]
+    ours, theirs = ({cluster(record) for record in side} for side in (own, others))
+    return (
+        [record for record in own if cluster(record) not in theirs],
+        [record for record in distinct.values() if cluster(record) not in ours],
+    )
 
 
 def _draw(

@@ -21,6 +21,10 @@ SETS = {
 """What is told apart."""
 
 LOSS_DROP, ALIGNMENT, PROJECTION = "loss_drop", "alignment", "projection"
+HEADLINES = {FACTS: ALIGNMENT, UNIVERSAL: ALIGNMENT, LOCAL_SET: ALIGNMENT}
+HEADLINES |= {LOCAL_ANSWERS: LOSS_DROP}
+"""The attack by which a set is judged, chosen before any was measured: the best of several lies
+above chance by chance."""
 RECORD_ATTACKS = {
     LOSS_DROP: "likelier answer",
     ALIGNMENT: "gradient alignment",
@@ -55,7 +59,8 @@ ASSUMPTIONS = (
     "prompts that stand in it, and candidates to be told apart. It has none of the clients' data, "
     "which only judge its guesses here.",
     "A chance level of 0.5 is that of a coin. The others' updates are a second one: what they "
-    "reach is due to how the candidates differ, not to what this client sent.",
+    "reach of wordings and local answers is due to how the candidates differ, not to what this "
+    "client sent. Of facts the non-members are theirs, so that they lie below 0.5.",
 )
 NOT_TRIED = (
     "Weights that a malicious server plants before it asks for an update.",
@@ -77,19 +82,21 @@ def group(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
     return found
 
 
-def choose_best(rows: Iterable[Row]) -> dict[str, Row]:
-    """Return by source the rows of the attack that does best with the client's own update.
+def choose_headline(rows: Iterable[Row], attack: str) -> dict[str, Row]:
+    """Return an attack's rows by source.
 
-    Over all rounds where there are several, else of the only one. Empty where the client sent none.
+    Over all rounds where there are several, else of the only one. Empty where the client sent none,
+    or where one side has too few.
     """
-    rows = list(rows)
+    rows = [row for row in rows if row["attack"] == attack]
     rounds = ALL_ROUNDS if any(row["rounds"] == ALL_ROUNDS for row in rows) else None
-    those = [row for row in rows if rounds in (None, row["rounds"])]
-    own = [row for row in those if row["source"] == UPDATE and row["auc"]["value"] is not None]
-    if not own:
-        return {}
-    best = max(own, key=lambda row: row["auc"]["value"])["attack"]
-    return {row["source"]: row for row in those if row["attack"] == best}
+    those = {row["source"]: row for row in rows if rounds in (None, row["rounds"])}
+    return those if UPDATE in those and those[UPDATE]["auc"]["value"] is not None else {}
+
+
+def choose_token_attack(rows: Iterable[Row]) -> str:
+    """Return the attack by which tokens are judged: ``input``, where the adapter is low enough."""
+    return INPUT if any(row["attack"] == INPUT for row in rows) else OUTPUT
 
 
 def show_auc(row: Row | None) -> str:

@@ -3,8 +3,9 @@
 - ``loss_drop``: how much likelier the update makes the answer, per token. Yeom et al. 2018
   (https://arxiv.org/abs/1709.01604), calibrated by the model that the client started from
   (Watson et al. 2022, https://arxiv.org/abs/2111.08440), which the server knows.
-- ``alignment``: the cosine-like -<gradient of the record's loss, update> / |gradient|, at the
-  adapter that the client started from: of one plain gradient step the record's own part.
+- ``alignment``: -<gradient of the record's loss, update> / |gradient|, over what the update
+  changes, at the adapter that the client started from: of one plain gradient step the record's own
+  part.
 - ``projection``: how much of the record's inputs lies in the input subspace of the update of A.
   A gradient of A is a sum of inputs of the batch, so that its row space is theirs. AdamW divides
   every number by its own size, after which that holds in part only.
@@ -12,6 +13,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import fmean
@@ -73,6 +75,7 @@ def compare_with_gradients(
         name: {k: change.to(model.device) for k, change in learning_part(model, update).items()}
         for name, update in updates.items()
     }
+    travelled = {name: [k for k in update if update[k].any()] for name, update in moved.items()}
     subspaces = {name: input_subspaces(update) for name, update in moved.items()}
     found: dict[str, dict[str, list[float]]] = {ALIGNMENT: {name: [] for name in updates}}
     found[PROJECTION] = {name: [] for name, bases in subspaces.items() if bases}
@@ -81,9 +84,10 @@ def compare_with_gradients(
             with _measured_inputs(model, subspaces) as shares, torch.enable_grad():
                 (-answer_log_likelihoods(model, [example])[0].mean()).backward()
             gradients = {k: p.grad.float() for k, p in parameters.items() if p.grad is not None}
-            norm = torch.stack([g.norm() for g in gradients.values()]).norm().item()
-            for name, update in moved.items():
-                inner = sum((gradients[k] * update[k]).sum().item() for k in gradients)
+            for name, changed in travelled.items():
+                those = [k for k in changed if k in gradients]
+                norm = math.sqrt(sum(gradients[k].square().sum().item() for k in those))
+                inner = sum((gradients[k] * moved[name][k]).sum().item() for k in those)
                 found[ALIGNMENT][name].append(-inner / max(norm, SMALLEST))
             for name, values in found[PROJECTION].items():
                 values.append(fmean(shares[name]))

@@ -12,6 +12,7 @@ from rich.table import Table
 from fedlora_app.attacks.results import (
     ABOUT_PROMPTS,
     ABOUT_WHOSE,
+    HEADLINES,
     LOCAL_ALONE,
     RECORD_ATTACKS,
     SETS,
@@ -21,7 +22,8 @@ from fedlora_app.attacks.results import (
     UPDATE,
     WHOSE,
     Row,
-    choose_best,
+    choose_headline,
+    choose_token_attack,
     describe_limit,
     group,
     show_auc,
@@ -31,8 +33,8 @@ from fedlora_app.foundation.terminal import WIDTH, render_table
 
 PLANT = "No canaries were planted. How exposed a made-up secret is: fedlora check CONFIG --plant 16"
 RECORDS_TITLE = (
-    "Told apart, AUC in % with 95 % intervals by fact; 50 is chance. Of {n} attacks each row has "
-    "the one that did best with the client's own update"
+    "Told apart, AUC in % with 95 % intervals by fact; 50 is chance. Each row has the attack that "
+    "was chosen for it beforehand; the report has all {n}"
 )
 TOKENS_TITLE = (
     "Tokens of the client's texts, AUC in % beside other tokens of such texts; 50 is chance"
@@ -61,7 +63,7 @@ def _records(rows: Sequence[Row]) -> str:
     for label in SOURCES.values():
         table.add_column(label, justify="right", no_wrap=True)
     for (client, name), those in group(rows, "client", "set").items():
-        best = choose_best(those)
+        best = choose_headline(those, HEADLINES[name])
         if not best:
             continue
         row = best[UPDATE]
@@ -78,7 +80,7 @@ def _tokens(rows: Sequence[Row]) -> str:
     table.add_column("found / chance", justify="right", no_wrap=True)
     domain = [row for row in rows if row["among"] == "domain"]
     for (client,), those in group(domain, "client").items():
-        best = choose_best(those)
+        best = choose_headline(those, choose_token_attack(those))
         if not best:
             continue
         row = best[UPDATE]

@@ -1,8 +1,8 @@
 """Which tokens of the vocabulary occur in what a client trained on, read off its update.
 
 - ``input``: in the lowest decoder layer every token enters the attention's projections as a fixed
-  vector, whatever stands around it. A gradient of A there is a sum of such vectors, so those in its
-  row space are the batch's tokens (the first step of DAGER, Petrov et al. 2024,
+  vector, whatever stands around it, unless positions were added to it. A gradient of A there is a
+  sum of such vectors, so those in its row space are the batch's tokens (the first step of DAGER, Petrov et al. 2024,
   https://arxiv.org/abs/2405.15586). With a rank below the number of distinct tokens, and after
   AdamW, no token lies in it exactly; the score is how much of the token's vector does.
 - ``effect``: how much the update changes what these projections make of the token's vector.
@@ -203,8 +203,17 @@ def measure_tokens(scores: Mapping[str, np.ndarray], batch: Batch) -> Iterator[d
             row = {"attack": attack, "among": among, "n_present": len(ours)}
             row |= {"n_absent": len(theirs), "auc": area_under_curve(ours, theirs).dump()}
             if len(ours) and len(theirs):
-                ranked = np.argsort(-np.concatenate([ours, theirs]), kind="stable")
-                hits = (ranked[: len(ours)] < len(ours)).astype(float)
-                row["precision"] = proportion(list(hits)).dump()
+                row["precision"] = proportion(_guess(ours, theirs)).dump()
                 row["chance"] = len(ours) / (len(ours) + len(theirs))
             yield row
+
+
+def _guess(ours: np.ndarray, theirs: np.ndarray) -> list[float]:
+    """Return how right each of as many guesses as there are tokens is, the likeliest ones.
+
+    Of those with the same score as the last guess, each is one with the same chance.
+    """
+    threshold = np.sort(np.concatenate([ours, theirs]))[-len(ours)]
+    above = [1.0] * int((ours > threshold).sum()) + [0.0] * int((theirs > threshold).sum())
+    tied = ((ours == threshold).sum(), (theirs == threshold).sum())
+    return above + [float(tied[0] / sum(tied))] * (len(ours) - len(above))

@@ -33,7 +33,7 @@ def attack(
     the guesses. Writes attack.json and the report. Example: fedlora attack latest
     """
     from fedlora_app.attacks.meter import Effort, attack_run
-    from fedlora_app.attacks.observed import require_uploads
+    from fedlora_app.attacks.observed import require_same_data, require_uploads
     from fedlora_app.attacks.text import describe_attack
     from fedlora_app.evaluation.choices import open_round
     from fedlora_app.report.page import write_report
@@ -43,6 +43,7 @@ def attack(
     require_uploads(saved)
     root = find_project_root(str(saved.paths.config))
     opened = open_round(saved, root)
+    require_same_data(saved, opened.files)
     quiet_transformers()
     with show_progress(quiet=as_json) as show:
         found = attack_run(opened, show, Effort(tuple(server_round or ()), sample, texts))

@@ -104,6 +104,8 @@ def _federation_faults(raw: dict[str, Any], privacy: dict[str, Any]) -> Iterator
             "training.schedule: joint they pass through the local one, which nothing protects. "
             "Use phased or mixed."
         )
+    elif unit == "record":
+        yield from _record_faults(raw)
     elif unit == "client" and privacy["noise"] == "server":
         yield from _server_noise_faults(federated, privacy)
 
@@ -113,6 +115,13 @@ def _server_noise_faults(federated: dict[str, Any], privacy: dict[str, Any]) -> 
     if privacy["noise_multiplier"] is None and privacy["epsilon"] is None:
         return
     rule, weighting = federated.get("aggregation", "fedavg"), federated.get("weighting", "examples")
+    if federated.get("max_norm_ratio") is not None:
+        yield (
+            "federated.max_norm_ratio: whom it refuses depends on the others' norms, so that one "
+            "client decides whether another's update is in the mean, which the server's noise is "
+            "not made for; privacy.clip_norm bounds all of them. Set it to null, or use "
+            "privacy.noise: client."
+        )
     if rule not in PLAIN_MEANS:
         yield (
             f"privacy.noise: the server's noise hides a client in a plain mean, and {rule!s:.100} "
@@ -124,4 +133,22 @@ def _server_noise_faults(federated: dict[str, Any], privacy: dict[str, Any]) -> 
             f"privacy.noise: with federated.weighting: {weighting!s:.100} one client can be more "
             "of the mean than another, by a number that its own data decide or that the noise does "
             "not know. Set federated.weighting: equal, or privacy.noise: client."
+        )
+
+
+def _record_faults(raw: dict[str, Any]) -> Iterator[str]:
+    """Find what lets no single example be bounded, as far as settings show it."""
+    adapters = raw.get("adapters")
+    ours = adapters.get("global") if isinstance(adapters, dict) else None
+    ours = ours if isinstance(ours, dict) else {}
+    if ours.get("dropout"):
+        yield (
+            "adapters.global.dropout: with privacy.unit: record it would give an example other "
+            "random numbers where another one is added or left out. Set it to 0."
+        )
+    targets = ours.get("target_modules")
+    if isinstance(targets, list) and "lm_head" in targets:
+        yield (
+            "adapters.global.target_modules: lm_head is run on answers only, so that privacy.unit: "
+            "record cannot tell which part of it an example is. Leave it out."
         )

@@ -62,8 +62,9 @@ def describe_assumptions(privacy: PrivacyConfig) -> Iterator[str]:
         yield NOT_COVERED + measured * (privacy.noise == "server")
     elif privacy.unit == "record":
         yield (
-            "Assumed: one record more or less of those that train the global adapter; each step "
-            "draws every one with the same chance, in secret"
+            "Assumed: one record against an empty one in its place, of those that train the global "
+            "adapter, whose number is known; each step draws every one with the same chance, in "
+            "secret"
         )
         yield f"{NOT_COVERED}, several records about one person or fact"
 

@@ -11,6 +11,8 @@ from matplotlib.ticker import PercentFormatter
 from fedlora_app.attacks.results import (
     ALL_ROUNDS,
     FACTS,
+    FORMAT,
+    HEADLINES,
     RECORD_ATTACKS,
     SETS,
     SOURCES,
@@ -18,7 +20,7 @@ from fedlora_app.attacks.results import (
     TOKEN_ATTACKS,
     UPDATE,
     WHOSE,
-    choose_best,
+    choose_headline,
     describe_limit,
     group,
     show_auc,
@@ -38,9 +40,9 @@ from fedlora_app.runs.paths import RunPaths
 from fedlora_app.runs.reading import read_object
 
 PURPOSE = (
-    "What whoever runs the server can tell of one client from what it sent, beside what the other "
-    "clients' updates say of it, which know nothing of it, and what the average says, which all "
-    "clients get. 50 % is chance."
+    "What whoever runs the server can tell of one client from what it sent; beside it, as a "
+    "control, from what the other clients sent, and from the average, which all clients get. 50 % "
+    "is chance. Facts are told from those that the others sent, so that their updates lie below."
 )
 MOST_CLIENTS = 8  # with a row of panels each
 
@@ -59,6 +61,11 @@ def show_attack(run: PartialRun, plotter: Plotter) -> Section | None:
         text = f"What the updates give away stands here after: fedlora attack {run.reference}"
         return Section("attack", "What an update gives away", [text])
     found = read_object(path)
+    if found.get("format") != FORMAT:
+        text = (
+            f"attack.json has another format. Write it again with: fedlora attack {run.reference}"
+        )
+        return Section("attack", "What an update gives away", [text])
     section = Section("attack", "What an update gives away", [PURPOSE])
     if limit := describe_limit(found):
         section.text.append(limit)
@@ -77,7 +84,7 @@ def show_attack(run: PartialRun, plotter: Plotter) -> Section | None:
 
 @styled
 def plot_attack(found: Mapping[str, Any]) -> Figure:
-    """Draw how well the best attack tells each set apart, by source, with intervals.
+    """Draw how well each set's chosen attack tells it apart, by source, with intervals.
 
     Args:
         found: what ``attack.json`` holds.
@@ -86,7 +93,7 @@ def plot_attack(found: Mapping[str, Any]) -> Figure:
         name: [
             (client, best)
             for (client,), rows in group(those, "client").items()
-            if (best := choose_best(rows))
+            if (best := choose_headline(rows, HEADLINES[name]))
         ]
         for (name,), those in group(found["records"], "set").items()
     }
@@ -100,7 +107,7 @@ def plot_attack(found: Mapping[str, Any]) -> Figure:
     for axes, (name, entries) in zip(all_axes, panels.items(), strict=True):
         _draw_set(axes, name, entries[:MOST_CLIENTS])
     all_axes[-1].xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    all_axes[-1].set_xlabel("AUC of the best attack; dotted: chance")
+    all_axes[-1].set_xlabel("AUC of the attack chosen for each; dotted: chance")
     handles, labels = all_axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=3)
     return figure

@@ -22,6 +22,11 @@ UNREACHABLE = {
     "altered": "are changed by the chat template or the tokenizer and can never match exactly",
 }
 
+KEPT_UPLOADS = (
+    "kept at the server, without its noise if it adds any: one client's tells more of it than the "
+    "average does, and fedlora attack says how much"
+)
+
 
 def describe_start(
     config: Config,
@@ -48,6 +53,7 @@ def describe_start(
         *_label(
             "privacy", describe_privacy(config, count_travelling(config, shapes[GLOBAL]), counts)
         ),
+        *(_label("uploads", [KEPT_UPLOADS]) if federated.keep_uploads else ()),
         *(["  server          no model, no device"] if not plan.is_global_given else []),
     ]
     for client, report in clients.items():

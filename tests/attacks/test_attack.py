@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,17 +20,24 @@ from fedlora_app.attacks.results import (
     AVERAGE,
     BEFORE,
     FACTS,
+    HEADLINES,
     OTHERS,
     OWN,
     PRIVATE,
     SETS,
     UPDATE,
-    choose_best,
+    choose_headline,
     exceeding,
     group,
 )
 from fedlora_app.attacks.scores import compare_with_gradients, input_subspaces
-from fedlora_app.attacks.tokens import find_batch, know_vocabulary, measure_tokens, score_tokens
+from fedlora_app.attacks.tokens import (
+    Batch,
+    find_batch,
+    know_vocabulary,
+    measure_tokens,
+    score_tokens,
+)
 from fedlora_app.config.loading import change_config, load_config
 from fedlora_app.config.schema import GLOBAL
 from fedlora_app.data.records import Record
@@ -132,7 +140,7 @@ def test_one_update_tells_which_facts_a_client_has(dual, fedlora, project, monke
     by_set = group(found["records"], "client", "set")
     assert set(by_set) == {(client, name) for client in CLIENTS for name in SETS}
     for client in CLIENTS:
-        best = choose_best(by_set[client, FACTS])
+        best = choose_headline(by_set[client, FACTS], HEADLINES[FACTS])
         own, others = (best[source]["auc"]["value"] for source in (UPDATE, OTHERS))
         assert own > 0.75 and own > others + 0.3
         assert best[UPDATE]["rounds"] == ALL_ROUNDS and best[UPDATE]["was_trained"]
@@ -159,7 +167,9 @@ def test_local_answers_show_in_updates_that_were_trained_on_them(runs, fedlora, 
     assert found["rounds"] == [2] and found == json.loads((run / "attack.json").read_text())
     for (client,), rows in group(found["records"], "client").items():
         those = [row for row in rows if row["set"] == "local_answers"]
-        assert choose_best(those)[UPDATE]["auc"]["value"] > 0.9, client
+        assert choose_headline(those, HEADLINES["local_answers"])[UPDATE]["auc"]["value"] > 0.9, (
+            client
+        )
         assert all(row["was_trained"] for row in rows)
 
 
@@ -313,12 +323,28 @@ class TestOneGradient:
         assert min(found[:2]) > max(found[2:])
 
 
+def test_scores_that_are_all_alike_find_no_token():
+    batch = Batch(frozenset(range(40)), frozenset(range(40, 200)), frozenset())
+    for row in measure_tokens({"effect": np.zeros(1000)}, batch):
+        assert row["auc"]["value"] == 0.5
+        assert row["precision"]["value"] == pytest.approx(row["chance"])
+
+
+def test_data_that_were_changed_since_are_refused(dual, fedlora, project):
+    path = project / "ann_universal.json"
+    kept = path.read_text()
+    path.write_text(kept.replace("one.", "other one."))
+    status, _, err = fedlora("attack", dual)
+    path.write_text(kept)
+    assert status == 2 and "not those that the run began with: universal_train" in err
+
+
 def test_a_fact_counts_once_however_many_records_it_has():
     def side(facts):
         return Side(tuple(Candidate("", f, str(i)) for i, f in enumerate(facts)), tuple(facts))
 
     members, others = side(["a", "a", "a", "b"]), side(["c", "d", "d"])
-    suspicion = Suspicion("ann", FACTS, members, others, was_trained=True, are_paired=False)
+    suspicion = Suspicion("ann", FACTS, members, others, was_trained=True)
     scores = {c: 1.0 for c in members.candidates} | {c: 0.0 for c in others.candidates}
     measured = suspicion.measure(scores)
     assert measured["auc"]["value"] == 1 and measured["auc"]["n"] == 4
