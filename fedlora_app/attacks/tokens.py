@@ -3,8 +3,8 @@
 - ``input``: in the lowest decoder layer every token enters the attention's projections as a fixed
   vector, whatever stands around it, unless positions were added to it. A gradient of A there is a
   sum of such vectors, so those in its row space are the batch's tokens (the first step of DAGER,
-  Petrov et al. 2024, https://arxiv.org/abs/2405.15586). With a rank below the number of distinct tokens, and after
-  AdamW, no token lies in it exactly; the score is how much of the token's vector does.
+  Petrov et al. 2024, https://arxiv.org/abs/2405.15586). With a rank below the number of distinct
+  tokens, and after AdamW, no token lies in it exactly; the score is how much of its vector does.
 - ``effect``: how much the update changes what these projections make of the token's vector.
 - ``output``: how far the update writes in the direction that the head reads the token by, in the
   last decoder layer: answers are learnt by moving there.

@@ -142,7 +142,7 @@ def test_one_update_tells_which_facts_a_client_has(dual, fedlora, project, monke
     for client in CLIENTS:
         best = choose_headline(by_set[client, FACTS], HEADLINES[FACTS])
         own, others = (best[source]["auc"]["value"] for source in (UPDATE, OTHERS))
-        assert own > 0.75 and own > others + 0.3
+        assert own > 0.7 and own > others + 0.3
         assert best[UPDATE]["rounds"] == ALL_ROUNDS and best[UPDATE]["was_trained"]
         assert not by_set[client, "local_answers"][0]["was_trained"]
     sources = {row["source"] for row in found["records"]}
