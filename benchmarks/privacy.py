@@ -28,11 +28,22 @@ from fedlora_app.attacks.results import (
 from fedlora_app.data.questions import LOCAL_SET, UNIVERSAL
 from fedlora_app.evaluation.evaluated_run import chosen_rows
 from fedlora_app.evaluation.membership_pairs import LOCAL_ANSWERS
+from fedlora_app.evaluation.names import EXACT_MATCH
 from fedlora_app.evaluation.statistics import over_seeds
 
-TOLD = {FACTS: "which facts", UNIVERSAL: "wording", LOCAL_ANSWERS: "local answers"}
-GIVEN = {OWN: "own facts", PRIVATE: "own local"}
-ANSWERED = {UNIVERSAL: "universal", LOCAL_SET: "local"}
+COLUMNS = {
+    f"{FACTS}/{UPDATE}": "which facts",
+    f"{FACTS}/{AVERAGE}": "by the mean",
+    f"{UNIVERSAL}/{UPDATE}": "wording",
+    f"{LOCAL_ANSWERS}/{UPDATE}": "local answers",
+    f"{LOCAL_ANSWERS}/{OTHERS}": "by others'",
+    f"{LOCAL_ANSWERS}/{AVERAGE}": "by the mean",
+    "tokens": "tokens",
+    f"given/{OWN}": "says own facts",
+    f"given/{PRIVATE}": "says own local",
+    f"right/{UNIVERSAL}": "universal right",
+    f"right/{LOCAL_SET}": "local right",
+}
 SEED = re.compile(r"-seed\d+$")
 
 
@@ -56,26 +67,20 @@ def measure(runs: Sequence[Path]) -> dict[str, Any]:
 
 def describe(result: dict[str, Any]) -> str:
     """Return the table of a measurement."""
-    told = [f"{label}{suffix}" for label in TOLD.values() for suffix in ("", ", others'", ", mean")]
-    headings = ["setting", "seeds", *told, "tokens", *GIVEN.values(), *ANSWERED.values()]
+    headings = ["setting", "seeds", *COLUMNS.values()]
     lines = [
-        "AUC, % (50 is chance), of the chosen attacks with a client's own update, with the others' "
-        "updates and with the mean; then answers that come word by word when the question is asked "
-        "of the client's update; and test questions that clients answer rightly. Means over seeds "
-        "and clients, with Student's interval over three seeds and more.",
+        "AUC, % (50 is chance), with a client's own update over all rounds unless a column says "
+        "otherwise; answers that the model of the last update gives word by word when it is asked "
+        "the question; and test questions that clients answer rightly with their own adapters. "
+        "Means over seeds and clients, with Student's interval over three seeds and more.",
         "",
         f"| {' | '.join(headings)} |",
         "|---" * len(headings) + "|",
     ]
     for row in result["rows"]:
-        cells = [_show(row[name]) for name in _names()]
+        cells = [_show(row[name]) for name in COLUMNS]
         lines.append(f"| {row['setting']} | {row['seeds']} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _names() -> list[str]:
-    told = [f"{name}/{source}" for name in TOLD for source in (UPDATE, OTHERS, AVERAGE)]
-    return [*told, "tokens", *(f"given/{w}" for w in GIVEN), *(f"right/{n}" for n in ANSWERED)]
 
 
 def _read(run: Path) -> dict[str, float]:
@@ -96,20 +101,18 @@ def _read(run: Path) -> dict[str, float]:
                 note("tokens", row["auc"]["value"])
     last = max(found["rounds"])
     for row in found["texts"]:
-        wanted = (row["prompt"], row["source"], row["rounds"]) == (QUESTION, UPDATE, last)
-        if wanted and row["whose"] in GIVEN:
+        if (row["prompt"], row["source"], row["rounds"]) == (QUESTION, UPDATE, last):
             note(f"given/{row['whose']}", row["verbatim"]["value"])
     evaluation = run / "evaluation.json"
     if evaluation.exists():
         for row in chosen_rows(json.loads(evaluation.read_text())):
-            if row["question_set"] in ANSWERED:
-                note(f"right/{row['question_set']}", row["exact_match"]["value"])
+            note(f"right/{row['question_set']}", row[EXACT_MATCH.name])
     return {name: sum(values) / len(values) for name, values in figures.items()}
 
 
 def _average(seeds: Iterable[Mapping[str, float]]) -> dict[str, Any]:
     seeds = list(seeds)
-    return {n: over_seeds([s[n] for s in seeds if n in s]).dump() for n in _names()}
+    return {n: over_seeds([s[n] for s in seeds if n in s]).dump() for n in COLUMNS}
 
 
 def _show(found: Mapping[str, Any]) -> str:
