@@ -42,6 +42,8 @@ BEFORE, LOCAL_ALONE = "before", "local"
 SOURCES = {UPDATE: "own update", OTHERS: "others' (control)", AVERAGE: "average"}
 TEXT_SOURCES = {UPDATE: "own update", AVERAGE: "average", BEFORE: "before it"}
 ALL_ROUNDS = "all"
+ALLOWS_ANY = 0.99
+"""An AUC that is no bound anybody would notice."""
 
 OWN, PRIVATE = "own", "private"
 WHOSE = {OWN: "own facts", OTHERS: "others' facts", PRIVATE: "own local"}
@@ -130,8 +132,11 @@ def describe_limit(found: Mapping[str, Any]) -> str:
     best = max((r["auc"]["value"] for r in rows if r["auc"]["value"] is not None), default=None)
     text = (
         f"privacy.unit {limit['unit']}, epsilon {limit['epsilon']:.3g} at delta "
-        f"{limit['delta']:g}: no attack may reach an AUC above {100 * limit['auc']:.1f} % there"
+        f"{limit['delta']:g}: of {SETS[limit['set']]}, by {SOURCES[limit['source']]}, no attack may "
+        f"reach an AUC above {100 * limit['auc']:.2f} %"
     )
+    if limit["auc"] > ALLOWS_ANY:
+        text += ", which allows any"
     if best is None:
         return f"{text}."
     text += f"; the best one reached {100 * best:.1f} %."
