@@ -132,8 +132,8 @@ def describe_limit(found: Mapping[str, Any]) -> str:
     best = max((r["auc"]["value"] for r in rows if r["auc"]["value"] is not None), default=None)
     text = (
         f"privacy.unit {limit['unit']}, epsilon {limit['epsilon']:.3g} at delta "
-        f"{limit['delta']:g}: of {SETS[limit['set']]}, by {SOURCES[limit['source']]}, no attack may "
-        f"reach an AUC above {100 * limit['auc']:.2f} %"
+        f"{limit['delta']:g}: of {SETS[limit['set']]}, by {SOURCES[limit['source']]}, no attack "
+        f"may reach an AUC above {100 * limit['auc']:.2f} %"
     )
     if limit["auc"] > ALLOWS_ANY:
         text += ", which allows any"
