@@ -25,7 +25,7 @@ from fedlora_app.attacks.results import (
     choose_token_attack,
     group,
 )
-from fedlora_app.data.questions import LOCAL_SET, UNIVERSAL
+from fedlora_app.data.questions import LOCAL_SET, UNIVERSAL, UNIVERSAL_UNSEEN
 from fedlora_app.evaluation.evaluated_run import chosen_rows
 from fedlora_app.evaluation.membership_pairs import LOCAL_ANSWERS
 from fedlora_app.evaluation.names import EXACT_MATCH
@@ -42,6 +42,7 @@ COLUMNS = {
     f"given/{OWN}": "says own facts",
     f"given/{PRIVATE}": "says own local",
     f"right/{UNIVERSAL}": "universal right",
+    f"right/{UNIVERSAL_UNSEEN}": "never seen right",
     f"right/{LOCAL_SET}": "local right",
 }
 SEED = re.compile(r"-seed\d+$")
