@@ -133,15 +133,17 @@ def _side(records: Sequence[Record], prompt: str) -> Side:
 def _split_by_fact(
     client: str, client_files: Mapping[str, ClientFiles]
 ) -> tuple[list[Record], list[Record]]:
-    """Return universal records about facts that only a client has, and that only others have."""
+    """Return universal records about facts that only a client has, and that only others have.
+
+    Where it shares all of its facts, the former are all of them, and the average tells of them too.
+    """
     own = client_files[client].universal.records
     others = [r for c, f in client_files.items() if c != client for r in f.universal.records]
     distinct = {(cluster(r), r.instruction, r.input, r.output): r for r in others}
     ours, theirs = ({cluster(record) for record in side} for side in (own, others))
-    return (
-        [record for record in own if cluster(record) not in theirs],
-        [record for record in distinct.values() if cluster(record) not in ours],
-    )
+    alone = [record for record in own if cluster(record) not in theirs]
+    rest = [record for record in distinct.values() if cluster(record) not in ours]
+    return alone or list(own), rest
 
 
 def _draw(
