@@ -25,9 +25,8 @@ from fedlora_app.attacks.results import (
     choose_token_attack,
     group,
 )
-from fedlora_app.data.questions import LOCAL_SET, UNIVERSAL, UNIVERSAL_UNSEEN
+from fedlora_app.data.questions import LOCAL_ANSWERS, LOCAL_SET, UNIVERSAL, UNIVERSAL_UNSEEN
 from fedlora_app.evaluation.evaluated_run import chosen_rows
-from fedlora_app.evaluation.membership_pairs import LOCAL_ANSWERS
 from fedlora_app.evaluation.names import EXACT_MATCH
 from fedlora_app.evaluation.statistics import over_seeds
 

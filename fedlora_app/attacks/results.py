@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fedlora_app.data.questions import LOCAL_SET, UNIVERSAL
-from fedlora_app.evaluation.membership_pairs import LOCAL_ANSWERS
+from fedlora_app.data.questions import LOCAL_ANSWERS, LOCAL_SET, UNIVERSAL
 from fedlora_app.foundation.percent import format_percent
 
 FORMAT = 1

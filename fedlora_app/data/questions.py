@@ -15,6 +15,8 @@ from fedlora_app.data.records import ConflictRecord, Record, format_question
 from fedlora_app.data.similarity import normalise_answer
 
 UNIVERSAL, LOCAL_SET, CONFLICT = "universal", "local", "conflict"
+LOCAL_ANSWERS = "local_answers"
+"""Local questions with wrong answers beside the right ones, for attacks."""
 UNIVERSAL_UNSEEN = "universal_unseen"
 PUBLIC = "public"  # records of nobody, which are not asked
 

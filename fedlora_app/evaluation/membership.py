@@ -40,11 +40,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.config.schema import Config
 from fedlora_app.data.client_files import ClientFiles
-from fedlora_app.data.questions import LOCAL_SET, UNIVERSAL
+from fedlora_app.data.questions import LOCAL_ANSWERS, LOCAL_SET, UNIVERSAL
 from fedlora_app.data.records import Record, format_question
 from fedlora_app.data.tokens import Example, encode_example
 from fedlora_app.evaluation.membership_pairs import (
-    LOCAL_ANSWERS,
     Pairs,
     build_answer_pairs,
     build_pairs,

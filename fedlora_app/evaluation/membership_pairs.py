@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fedlora_app.data.client_files import ClientFiles
-from fedlora_app.data.questions import CONFLICT, LOCAL_SET
+from fedlora_app.data.questions import CONFLICT, LOCAL_ANSWERS, LOCAL_SET
 from fedlora_app.data.records import ConflictRecord, Record, format_question
 from fedlora_app.data.similarity import normalise_answer
 from fedlora_app.foundation.seeds import derive_seed
-
-LOCAL_ANSWERS = "local_answers"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from fedlora_app.report import plots
 from fedlora_app.report.attack import show_attack
 from fedlora_app.report.gate import show_gate
 from fedlora_app.report.parts import SHAPE_ERRORS, Plotter, Section, Table
-from fedlora_app.report.privacy import show_privacy
 from fedlora_app.report.questions import show_conflicts
 from fedlora_app.runs.history import load_history
 from fedlora_app.runs.manifest import FORGOTTEN
@@ -29,7 +28,7 @@ from fedlora_app.runs.paths import RunDirectoryError
 
 def build_sections(run: PartialRun, plotter: Plotter) -> list[Section]:
     """Return all sections of one run's report."""
-    makers = (_show_answers, show_gate, show_attack, _show_training, show_privacy, show_conflicts)
+    makers = (_show_answers, show_gate, show_attack, _show_training, _show_privacy, show_conflicts)
     makers += (_show_costs, _show_data, _show_provenance)
     sections = [_guard(make, run, plotter) for make in makers]
     return [section for section in sections if section is not None]
@@ -117,6 +116,14 @@ def _show_training(run: PartialRun, plotter: Plotter) -> Section:
             name = make.__name__.removeprefix("plot_")
             section.plots.append(plotter.draw(name, lambda make=make: make(history)))
     return section
+
+
+def _show_privacy(run: PartialRun, plotter: Plotter) -> Section | None:
+    if (run.config.get("privacy") or {}).get("unit", "none") == "none":
+        return None
+    from fedlora_app.report.privacy import show_privacy  # its words are the accountant's, with flwr
+
+    return show_privacy(run, plotter)
 
 
 def _show_costs(run: PartialRun, plotter: Plotter) -> Section:
