@@ -180,7 +180,7 @@ def one_key(monkeypatch):
     [
         NOISY,
         f"{NOISY} privacy.noise=client",
-        pytest.param(f"{NOISY} federated.server_optimizer=momentum", marks=pytest.mark.slow),
+        pytest.param(f"{NOISY} federated.server_optimizer=momentum", marks=pytest.mark.minutes),
     ],
 )
 def test_a_stopped_run_ends_in_the_same_bytes(overrides, tiny_project, tmp_path, one_key):
@@ -256,7 +256,7 @@ def test_without_its_key_a_run_does_not_go_on(tiny_project, tmp_path):
         federation.run(resume="run")
 
 
-@pytest.mark.parametrize("dtype", ["int8", pytest.param("float32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["int8", pytest.param("float32", marks=pytest.mark.minutes)])
 def test_a_clients_own_noise_is_in_what_it_sends(dtype, plain, tiny_project, tmp_path):
     """And so is what it says of the norm; rounding comes after it."""
     overrides = f"federated.upload_dtype={dtype}"

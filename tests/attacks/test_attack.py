@@ -173,7 +173,7 @@ def test_local_answers_show_in_updates_that_were_trained_on_them(runs, fedlora, 
         assert all(row["was_trained"] for row in rows)
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.parametrize("rule", ["alternate", "freeze-a", "residual", "median"])
 def test_attacks_take_every_kind_of_update(rule, runs, fedlora):
     run = runs(rule, aggregation=rule)
@@ -185,7 +185,7 @@ def test_attacks_take_every_kind_of_update(rule, runs, fedlora):
     assert has_a == (rule != "freeze-a")
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_canaries_that_were_planted_are_measured(project, fedlora, monkeypatch):
     monkeypatch.chdir(project)
     config = configure("training.global_epochs=30 federated.num_rounds=1")
@@ -221,7 +221,7 @@ def test_noise_that_was_switched_off_shows(runs, fedlora, project):
     shutil.rmtree(copy)
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_noise_that_is_there_keeps_within_what_epsilon_allows(runs, fedlora):
     privacy = {"unit": "client", "noise": "client", "clip_norm": 1.0, "epsilon": 1.0}
     settings = " ".join(f"privacy.{k}={v}" for k, v in {**privacy, "delta": 1e-6}.items())

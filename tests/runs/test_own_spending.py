@@ -61,6 +61,7 @@ def listed(federation):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.minutes
 def test_what_is_asked_twice_counts_twice_only_where_it_is_another(tiny_project, tmp_path):
     privacy = CLIENT | {"noise_multiplier": 2.0}
     same = listed(run(tiny_project, tmp_path / "same", privacy, "twice"))
@@ -70,6 +71,7 @@ def test_what_is_asked_twice_counts_twice_only_where_it_is_another(tiny_project,
     assert len({entry["sha256"] for entry in other}) == 3
 
 
+@pytest.mark.minutes
 def test_nothing_leaves_above_the_experiments_epsilon(tiny_project, tmp_path):
     privacy = RECORD | {"epsilon": 3.0}
     whole = listed(run(tiny_project, tmp_path / "whole", privacy, "twice"))  # the same
@@ -89,6 +91,7 @@ def test_nor_above_the_policys(tiny_project, tmp_path):
     assert [json.loads(line)["server_round"] for line in lines] == [1, 1]
 
 
+@pytest.mark.minutes
 def test_without_own_noise_there_is_no_list(tiny_project, tmp_path):
     federation = run(tiny_project, tmp_path, {})
     assert not list(tmp_path.rglob("releases.jsonl")) and federation.path.is_dir()

@@ -475,7 +475,7 @@ def test_a_gradient_that_is_not_finite_is_refused(model):
 RECORD = {"unit": "record", "clip_norm": 0.1, "noise_multiplier": 1.0, "delta": 1e-3}
 
 
-@pytest.mark.parametrize("mode", ["fedavg", pytest.param("dual", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["fedavg", pytest.param("dual", marks=pytest.mark.minutes)])
 def test_a_private_run_resumes_to_the_byte_and_withholds_losses(tiny_project, tmp_path, mode):
     config = build_tiny_config(federated={"mode": mode}, privacy=RECORD)
     number = itertools.count(1)
@@ -511,7 +511,7 @@ def adapters_in(run) -> dict[str, bytes]:
     return {str(p.relative_to(run)): p.read_bytes() for p in sorted(run.rglob("*.safetensors"))}
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_another_key_is_another_run(tiny_project, tmp_path):
     config = build_tiny_config(privacy=RECORD, federated={"num_rounds": 1})
     runs = [Federation(tiny_project, tmp_path / name, config).run() for name in ("one", "two")]
@@ -536,7 +536,7 @@ def test_only_phases_of_the_global_adapter_hide_records():
     assert protect_records(plan.train, privacy, None, KEY) == RecordPrivacy(0.1, 0.0, KEY)
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_a_client_s_noise_follows_from_epsilon(tiny_project, tmp_path):
     """Clients of other numbers of records have other noise for one epsilon."""
     privacy = RECORD | {"noise_multiplier": None, "epsilon": 3.0}
