@@ -32,7 +32,7 @@ from fedlora_app.federation.privacy import Release
 from fedlora_app.federation.product_errors import ProductErrors
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import make_private_dir, new_folder, write_json
-from fedlora_app.foundation.quiet import quiet_flower
+from fedlora_app.foundation.quiet import quieted
 from fedlora_app.model.adapter_files import load_adapter, save_adapter, save_tensors
 from fedlora_app.model.adapter_state import AdapterState
 from fedlora_app.model.adapters import AdaptedModel, state_shapes
@@ -107,7 +107,7 @@ def replay(
                 aggregation.fold(client, update, entries[server_round][WEIGHTS][client])
             except MessageError as error:
                 raise ForgettingError(f"{run.path}, round {server_round}: {error}") from None
-        with quiet_flower():  # whose strategies optimise at the server
+        with quieted("flwr"):  # whose strategies optimise at the server
             state = aggregation.result()
         metrics, errors = dict(aggregation.metrics), aggregation.errors
         release = aggregation.release

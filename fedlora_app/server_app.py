@@ -26,7 +26,7 @@ from fedlora_app.federation.ray_pool import current_pool, require_usable_environ
 from fedlora_app.federation.registration import read_report, register_clients
 from fedlora_app.foundation.files import keep_files_private
 from fedlora_app.foundation.project import hash_package
-from fedlora_app.foundation.quiet import quiet_flower
+from fedlora_app.foundation.quiet import quieted
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model.adapter_files import load_adapter, load_tensors
 from fedlora_app.model.adapters import (
@@ -189,7 +189,7 @@ def run_rounds(
             strategy.evaluate_base(grid, current)
         return None
 
-    with quiet_flower():  # the strategy reports one line per round
+    with quieted("flwr"):  # the strategy reports one line per round
         strategy.start(
             grid=grid,
             initial_arrays=arrays,

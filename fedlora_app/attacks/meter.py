@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from fedlora_app.attacks import extraction, tokens
 from fedlora_app.attacks.exposure import measure_canaries
 from fedlora_app.attacks.limits import find_limit
@@ -26,10 +24,18 @@ from fedlora_app.attacks.results import (
     FORMAT,
     LOSS_DROP,
     NOT_TRIED,
-    OTHERS,
     UPDATE,
 )
 from fedlora_app.attacks.scores import compare_with_gradients, mean_log_probs
+from fedlora_app.attacks.sources import (
+    Scored,
+    TokenScores,
+    add_scores,
+    add_tokens,
+    by_source,
+    mean_scores,
+    mean_tokens,
+)
 from fedlora_app.config.participation import training_clients
 from fedlora_app.config.rounds import plan_round
 from fedlora_app.data.canaries import load_canaries
@@ -37,7 +43,6 @@ from fedlora_app.data.client_files import tokenize_client_files
 from fedlora_app.data.records import Record
 from fedlora_app.data.tokens import Example, encode_example
 from fedlora_app.evaluation.choices import SavedRound
-from fedlora_app.evaluation.membership import Candidate
 from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.foundation.files import write_json
 from fedlora_app.model.adapter_state import AdapterState
@@ -117,10 +122,6 @@ def _choose_rounds(saved: SavedRound, wanted: tuple[int, ...]) -> list[int]:
     return sorted(set(wanted)) or kept
 
 
-Scored = dict[str, dict[str, dict[Candidate, float]]]
-"""By attack and sender, every candidate's score."""
-
-
 @dataclass
 class _Attacks:
     """What has been scored so far, one round after the other."""
@@ -142,7 +143,7 @@ class _Attacks:
         self._examples = encode_candidates(tokenizer, self._candidates, config)
         self._vocabulary = tokens.know_vocabulary(self.model, len(tokenizer))
         self._scored: dict[int, Scored] = {}
-        self._token_scores: dict[int, dict[str, dict[str, np.ndarray]]] = {}
+        self._token_scores: dict[int, TokenScores] = {}
 
     def add(self, observed: Observed, rounds: list[int]) -> None:
         """Score everything by what the server saw in one round."""
@@ -162,9 +163,9 @@ class _Attacks:
     def measure_records(self) -> Iterator[dict[str, Any]]:
         """Yield a row per client, set, attack, source and rounds."""
         for suspicion in self._suspicions:
-            for rounds, scored in self._with_all(self._scored, _add_scores):
+            for rounds, scored in self._with_all(self._scored, add_scores):
                 for attack, by_sender in scored.items():
-                    for source, scores in _by_source(by_sender, suspicion.client, _mean_scores):
+                    for source, scores in by_source(by_sender, suspicion.client, mean_scores):
                         yield {
                             **_describe(suspicion),
                             "attack": attack,
@@ -177,10 +178,10 @@ class _Attacks:
         """Yield a row per client, attack, source and rounds."""
         for client in self.saved.files:
             numbers = [n for n, found in self._token_scores.items() if client in found]
-            for rounds, by_sender in self._with_all(self._token_scores, _add_tokens):
+            for rounds, by_sender in self._with_all(self._token_scores, add_tokens):
                 those = numbers if rounds == ALL_ROUNDS else [rounds]
                 batch = self._find_batch(client, those)
-                for source, scores in _by_source(by_sender, client, _mean_tokens):
+                for source, scores in by_source(by_sender, client, mean_tokens):
                     for row in tokens.measure_tokens(scores, batch):
                         yield {"client": client, "source": source, "rounds": rounds, **row}
 
@@ -283,50 +284,3 @@ def _describe(suspicion: Suspicion) -> dict[str, Any]:
         "n_members": len(suspicion.members.candidates),
         "n_nonmembers": len(suspicion.nonmembers.candidates),
     }
-
-
-def _by_source(
-    by_sender: Mapping[str, Any], client: str, mean: Callable
-) -> Iterator[tuple[str, Any]]:
-    """Yield what each source says of a client: its own update, the others' and the average."""
-    if client in by_sender:
-        yield UPDATE, by_sender[client]
-    others = [found for sender, found in by_sender.items() if sender not in (client, AVERAGE)]
-    if others:
-        yield OTHERS, mean(others)
-    if AVERAGE in by_sender:
-        yield AVERAGE, by_sender[AVERAGE]
-
-
-def _mean_scores(found: list[dict[Candidate, float]]) -> dict[Candidate, float]:
-    return {candidate: sum(f[candidate] for f in found) / len(found) for candidate in found[0]}
-
-
-def _mean_tokens(found: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    shared = [attack for attack in found[0] if all(attack in f for f in found)]
-    return {attack: np.mean([f[attack] for f in found], axis=0) for attack in shared}
-
-
-def _add_scores(rounds: list[Scored]) -> Scored:
-    """Return the sums over the rounds in which each sender sent something."""
-    total: Scored = {}
-    for scored in rounds:
-        for attack, by_sender in scored.items():
-            for sender, scores in by_sender.items():
-                sums = total.setdefault(attack, {}).setdefault(sender, dict.fromkeys(scores, 0.0))
-                for candidate, value in scores.items():
-                    sums[candidate] += value
-    return total
-
-
-def _add_tokens(
-    rounds: list[dict[str, dict[str, np.ndarray]]],
-) -> dict[str, dict[str, np.ndarray]]:
-    """Return the sums over the rounds in which each sender sent something."""
-    total: dict[str, dict[str, np.ndarray]] = {}
-    for by_sender in rounds:
-        for sender, scores in by_sender.items():
-            sums = total.setdefault(sender, {})
-            for attack, values in scores.items():
-                sums[attack] = sums.get(attack, 0) + values
-    return total

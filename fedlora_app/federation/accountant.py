@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -32,6 +31,7 @@ from flwr.supercore.privacy_accounting.rdp_accountant import RdpAccountant
 from fedlora_app.config.participation import training_clients
 from fedlora_app.config.rounds import Phase, plan_round
 from fedlora_app.config.schema import Config, ConfigError
+from fedlora_app.foundation.quiet import quieted
 from fedlora_app.training.batches import examples_per_step
 from fedlora_app.training.selection import count_phase_steps
 
@@ -75,24 +75,13 @@ def compute_epsilon(
         )
     )
     size = sampling.per_step if sampling is not None else 1
-    with _quiet_absl():
+    # It says which orders it does without; those that are left give a bound too.
+    with quieted("absl", logging.ERROR):
         for noise_multiplier, count in releases:
             if count > 0:
                 event = GaussianPrivacyEvent(noise_multiplier, size, population)
                 accountant.compose(event, count)
         return accountant.get_epsilon(delta) if accountant.num_releases else 0.0
-
-
-@contextmanager
-def _quiet_absl() -> Iterator[None]:
-    """Leave out which orders the accountant does without; those that are left give a bound too."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 @cache

@@ -50,15 +50,15 @@ def hide_notices() -> None:
 
 
 @contextmanager
-def quiet_flower() -> Iterator[None]:
-    """Leave Flower's running commentary out."""
-    logger = logging.getLogger("flwr")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+def quieted(name: str, level: int = logging.WARNING) -> Iterator[None]:
+    """Leave out what a library's logger says below a level."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.setLevel(before)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

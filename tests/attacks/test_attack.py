@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from loopback import Federation
 
 from fedlora_app.attacks.limits import largest_auc
 from fedlora_app.attacks.observed import apply_update, observe
-from fedlora_app.attacks.records import Side, Suspicion
+from fedlora_app.attacks.records import Side, Suspicion, collect_suspicions
 from fedlora_app.attacks.results import (
     ALL_ROUNDS,
     AVERAGE,
@@ -40,7 +41,8 @@ from fedlora_app.attacks.tokens import (
 )
 from fedlora_app.config.loading import change_config, load_config
 from fedlora_app.config.schema import GLOBAL
-from fedlora_app.data.records import Record
+from fedlora_app.data.client_files import ClientFiles
+from fedlora_app.data.records import Record, RecordFile
 from fedlora_app.data.tokens import encode_example
 from fedlora_app.evaluation.membership import Candidate
 from fedlora_app.model.adapters import (
@@ -349,3 +351,22 @@ def test_a_fact_counts_once_however_many_records_it_has():
     measured = suspicion.measure(scores)
     assert measured["auc"]["value"] == 1 and measured["auc"]["n"] == 4
     assert measured["pairs_won"] is None
+
+
+def client_that_has(facts):
+    """Return the files of a client with a universal record about each fact, and no other one."""
+    records = [Record(f"Where is the {f}?", f"The {f} is red.", fact=f) for f in facts]
+    files = [RecordFile(Path("of.json"), "", found) for found in (records, [])]
+    return ClientFiles(*files, {})
+
+
+def test_facts_that_a_client_shares_are_its_own_where_it_has_no_others(tokenizer):
+    """Of three countries that train on two thirds each, no fact belongs to one alone."""
+    has = {"ann": "hat key", "bob": "key cup", "cy": "cup hat pen"}
+    files = {client: client_that_has(facts.split()) for client, facts in has.items()}
+    found = collect_suspicions(tokenizer, files, build_tiny_config(CLIENTS), 10)
+    sides = {s.client: (s.members.facts, s.nonmembers.facts) for s in found if s.name == FACTS}
+    assert set(sides) == set(CLIENTS)
+    ours, theirs = ({client: set(side[i]) for client, side in sides.items()} for i in (0, 1))
+    assert ours == {"ann": {"hat", "key"}, "bob": {"key", "cup"}, "cy": {"pen"}}
+    assert theirs == {"ann": {"cup", "pen"}, "bob": {"hat", "pen"}, "cy": {"key"}}
