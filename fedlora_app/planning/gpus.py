@@ -108,16 +108,18 @@ class Passes:
     """Share of the layers that lie below the first one that learns."""
     frozen_forward: float = 1.0
     """Of these, the share of micro-batches that run them at all."""
+    backwards: int = 1
+    """Backward passes for one forward pass; each recomputes what checkpointing left out."""
 
     @property
     def of_weights(self) -> float:
         """Passes over all weights, on average over the layers."""
-        return self._average(3 if self.checkpointing else 2)
+        return self._average(1 + self.backwards * (1 + self.checkpointing))
 
     @property
     def of_attention(self) -> float:
         """Forward passes that attention takes as long as; its backward pass counts twice."""
-        return self._average(4 if self.checkpointing else 3)
+        return self._average(1 + self.backwards * (2 + self.checkpointing))
 
     def _average(self, learning: int) -> float:
         return (1 - self.frozen) * learning + self.frozen * self.frozen_forward
@@ -132,9 +134,10 @@ def compute_flops(
     passes: Passes,
 ) -> float:
     """Return the floating-point operations of training on ``work``."""
-    weights = 2 * passes.of_weights * (sizes.linear + active_parameters) + 2 * learning_parameters
+    learnt = 2 * passes.backwards * learning_parameters
+    weights = 2 * passes.of_weights * (sizes.linear + active_parameters) + learnt
     attention = 2 * shape.num_layers * shape.query * passes.of_attention
-    head = 4 * shape.vocabulary * shape.hidden
+    head = 2 * (1 + passes.backwards) * shape.vocabulary * shape.hidden
     return weights * work.tokens + attention * work.attention_pairs + head * work.answer_tokens
 
 

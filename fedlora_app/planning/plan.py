@@ -55,6 +55,7 @@ from fedlora_app.training.activations import (
 from fedlora_app.training.decay import describe_decay
 from fedlora_app.training.phase_memory import BaseSizes, PhaseMemory, adapter_sizes
 from fedlora_app.training.proximal import describe_proximal
+from fedlora_app.training.record_privacy import BACKWARDS, hides_records
 from fedlora_app.training.selection import describe_long_phases
 
 
@@ -322,6 +323,7 @@ def _plan_card(
             memory[name].checkpointing,
             first_trained_layer(config.adapters, phase) / predict.shape.num_layers,
             1 / max(1.0, num_passes) if is_kept else 1.0,
+            BACKWARDS if hides_records(phase, config.privacy) else 1,
         )
         active = sum(counts[adapter] for adapter in phase.active)
         learning = sum(counts[adapter] for adapter in phase.trainable)

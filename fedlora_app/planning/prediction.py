@@ -21,6 +21,7 @@ from fedlora_app.training.phase_memory import (
     predict_phase,
 )
 from fedlora_app.training.proximal import without_idle_term
+from fedlora_app.training.record_privacy import hides_records, record_settings
 from fedlora_app.training.within_memory import USABLE_SHARE
 
 
@@ -80,19 +81,21 @@ class Predictor:
         return PhaseMemory("evaluation", batch.num_tokens, False, items, outside, phase.host)
 
     def _predict(self, config: Config, checkpointing: bool) -> list[PhaseMemory]:
-        phases = [
-            predict_phase(
+        phases = []
+        for phase in phases_of(config):
+            training, hides = without_idle_term(config), hides_records(phase, config.privacy)
+            predicted = predict_phase(
                 self.shape,
                 self.sizes,
                 config.adapters,
-                without_idle_term(config),
+                record_settings(training) if hides else training,
                 read_numerics(config, self.on_cpu),
                 phase,
                 find_largest(self.parts, phase, config.training),
                 checkpointing,
+                hides,
             )
-            for phase in phases_of(config)
-        ]
+            phases.append(predicted)
         if not self.on_cpu:
             return phases
         return [replace(p, outside=(PROCESS, *p.host), host=()) for p in phases]

@@ -15,9 +15,10 @@ from fedlora_app.model.adapters import AdaptedModel, adapter_parameters
 from fedlora_app.model.device import reset_peak_memory
 from fedlora_app.planning.gpus import Passes, Work, compute_flops
 from fedlora_app.training.activations import Shape, first_trained_layer
-from fedlora_app.training.batches import step_batches
+from fedlora_app.training.batches import examples_per_step, step_batches
 from fedlora_app.training.phase import PhaseResult, train_phase
 from fedlora_app.training.phase_memory import BaseSizes
+from fedlora_app.training.record_privacy import BACKWARDS, hides_records, protect_records
 from fedlora_app.training.within_memory import settle_checkpointing, train_within_memory
 
 SEED = 1
@@ -65,6 +66,10 @@ def measure_steps(
     Raises:
         TrainingError: memory does not suffice, for smaller batches neither.
     """
+    privacy = None
+    if hides_records(phase, config.privacy):
+        examples = examples[: examples_per_step(config.training)]  # so that a step draws them all
+        privacy = protect_records(phase, config.privacy, 1.0, bytes(32))
     ends: list[float] = []
 
     def train(settings: TrainingConfig) -> PhaseResult:
@@ -81,6 +86,7 @@ def measure_steps(
             seed=SEED,
             progress=lambda *_: ends.append(time.perf_counter()),
             keeps_states=False,  # so that every step is one of the first pass
+            privacy=privacy,
         )
 
     reset_peak_memory(model.device)
@@ -128,4 +134,6 @@ def _count_flops(
         micro_batches=0,
     )
     frozen = first_trained_layer(config.adapters, phase) / shape.num_layers
-    return compute_flops(shape, sizes, work, active, learning, Passes(recomputes, frozen))
+    backwards = BACKWARDS if hides_records(phase, config.privacy) else 1
+    passes = Passes(recomputes, frozen, backwards=backwards)
+    return compute_flops(shape, sizes, work, active, learning, passes)

@@ -108,11 +108,15 @@ def predict_phase(
     phase: Phase,
     batch: MicroBatch,
     checkpointing: bool,
+    hides_records: bool = False,
 ) -> PhaseMemory:
     """Return a phase's peak by item.
 
     Two moments of a step compete for the peak, and what the larger one adds is an item: the
     backward pass of a layer, and the loss.
+
+    Args:
+        hides_records: whether each example's gradient is bounded, as ``clipping`` does it.
     """
     num_parameters = adapter_sizes(sizes, adapters)
     num_learning = {name: num_parameters[name] for name in phase.trainable}
@@ -121,6 +125,7 @@ def predict_phase(
     kept, layer, loss = count_step_bytes(
         shape, adapters, training, numerics, phase, batch, checkpointing, sizes.largest_linear
     )
+    copied = _copied_bytes(shape, numerics, batch) if hides_records else 0
     moment = "backward pass of a layer" if layer >= loss else "loss"
     embedding = Item("input embedding", sizes.embedding * width)
     body = Item("base, linear layers", sizes.linear * width)
@@ -139,6 +144,7 @@ def predict_phase(
         *([Item("received adapter", received, "training.proximal_mu")] if received else []),
         Item("activations", kept, "layers' inputs" if checkpointing else "all layers"),
         Item("largest moment", max(layer, loss), moment),
+        *([Item("a layer's inputs", copied, "fp32, for privacy.unit: record")] if copied else []),
     ]
     peak = sum(item.num_bytes for item in items)
     host = [Item("copy of the adapters", both.num_bytes)]
@@ -174,11 +180,13 @@ def predict_step_bytes(
     phase: Phase,
     batch: MicroBatch,
     num_learning: dict[str, int],
+    hides_records: bool = False,
 ) -> int:
     """Return what a step without checkpointing needs beside the base and its adapters.
 
     Args:
         num_learning: parameters of each adapter that learns in the phase.
+        hides_records: as for ``predict_phase``.
 
     Raises:
         PlanError: the configuration is not a decoder's.
@@ -190,7 +198,14 @@ def predict_step_bytes(
     )
     learnt = (FP32_BYTES + ADAM_BYTES[training.optimizer]) * sum(num_learning.values())
     learnt += _received_bytes(training, num_learning)
-    return learnt + kept + max(layer, loss)
+    copied = _copied_bytes(shape, numerics, batch) if hides_records else 0
+    return learnt + kept + max(layer, loss) + copied
+
+
+def _copied_bytes(shape: Shape, numerics: Numerics, batch: MicroBatch) -> int:
+    """Return what an example's gradient is made of in one layer, where the model is not fp32."""
+    widest = max(size for sizes in shape.modules.values() for size in sizes)
+    return batch.num_tokens * widest * FP32_BYTES if numerics.dtype_bytes < FP32_BYTES else 0
 
 
 def _received_bytes(training: TrainingConfig, num_learning: dict[str, int]) -> int:

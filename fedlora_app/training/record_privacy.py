@@ -38,6 +38,9 @@ from fedlora_app.training.losses import compute_example_losses
 IMMATERIAL = {"gradient_checkpointing", "batch_size", "gradient_accumulation_steps"}
 """Settings that change roundings only, and that memory may change from one try to another."""
 
+BACKWARDS = 2
+"""Backward passes of a micro-batch: one measures its examples' gradients, one adds them up."""
+
 
 @dataclass(frozen=True)
 class RecordPrivacy:

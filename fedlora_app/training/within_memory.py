@@ -124,8 +124,8 @@ def settle_checkpointing(
     It is on where what a step holds without it, by ``phase_memory``, would not fit into the
     memory that is free now, or where that cannot be told and the model is on a GPU.
     """
-    training = without_idle_term(config)
-    if hides_records(phase, config.privacy):
+    training, hides = without_idle_term(config), hides_records(phase, config.privacy)
+    if hides:
         training = record_settings(training)
     if training.gradient_checkpointing != "auto":
         return training
@@ -142,6 +142,7 @@ def settle_checkpointing(
             phase,
             MicroBatch(num_tokens, num_tokens),  # as if all were answers, which is the most
             learning,
+            hides,
         )
         fits = needed <= USABLE_SHARE * read_free_memory(model.device)
     except PlanError:

@@ -125,6 +125,18 @@ def test_memory_that_never_suffices_ends_the_measurement(tiny_project):
         handle.remove()
 
 
+def test_steps_that_hide_records_draw_all_of_their_examples(tiny_project):
+    """So that it is known what was timed."""
+    settings = {"unit": "record", "clip_norm": 1.0, "noise_multiplier": 1.0, "delta": 1e-5}
+    plain, private = (
+        measure(tiny_project, build_tiny_config(**changes))[1].steps["global", LONGEST]
+        for changes in ({}, {"privacy": settings})
+    )
+    assert private.tokens_per_step == plain.tokens_per_step
+    assert 1.4 < private.flops_per_step / plain.flops_per_step < 2
+    assert private.seconds_per_step > 0
+
+
 @pytest.mark.slow
 def test_a_runs_time_is_that_of_its_parts(tiny_project):
     """Tokens by their speed, questions by theirs and how often they are asked."""
