@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -35,6 +36,12 @@ ALIKE = {name: {"rank": 4, "alpha": 8} for name in ("global", "local")}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what starts Flower's own processes: none of it is left over at the end."""
     items.sort(key=lambda item: "flower" not in getattr(item, "fixturenames", ()))
+
+
+def pytest_collection_finish() -> None:
+    """Spare every collection of garbage what all tests import: an eighth of their time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
