@@ -120,30 +120,58 @@ def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) 
         for seed in study.seeds
         for variant in study.variants
     }
-    data_root = find_project_root(str(root / study.config))  # as the run itself finds it
     evaluations: dict[str, list[dict[str, Any]]] = {name: [] for name in study.variants}
     for (variant, seed), config in configs.items():
         run_dir = folder / f"{variant}-seed{seed}"
-        combine = study.combine.get(variant)
-        name = f"{run_dir.name}-{combine}" if combine else run_dir.name
-        kept = root / study.kept / f"{name}{SUFFIX}" if study.kept else None
-        files = load_all_files(config, data_root)
-        if kept and (evaluation := find_kept(kept, config, files)):
-            print(f"{run_dir.name}: kept in {study.kept}", flush=True)
-            evaluations[variant].append(evaluation)
-            continue
-        if not _is_finished(run := _load_same(run_dir, config, files)):
-            overrides = _overrides(study, variant, seed)
-            _run(study, root, run_dir, config, overrides, resumes=run is not None)
-            if not _is_finished(_load_same(run_dir, config, files)):
-                raise RunDirectoryError(
-                    f"{run_dir} did not reach its end; its log is above. The same command "
-                    "resumes it."
-                )
-        saved = open_round(load_run(run_dir), data_root, combine=combine)
-        evaluations[variant].append(_evaluate(saved, report, folder / BASE_ANSWERS))
-        if kept:
-            keep_evaluation(kept, config, evaluations[variant][-1])
+        evaluations[variant].append(
+            _find_evaluation(study, root, run_dir, variant, seed, config, report)
+        )
+    text = _write_summary(study, evaluations, folder)
+    (folder / BASE_ANSWERS).unlink(missing_ok=True)
+    runs = [folder / f"{variant}-seed{seed}" for variant, seed in configs]
+    here = [run for run in runs if run.is_dir()]  # and not kept from another machine
+    for run in here:
+        write_report(run)
+    page = write_comparison(here, folder / REPORT_FILE) if here else "no run lies here"
+    return f"{text}\n\nWritten: {folder / 'summary.md'} and summary.json\nReport: {page}"
+
+
+def _find_evaluation(
+    study: StudyConfig,
+    root: Path,
+    run_dir: Path,
+    variant: str,
+    seed: int,
+    config: Config,
+    report: Report,
+) -> dict[str, Any]:
+    """Return a run's evaluation: the one that was kept, or what it gives when it is finished."""
+    data_root = find_project_root(str(root / study.config))  # as the run itself finds it
+    combine = study.combine.get(variant)
+    name = f"{run_dir.name}-{combine}" if combine else run_dir.name
+    kept = root / study.kept / f"{name}{SUFFIX}" if study.kept else None
+    files = load_all_files(config, data_root)
+    if kept and (evaluation := find_kept(kept, config, files)):
+        print(f"{run_dir.name}: kept in {study.kept}", flush=True)
+        return evaluation
+    if not _is_finished(run := _load_same(run_dir, config, files)):
+        overrides = _overrides(study, variant, seed)
+        _run(study, root, run_dir, config, overrides, resumes=run is not None)
+        if not _is_finished(_load_same(run_dir, config, files)):
+            raise RunDirectoryError(
+                f"{run_dir} did not reach its end; its log is above. The same command resumes it."
+            )
+    saved = open_round(load_run(run_dir), data_root, combine=combine)
+    evaluation = _evaluate(saved, report, run_dir.parent / BASE_ANSWERS)
+    if kept:
+        keep_evaluation(kept, config, evaluation)
+    return evaluation
+
+
+def _write_summary(
+    study: StudyConfig, evaluations: Mapping[str, list[dict[str, Any]]], folder: Path
+) -> str:
+    """Write the study's tables and return them."""
     figures = {name: [measure(entry) for entry in runs] for name, runs in evaluations.items()}
     steps = {name: [entry["num_steps"] for entry in runs] for name, runs in evaluations.items()}
     chances = read_chances(next(iter(evaluations.values()))[0])  # all were asked the same
@@ -159,13 +187,7 @@ def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) 
         },
     )
     write_atomically(folder / "summary.md", text + "\n")
-    (folder / BASE_ANSWERS).unlink(missing_ok=True)
-    runs = [folder / f"{variant}-seed{seed}" for variant, seed in configs]
-    here = [run for run in runs if run.is_dir()]  # and not kept from another machine
-    for run in here:
-        write_report(run)
-    page = write_comparison(here, folder / REPORT_FILE) if here else "no run lies here"
-    return f"{text}\n\nWritten: {folder / 'summary.md'} and summary.json\nReport: {page}"
+    return text
 
 
 def measure(evaluation: Mapping[str, Any]) -> Figures:

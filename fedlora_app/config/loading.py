@@ -159,13 +159,7 @@ def set_dotted(raw: dict[str, Any], dotted: str, value: Any) -> bool:
 
 def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:
     """Find faults between fields, on raw data so that they join those of the fields."""
-    experiment = raw.get("experiment")
-    track = experiment.get("track") if isinstance(experiment, dict) else None
-    if isinstance(track, list):
-        track = [name for name in track if isinstance(name, str)]
-        for name in sorted({name for name in track if track.count(name) > 1}):
-            times = f"{track.count(name)} times"
-            yield f"experiment.track: {shorten(name)} is named {times}; once is enough."
+    yield from _tracker_faults(raw)
     yield from _kernel_faults(raw)
     yield from _copy_faults(raw)
     yield from find_final_faults(raw)
@@ -175,7 +169,28 @@ def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:
         return
     named = [client for client in clients if isinstance(client, dict)]
     yield from find_private_faults(named, federated.get("mode"))
-    ids = [client["id"] for client in named if isinstance(client.get("id"), str)]
+    yield from _id_faults([c["id"] for c in named if isinstance(c.get("id"), str)])
+    yield from _protection_faults(raw)
+    min_clients = federated.get("min_clients")
+    if isinstance(min_clients, int) and min_clients > len(clients):
+        yield (
+            f"federated.min_clients: {min_clients} clients are required and only "
+            f"{len(clients)} are named."
+        )
+    yield from _universal_faults(raw, named)
+
+
+def _tracker_faults(raw: dict[str, Any]) -> Iterator[str]:
+    (experiment,) = _sections(raw, "experiment")
+    track = experiment.get("track")
+    if isinstance(track, list):
+        track = [name for name in track if isinstance(name, str)]
+        for name in sorted({name for name in track if track.count(name) > 1}):
+            times = f"{track.count(name)} times"
+            yield f"experiment.track: {shorten(name)} is named {times}; once is enough."
+
+
+def _id_faults(ids: list[str]) -> Iterator[str]:
     counts, lowered = Counter(ids), Counter(name.lower() for name in ids)
     for name, count in sorted(counts.items()):
         shown = f'the id "{shorten(name)}"'
@@ -183,6 +198,10 @@ def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:
             yield f"federated.clients: {count} clients have {shown}; ids must differ."
         elif lowered[name.lower()] > 1:
             yield f"federated.clients: {shown} differs from another only in case."
+
+
+def _protection_faults(raw: dict[str, Any]) -> Iterator[str]:
+    """Find settings that protect the global adapter's knowledge and do not go together."""
     training, data = _sections(raw, "training", "data")
     if None not in (training.get("local_kept_share"), training.get("local_weight_decay")):
         yield (
@@ -200,20 +219,20 @@ def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:
             "data.public: its records are used by training.local_kl_weight, which is 0. Set it "
             "above 0, or data.public to null."
         )
-    min_clients = federated.get("min_clients")
-    if isinstance(min_clients, int) and min_clients > len(clients):
-        yield (
-            f"federated.min_clients: {min_clients} clients are required and only "
-            f"{len(clients)} are named."
-        )
-    if "universal_train" in data and data["universal_train"] is None:
-        for client in named:
-            if client.get("universal_train") is None and not is_bare(client):
-                name = client["id"] if isinstance(client.get("id"), str) else None
-                yield (
-                    f'federated.clients: "{shorten(str(name))}" has no universal_train and '
-                    "data.universal_train is null; set one of them."
-                )
+
+
+def _universal_faults(raw: dict[str, Any], clients: list[dict[str, Any]]) -> Iterator[str]:
+    """Find clients that have no universal records of their own where nobody shares any."""
+    (data,) = _sections(raw, "data")
+    if data.get("universal_train", "") is not None:
+        return
+    for client in clients:
+        if client.get("universal_train") is None and not is_bare(client):
+            name = client["id"] if isinstance(client.get("id"), str) else None
+            yield (
+                f'federated.clients: "{shorten(str(name))}" has no universal_train and '
+                "data.universal_train is null; set one of them."
+            )
 
 
 def _sections(raw: dict[str, Any], *names: str) -> list[dict[str, Any]]:

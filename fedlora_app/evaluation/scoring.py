@@ -118,50 +118,71 @@ def score_prompts(
     judged_ids, openness = prompt_ids, [None] * len(prompts)
     if combiner is not None:
         judged_ids = [combiner.encode(tokenizer, prompt.question) for prompt in prompts]
-    totals = [[0.0] * len(p.candidates) for p in prompts]
-    greedy: dict[int, list[int]] = {}
     per_row = min(CANDIDATES_PER_ROW, batch_size) if shares_prefix(model) else 1
     rows = list(build_rows(prompt_ids, answer_ids, per_row))
-    num_left = [len(p.candidates) for p in prompts]
-    done = sum(not p.candidates and not p.generates for p in prompts)
+    found = _Found(prompts, max_new_tokens, progress or (lambda done: None))
 
     with combined_answering(model, combiner):
         by_weights = group_by_weights(model, combiner, judged_ids)
         for scored in _score_candidates(model, rows, by_weights, batch_size):
-            for row, scores in scored:
-                for candidate, ids, (total, is_greedy) in zip(
-                    row.candidates, row.answer_ids, scores, strict=True
-                ):
-                    totals[row.prompt][candidate] = total
-                    if is_greedy and len(ids) <= max_new_tokens:
-                        greedy[row.prompt] = ids
-                num_left[row.prompt] -= len(row.candidates)
-                is_answered = row.prompt in greedy or not prompts[row.prompt].generates
-                done += num_left[row.prompt] == 0 and is_answered
-            if progress is not None:
-                progress(done)
-        generated = {i: decode(tokenizer, ids) for i, ids in greedy.items() if prompts[i].generates}
-        waiting = {
-            index: prompt_ids[index]
-            for index, prompt in enumerate(prompts)
-            if prompt.generates and index not in greedy
-        }
+            found.add_scores(scored)
+        found.add_texts({place: decode(tokenizer, ids) for place, ids in found.greedy.items()})
+        waiting = {place: prompt_ids[place] for place in found.find_waiting()}
         if waiting:
             stop_ids = find_stop_ids(tokenizer, prompts[0].system_prompt, prompts[0].question)
             limits = (batch_size, max_new_tokens)
-            for texts in _generate_answers(
-                model, tokenizer, waiting, by_weights, stop_ids, *limits
-            ):
-                generated |= texts
-                done += len(texts)
-                if progress is not None:
-                    progress(done)
+            answers = _generate_answers(model, tokenizer, waiting, by_weights, stop_ids, *limits)
+            for texts in answers:
+                found.add_texts(texts)
     if combiner is not None:
         openness = combiner.find_openness(model, judged_ids)
     return [
-        Answered(tuple(totals[i]), generated.get(i, ""), openness=openness[i])
-        for i in range(len(prompts))
+        Answered(tuple(totals), text, openness=share)
+        for totals, text, share in zip(found.totals, found.texts, openness, strict=True)
     ]
+
+
+class _Found:
+    """What is known of each prompt so far, by its place."""
+
+    def __init__(self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress) -> None:
+        self.totals = [[0.0] * len(prompt.candidates) for prompt in prompts]
+        self.texts = [""] * len(prompts)
+        self.greedy: dict[int, list[int]] = {}
+        """Candidates that are what a prompt's greedy answer would be, where one is asked for."""
+        self._generates = [prompt.generates for prompt in prompts]
+        self._max_new_tokens = max_new_tokens
+        self._progress = progress
+        self._num_unscored = [len(prompt.candidates) for prompt in prompts]
+        self._num_done = sum(not p.candidates and not p.generates for p in prompts)
+
+    def add_scores(self, scored: Iterable[tuple[Row, list[Scored]]]) -> None:
+        """Note what the candidates of a batch of rows score."""
+        for row, scores in scored:
+            place = row.prompt
+            for candidate, ids, (total, is_greedy) in zip(
+                row.candidates, row.answer_ids, scores, strict=True
+            ):
+                self.totals[place][candidate] = total
+                if is_greedy and self._generates[place] and len(ids) <= self._max_new_tokens:
+                    self.greedy[place] = ids
+            self._num_unscored[place] -= len(row.candidates)
+            self._num_done += self._num_unscored[place] == 0 and not self._waits(place)
+        self._progress(self._num_done)
+
+    def add_texts(self, texts: Mapping[int, str]) -> None:
+        """Note greedy answers; those that were found among the candidates count as done before."""
+        for place, text in texts.items():
+            self.texts[place] = text
+            self._num_done += self._waits(place)
+        self._progress(self._num_done)
+
+    def find_waiting(self) -> list[int]:
+        """Return the prompts whose answer must be generated."""
+        return [place for place in range(len(self.texts)) if self._waits(place)]
+
+    def _waits(self, place: int) -> bool:
+        return self._generates[place] and place not in self.greedy
 
 
 def _score_candidates(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -115,8 +116,8 @@ def train_phase(
     reset_peak_memory(model.device)
     checkpointing = training.gradient_checkpointing is True
     set_checkpointing(model, checkpointing)
-    protects_global = tuple(trainable) == (LOCAL,) and GLOBAL in active and _has_penalty(training)
-    penalised = training if protects_global else None
+    is_beside = tuple(trainable) == (LOCAL,) and GLOBAL in active
+    penalised = training if is_beside and _has_penalty(training) else None
     proximal = None
     if training.proximal_mu > 0 and GLOBAL in trainable:
         proximal = ProximalTerm(adapter_parameters(model, GLOBAL), training.proximal_mu)
@@ -161,15 +162,10 @@ def train_phase(
             total.add(batch, loss, penalty)
             if progress is not None:
                 progress(step + 1, num_steps, total.losses[-1] if total.losses else loss)
-    is_open = privacy is None
     return PhaseResult(
         num_steps=num_steps,
         num_examples=len(examples),
-        num_tokens=total.num_tokens if is_open else None,
-        num_answer_tokens=total.num_answer_tokens if is_open else None,
-        train_loss=sum(total.losses) / len(total.losses) if is_open else None,
-        final_train_loss=total.losses[-1] if is_open else None,
-        penalty=sum(total.penalties) / len(total.penalties),
+        **total.summarize(withholds=privacy is not None),
         seconds=time.monotonic() - started,
         peak_memory_bytes=read_peak_memory(model.device),
         gradient_checkpointing=int(checkpointing),
@@ -192,6 +188,19 @@ class _Tally:
         self.penalties.append(penalty)
         self.num_tokens += sum(len(example.input_ids) for example in batch)
         self.num_answer_tokens += num_learnt
+
+    def summarize(self, withholds: bool) -> dict[str, Any]:
+        """Return fields of the result; those that tell of single records are None if withheld."""
+        losses = self.losses
+        told = {
+            "num_tokens": self.num_tokens,
+            "num_answer_tokens": self.num_answer_tokens,
+            "train_loss": sum(losses) / len(losses) if losses else None,
+            "final_train_loss": losses[-1] if losses else None,
+        }
+        if withholds:
+            told = dict.fromkeys(told)
+        return {**told, "penalty": sum(self.penalties) / len(self.penalties)}
 
 
 def _accumulate_gradients(
