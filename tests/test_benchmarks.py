@@ -154,9 +154,13 @@ def test_gate():
     gate = bench("gate")
     figures = gate.measure("data/demo/base_model", 1, ROOT)
     rows = {(row["setting"], row["way"]): row for row in figures["rows"]}
+    # This base model tells questions apart no better; a gate that compares facts stays closed then.
     apart, entangled = rows["kinds apart", "gate"], rows["other topics", "gate"]
-    assert apart["local"] > 0.95 and apart["unknown"] < 0.05 and not apart["by_fact"]
-    assert entangled["by_fact"] and entangled["local"] > entangled["unknown"] + 0.3
+    assert apart["by_fact"] and apart["local"] > 0.75
+    assert max(apart[kind] for kind in ("seen", "unknown", "far")) < 0.05
+    kinds = rows["other topics", "kinds only"]
+    assert not kinds["by_fact"] and entangled["unknown"] < kinds["unknown"] - 0.2
+    assert entangled["local"] > entangled["unknown"] + 0.1
     require_table(gate, figures)
 
 
