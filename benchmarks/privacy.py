@@ -32,6 +32,7 @@ from fedlora_app.evaluation.statistics import over_seeds
 
 COLUMNS = {
     f"{FACTS}/{UPDATE}": "which facts",
+    f"{FACTS}/{OTHERS}": "by others'",
     f"{FACTS}/{AVERAGE}": "by the mean",
     f"{UNIVERSAL}/{UPDATE}": "wording",
     f"{LOCAL_ANSWERS}/{UPDATE}": "local answers",
