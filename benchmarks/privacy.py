@@ -32,12 +32,12 @@ from fedlora_app.evaluation.statistics import over_seeds
 
 COLUMNS = {
     f"{FACTS}/{UPDATE}": "which facts",
-    f"{FACTS}/{OTHERS}": "by others'",
-    f"{FACTS}/{AVERAGE}": "by the mean",
+    f"{FACTS}/{OTHERS}": "facts, by others'",
+    f"{FACTS}/{AVERAGE}": "facts, by the mean",
     f"{UNIVERSAL}/{UPDATE}": "wording",
     f"{LOCAL_ANSWERS}/{UPDATE}": "local answers",
-    f"{LOCAL_ANSWERS}/{OTHERS}": "by others'",
-    f"{LOCAL_ANSWERS}/{AVERAGE}": "by the mean",
+    f"{LOCAL_ANSWERS}/{OTHERS}": "local answers, by others'",
+    f"{LOCAL_ANSWERS}/{AVERAGE}": "local answers, by the mean",
     "tokens": "tokens",
     f"given/{OWN}": "says own facts",
     f"given/{PRIVATE}": "says own local",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import build_tiny_config, build_tiny_model
+from conftest import ROOT, build_tiny_config, build_tiny_model
 from loopback import Federation
 
 from fedlora_app.attacks.limits import largest_auc
@@ -158,6 +158,27 @@ def test_one_update_tells_which_facts_a_client_has(dual, fedlora, project, monke
     assert all(len(line) <= 100 for line in out.splitlines() if not line.startswith("Written"))
     page = (dual / "report.html").read_text()
     assert "What an update gives away" in page and "own update" in page
+
+
+def test_attacked_runs_are_put_into_a_table(dual, fedlora, tmp_path, monkeypatch):
+    """A run per seed, by the attack that was chosen for each set."""
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.privacy import COLUMNS, describe, measure
+
+    assert fedlora("attack", dual, "--texts", "2", "--sample", "4")[0] == 0
+    runs = [tmp_path / f"tiny-seed{seed}" for seed in (1, 2, 3)]
+    for run in runs:
+        run.mkdir()
+        shutil.copy(dual / "attack.json", run)
+    (row,) = (table := measure(runs))["rows"]
+    assert (row["setting"], row["seeds"]) == ("tiny", 3)
+    own, others = (row[f"{FACTS}/{source}"]["value"] for source in (UPDATE, OTHERS))
+    assert own > others + 0.3
+    heading, _, line = describe(table).splitlines()[-3:]
+    assert heading.count("|") == line.count("|") == len(COLUMNS) + 3
+    (runs[0] / "attack.json").unlink()
+    with pytest.raises(FileNotFoundError):
+        measure(runs)
 
 
 def test_local_answers_show_in_updates_that_were_trained_on_them(runs, fedlora, project):
