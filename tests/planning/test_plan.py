@@ -208,7 +208,8 @@ def test_the_peak_of_a_real_step(
         *(Numerics(is_4bit=False, dtype_bytes=dtype.itemsize), phase, batch, checkpointing),
         hides_records=privacy is not None,
     )
-    assert step_bytes(predicted) == pytest.approx(memory.peak, rel=0.2 if privacy else 0.15)
+    close = 0.16 if dtype is torch.float32 else 0.12  # without its fp32 copies it is 0.13 and more
+    assert step_bytes(predicted) == pytest.approx(memory.peak, rel=close if privacy else 0.15)
 
 
 def test_holding_the_adapter_near_the_received_one_takes_a_copy_of_it():
