@@ -41,9 +41,10 @@ def test_the_committed_files_are_what_the_generator_writes(name):
     assert json.loads((DATA / name).read_text()) == FILES[name]
 
 
-def test_so_are_those_of_four_cities():
-    files = generate(NAMES[:4])
-    folder = ROOT / "data" / "demo-4"
+@pytest.mark.parametrize("num_cities", [4, 8])
+def test_so_are_those_of_more_cities(num_cities):
+    files = generate(NAMES[:num_cities])
+    folder = ROOT / "data" / f"demo-{num_cities}"
     assert {str(p.relative_to(folder)) for p in folder.rglob("*.json")} == set(files)
     for name, records in files.items():
         assert json.loads((folder / name).read_text()) == records
