@@ -11,6 +11,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import httpx
 import pytest
@@ -385,7 +386,9 @@ def test_the_command_serves_until_it_is_interrupted(runs):
     shutil.copytree(saved.run.path, run)
     command = [sys.executable, "-m", "fedlora_app.cli", "serve", run]
     command += ["--client", "ann", "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # What a shell runs in the background ignores SIGINT, and so would all that it starts.
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hear) as process:
         try:
             lines = []  # a library may have its say between them
             while "http://" not in "".join(lines[-1:]):
