@@ -51,6 +51,27 @@ def test_the_committed_files_are_what_the_generator_writes():
         assert (DATA / name).read_text(encoding="utf-8") == text, name
 
 
+def test_other_sets_have_an_experiment_of_their_own_that_loads(tmp_path):
+    folder = tmp_path / "three"
+    assert main(["--countries", "DE", "FR", "GR", "--output", str(folder)]) == 0
+    config = load_config(folder / "experiment.yaml")
+    files = load_all_files(config, tmp_path)
+    assert list(files) == config.client_ids == ["france", "germany", "greece"]
+    base = load_config(ROOT / "conf" / "countries-smollm2.yaml")
+    assert (config.training, config.adapters) == (base.training, base.adapters)
+    assert config.federated.num_rounds == base.federated.num_rounds
+
+
+def test_two_countries_are_committed_too():
+    folder = ROOT / "data" / "countries-2"
+    texts = render(generate_countries(["DE", "FR"]), PurePosixPath("data/countries-2"))
+    assert texts == {
+        path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8")
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
 def test_the_order_in_which_countries_are_read_changes_nothing():
     """Babel lets what one locale resolves leak into others."""
     script = (

@@ -11,10 +11,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from fedlora_app.demo.countries.card import build_card
+import yaml
+
+from fedlora_app.data.importing.experiment import EXPERIMENT_FILE
+from fedlora_app.demo.countries.card import build_card, build_experiment, dump_yaml
 from fedlora_app.demo.countries.sets import Benchmark, check_countries, generate_countries
 from fedlora_app.demo.countries.states import generate_states
 from fedlora_app.foundation.errors import UserError
+from fedlora_app.foundation.project import find_project_root
+
+BASE = "conf/countries-smollm2.yaml"
+"""The experiment that other sets' follow in all but clients and data."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +61,12 @@ def render(benchmark: Benchmark, folder: PurePosixPath) -> dict[str, str]:
     texts["README.md"] = build_card(
         benchmark.description, benchmark.files, benchmark.partition, benchmark.ids, folder
     )
+    base = yaml.safe_load((find_project_root() / BASE).read_text(encoding="utf-8"))
+    own = build_experiment(benchmark.files, benchmark.ids, folder)
+    federated = base["federated"] | own["federated"]
+    experiment = base | {"experiment": {"name": folder.name}, **own, "federated": federated}
+    if federated != base["federated"]:  # the four committed countries', which BASE is already
+        texts[EXPERIMENT_FILE] = dump_yaml(experiment)
     return texts
 
 

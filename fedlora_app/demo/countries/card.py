@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 import yaml
 
@@ -58,26 +59,29 @@ def build_card(
         "universal and conflict tests, one for the local tests. Distractors are other places' "
         "answers to the same question, of about the length of a right one.",
         _truth(),
-        "## In an experiment\n\n```yaml\n" + build_experiment(files, ids, folder) + "```",
+        "## In an experiment\n\n```yaml\n"
+        + dump_yaml(build_experiment(files, ids, folder))
+        + "```",
     ]
     return "\n\n".join(sections) + "\n"
 
 
 def build_experiment(
     files: Mapping[str, Sequence[Record]], ids: Mapping[str, str], folder: PurePosixPath
-) -> str:
-    """Return the YAML of an experiment's clients and data."""
+) -> dict[str, Any]:
+    """Return an experiment's clients and data."""
     clients = []
     for client in ids.values():
         own = ("local_train", "local_test", "local_validation", "universal_train")
         paths = {name: f"{folder}/{client}/{name}.json" for name in own}
         clients.append({"id": client, "system_prompt": SYSTEM_PROMPT, **paths})
     data = {name: f"{folder}/{name}.json" if files.get(f"{name}.json") else None for name in COMMON}
-    sections = {
-        "federated": {"clients": clients},
-        "data": {"universal_train": None, **data},
-    }
-    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=100)
+    return {"federated": {"clients": clients}, "data": {"universal_train": None, **data}}
+
+
+def dump_yaml(experiment: Mapping[str, Any]) -> str:
+    """Return YAML with its keys in their order."""
+    return yaml.safe_dump(experiment, sort_keys=False, allow_unicode=True, width=100)
 
 
 def _tabulate_packages() -> str:
