@@ -15,7 +15,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -103,7 +103,7 @@ def measure(runs: Sequence[Run], device: str, shape: str, num_steps: int) -> dic
         if done.returncode != 0:
             raise RuntimeError(f"{run}:\n{done.stderr}")
         rows.append(json.loads(done.stdout.splitlines()[-1]))
-        print(f"{run.config}: measured", flush=True)
+        print("\n".join(_describe_run(rows[-1])), flush=True)  # a lent card may be gone soon
     return {
         "compared": "operations a second with the card's peak; memory with the plan's prediction",
         "device": rows[0]["device"],
@@ -118,22 +118,7 @@ def describe(figures: dict[str, Any]) -> str:
         f"Shape {figures['shape']}, random NF4 weights, on {figures['device']}; real tokens, "
         "operations without and with what checkpointing computes again"
     ]
-    for row in figures["rows"]:
-        cap = f", at most {row['cap']} for torch" if row["applied_cap_bytes"] else ""
-        lines += [
-            "",
-            f"{row['config']}: two adapters of rank {row['ranks']}, {row['batch']}, "
-            f"{row['optimizer']}{cap}. Made in {row['build_seconds']:.1f} s; "
-            f"{row['file_bytes'] / 1e9:.2f} GB of quantised weights read in "
-            f"{row['load_seconds']:.1f} s.",
-            "",
-            "| examples | phase | tokens a second | of the peak | with recomputation "
-            "| checkpointing | peak memory, MiB | predicted, MiB | reserved, MiB |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
-        for phase in row["phases"]:
-            lines.append(_describe_phase(phase))
-    return "\n".join(lines)
+    return "\n".join([*lines, *(line for row in figures["rows"] for line in _describe_run(row))])
 
 
 def measure_here(run: Run, device_name: str, shape: str, num_steps: int) -> dict[str, Any]:
@@ -184,6 +169,25 @@ def measure_here(run: Run, device_name: str, shape: str, num_steps: int) -> dict
         "file_bytes": made.file_bytes,
         "phases": phases,
     }
+
+
+def _describe_run(row: dict[str, Any]) -> Iterator[str]:
+    cap = f", at most {row['cap']} for torch" if row["applied_cap_bytes"] else ""
+    yield ""
+    yield (
+        f"{row['config']}: two adapters of rank {row['ranks']}, {row['batch']}, "
+        f"{row['optimizer']}{cap}. Made in {row['build_seconds']:.1f} s; "
+        f"{row['file_bytes'] / 1e9:.2f} GB of quantised weights read in "
+        f"{row['load_seconds']:.1f} s."
+    )
+    yield ""
+    yield (
+        "| examples | phase | tokens a second | of the peak | with recomputation "
+        "| checkpointing | peak memory, MiB | predicted, MiB | reserved, MiB |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for phase in row["phases"]:
+        yield _describe_phase(phase)
 
 
 def _describe_phase(phase: dict[str, Any]) -> str:
