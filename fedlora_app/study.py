@@ -10,6 +10,7 @@ intervals: Student's t over the seeds, and the runs' own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -86,6 +87,21 @@ class StudyConfig(Section):
         return self
 
 
+@dataclass(frozen=True)
+class Member:
+    """One run of a study: a variant with a seed."""
+
+    variant: str
+    seed: int
+    overrides: str
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """The name of its run directory."""
+        return f"{self.variant}-seed{self.seed}"
+
+
 def load_study(path: Path) -> StudyConfig:
     """Read a study's YAML.
 
@@ -115,20 +131,14 @@ def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) 
         RunDirectoryError: a run did not reach its end.
     """
     folder = output_dir / study.name
-    configs = {
-        (variant, seed): load_config(root / study.config, _overrides(study, variant, seed))
-        for seed in study.seeds
-        for variant in study.variants
-    }
+    members = list(_list_members(study, root))
     evaluations: dict[str, list[dict[str, Any]]] = {name: [] for name in study.variants}
-    for (variant, seed), config in configs.items():
-        run_dir = folder / f"{variant}-seed{seed}"
-        evaluations[variant].append(
-            _find_evaluation(study, root, run_dir, variant, seed, config, report)
-        )
+    for member in members:
+        evaluation = _find_evaluation(study, member, root, folder / member.name, report)
+        evaluations[member.variant].append(evaluation)
     text = _write_summary(study, evaluations, folder)
     (folder / BASE_ANSWERS).unlink(missing_ok=True)
-    runs = [folder / f"{variant}-seed{seed}" for variant, seed in configs]
+    runs = [folder / member.name for member in members]
     here = [run for run in runs if run.is_dir()]  # and not kept from another machine
     for run in here:
         write_report(run)
@@ -136,27 +146,30 @@ def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) 
     return f"{text}\n\nWritten: {folder / 'summary.md'} and summary.json\nReport: {page}"
 
 
+def _list_members(study: StudyConfig, root: Path) -> Iterator[Member]:
+    """Yield every run of a study, seed by seed."""
+    for seed in study.seeds:
+        for variant, changes in study.variants.items():
+            parts = (study.overrides, changes, f"experiment.seed={seed}")
+            overrides = " ".join(filter(None, parts))
+            yield Member(variant, seed, overrides, load_config(root / study.config, overrides))
+
+
 def _find_evaluation(
-    study: StudyConfig,
-    root: Path,
-    run_dir: Path,
-    variant: str,
-    seed: int,
-    config: Config,
-    report: Report,
+    study: StudyConfig, member: Member, root: Path, run_dir: Path, report: Report
 ) -> dict[str, Any]:
     """Return a run's evaluation: the one that was kept, or what it gives when it is finished."""
+    config = member.config
     data_root = find_project_root(str(root / study.config))  # as the run itself finds it
-    combine = study.combine.get(variant)
-    name = f"{run_dir.name}-{combine}" if combine else run_dir.name
+    combine = study.combine.get(member.variant)
+    name = f"{member.name}-{combine}" if combine else member.name
     kept = root / study.kept / f"{name}{SUFFIX}" if study.kept else None
     files = load_all_files(config, data_root)
     if kept and (evaluation := find_kept(kept, config, files)):
-        print(f"{run_dir.name}: kept in {study.kept}", flush=True)
+        print(f"{member.name}: kept in {study.kept}", flush=True)
         return evaluation
     if not _is_finished(run := _load_same(run_dir, config, files)):
-        overrides = _overrides(study, variant, seed)
-        _run(study, root, run_dir, config, overrides, resumes=run is not None)
+        _run(study, member, root, run_dir, resumes=run is not None)
         if not _is_finished(_load_same(run_dir, config, files)):
             raise RunDirectoryError(
                 f"{run_dir} did not reach its end; its log is above. The same command resumes it."
@@ -285,11 +298,6 @@ def _measures() -> list[Measure]:
     return sorted(shown_measures(), key=lambda measure: measure is not EXACT_MATCH)
 
 
-def _overrides(study: StudyConfig, variant: str, seed: int) -> str:
-    parts = (study.overrides, study.variants[variant], f"experiment.seed={seed}")
-    return " ".join(filter(None, parts))
-
-
 def _load_same(run_dir: Path, config: Config, files: Mapping[str, ClientFiles]) -> SavedRun | None:
     """Return a run if it is of this configuration and of the files as they are now."""
     try:
@@ -308,17 +316,9 @@ def _is_finished(run: SavedRun | None) -> bool:
     return run is not None and bool(run.manifest.get("finished"))
 
 
-def _run(
-    study: StudyConfig,
-    root: Path,
-    run_dir: Path,
-    config: Config,
-    overrides: str,
-    *,
-    resumes: bool,
-) -> None:
+def _run(study: StudyConfig, member: Member, root: Path, run_dir: Path, *, resumes: bool) -> None:
     """Start one run with Flower, or resume it, and wait for it."""
-    settings = {"config": root / study.config, "overrides": overrides}
+    settings = {"config": root / study.config, "overrides": member.overrides}
     if resumes:
         print(f"{run_dir} is unfinished and resumed.", flush=True)
         settings |= {"resume": run_dir}
@@ -332,7 +332,7 @@ def _run(
             flush=True,
         )
     try:
-        run_with_flower(root, settings, len(config.federated.clients))
+        run_with_flower(root, settings, len(member.config.federated.clients))
     except RunFailedError as error:
         raise RunDirectoryError(
             f"{run_dir} did not reach its end: {error} The same command resumes it."
