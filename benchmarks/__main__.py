@@ -11,6 +11,8 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -196,7 +198,9 @@ def privacy(
     """What attacks reach under each setting: a table of runs that fedlora attack was tried on."""
     from benchmarks.privacy import describe, measure
 
-    _finish("privacy", measure(runs), describe)
+    with _telling_the_user():
+        figures = measure(runs)
+    _finish("privacy", figures, describe)
 
 
 @app.command()
@@ -261,13 +265,9 @@ def gpu(
 ) -> None:
     """Training of a model of Qwen2.5-7B's shape on a GPU: speed, memory, loading."""
     from benchmarks.gpu import choose_runs, describe, measure
-    from fedlora_app.foundation.errors import UserError
 
-    try:
+    with _telling_the_user():
         figures = measure(choose_runs(config, cap), device, shape, steps)
-    except UserError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from None
     if (device, shape) == ("cuda", "7b"):
         _finish("gpu", figures, describe)
     else:
@@ -300,6 +300,18 @@ def all_(
     if failed:
         typer.echo(f"These failed: {', '.join(failed)}.", err=True)
         raise typer.Exit(1)
+
+
+@contextmanager
+def _telling_the_user() -> Iterator[None]:
+    """End with status 2 and a sentence where it is the user who can mend it."""
+    from fedlora_app.foundation.errors import UserError
+
+    try:
+        yield
+    except UserError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
 
 
 def _finish(name: str, figures: dict[str, Any], describe: Any) -> None:

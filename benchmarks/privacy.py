@@ -29,6 +29,7 @@ from fedlora_app.data.questions import LOCAL_ANSWERS, LOCAL_SET, UNIVERSAL, UNIV
 from fedlora_app.evaluation.evaluated_run import chosen_rows
 from fedlora_app.evaluation.names import EXACT_MATCH
 from fedlora_app.evaluation.statistics import over_seeds
+from fedlora_app.runs.paths import RunDirectoryError, RunPaths
 
 COLUMNS = {
     f"{FACTS}/{UPDATE}": "which facts",
@@ -52,7 +53,7 @@ def measure(runs: Sequence[Path]) -> dict[str, Any]:
     """Return a row per setting, of runs that are called ``<setting>-seed<N>``.
 
     Raises:
-        FileNotFoundError: a run was not attacked.
+        RunDirectoryError: a run was not attacked.
     """
     by_setting: dict[str, list[dict[str, float]]] = {}
     for run in runs:
@@ -85,7 +86,10 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def _read(run: Path) -> dict[str, float]:
-    found = json.loads((run / "attack.json").read_text())
+    path = RunPaths(run).attack
+    if not path.is_file():
+        raise RunDirectoryError(f"{path} is not there. Make it: fedlora attack {run}")
+    found = json.loads(path.read_text())
     figures: dict[str, list[float]] = {}
 
     def note(name: str, value: float | None) -> None:

@@ -6,6 +6,7 @@ relied on where the seconds themselves cannot.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -56,3 +57,14 @@ def compute_ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, A
 def describe_ratio(ratio: dict[str, Any]) -> str:
     """Return a ratio with its range."""
     return f"{ratio['value']:.3g} [{ratio['low']:.3g}, {ratio['high']:.3g}]"
+
+
+def least(function: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """Return the least processor time and the least time by the clock, each in seconds."""
+    found = []
+    for _ in range(repeats):
+        gc.collect()
+        cpu, clock = time.process_time(), time.monotonic()
+        function()
+        found.append((time.process_time() - cpu, time.monotonic() - clock))
+    return min(cpu for cpu, _ in found), min(clock for _, clock in found)

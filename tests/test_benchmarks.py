@@ -55,12 +55,12 @@ def test_turns_alternate_and_neighbours_are_compared():
     assert turns.compute_ratio(taken["a"], taken["b"]) == expected
 
 
-def test_all_runs_every_benchmark_but_the_long_one():
+def test_all_runs_every_benchmark_but_long_ones_and_those_of_given_runs():
     main = bench("__main__")
     commands = {
         command.name or command.callback.__name__ for command in main.app.registered_commands
     }
-    assert commands == {*main.OF_ALL, "long", "all"}
+    assert commands == {*main.OF_ALL, "all", "long", "survival", "privacy"}
 
 
 def test_one_load_per_client_process_and_none_in_the_server():

@@ -52,6 +52,7 @@ from fedlora_app.model.adapters import (
     named_parameters,
     set_state,
 )
+from fedlora_app.runs.paths import RunDirectoryError
 from fedlora_app.runs.reading import load_run
 from fedlora_app.training.losses import answer_log_likelihoods
 from fedlora_app.training.shapes import build_shapes
@@ -177,7 +178,7 @@ def test_attacked_runs_are_put_into_a_table(dual, fedlora, tmp_path, monkeypatch
     heading, _, line = describe(table).splitlines()[-3:]
     assert heading.count("|") == line.count("|") == len(COLUMNS) + 3
     (runs[0] / "attack.json").unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(RunDirectoryError, match="Make it: fedlora attack"):
         measure(runs)
 
 
