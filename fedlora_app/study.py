@@ -23,7 +23,7 @@ from fedlora_app.config.schema import SAFE_NAME, Config, ConfigError, Section
 from fedlora_app.data.client_files import ClientFiles, load_all_files
 from fedlora_app.evaluation.chance import Chances, read_chances
 from fedlora_app.evaluation.choices import Report, SavedRound, open_round
-from fedlora_app.evaluation.kept import SUFFIX, find_kept, is_of, keep_evaluation
+from fedlora_app.evaluation.kept import SUFFIX, find_kept, gives_the_same, is_of, keep_evaluation
 from fedlora_app.evaluation.names import (
     ACCURACY,
     ANSWERERS,
@@ -304,7 +304,7 @@ def _load_same(run_dir: Path, config: Config, files: Mapping[str, ClientFiles]) 
         run = load_run(run_dir)
     except (RunDirectoryError, ConfigError):
         return None
-    is_same = run.config == config and all(
+    is_same = gives_the_same(run.config, config) and all(
         run.manifest["clients"][client].get(f"sha256/{name}") == file.sha256
         for client, own in files.items()
         for name, file in own.all.items()

@@ -1,7 +1,7 @@
 """Evaluations kept apart from their runs, so that a study can go on where the runs are not.
 
 One compressed JSON file per run: its configuration and its ``evaluation.json``. It is used in the
-run's place as long as configuration and data files are the same.
+run's place as long as data files are the same, and configurations but for how a run is carried out.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ from fedlora_app.data.client_files import ClientFiles
 from fedlora_app.evaluation.tables import FORMAT
 
 SUFFIX = ".json.gz"
+CARRIED_OUT = {
+    "experiment": ("track",),
+    "federated": ("share_gpu", "client_timeout_seconds", "reconnect_seconds"),
+}
+"""Settings of how a run is carried out on a machine, which change no figure of it."""
 
 
 def keep_evaluation(path: Path, config: Config, evaluation: Mapping[str, Any]) -> None:
@@ -35,10 +40,21 @@ def find_kept(
         content = json.loads(gzip.decompress(path.read_bytes()))
         evaluation = content["evaluation"]
         # Read as a configuration, since an older version's lacks the keys that have come since.
-        is_same = parse_config(content["config"]) == config and is_of(evaluation, files)
+        kept = parse_config(content["config"])
+        is_same = gives_the_same(kept, config) and is_of(evaluation, files)
     except (OSError, EOFError, ValueError, LookupError, TypeError, ConfigError):
         return None
     return evaluation if is_same else None
+
+
+def gives_the_same(one: Config, other: Config) -> bool:
+    """Return whether two configurations give the same figures on the same machine and data."""
+    dumps = [config.dump() for config in (one, other)]
+    for dump in dumps:
+        for section, names in CARRIED_OUT.items():
+            for name in names:
+                dump[section].pop(name, None)
+    return dumps[0] == dumps[1]
 
 
 def is_of(evaluation: Mapping[str, Any], files: Mapping[str, ClientFiles]) -> bool:

@@ -37,6 +37,13 @@ def test_one_of_a_version_that_had_fewer_settings_is_used(path):
     assert find_kept(path, build_tiny_config(), FILES) is None
 
 
+def test_how_a_run_is_carried_out_is_no_other_experiment(path):
+    shared = {"share_gpu": True, "client_timeout_seconds": 60.0}
+    config = build_tiny_config(experiment={"track": ["tensorboard"]}, federated=shared)
+    assert find_kept(path, config, FILES) == EVALUATION
+    assert find_kept(path, build_tiny_config(federated={"num_rounds": 9}), FILES) is None
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"no gzip", gzip.compress(b"no json"), gzip.compress(b"[]"), None],
