@@ -140,11 +140,14 @@ def deterministic() -> Iterator[None]:
 
     The Trainer runs without, which is its default and faster.
     """
+    fills = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def constant_rate(**settings: Any) -> TrainingConfig:
