@@ -62,10 +62,18 @@ def test_other_sets_have_an_experiment_of_their_own_that_loads(tmp_path):
     assert config.federated.num_rounds == base.federated.num_rounds
 
 
-def test_two_countries_are_committed_too():
-    folder = ROOT / "data" / "countries-2"
-    texts = render(generate_countries(["DE", "FR"]), PurePosixPath("data/countries-2"))
-    assert texts == {
+@pytest.mark.parametrize(
+    ("name", "codes", "is_entangled"),
+    [
+        ("countries-2", "DE FR", False),
+        ("countries-8", "DE FR JP BR CZ EE LV RO", False),
+        ("countries-entangled", "DE FR JP BR", True),
+    ],
+)
+def test_other_sets_are_committed_too(name, codes, is_entangled):
+    folder = ROOT / "data" / name
+    benchmark = generate_countries(codes.split(), is_entangled=is_entangled)
+    assert render(benchmark, PurePosixPath("data") / name) == {
         path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8")
         for path in folder.rglob("*")
         if path.is_file()
