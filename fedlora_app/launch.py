@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +50,8 @@ def run_with_flower(
 ) -> None:
     """Run the project with Flower and wait for the end.
 
-    A ``KeyboardInterrupt`` stops the run, which would continue without us.
+    Ctrl-C or SIGTERM stops the run, which would continue without us: both are a
+    ``KeyboardInterrupt`` to the caller.
 
     Args:
         run_config: by Flower's keys; what is left out or empty stays as pyproject.toml has it.
@@ -65,12 +69,13 @@ def run_with_flower(
     run_id = str(_call_flower(command, environment)["run-id"])
     log = LogReader(say)
     try:
-        while True:
-            status = _await_status(run_id, environment)  # before the log, which is whole at its end
-            _follow(log, run_id, environment)
-            if status.startswith("finished"):
-                break
-            time.sleep(POLL_SECONDS)
+        with _interrupted_by_sigterm():
+            while True:
+                status = _await_status(run_id, environment)  # before the log, then whole at its end
+                _follow(log, run_id, environment)
+                if status.startswith("finished"):
+                    break
+                time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         _stop(run_id, environment)
         raise
@@ -78,6 +83,19 @@ def run_with_flower(
     if status != "finished:completed":
         end = "was stopped" if status.endswith("stopped") else "failed; its log is above"
         raise RunFailedError(error or f"The run {end}.")
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Have SIGTERM in the block, which ``kill`` and batch systems send, do what Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where no signal arrives
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class LogReader:

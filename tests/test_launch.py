@@ -120,17 +120,21 @@ def test_fedlora_train_says_how_a_run_ended(flower, tiny_experiment, tiny_projec
 
 
 @pytest.mark.minutes
-def test_ctrl_c_stops_a_run_and_says_how_to_resume_it(flower, tiny_experiment, tiny_project):
-    command = [BIN / "fedlora", "train", tiny_experiment, "--rounds", "50", "--name", "stopped"]
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_run_and_says_how_to_resume_it(
+    sent, flower, tiny_experiment, tiny_project
+):
+    name = f"stopped-{sent.name}"
+    command = [BIN / "fedlora", "train", tiny_experiment, "--rounds", "50", "--name", name]
     with subprocess.Popen(
         command, env=flower.env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         for line in process.stdout:
             if line.startswith("round 1/50 not evaluated"):
-                process.send_signal(signal.SIGINT)
+                process.send_signal(sent)
         said = process.stderr.read()
         assert process.wait(60) == 130
-    run = tiny_project / "results" / "stopped"
+    run = tiny_project / "results" / name
     assert (
         f"To go on: fedlora train {tiny_experiment} --resume {run}" in said
         and "Traceback" not in said
