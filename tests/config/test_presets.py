@@ -33,7 +33,8 @@ def test_a_model_s_name_says_its_size(name, parameters):
 
 
 @pytest.mark.parametrize(
-    ("parameters", "gpu"), itertools.product([1e6, 135e6, 0.5e9, 7e9], [None, 8 * GIB, 24 * GIB])
+    ("parameters", "gpu"),
+    list(itertools.product([1e6, 135e6, 0.5e9, 7e9], [None, 8 * GIB, 24 * GIB])),
 )
 def test_every_preset_is_a_configuration_and_reads_as_written(parameters, gpu):
     sizes = DataSizes([100], [80, 90, 300], longest_record=900, longest_answer=300)
