@@ -28,7 +28,7 @@ from fedlora_app.runs.paths import RunDirectoryError
 from fedlora_app.runs.reading import load_run
 from fedlora_app.runs.resuming import describe_other_software
 from fedlora_app.runs.settings import read_settings
-from fedlora_app.strategy import RoundError
+from fedlora_app.strategy import GlobalAdapterFedAvg, RoundError
 
 MEASURED = re.compile(r"seconds|peak_memory|^bytes_(up|down)$|^time$|^process$")
 
@@ -156,6 +156,20 @@ def test_a_run_killed_at_any_message_ends_in_the_same_bytes(
 
 def test_so_does_one_that_an_exception_stopped(tiny_project, tmp_path, undisturbed):
     stopped_run(tiny_project, tmp_path, 8).run("run", resume="latest")
+    assert snapshot(tmp_path / "run") == undisturbed()
+
+
+def test_so_does_one_that_was_killed_when_all_rounds_were_done(
+    tiny_project, tmp_path, undisturbed, monkeypatch
+):
+    def stop(*args):
+        raise Stopped
+
+    federation = Federation(tiny_project, tmp_path, build_tiny_config())
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(GlobalAdapterFedAvg, "save_final", stop)
+        federation.run("run")
+    federation.run(resume="run")
     assert snapshot(tmp_path / "run") == undisturbed()
 
 
