@@ -26,13 +26,28 @@ class Router:
         self.is_local = tensors.pop("is_local")
         self.tensors = {name: tensor.double() for name, tensor in tensors.items()}
         self.tokenizer = AutoTokenizer.from_pretrained(base)
+        self.marks = [t for t in self.tokenizer.added_tokens_decoder.values() if t.special]
         self.model = AutoModelForCausalLM.from_pretrained(base, dtype="auto").eval()
+
+    def encode(self, question):
+        """Return the prompt's tokens; marks of the chat template in a question are mere text."""
+        before, after = self.about["text_before_question"], self.about["text_after_question"]
+        said = question.strip()
+        if any(mark.content in said for mark in self.marks):
+            start, _, end = question.partition(said)
+            parts = ((before + start, False), (said, True), (end + after, False))
+        else:
+            parts = ((before + question + after, False),)
+        ids = []
+        for text, is_said in parts:
+            as_text = {"add_special_tokens": False, "split_special_tokens": is_said}
+            ids += self.tokenizer(text, **as_text)["input_ids"]
+        return torch.tensor([ids])
 
     @torch.inference_mode()
     def compute_features(self, question):
         """Return the mean of the middle layer's states, and the last token's last state."""
-        text = f"{self.about['text_before_question']}{question}{self.about['text_after_question']}"
-        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        ids = self.encode(question)
         states = self.model(ids, output_hidden_states=True, use_cache=False).hidden_states
         middle = states[self.about["middle_layer"]][0].double().mean(0)
         return {"middle": middle, "last": states[-1][0, -1].double()}
@@ -52,20 +67,34 @@ class Router:
     def rewrite(self, body):
         """Return a chat completion's request for the adapter that is to answer it, greedily."""
         messages, own = body["messages"], self.about["system_prompt"]
+        asked = messages[-1]["content"]
+        if not isinstance(asked, str):
+            asked = "".join(part["text"] for part in asked)
         if own and messages[0]["role"] not in ("system", "developer"):
             messages = [{"role": "system", "content": own}, *messages]
         defaults = {"temperature": 0, "chat_template_kwargs": {"enable_thinking": False}}
-        chosen = {"messages": messages, "model": self.choose(messages[-1]["content"])}
-        return defaults | body | chosen
+        return defaults | body | {"messages": messages, "model": self.choose(asked)}
 
 
 class Handler(BaseHTTPRequestHandler):
     """Stands before the server of both adapters."""
 
+    def do_GET(self):
+        """Pass on what is no completion, the list of models for instance."""
+        self.pass_on(None)
+
     def do_POST(self):
         """Pass a chat completion on, and its answer back as it comes."""
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        body = json.dumps(self.server.router.rewrite(asked)).encode()
+        asked = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        try:
+            body = self.server.router.rewrite(json.loads(asked))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            self.refuse(400, "Expected the JSON of a chat completion whose last message is text.")
+        else:
+            self.pass_on(json.dumps(body).encode())
+
+    def pass_on(self, body):
+        """Send a request to the server of both adapters, and its answer back."""
         request = Request(self.server.upstream + self.path, body)
         for name in ("Authorization", "Content-Type"):
             request.add_header(name, self.headers.get(name, ""))
@@ -73,12 +102,23 @@ class Handler(BaseHTTPRequestHandler):
             answer = urlopen(request)
         except HTTPError as error:  # is an answer, too
             answer = error
+        except OSError as error:
+            self.refuse(502, f"{self.server.upstream} does not answer: {error}")
+            return
         with answer:
             self.send_response(answer.status)
             self.send_header("Content-Type", answer.headers["Content-Type"])
             self.end_headers()
             while piece := answer.read1():
                 self.wfile.write(piece)
+
+    def refuse(self, status, message):
+        """Answer with an error as OpenAI words it."""
+        body = json.dumps({"error": {"message": message, "type": "invalid_request_error"}})
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(body.encode())
 
 
 def build_server(router, upstream, port):

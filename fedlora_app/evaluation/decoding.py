@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+OPENING = "<think>"
 REASONING = re.compile(r"\A\s*(?:(?:<think>)?.*?</think>|<think>.*)", re.DOTALL)
 
 
@@ -18,3 +19,14 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def strip_reasoning(text: str) -> str:
     """Return what follows a block of thoughts, "" where it was cut off inside of one."""
     return REASONING.sub("", text).strip()
+
+
+def decode_so_far(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Return as much of an answer's text as is known while it is made.
+
+    Thoughts that began before the answer, in the prompt, cannot be told from it until they end.
+    """
+    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    if OPENING.startswith(text):  # may become one
+        return ""
+    return strip_reasoning(text) if text.startswith(OPENING) else text

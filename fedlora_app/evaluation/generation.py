@@ -86,9 +86,7 @@ def generate_ids(
     Answers that have ended leave the batch, so that those that have not are computed alone.
     """
     base = model.get_base_model()
-    shipped = base.generation_config.eos_token_id
-    further = shipped if isinstance(shipped, list) else [shipped]
-    ends = sorted({*stop_ids, *further} - {None})
+    ends = find_ends(base, stop_ids)
     batch = tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt").to(
         model.device
     )
@@ -163,6 +161,13 @@ def _make_cache(base: PreTrainedModel) -> DynamicCache | None:
         return None
     cache = DynamicCache(config=base.config.get_text_config())
     return cache if all(hasattr(layer, "batch_select_indices") for layer in cache.layers) else None
+
+
+def find_ends(base: PreTrainedModel, stop_ids: list[int]) -> list[int]:
+    """Return all tokens that end an answer: these, and those that the model ships."""
+    shipped = base.generation_config.eos_token_id
+    further = shipped if isinstance(shipped, list) else [shipped]
+    return sorted({*stop_ids, *further} - {None})
 
 
 def find_stop_ids(

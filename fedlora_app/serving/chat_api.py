@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedlora_app.data.dialogue import Turn
 from fedlora_app.serving.conversation import Reply
@@ -66,6 +66,12 @@ class Message(BaseModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
+
+    @model_validator(mode="after")
+    def _require_utf8(self) -> Self:
+        if any("\ud800" <= character <= "\udfff" for character in self.text):
+            raise ValueError("it holds a lone surrogate, which no UTF-8 text can")
+        return self
 
     @property
     def text(self) -> str:

@@ -6,7 +6,7 @@ question of a conversation is put in exactly the prompt that the client was trai
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,8 @@ from transformers.generation.streamers import BaseStreamer
 from fedlora_app.config.schema import GLOBAL
 from fedlora_app.data.dialogue import Turn, encode_prompt
 from fedlora_app.evaluation.answering import Answering
-from fedlora_app.evaluation.generation import generate_answer
+from fedlora_app.evaluation.decoding import decode, decode_so_far
+from fedlora_app.evaluation.generation import find_ends, find_stop_ids, generate_answer
 from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.foundation.errors import UserError
 
@@ -79,7 +80,8 @@ class Conversation:
         with self.saved.answering(self.who) as (model, combiner):
             tokenizer = self.saved.load()[0].tokenizer
             turns, prompt_ids = self._fit(model.get_base_model(), tokenizer, question)
-            pieces = _Pieces(tokenizer, on_text)
+            ends = find_ends(model.get_base_model(), find_stop_ids(tokenizer))
+            pieces = _Pieces(tokenizer, on_text, ends)
             text = generate_answer(
                 model,
                 tokenizer,
@@ -222,29 +224,32 @@ class _Pieces(BaseStreamer):
     leading space from whatever they are given.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        on_text: Callable[[str], None],
+        ends: Sequence[int],
+    ) -> None:
         self.tokenizer = tokenizer
         self.on_text = on_text
+        self.ends = ends
         self.ids: list[int] | None = None  # None: the prompt is still to come
         self.shown = ""
 
     @property
     def has_ended(self) -> bool:
         """Whether the answer's last token marks its end."""
-        return bool(self.ids) and self.ids[-1] in self.tokenizer.all_special_ids
+        return bool(self.ids) and self.ids[-1] in self.ends
 
     def put(self, value: torch.Tensor) -> None:
         if self.ids is None:
             self.ids = []
             return
         self.ids += value.flatten().tolist()
-        self._show(self._decode().rstrip(UNFINISHED).rstrip())
+        self._show(decode_so_far(self.tokenizer, self.ids).rstrip(UNFINISHED).rstrip())
 
     def end(self) -> None:
-        self._show(self._decode())
-
-    def _decode(self) -> str:
-        return self.tokenizer.decode(self.ids, skip_special_tokens=True).strip()
+        self._show(decode_so_far(self.tokenizer, self.ids) or decode(self.tokenizer, self.ids))
 
     def _show(self, text: str) -> None:
         if text != self.shown and text.startswith(self.shown):

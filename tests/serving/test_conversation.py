@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from conftest import ALIKE, build_tiny_config
 from loopback import Federation
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.console import Console
 from fedlora_app.config.schema import ConfigError
 from fedlora_app.data.dialogue import encode_prompt
 from fedlora_app.evaluation.answering import Answering
+from fedlora_app.evaluation.decoding import decode
 from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.evaluation.scoring import Prompt, score_prompts
 from fedlora_app.runs.reading import load_run
@@ -145,6 +147,27 @@ def test_an_answer_that_reaches_the_limit_is_marked(runs):
     longer = open_conversation(saved, "ann", max_new_tokens=100).ask(QUESTION)
     assert short.is_cut_off and longer.text.startswith(short.text)
     assert longer.is_cut_off == (len(longer.text) > 150)
+
+
+@pytest.mark.parametrize(
+    ("generated", "answer"),
+    [
+        ("<think>\nI look it up.\n</think>\n\nThe rule is red.", "The rule is red."),
+        ("<think>I look it", ""),  # cut off inside of it
+        ("<thi", "<thi"),
+        ("<thinking> is a word.", "<thinking> is a word."),
+        ("The rule is red.", "The rule is red."),
+    ],
+)
+def test_the_pieces_of_an_answer_are_the_answer(tokenizer, generated, answer):
+    shown, ids = [], tokenizer(generated, add_special_tokens=False)["input_ids"]
+    pieces = conversation_module._Pieces(tokenizer, shown.append, ends=ids[-1:])
+    pieces.put(torch.tensor([[1, 2, 3]]))  # the prompt
+    for number, token in enumerate(ids, start=1):
+        pieces.put(torch.tensor([token]))
+        assert pieces.has_ended == (number == len(ids)) or token == ids[-1]
+    pieces.end()
+    assert "".join(shown) == answer == decode(tokenizer, ids)
 
 
 def test_scale_0_is_the_global_adapter_alone(runs):

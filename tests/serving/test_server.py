@@ -203,6 +203,7 @@ def chat(*roles: str) -> dict:
         (chat("system"), 400, "messages", '"user" last'),
         (user("<|im_end|>"), 400, "messages", "nothing but marks of the model's chat template"),
         (chat("tool"), 400, "messages.0.role", "should be 'system'"),
+        (user("\ud800 why?"), 400, "messages.0", "lone surrogate"),
         (user([{"type": "image_url", "image_url": "x"}]), 400, None, "messages.0.content"),
         (user("?") | {"messages": []}, 400, "messages", "at least 1 item"),
         ({"model": "ann"}, 400, "messages", "Field required"),
@@ -213,7 +214,8 @@ def chat(*roles: str) -> dict:
 )
 def test_what_cannot_be_answered_is_said_as_openai_does(plain, body, status, param, text):
     for stream in (False, True):
-        response = plain.post(PATH, json=body | {"stream": stream})
+        content = json.dumps(body | {"stream": stream})  # in ASCII: a lone surrogate as well
+        response = plain.post(PATH, content=content, headers={"content-type": "application/json"})
         error = response.json()["error"]
         assert response.status_code == status and text in error["message"]
         assert set(error) == {"message", "type", "param", "code"}
