@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fedlora_app.config.combination import GATE, INSTANCE, MIXER, SCALE, SEARCH, Combination
 from fedlora_app.config.schema import GLOBAL, LOCAL, OWN_GLOBAL
@@ -145,7 +145,8 @@ class SavedModel(SavedAdapters):
     def find_combiner(self, who: Answering, fingerprint: str) -> Combiner | None:
         """Return what combines a pair: what the local adapter's owner has kept, or a new one.
 
-        The base model is loaded only to fit one; ``fingerprint`` says which it is.
+        It is the owner's, fitted beside the global adapter that the owner has, whoever's global
+        one answers. The base model is loaded only to fit one; ``fingerprint`` says which it is.
 
         Raises:
             DataError: there is none yet, and the client's data are not there.
@@ -175,18 +176,20 @@ class SavedModel(SavedAdapters):
 
     def _find_fitted(self, who: Answering, fingerprint: str) -> FittedCombiner:
         config, owner = self.run.config, who.local
+        who = replace(who, global_of=self._owner_of_global(owner))
         kind = FITTED[who.combination(config.adapters)]
         client, folder = config.client(owner), self.run.paths.combiner(owner, kind.NAME)
+        own_global = {"global_of": owner} if self.has_own_globals else {}
         sha256 = {
             GLOBAL: self.global_sha256(who.global_of),
             LOCAL: self.run.adapter_sha256(self.server_round, owner),
         }
         of_run = self._recorded_hashes(owner)
-        about = describe_fit(kind, config, client, fingerprint, sha256, of_run)
+        about = describe_fit(kind, config, client, fingerprint, sha256, of_run) | own_global
         if (kept := load_combiner(kind, folder, about, client.system_prompt)) is not None:
             return kept
         files = load_client_files(config, client, self.root)
-        about = describe_fit(kind, config, client, fingerprint, sha256, files.hashes)
+        about = describe_fit(kind, config, client, fingerprint, sha256, files.hashes) | own_global
         if (kept := load_combiner(kind, folder, about, client.system_prompt)) is not None:
             return kept  # to data that have changed since the run
         loaded, model = self.load()

@@ -15,11 +15,11 @@ a run stops, so their moments are kept with the run.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvgM, FedYogi
 
 from fedlora_app.config.schema import AVERAGING_MODES, FederatedConfig
@@ -30,6 +30,15 @@ ROUNDS, VELOCITY = "rounds", "velocity"
 ADAPTIVE_LEARNING_RATE = 1e-3
 WEIGHT = "num-examples"
 """What Flower's strategies weight a reply by."""
+
+
+class _MeanReply(NamedTuple):
+    """What Flower's strategies read of a reply; its ``Message`` can be made within a run only."""
+
+    content: RecordDict
+
+    def has_error(self) -> bool:
+        return False
 
 
 class ServerOptimizer:
@@ -83,9 +92,8 @@ class ServerOptimizer:
             strategy.current_arrays = _pack(received)
             strategy.momentum_vector = list(self._recall(VELOCITY, received).values())
         trained = _pack({key: tensor.double().numpy() for key, tensor in moved.items()})
-        content = {"arrays": trained, "metrics": MetricRecord({WEIGHT: 1})}
-        message = Message(RecordDict(content), dst_node_id=0, message_type=MessageType.TRAIN)
-        arrays, _ = strategy.aggregate_train(number - 1, [message])
+        content = RecordDict({"arrays": trained, "metrics": MetricRecord({WEIGHT: 1})})
+        arrays, _ = strategy.aggregate_train(number - 1, [_MeanReply(content)])
         if self._is_adaptive:
             self._keep("m_t", strategy.m_t)
             self._keep("v_t", strategy.v_t)

@@ -23,6 +23,7 @@ from fedlora_app.config.combination import (
     SEARCH,
     Combination,
 )
+from fedlora_app.config.loading import change_config
 from fedlora_app.config.schema import GLOBAL, LOCAL, ConfigError, TrainingConfig
 from fedlora_app.data.client_files import load_client_files
 from fedlora_app.data.dialogue import encode_prompt
@@ -51,6 +52,7 @@ from fedlora_app.evaluation.search import (
 from fedlora_app.evaluation.text import describe_evaluation
 from fedlora_app.evaluation.token_mixer import TokenMixer, train_mixer
 from fedlora_app.foundation import progress
+from fedlora_app.model.adapter_state import compute_norm
 from fedlora_app.model.adapters import (
     activate,
     get_state,
@@ -421,6 +423,37 @@ def test_other_data_or_another_seed_is_fitted_anew(run, tiny_project):
     assert describe() != describe(saved.config.model_copy(update={"experiment": experiment}))
     assert describe() != describe(adapters=adapters | {LOCAL: "other"})
     assert describe() != describe(data={"sha256/local_train": "x"})
+
+
+@pytest.mark.parametrize(("rule", "ranks"), [("rest-of-world", ()), ("svd", (1, 2))])
+def test_a_combiner_is_fitted_beside_its_owner_s_global_adapter(
+    tiny_project, tmp_path, monkeypatch, rule, ranks
+):
+    config = build_tiny_config(
+        federated={"aggregation": rule, "num_rounds": 1},
+        training={"learning_rate": 2e-2},
+        evaluation={"max_new_tokens": 4, "interval": 0},
+    )
+    for place, rank in enumerate(ranks):
+        config = change_config(config, f"federated.clients.{place}.rank={rank}")
+    run = load_run(Federation(tiny_project, tmp_path, config).run())
+
+    beside, fit = [], SearchedWeights.fit.__func__
+
+    def note(kind, task):
+        beside.append(compute_norm(get_state(task.model, GLOBAL)))
+        return fit(kind, task)
+
+    monkeypatch.setattr(SearchedWeights, "fit", classmethod(note))
+    for is_swapped_first in (True, False):
+        shutil.rmtree(run.paths.combiner("bob", SEARCH), ignore_errors=True)
+        saved = SavedModel(run, 1, tiny_project, combine=SEARCH)
+        own = saved.own("bob")
+        assert own.global_of == "bob"
+        for who in (replace(own, global_of="ann"), own)[not is_swapped_first :]:
+            with saved.answering(who):
+                pass
+    assert len(beside) == 2 and beside[0] == beside[1] > 0
 
 
 def test_a_fine_tuned_copy_is_weighed_against_the_average(tiny_project, tmp_path):

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import build_tiny_config
+from flwr.supercore.task_identity import TaskIdentity
 from random_states import SHAPES, draw_state
 
 from fedlora_app.federation.server_optimizer import ServerOptimizer
@@ -15,6 +16,12 @@ BETA_1, BETA_2, TAU = 0.9, 0.99, 1e-3
 A, B = SHAPES
 
 draw = partial(draw_state, shapes=SHAPES, scale=1.0)
+
+
+@pytest.fixture(autouse=True)
+def outside_of_a_run(monkeypatch):
+    """As in ``fedlora forget``: no task of Flower's is there to make messages for."""
+    monkeypatch.setattr(TaskIdentity, "_run_id", None)
 
 
 def build(name: str, **settings) -> ServerOptimizer:
@@ -55,7 +62,6 @@ def expect(name: str, state, updates, rate: float):
 @pytest.mark.parametrize(
     ("name", "rate"), [("momentum", 0.7), ("adam", 0.01), ("yogi", 0.02), ("adagrad", 0.03)]
 )
-@pytest.mark.usefixtures("flower_identity")
 class TestEveryOptimizer:
     def test_it_is_the_paper_s(self, name, rate):
         state, updates = draw(0), [draw(seed) for seed in (1, 2, 3)]
@@ -86,7 +92,6 @@ class TestEveryOptimizer:
             state = moved
 
 
-@pytest.mark.usefixtures("flower_identity")
 def test_without_one_the_mean_is_taken_as_it_is_or_scaled():
     state, update = draw(0), draw(1)
     mean = {key: state[key] + update[key] for key in state}
