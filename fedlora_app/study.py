@@ -19,11 +19,12 @@ from pydantic import Field, ValidationError, model_validator
 
 from fedlora_app.config.combination import Combination
 from fedlora_app.config.loading import load_config
+from fedlora_app.config.sameness import gives_the_same
 from fedlora_app.config.schema import SAFE_NAME, Config, ConfigError, Section
 from fedlora_app.data.client_files import ClientFiles, load_all_files
 from fedlora_app.evaluation.chance import Chances, read_chances
 from fedlora_app.evaluation.choices import Report, SavedRound, open_round
-from fedlora_app.evaluation.kept import SUFFIX, find_kept, gives_the_same, is_of, keep_evaluation
+from fedlora_app.evaluation.kept import SUFFIX, find_kept, has_base, is_of, keep_evaluation
 from fedlora_app.evaluation.names import (
     ACCURACY,
     ANSWERERS,
@@ -165,12 +166,12 @@ def _find_evaluation(
     name = f"{member.name}-{combine}" if combine else member.name
     kept = root / study.kept / f"{name}{SUFFIX}" if study.kept else None
     files = load_all_files(config, data_root)
-    if kept and (evaluation := find_kept(kept, config, files)):
+    if kept and (evaluation := find_kept(kept, config, files, data_root)):
         print(f"{member.name}: kept in {study.kept}", flush=True)
         return evaluation
-    if not _is_finished(run := _load_same(run_dir, config, files)):
+    if not _is_finished(run := _load_same(run_dir, config, files, data_root)):
         _run(study, member, root, run_dir, resumes=run is not None)
-        if not _is_finished(_load_same(run_dir, config, files)):
+        if not _is_finished(_load_same(run_dir, config, files, data_root)):
             raise RunDirectoryError(
                 f"{run_dir} did not reach its end; its log is above. The same command resumes it."
             )
@@ -298,8 +299,10 @@ def _measures() -> list[Measure]:
     return sorted(shown_measures(), key=lambda measure: measure is not EXACT_MATCH)
 
 
-def _load_same(run_dir: Path, config: Config, files: Mapping[str, ClientFiles]) -> SavedRun | None:
-    """Return a run if it is of this configuration and of the files as they are now."""
+def _load_same(
+    run_dir: Path, config: Config, files: Mapping[str, ClientFiles], root: Path
+) -> SavedRun | None:
+    """Return a run if it is of this configuration, and of the files and the base as they are."""
     try:
         run = load_run(run_dir)
     except (RunDirectoryError, ConfigError):
@@ -309,7 +312,7 @@ def _load_same(run_dir: Path, config: Config, files: Mapping[str, ClientFiles]) 
         for client, own in files.items()
         for name, file in own.all.items()
     )
-    return run if is_same else None
+    return run if is_same and has_base(run.manifest["base_model"], config, root) else None
 
 
 def _is_finished(run: SavedRun | None) -> bool:
@@ -327,8 +330,8 @@ def _run(study: StudyConfig, member: Member, root: Path, run_dir: Path, *, resum
     if run_dir.exists() and not resumes:
         aside = _move_aside(run_dir)
         print(
-            f"{run_dir} is of another configuration or data, and is run again; what was there is "
-            f"{aside.name} now.",
+            f"{run_dir} is of another configuration, data or base model, and is run again; what was "
+            f"there is {aside.name} now.",
             flush=True,
         )
     try:

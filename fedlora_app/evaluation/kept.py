@@ -13,16 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from fedlora_app.config.loading import parse_config
+from fedlora_app.config.sameness import gives_the_same
 from fedlora_app.config.schema import Config, ConfigError
 from fedlora_app.data.client_files import ClientFiles
-from fedlora_app.evaluation.tables import FORMAT
+from fedlora_app.evaluation.tables import FORMAT, hash_settings
+from fedlora_app.model.base import ModelError, compute_fingerprint
 
 SUFFIX = ".json.gz"
-CARRIED_OUT = {
-    "experiment": ("track",),
-    "federated": ("share_gpu", "client_timeout_seconds", "reconnect_seconds"),
-}
-"""Settings of how a run is carried out on a machine, which change no figure of it."""
 
 
 def keep_evaluation(path: Path, config: Config, evaluation: Mapping[str, Any]) -> None:
@@ -33,28 +30,34 @@ def keep_evaluation(path: Path, config: Config, evaluation: Mapping[str, Any]) -
 
 
 def find_kept(
-    path: Path, config: Config, files: Mapping[str, ClientFiles]
+    path: Path, config: Config, files: Mapping[str, ClientFiles], root: Path
 ) -> dict[str, Any] | None:
-    """Return a kept evaluation, or None where there is none of this configuration and data."""
+    """Return a kept evaluation; None where there is none of this configuration, data and base.
+
+    Args:
+        root: the project, to which the base model's folder is relative. A base model that is not
+            on this machine counts as the one of that name.
+    """
     try:
         content = json.loads(gzip.decompress(path.read_bytes()))
         evaluation = content["evaluation"]
         # Read as a configuration, since an older version's lacks the keys that have come since.
         kept = parse_config(content["config"])
         is_same = gives_the_same(kept, config) and is_of(evaluation, files)
+        if not is_same or not has_base(evaluation["base_model"], config, root):
+            return None
     except (OSError, EOFError, ValueError, LookupError, TypeError, ConfigError):
         return None
-    return evaluation if is_same else None
+    return evaluation | {"settings": hash_settings(kept)}  # as today's evaluations have it
 
 
-def gives_the_same(one: Config, other: Config) -> bool:
-    """Return whether two configurations give the same figures on the same machine and data."""
-    dumps = [config.dump() for config in (one, other)]
-    for dump in dumps:
-        for section, names in CARRIED_OUT.items():
-            for name in names:
-                dump[section].pop(name, None)
-    return dumps[0] == dumps[1]
+def has_base(recorded: Mapping[str, Any], config: Config, root: Path) -> bool:
+    """Return whether the base model here is the recorded one, as far as both are known."""
+    try:
+        found = compute_fingerprint(config.model, root)
+    except ModelError:
+        return True
+    return recorded.get("fingerprint", found) == found
 
 
 def is_of(evaluation: Mapping[str, Any], files: Mapping[str, ClientFiles]) -> bool:

@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from fedlora_app.config.rounds import adapters_label
+from fedlora_app.config.sameness import dump_what_counts
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config
 from fedlora_app.data.questions import (
     UNIVERSAL,
@@ -85,7 +86,7 @@ def build_evaluation(
         "mode": config.federated.mode,
         "seed": config.experiment.seed,
         "round": saved.server_round,
-        "settings": _hash_settings(config),
+        "settings": hash_settings(config),
         "evaluated": datetime.now(UTC).isoformat(timespec="seconds"),
         "computed_on": describe_precision(config.model),
         "base_model": run.manifest["base_model"],
@@ -117,10 +118,11 @@ def build_evaluation(
     }
 
 
-def _hash_settings(config: Config) -> str:
+def hash_settings(config: Config) -> str:
     """Return a hash of how the run was trained, which runs that differ in the seed share."""
-    raw = config.dump()
-    chosen = {name: raw[name] for name in ("model", "adapters", "training", "federated")}
+    raw = dump_what_counts(config)
+    names = ("model", "adapters", "training", "federated")
+    chosen = {name: raw.get(name, {}) for name in names}
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
