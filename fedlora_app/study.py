@@ -330,8 +330,8 @@ def _run(study: StudyConfig, member: Member, root: Path, run_dir: Path, *, resum
     if run_dir.exists() and not resumes:
         aside = _move_aside(run_dir)
         print(
-            f"{run_dir} is of another configuration, data or base model, and is run again; what was "
-            f"there is {aside.name} now.",
+            f"{run_dir} is of another configuration, data or base model, and is run again; "
+            f"what was there is {aside.name} now.",
             flush=True,
         )
     try:

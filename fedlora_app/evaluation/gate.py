@@ -7,9 +7,9 @@ The gate compares the base model's view of a question (``prompt_features``) with
 training questions: by cosine, after the directions in which wordings of one and the same fact
 differ have been held down (within-class covariance normalisation: Hatch et al. 2006,
 https://doi.org/10.21437/Interspeech.2006-183). It opens where the nearest local question is near
-enough, and nearer than the nearest universal one. How near is enough is a logistic regression on
-these two similarities, fitted to held-out wordings, and, so that what the client knows nothing of
-goes to the global adapter, to the same questions with their own fact taken away.
+enough for how near the nearest universal one is: a logistic regression on these two similarities,
+fitted to held-out wordings, and, so that what the client knows nothing of goes to the global
+adapter, to the same questions with their own fact taken away.
 
 Where the data hold no second wordings, all local and all universal questions are one group each.
 That tells kinds of questions apart and not facts, so it is of use where the nearest neighbours of
@@ -73,8 +73,8 @@ class GateFigures:
     """Universal questions that it stays closed for; None where it compares facts and no universal
     one has a second wording to be held out."""
     closes_for_unknown: float | None = None
-    """Questions of either kind that it stays closed for without the training questions about
-    their fact; None where it compares kinds."""
+    """Universal questions that it stays closed for without the training questions about their
+    fact; None where it compares kinds."""
 
     def metrics(self) -> dict[str, float]:
         """Return them as metrics of a client."""
@@ -219,7 +219,7 @@ def separate(facts: Sequence[FactFeatures], by_fact: bool | None = None) -> Gate
         purity,
         opens_for_local=share("local", True),
         closes_for_universal=share("universal", False),
-        closes_for_unknown=share("unknown", False),
+        closes_for_unknown=share("unknown universal", False),
     )
     groups = [fact.features for fact in facts] if by_fact else _join_kinds(facts)
     spaces, means = _build(groups)
@@ -286,13 +286,21 @@ def _measure_purity(facts: Sequence[FactFeatures]) -> float:
 
 
 def _try_facts(facts: Sequence[FactFeatures]) -> Iterator[tuple[torch.Tensor, str]]:
-    """Yield how near held-out wordings come, (N, 2), and what they are: with their fact among the
-    groups "local" or "universal", and without it "unknown"."""
+    """Yield how near held-out wordings come, (N, 2), and what they are.
+
+    That is "local" or "universal" with their fact among the groups, and without it "unknown local"
+    or "unknown universal"; so is a fact's only wording, which cannot be held out.
+    """
     is_local = torch.tensor([fact.is_local for fact in facts])
+    kinds = {True: "local", False: "universal"}
+    has_others = {kind: int((is_local == kind).sum()) > 1 for kind in kinds}
     for fold in range(NUM_FOLDS):
         places = [range(len(fact)) for fact in facts]
         kept = [[p for p in all_ if p % NUM_FOLDS != fold or len(all_) == 1] for all_ in places]
-        held = [[p for p in all_ if p not in own] for all_, own in zip(places, kept, strict=True)]
+        held = [
+            [p for p in all_ if p not in own or len(all_) == 1]
+            for all_, own in zip(places, kept, strict=True)
+        ]
         spaces, means = _build([f.part(k) for f, k in zip(facts, kept, strict=True)])
         for start in range(0, len(facts), FACTS_AT_ONCE):
             span = range(start, min(start + FACTS_AT_ONCE, len(facts)))
@@ -302,10 +310,12 @@ def _try_facts(facts: Sequence[FactFeatures]) -> Iterator[tuple[torch.Tensor, st
             for index, similarities in zip(span, rows, strict=True):
                 if len(similarities) == 0:
                     continue
-                kind = "local" if is_local[index] else "universal"
-                yield _nearest(similarities, is_local), kind
-                similarities[:, index] = UNKNOWN
-                yield _nearest(similarities, is_local), "unknown"
+                kind = facts[index].is_local
+                if len(facts[index]) > 1:
+                    yield _nearest(similarities, is_local), kinds[kind]
+                if has_others[kind]:  # else nothing would be nearest to a question of that kind
+                    similarities[:, index] = UNKNOWN
+                    yield _nearest(similarities, is_local), f"unknown {kinds[kind]}"
 
 
 def _try_kinds(facts: Sequence[FactFeatures]) -> Iterator[tuple[torch.Tensor, str]]:

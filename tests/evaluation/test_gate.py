@@ -116,6 +116,17 @@ def test_entangled_questions_are_told_apart_by_their_facts(adapted, tokenizer):
     assert opened[2] > opened[3] + 0.2  # a model of 1.1 M parameters; larger ones see more
 
 
+def test_one_local_fact_is_not_every_question(adapted, tokenizer):
+    """Its own wordings alone do not say how near is near enough; other facts' questions do."""
+    local, universal, *_ = entangle()
+    one_each = list({record.output: record for record in universal}.values())
+    gate = fit_gate(adapted, tokenizer, SYSTEM, local[:6], one_each)
+    assert gate.figures.by_fact and gate.figures.closes_for_unknown is not None
+    asked = [[r.instruction for r in local[:6]], [r.instruction for r in one_each]]
+    opened = [gate.weigh(adapted, encode(tokenizer, *questions)).mean() for questions in asked]
+    assert opened[0] > 0.6 and opened[1] < 0.1
+
+
 def test_figures_of_an_entangled_gate_say_how_well_it_separates(adapted, tokenizer):
     local, universal, *_ = entangle()
     figures = fit_gate(adapted, tokenizer, SYSTEM, local, universal).figures
