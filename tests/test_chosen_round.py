@@ -157,6 +157,14 @@ def test_a_client_that_cannot_be_told_is_named(tiny_project, tmp_path, capsys):
     assert weights_of(run, "final/clients/ann") == weights_of(run, "clients/ann/round_001")
 
 
+def test_no_round_is_chosen_before_a_client_has_come(tiny_project, tmp_path):
+    config = change_config(build_config(), "federated.clients.1.first_round=2")
+    run = Federation(tiny_project, tmp_path, config).run(tamper=prefer(1))
+    final = load_run(run).manifest["final"]
+    assert final["round"] == 2 and set(final["validation_scores"]) == {"2", "3"}
+    assert weights_of(run, "final/clients/bob") == weights_of(run, "clients/bob/round_002")
+
+
 def test_one_adapter_for_all_is_chosen_too_and_no_client_is_asked(tiny_project, tmp_path):
     federation = Federation(tiny_project, tmp_path, build_config(mode="fedavg"))
     run = federation.run(tamper=prefer(1))

@@ -51,14 +51,18 @@ class FinalRound:
 
 
 def choose_round(history: Iterable[Mapping[str, Any]], last_round: int) -> FinalRound:
-    """Return the best of the evaluated rounds from 1 up, by the clients that tell of all of them.
+    """Return the best of the evaluated rounds, by the clients that tell of all of them.
 
-    A client that failed in one of them has no say: what it lacks there is no worse answer.
+    Rounds count from 1 on, and from where every client has come: in one before, a client that came
+    later has nothing but its first adapter. One that failed in a round has no say: what it lacks
+    there is no worse answer.
     """
+    evaluated = [e for e in history if e["phase"] == "evaluate" and e["round"] > 0]
+    came = {entry["client"]: entry["round"] for entry in reversed(evaluated)}
     told: dict[int, dict[str, float]] = {}
-    for entry in history:
-        score = score_client(entry["metrics"]) if entry["phase"] == "evaluate" else None
-        if entry["round"] > 0 and score is not None:
+    for entry in evaluated:
+        score = score_client(entry["metrics"])
+        if entry["round"] >= max(came.values()) and score is not None:
             told.setdefault(entry["round"], {})[entry["client"]] = score
     clients = set.intersection(*(set(by_client) for by_client in told.values())) if told else set()
     if not clients or last_round not in told:
