@@ -266,6 +266,10 @@ def test_settings_of_a_server_are_said_to_have_no_effect(adapt, newcomer):
     status, out, _, run = adapt(newcomer | {"federated": federated}, "whole-yaml")
     assert status == 0 and load_run(run).config.federated.min_clients is None
     assert "these have no effect: federated.aggregation, federated.min_clients." in out
+    copied = [client | {"weight": 0.5, "first_round": 9} for client in federated["clients"]]
+    status, out, _, run = adapt(newcomer | {"federated": {"clients": copied}}, "copied")
+    assert status == 0 and load_run(run).config.federated.clients[0].first_round == 1
+    assert "these have no effect: federated.clients.weight, federated.clients.first_round." in out
 
 
 def test_the_mode_is_no_federation_s(fedlora, project):

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from fedlora_app.config.loading import parse_config, read_yaml
-from fedlora_app.config.schema import Config, FederatedConfig
+from fedlora_app.config.schema import ClientConfig, Config, FederatedConfig
 
 MODE = "adapted"
 USED = ("clients", "num_rounds", "keep_rounds", "share_gpu")
 """Of ``federated``: the rest is about a server, and none takes part."""
+OF_ROUNDS = ("weight", "first_round", "last_round")
+"""Of a client: when and how much it counts at a server."""
 MUST_AGREE = (("adapters", "global"), ("adapters", "gate"))
 """The adapter is given, and who answers what is to be comparable with the run's own clients."""
 
@@ -42,7 +44,11 @@ def load_adapted_config(path: Path, kept: Config) -> tuple[Config, list[str]]:
     federated, unused = given.get("federated"), []
     if isinstance(federated, dict):
         unused = [key for key in federated if key in FederatedConfig.model_fields.keys() - {*USED}]
-        given = given | {"federated": {k: v for k, v in federated.items() if k not in unused}}
+        used = {key: value for key, value in federated.items() if key not in unused}
+        if isinstance(clients := used.get("clients"), list):
+            used["clients"] = [_without(client, OF_ROUNDS) for client in clients]
+            unused += [f"clients.{key}" for key in OF_ROUNDS if _says(clients, key)]
+        given = given | {"federated": used}
     raw = _lay_over(base, given)
     if isinstance(raw.get("federated"), dict):
         raw["federated"]["mode"] = MODE
@@ -54,6 +60,17 @@ def load_adapted_config(path: Path, kept: Config) -> tuple[Config, list[str]]:
     config = parse_config(raw, source=str(path), known_faults=faults)
     config.require_clients()
     return config, [f"federated.{key}" for key in unused if key != "mode"]
+
+
+def _says(clients: list[Any], key: str) -> bool:
+    default = ClientConfig.model_fields[key].default
+    return any(isinstance(c, dict) and c.get(key, default) != default for c in clients)
+
+
+def _without(client: Any, keys: tuple[str, ...]) -> Any:
+    if not isinstance(client, dict):
+        return client  # the parser's matter
+    return {key: value for key, value in client.items() if key not in keys}
 
 
 def _lay_over(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

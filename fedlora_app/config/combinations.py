@@ -5,6 +5,7 @@ On raw data, so that faults join those of single fields.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from fedlora_app.config.schema import (
     AVERAGING_MODES,
     GLOBAL,
     LOCAL,
+    MAX_FROZEN_RANK,
     AdapterConfig,
     FederatedConfig,
 )
@@ -26,7 +28,8 @@ LEAST_ROBUST = 3
 def fill_frozen_rank(raw: dict[str, Any]) -> dict[str, Any]:
     """Return raw data with the frozen rank that its rule needs, where it says none.
 
-    It is that of all clients' updates side by side, which is exact for a first round.
+    It is that of all clients' updates side by side, which is exact for a first round, or the most
+    that there is room for.
     """
     federated, adapters = _section(raw, "federated"), _section(raw, "adapters")
     rule, mode = federated.get("aggregation"), federated.get("mode", "dual")
@@ -39,7 +42,7 @@ def fill_frozen_rank(raw: dict[str, Any]) -> dict[str, Any]:
     ranks = [_client_rank(client, rank) for client in clients]
     if not all(isinstance(r, int) for r in ranks):
         return raw
-    filled = ours | {"frozen_rank": sum(ranks)}
+    filled = ours | {"frozen_rank": min(sum(ranks), MAX_FROZEN_RANK)}
     return raw | {"adapters": adapters | {GLOBAL: filled}}
 
 
@@ -75,9 +78,10 @@ def _rule_faults(rule: Any, federated: dict[str, Any], num_clients: int) -> Iter
     share = federated.get("trim_share", FederatedConfig.model_fields["trim_share"].default)
     trims = rule == "trimmed-mean" and isinstance(share, float) and at_once >= LEAST_ROBUST
     if trims and int(share * at_once) == 0:
+        enough = math.ceil(100 / at_once) / 100
         yield (
             f"federated.trim_share: {share:g} of {at_once} clients is less than one, so that "
-            f"nothing would be trimmed. Set it to {1 / at_once:.2g} or more, below 0.5."
+            f"nothing would be trimmed. Set it to {enough:g} or more, below 0.5."
         )
     if rule in ROBUST and federated.get("weighting") == "given":
         yield (
@@ -143,10 +147,12 @@ def _rank_faults(
                 f"which is {rank}. Raise that, or lower the client's."
             )
         elif own < rank and (rule not in WITH_MIXED_RANKS or mode not in AVERAGING_MODES):
-            reason = f"{rule} needs equal ranks" if mode in AVERAGING_MODES else "one trains alone"
+            averages = mode in AVERAGING_MODES
+            reason = f"{rule} needs equal ranks" if averages else "each trains alone"
+            rather = f", or use one of {', '.join(WITH_MIXED_RANKS)}" * averages
             yield (
                 f"federated.clients: {name!s:.100} has rank {own}, others {rank}, and {reason}. "
-                f"Leave it out, or use one of {', '.join(WITH_MIXED_RANKS)}."
+                f"Leave it out{rather}."
             )
         elif own < rank and mode == "finetuned":
             yield (

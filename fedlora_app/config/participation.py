@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
+from fractions import Fraction
+from math import lcm
 
 from fedlora_app.config.schema import Config
 from fedlora_app.foundation.seeds import derive_seed
-
-WEIGHT_STEPS = 10_000
-"""In which given weights are told apart, relative to the largest."""
 
 
 def members(config: Config, server_round: int) -> list[str]:
@@ -51,5 +50,6 @@ def weigh(config: Config, client_id: str, num_examples: int) -> int:
         return num_examples
     if weighting == "equal":
         return 1
-    weights = {client.id: client.weight or 0.0 for client in config.federated.clients}
-    return max(1, round(WEIGHT_STEPS * weights[client_id] / max(weights.values())))
+    # As they are written: 0.3 is three tenths.
+    weights = {client.id: Fraction(repr(client.weight)) for client in config.federated.clients}
+    return int(weights[client_id] * lcm(*(weight.denominator for weight in weights.values())))

@@ -94,6 +94,9 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
 
 
+MAX_FROZEN_RANK = 4096
+
+
 class AdapterConfig(Section):
     """One LoRA adapter."""
 
@@ -104,10 +107,10 @@ class AdapterConfig(Section):
     first_layer: int = Field(0, ge=0)
     """Decoder layers from this one up have the adapter; 0: all of them. What the layers below make
     of an example is computed once per phase."""
-    frozen_rank: int = Field(0, ge=0, le=4096)
+    frozen_rank: int = Field(0, ge=0, le=MAX_FROZEN_RANK)
     """Of a part of the global adapter that the server makes and no client trains, beside the rank
     that learns. Left out, the aggregation rules residual and stack have the ranks of all clients'
-    updates together; others have none."""
+    updates together, as far as there is room; others have none."""
 
     @property
     def joint(self) -> AdapterConfig:
@@ -236,7 +239,7 @@ class FederatedConfig(Section):
     mode: Mode = "dual"
     num_rounds: int = Field(5, ge=1)
     aggregation: Aggregation = "fedavg"
-    """What the server makes of the clients' updates; docs/method.md has each rule's equation."""
+    """What the server makes of the clients' updates; each rule's equation: docs/aggregation.md."""
     svd_energy: float | None = Field(None, gt=0, le=1)
     """With aggregation svd: of each module only the largest singular values that have this share
     of the sum of all squares are kept, at most the rank. null: as many as the rank."""
@@ -247,7 +250,8 @@ class FederatedConfig(Section):
     weight says."""
     fraction: float = Field(1.0, gt=0, le=1)
     """Share of the clients that train the global adapter in a round, drawn anew for each by the
-    seed, one at least. All clients fit their local adapters in all rounds."""
+    seed, one at least. All clients fit their local adapters in all rounds; with training.schedule
+    joint only those that are drawn, and all in the last round."""
     server_optimizer: ServerOptimizer = "none"
     """What is done with the mean update beyond adding it; its state is kept with the run."""
     server_learning_rate: float | None = Field(None, gt=0)

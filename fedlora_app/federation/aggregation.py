@@ -110,7 +110,7 @@ class Aggregation:
             RejectedUpdateError: there was no update.
         """
         started = time.monotonic()
-        mean = self._rule.result()
+        average = mean = self._rule.result()
         if self._protection is not None:
             mean = self._protection.add_noise(self._state, mean)
         state = self._optimizer.step(self._state, mean)
@@ -119,7 +119,7 @@ class Aggregation:
             self.metrics |= self._protection.figures
         self.errors = self._rule.errors
         if self._observer is not None:
-            self.errors = self._observer.measure(self._rule, state)
+            self.errors = self._observer.measure(self._rule, average)
         if self.errors is not None:
             figures = {ERROR: self.errors.total}
             figures |= {f"{ERROR}/{kind}": e for kind, e in self.errors.by_group.items()}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from fractions import Fraction
+
 import pytest
 from conftest import build_tiny_config
 
-from fedlora_app.config.loading import change_config
-from fedlora_app.config.schema import ConfigError
+from fedlora_app.config.loading import change_config, parse_config
+from fedlora_app.config.participation import weigh
+from fedlora_app.config.schema import MAX_FROZEN_RANK, ConfigError
 
 CLIENTS = ("ann", "bob", "cy")
 
@@ -25,7 +29,7 @@ CLIENTS = ("ann", "bob", "cy")
         ("federated.aggregation=svd federated.clients.0.rank=9", "rank 9, above adapters.global"),
         (
             "federated.aggregation=svd federated.mode=local-only federated.clients.0.rank=2",
-            "one trains alone",
+            "each trains alone",
         ),
         (
             "federated.aggregation=svd federated.mode=finetuned adapters.local.rank=4 "
@@ -71,3 +75,31 @@ def test_a_frozen_part_has_the_ranks_of_all_clients_unless_one_is_given(rule):
 def test_modes_without_an_average_have_no_rule():
     config = build_tiny_config(CLIENTS, federated={"aggregation": "svd", "mode": "centralized"})
     assert config.federated.rule == "fedavg"
+
+
+@pytest.mark.parametrize("count", [3, 7, 9])
+def test_the_share_that_is_advised_is_enough(count):
+    ids = tuple(f"c{number}" for number in range(count))
+    federated = {"aggregation": "trimmed-mean", "trim_share": 0.01}
+    with pytest.raises(ConfigError, match="Set it to ") as refused:
+        build_tiny_config(ids, federated=federated)
+    advised = float(re.search(r"Set it to ([\d.]+) or more", str(refused.value))[1])
+    assert 1 / count <= advised < 1 / count + 0.02
+    build_tiny_config(ids, federated=federated | {"trim_share": advised})
+
+
+def test_no_frozen_rank_is_filled_in_that_would_be_refused():
+    ids = tuple(f"c{number}" for number in range(1100))
+    config = build_tiny_config(ids, federated={"aggregation": "stack"})
+    assert config.adapters.global_.frozen_rank == MAX_FROZEN_RANK < 1100 * 4
+
+
+@pytest.mark.parametrize("weights", [(1, 7, 0.5), (0.1, 0.2, 0.3), (1e-5, 1, 1e6)])
+def test_given_weights_count_as_they_are_written(weights):
+    config = build_tiny_config(CLIENTS).dump()
+    for client, weight in zip(config["federated"]["clients"], weights, strict=True):
+        client["weight"] = weight
+    config["federated"]["weighting"] = "given"
+    found = [weigh(parse_config(config), client, 5) for client in CLIENTS]
+    exact = [Fraction(str(weight)) for weight in weights]
+    assert [Fraction(n, sum(found)) for n in found] == [w / sum(exact) for w in exact]
