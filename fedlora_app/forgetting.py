@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
+from fedlora_app.config.combinations import LEAST_ROBUST, ROBUST
 from fedlora_app.config.loading import parse_config
-from fedlora_app.config.schema import AVERAGING_MODES, GLOBAL, LOCAL, Config
+from fedlora_app.config.schema import AVERAGING_MODES, FEEDBACK, GLOBAL, LOCAL, Config
 from fedlora_app.config.sharing import PERSONAL
 from fedlora_app.federation.accountant import noise_multiplier_for
 from fedlora_app.federation.aggregation import Aggregation
@@ -45,6 +46,7 @@ from fedlora_app.runs.secret_key import open_server_key
 from fedlora_app.runs.spending import Spending
 from fedlora_app.runs.uploads import load_upload
 
+EPSILON = "epsilon"
 APPROXIMATION = (
     "An approximation: the other clients' updates were trained from global adapters that held the "
     "forgotten client's share, and their local adapters are those that were fitted beside them."
@@ -96,6 +98,7 @@ def replay(
     for server_round in range(1, run.config.federated.num_rounds + 1):
         hashes = _require_uploads(run, entries.get(server_round, {}), server_round)
         kept = {client: sha256 for client, sha256 in hashes.items() if client != without}
+        _require_enough(config, len(kept), server_round)
         if not kept:
             yield Replayed(server_round, state, aggregation.memory, {}, None, stands_still=True)
             continue
@@ -118,6 +121,9 @@ def _require_uploads(run: SavedRun, entry: dict[str, Any], server_round: int) ->
     """Return the hash of every update that counted in a round, by client."""
     hashes = _of_role(entry.get("adapters", {}), UPLOAD)
     weights = entry.get(WEIGHTS, {})
+    stood_still = run.manifest.get(FORGOTTEN, {}).get("rounds_without_update", ())
+    if server_round in stood_still and not hashes and not weights:
+        return {}
     counts = hashes.keys() == weights.keys() <= set(run.config.client_ids)
     if not hashes or not counts or not all(type(w) is int and w > 0 for w in weights.values()):
         raise ForgettingError(
@@ -125,6 +131,18 @@ def _require_uploads(run: SavedRun, entry: dict[str, Any], server_round: int) ->
             "how much. Expected what a run with federated.keep_uploads writes. Restore it."
         )
     return hashes
+
+
+def _require_enough(config: Config, num_updates: int, server_round: int) -> None:
+    """Raise where a robust rule would be none of what is left of a round."""
+    federated = config.federated
+    trims = federated.rule != "trimmed-mean" or int(federated.trim_share * num_updates) > 0
+    if federated.rule in ROBUST and num_updates > 0 and not (trims and num_updates >= LEAST_ROBUST):
+        raise ForgettingError(
+            f"In round {server_round} {num_updates} updates of others are left, of which "
+            f"{federated.rule} leaves nothing out: the new run would be one of the plain mean. "
+            "Train it again without the client."
+        )
 
 
 def _of_role(adapters: dict[str, str], role: str) -> dict[str, str]:
@@ -137,6 +155,11 @@ def _load_global(run: SavedRun, server_round: int, model: AdaptedModel) -> Adapt
     sha256 = run.adapter_sha256(server_round)
     folder, name = run.adapter_folder(server_round), run.config.model.name
     return load_adapter(folder, model, GLOBAL, name, within=run.path, sha256=sha256)
+
+
+def protects_clients(config: Config) -> bool:
+    """Return whether the run's noise hides whole clients."""
+    return config.privacy.unit == "client"
 
 
 def default_name(run_name: str, client: str) -> str:
@@ -188,7 +211,7 @@ def configure_without(run: SavedRun, client: str) -> Config:
     required = raw["federated"]["min_clients"]
     raw["federated"]["clients"] = others
     raw["federated"]["min_clients"] = required and min(required, len(others))
-    if raw["privacy"]["unit"] == "client":  # its noise is what it was, whoever is left
+    if protects_clients(run.config):  # its noise is what it was, whoever is left
         multiplier = noise_multiplier_for(run.config)
         raw["privacy"] |= {"epsilon": None, "noise_multiplier": multiplier}
     raw["data"]["conflict_clients"] = [*run.config.data.conflict_clients, client]
@@ -311,8 +334,17 @@ class Forgetting:
             "global_adapter": self._entries[final]["adapters"][GLOBAL],
             "rounds_without_update": still,
             "note": APPROXIMATION,
+            **self._limit,
             **({"earlier": earlier} if earlier else {}),
         }
+
+    @property
+    def _limit(self) -> dict[str, float]:
+        """The epsilon that the run was to keep within: its noise stays, and no round may follow."""
+        epsilon = self.run.config.privacy.epsilon if protects_clients(self.run.config) else None
+        if epsilon is None:
+            return {k: v for k, v in self.run.manifest.get(FORGOTTEN, {}).items() if k == EPSILON}
+        return {EPSILON: epsilon}
 
     def _write_rounds(self, new: RunDirectory, report: Report) -> list[int]:
         """Write all rounds and the history; return the rounds in which nobody else trained."""
@@ -344,7 +376,7 @@ class Forgetting:
             adapters[MEMORY] = save_tensors(folder / MEMORY_FILE, replayed.memory)
         if replayed.errors is not None:
             new.log_event("aggregation", round=number, relative_error=replayed.errors.by_module)
-        for role in (LOCAL, UPLOAD):
+        for role in (LOCAL, UPLOAD, FEEDBACK):
             found = _of_role(before["adapters"], role).items()
             adapters |= {f"{role}:{c}": sha256 for c, sha256 in found if c != self.client}
         for client in _of_role(adapters, UPLOAD):  # whoever is forgotten next is left out of these
@@ -372,6 +404,8 @@ class Forgetting:
             ours, theirs = self.run.paths, new.paths
             pairs = [(ours.gate(client), theirs.gate(client))]  # it looks at the base model alone
             pairs.append((ours.final_local(client), theirs.final_local(client)))
+            # What rounding has left to send is sent when rounds follow.
+            pairs.append((ours.feedback(client, 0).parent, theirs.feedback(client, 0).parent))
             for number, entry in self._entries.items():
                 folder = ours.local_adapter(client, number)
                 if client in _of_role(entry["adapters"], LOCAL) and folder.exists():

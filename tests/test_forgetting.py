@@ -21,6 +21,8 @@ from fedlora_app.config.sharing import PERSONAL
 from fedlora_app.federation.rules import RULES
 from fedlora_app.forgetting import Forgetting, ForgettingError, configure_without
 from fedlora_app.runs.reading import load_run
+from fedlora_app.runs.resuming import find_resumption
+from fedlora_app.strategy import RoundError
 from fedlora_app.training.shapes import build_shapes
 
 CLIENTS = ("ann", "bob", "cy")
@@ -332,6 +334,56 @@ def test_a_stopped_run_keeps_the_same_and_a_round_of_one_client_stands_still(pro
     assert all(torch.equal(ours[key], before[key]) for key in ours)
     notes = list(forgetting.describe(about))
     assert any("no other client trained the global adapter" in note for note in notes)
+    other = next(c for c in CLIENTS if c != client)
+    again = open_forgetting(target, project, other)
+    again.check(say_nothing)
+    assert set(still) <= set(again.write(tmp_path / "newer", say_nothing)["rounds_without_update"])
+
+
+def test_what_rounding_has_left_to_send_is_kept(project, tmp_path):
+    run = Federation(project, project / "results", configure(upload_dtype="nf4")).run("rounded")
+    target = project / "results" / "rounded-without-ann"
+    open_forgetting(run, project, "ann").write(target, say_nothing)
+    for client in OTHERS:
+        left = load_run(target).paths.feedback(client, 2)
+        assert left.read_bytes() == load_run(run).paths.feedback(client, 2).read_bytes()
+    federation = Federation(project, target.parent, load_run(target).config)
+    shutil.rmtree(load_run(target).paths.feedback("bob", 2).parent)
+    with pytest.raises(RoundError, match=r"bob: \S+feedback\S+ does not exist"):
+        federation.run("more", resume=str(target), **{"num-rounds": 3})
+
+
+def test_a_median_of_what_is_left_is_refused(project, tmp_path):
+    clients = (*CLIENTS, "dan")
+    for name in ("local", "universal"):
+        shutil.copy(project / f"cy_{name}.json", project / f"dan_{name}.json")
+    federated = {"keep_uploads": True, "aggregation": "median", "min_clients": 3, "num_rounds": 1}
+    config = build_tiny_config(clients, federated=federated, evaluation={"interval": 0})
+    run = Federation(project, project / "results", config).run("median")
+    open_forgetting(run, project, "cy").write(tmp_path / "three", say_nothing)
+
+    def lose(manifest):
+        entry = manifest["rounds"][1]
+        del entry["weights"]["dan"], entry["adapters"]["upload:dan"]
+
+    edit(run / "manifest.json", lose)
+    with pytest.raises(ForgettingError, match="In round 1 2 updates of others are left"):
+        open_forgetting(run, project, "cy").write(tmp_path / "two", say_nothing)
+
+
+def test_an_epsilon_still_limits_the_rounds(project):
+    privacy = {"unit": "client", "epsilon": 8.0, "clip_norm": 1.0, "delta": 1e-5}
+    federated = {"keep_uploads": True, "weighting": "equal"}
+    config = build_tiny_config(
+        CLIENTS, federated=federated, evaluation={"interval": 0}, privacy=privacy
+    )
+    run = Federation(project, project / "results", config).run("private")
+    target = run.with_name("private-without-ann")
+    open_forgetting(run, project, "ann").write(target, say_nothing)
+    open_forgetting(target, project, "bob").write(run.with_name("cy-alone"), say_nothing)
+    for path in (run, target, run.with_name("cy-alone")):
+        with pytest.raises(ConfigError, match="keeps 2 rounds within privacy.epsilon 8, and"):
+            find_resumption(path.name, [path.parent], num_rounds=9)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import GLOBAL, Config, ConfigError
 from fedlora_app.foundation.project import hash_package
 from fedlora_app.runs.history import read_rounds
-from fedlora_app.runs.manifest import MEMORY, complete_rounds, find_kept
+from fedlora_app.runs.manifest import FORGOTTEN, MEMORY, complete_rounds, find_kept
 from fedlora_app.runs.paths import RunDirectoryError, RunPaths, list_rounds
 from fedlora_app.runs.reading import SavedRun, load_run
 
@@ -133,7 +133,9 @@ def find_resumption(given: str, places: list[Path], num_rounds: int | None) -> R
         after = int(number)
     config = saved.config
     if num_rounds is not None:
-        _require_same_budget(config, num_rounds)
+        forgotten = saved.manifest.get(FORGOTTEN) or {}
+        epsilon = config.privacy.epsilon or forgotten.get("epsilon")
+        _require_same_budget(epsilon, config.federated.num_rounds, num_rounds)
         raw = config.dump()
         raw["federated"]["num_rounds"] = num_rounds
         config = parse_config(raw, source=f"{saved.path / 'config.json'} with num-rounds")
@@ -186,14 +188,13 @@ def suggest_earlier(run_dir: Path, after: int) -> str:
     return f"\nTo resume from the newest round before it: resume='{run_dir.name}@{max(earlier)}'"
 
 
-def _require_same_budget(config: Config, num_rounds: int) -> None:
+def _require_same_budget(epsilon: float | None, planned: int, num_rounds: int) -> None:
     """Raise where the noise was chosen for another number of rounds than there are to be."""
-    planned = config.federated.num_rounds
-    if config.privacy.epsilon is not None and num_rounds != planned:
+    if epsilon is not None and num_rounds != planned:
         raise ConfigError(
-            f"resume: the run's noise keeps {planned} rounds within privacy.epsilon "
-            f"{config.privacy.epsilon:g}, and num-rounds is {num_rounds}. Leave it at {planned}, "
-            "or start a new run; one with privacy.noise_multiplier instead can have more rounds."
+            f"resume: the run's noise keeps {planned} rounds within privacy.epsilon {epsilon:g}, "
+            f"and num-rounds is {num_rounds}. Leave it at {planned}, or start a new run; one with "
+            "privacy.noise_multiplier instead can have more rounds."
         )
 
 
