@@ -23,12 +23,12 @@ class Phase:
     """One stretch of training.
 
     ``data``: universal (the client's share), local (its local records with replayed
-    universal ones), mixed (all of both) or pooled (every client's, centralized only).
+    universal ones) or mixed (all of both).
     """
 
     active: tuple[str, ...]
     trainable: tuple[str, ...]
-    data: Literal["universal", "local", "mixed", "pooled"]
+    data: Literal["universal", "local", "mixed"]
     steps_of: tuple[str, ...] = ()
     """Whose steps it takes, of the two phases of mode dual; empty: of the adapters that learn."""
     num_rounds: int = 1
@@ -107,8 +107,7 @@ def plan_round(config: Config, server_round: int) -> RoundPlan:
             return RoundPlan(average, None, (GLOBAL,))
         copy = Phase((LOCAL,), (LOCAL,), "mixed", (LOCAL,), server_round, starts_from_global=True)
         return RoundPlan(average, copy, (LOCAL,))
-    data = "pooled" if mode == "centralized" else "mixed"
-    return RoundPlan(Phase((GLOBAL,), (GLOBAL,), data, BOTH, factors=factors), None, (GLOBAL,))
+    return RoundPlan(Phase((GLOBAL,), (GLOBAL,), "mixed", BOTH, factors=factors), None, (GLOBAL,))
 
 
 def adapters_label(active: Sequence[str]) -> str:

@@ -72,7 +72,6 @@ def select_examples(
         return universal
     if phase.data == "mixed":
         return universal + local
-    # A pooled phase replays like a local one: with replay below 1 it sees a part of the universal.
     rng = random.Random(derive_seed(config.experiment.seed, "replay", server_round, client_id))
     replayed = rng.sample(universal, count_replayed(config.training, len(universal), len(local)))
     beside = [replace(example, is_replayed=True) for example in replayed]

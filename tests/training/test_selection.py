@@ -59,12 +59,15 @@ def test_the_mixed_schedule_takes_dual_s_steps_on_all_data():
     assert plan_round(mixed, 1).train.weights == (1.0, 1.0)
 
 
-def test_centralized_training_pools_everybody_at_the_first_client_alone():
-    config, _, selected = select("centralized")
+@pytest.mark.parametrize(("replay", "num_local_steps"), [(1.0, 4), (0.0, 3)])
+def test_centralized_training_pools_everybody_at_the_first_client_alone(replay, num_local_steps):
+    config, _, selected = select("centralized", replay=replay)
     assert data_owners(config, "ann") == ["ann", "bob"] and data_owners(config, "bob") == ["bob"]
     assert {example.input_ids[0] for example in selected.examples} == {1, 2}
-    assert (len(selected.examples), selected.num_truncated) == (16, 22)
-    assert selected.num_steps == 2 * (2 + 4)  # universal, then local with its replay, two a step
+    assert selected.num_truncated == 22
+    universal, local = 3, 5
+    assert len(selected.examples) == 2 * (universal + local)  # whatever a local phase replays
+    assert selected.num_steps == 2 * (2 + num_local_steps)  # of dual's two phases, two a step
 
 
 @pytest.mark.parametrize(("mode", "count", "truncated"), [("dual", 3, 1), ("fedavg", 8, 11)])
