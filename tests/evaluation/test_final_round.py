@@ -42,8 +42,17 @@ def test_only_clients_that_tell_of_every_round_have_a_say():
 
 
 def test_where_nothing_can_be_compared_it_is_the_last_round():
-    history = [report(1, "a", local_exact_match=1.0), report(2, "b", local_exact_match=0.0)]
+    first = [report(1, "a", local_exact_match=1.0), report(1, "b")]
+    history = [*first, report(2, "b", local_exact_match=0.0)]
     found = choose_round(history, 2)
     assert (found.server_round, found.scores) == (2, {})
     assert "none could be chosen" in found.dump(2)["why"]
     assert choose_round([], 2).server_round == 2
+
+
+def test_rounds_before_a_client_has_come_are_none_to_choose():
+    early = [report(1, "a", local_exact_match=1.0), report(2, "a", local_exact_match=0.2)]
+    late = [report(n, "b", local_exact_match=0.4) for n in (2, 3)]
+    history = [*early, late[0], report(3, "a", local_exact_match=0.3), late[1]]
+    found = choose_round(history, 3)
+    assert found.server_round == 3 and found.scores == pytest.approx({2: 0.3, 3: 0.35})
