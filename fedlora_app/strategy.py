@@ -22,7 +22,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedlora_app.config.participation import members, training_clients, weigh
 from fedlora_app.config.rounds import plan_round
-from fedlora_app.config.schema import AVERAGING_MODES, GLOBAL, LOCAL, OWN_GLOBAL, Config
+from fedlora_app.config.schema import GLOBAL, LOCAL, OWN_GLOBAL, Config
 from fedlora_app.deployment.record import record
 from fedlora_app.deployment.witness import JOINED, witness_replies
 from fedlora_app.evaluation.final_round import choose_round
@@ -289,8 +289,7 @@ class GlobalAdapterFedAvg(FedAvg):
         # A client cannot have trained on more than it had when it registered, or all had.
         reports = self._run.manifest["clients"]
         pools = self.config.federated.mode == "centralized"
-        averages = self.config.federated.mode in AVERAGING_MODES
-        keeps = self.config.federated.keep_uploads and averages
+        keeps = self.config.federated.keeps_updates
 
         def fold(reply: Reply) -> None:
             require_facts(expected, reply)

@@ -309,6 +309,11 @@ class FederatedConfig(Section):
         """The aggregation rule that is in force; a mode without an average has the plain mean."""
         return self.aggregation if self.mode in AVERAGING_MODES else "fedavg"
 
+    @property
+    def keeps_updates(self) -> bool:
+        """Whether updates stay at the server; a mode without an average has none to keep."""
+        return self.keep_uploads and self.mode in AVERAGING_MODES
+
 
 class PrivacyConfig(Section):
     """Differential privacy of the global adapter: whom it protects, and by how much noise."""

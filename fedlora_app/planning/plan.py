@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fedlora_app.config.idle import describe_idle
 from fedlora_app.config.participation import training_clients
 from fedlora_app.config.rounds import plan_round
 from fedlora_app.config.schema import Config
@@ -54,7 +55,6 @@ from fedlora_app.training.activations import (
 )
 from fedlora_app.training.decay import describe_decay
 from fedlora_app.training.phase_memory import BaseSizes, PhaseMemory, adapter_sizes
-from fedlora_app.training.proximal import describe_proximal
 from fedlora_app.training.record_privacy import BACKWARDS, hides_records
 from fedlora_app.training.selection import describe_long_phases
 
@@ -214,7 +214,7 @@ def _note_settings(config: Config, on_cpu: bool) -> Iterator[str]:
     """Yield what settings make of a run that the figures do not show."""
     if config.training.liger_kernels or config.training.compile:
         yield "What training.liger_kernels and training.compile save is not in these figures."
-    yield from describe_proximal(config)
+    yield from describe_idle(config)
     at_once = config.federated.at_once
     if at_once > 1:
         where = "the machine's memory must hold all" if on_cpu else "they spread over the cards"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from fedlora_app.config.idle import describe_idle
 from fedlora_app.config.participation import training_clients
 from fedlora_app.config.rounds import plan_round
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdapterConfig, Config
@@ -14,7 +15,6 @@ from fedlora_app.federation.privacy_notice import count_travelling, describe_pri
 from fedlora_app.federation.quantised import count_upload_bytes
 from fedlora_app.model.ranks import resize_ranks
 from fedlora_app.training.decay import describe_decay
-from fedlora_app.training.proximal import describe_proximal
 from fedlora_app.training.selection import describe_long_phases
 
 UNREACHABLE = {
@@ -47,13 +47,13 @@ def describe_start(
         f"  travels         {_describe_traffic(config, shapes[GLOBAL])}",
         f"  training        {training.schedule}, learning rate {training.learning_rate:g}, "
         f"batch {training.batch_size} x {training.gradient_accumulation_steps}",
-        *(f"  {'':<15} {line}" for line in describe_proximal(config)),
+        *(f"  {'':<15} {line}" for line in describe_idle(config)),
         *(f"  {'':<15} {line}" for line in describe_decay(config, counts)),
         *(f"  {'':<15} {line}" for line in describe_long_phases(config, counts)),
         *_label(
             "privacy", describe_privacy(config, count_travelling(config, shapes[GLOBAL]), counts)
         ),
-        *(_label("uploads", [KEPT_UPLOADS]) if federated.keep_uploads else ()),
+        *(_label("uploads", [KEPT_UPLOADS]) if federated.keeps_updates else ()),
         *(["  server          no model, no device"] if not plan.is_global_given else []),
     ]
     for client, report in clients.items():

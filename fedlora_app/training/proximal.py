@@ -8,7 +8,7 @@ averaged there is no such w_t, and no term.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -55,12 +55,3 @@ def without_idle_term(config: Config) -> TrainingConfig:
     if config.federated.mode in AVERAGING_MODES:
         return config.training
     return config.training.model_copy(update={"proximal_mu": 0.0})
-
-
-def describe_proximal(config: Config) -> Iterator[str]:
-    """Yield a warning where ``training.proximal_mu`` is set and has no effect."""
-    if config.training.proximal_mu > 0 and without_idle_term(config).proximal_mu == 0:
-        yield (
-            f"Warning: training.proximal_mu {config.training.proximal_mu:g} has no effect: mode "
-            f"{config.federated.mode} averages no updates, so there is no mean to stay near."
-        )
