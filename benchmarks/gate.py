@@ -147,11 +147,13 @@ def measure(model: str, num_splits: int = 4, root: Path = Path()) -> dict[str, A
     loaded = load_base_model(config, root)
     settings = list(build_settings(num_splits))
     questions = sorted({q for s in settings for q in _all_questions(s)} | set(FAR))
-    features = _compute(loaded, questions)
+    features, tokens = _compute(loaded, questions)
     rows: dict[tuple[str, str], list[dict[str, float]]] = {}
     for setting in settings:
         for way, by_fact in (("gate", None), ("kinds only", False)):
-            rows.setdefault((setting.name, way), []).append(_try(setting, features, by_fact))
+            rows.setdefault((setting.name, way), []).append(
+                _try(setting, features, tokens, by_fact)
+            )
     return {
         "model": Path(model).name,
         "splits": num_splits,
@@ -210,19 +212,28 @@ def _all_questions(setting: Setting) -> Iterator[str]:
         yield from (*fact.trained, *fact.asked)
 
 
-def _compute(loaded: LoadedModel, questions: Sequence[str]) -> dict[str, Features]:
+def _compute(
+    loaded: LoadedModel, questions: Sequence[str]
+) -> tuple[dict[str, Features], dict[str, frozenset[int]]]:
     adapters = AdaptersConfig.model_validate({"global": {"rank": 1}, "local": {"rank": 1}})
     model = attach_adapters(loaded.model, adapters)
     prompts = [encode_prompt(loaded.tokenizer, NEUTRAL_PROMPT, q) for q in questions]
-    return dict(zip(questions, zip(*compute_features(model, prompts), strict=True), strict=True))
+    features = zip(*compute_features(model, prompts), strict=True)
+    tokens = map(frozenset, prompts)
+    return dict(zip(questions, features, strict=True)), dict(zip(questions, tokens, strict=True))
 
 
-def _try(setting: Setting, features: dict[str, Features], by_fact: bool | None) -> dict[str, float]:
+def _try(
+    setting: Setting,
+    features: dict[str, Features],
+    tokens: dict[str, frozenset[int]],
+    by_fact: bool | None,
+) -> dict[str, float]:
     def look_up(questions: Sequence[str]) -> Features:
         return tuple(map(torch.stack, zip(*(features[q] for q in questions), strict=True)))
 
     facts = [
-        FactFeatures(is_local, look_up(fact.trained))
+        FactFeatures(is_local, look_up(fact.trained), tuple(map(tokens.get, fact.trained)))
         for is_local, kind in ((True, setting.local), (False, setting.universal))
         for fact in kind
     ]
@@ -233,5 +244,8 @@ def _try(setting: Setting, features: dict[str, Features], by_fact: bool | None) 
         "unknown": [q for fact in setting.unknown for q in fact.asked],
         "far": list(FAR),
     }
-    shares = {k: (gate.judge(look_up(v)) > 0.5).double().mean().item() for k, v in asked.items()}
+    shares = {
+        k: (gate.judge(look_up(v), list(map(tokens.get, v))) > 0.5).double().mean().item()
+        for k, v in asked.items()
+    }
     return shares | {"by_fact": float(gate.figures.by_fact)}

@@ -23,7 +23,7 @@ class Router:
     def __init__(self, folder, base):
         self.about = json.loads((Path(folder) / "gate.json").read_text(encoding="utf-8"))
         tensors = load_file(Path(folder) / "gate.safetensors")
-        self.is_local = tensors.pop("is_local")
+        self.is_local, self.foreign = tensors.pop("is_local"), tensors.pop("foreign")
         self.tensors = {name: tensor.double() for name, tensor in tensors.items()}
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.marks = [t for t in self.tokenizer.added_tokens_decoder.values() if t.special]
@@ -45,17 +45,18 @@ class Router:
         return torch.tensor([ids])
 
     @torch.inference_mode()
-    def compute_features(self, question):
+    def compute_features(self, ids):
         """Return the mean of the middle layer's states, and the last token's last state."""
-        ids = self.encode(question)
         states = self.model(ids, output_hidden_states=True, use_cache=False).hidden_states
         middle = states[self.about["middle_layer"]][0].double().mean(0)
         return {"middle": middle, "last": states[-1][0, -1].double()}
 
     def choose(self, question):
         """Return "pair" where the question is one of the client's own, else "global"."""
-        similarities = []
-        for name, feature in self.compute_features(question).items():
+        ids, similarities = self.encode(question), []
+        if torch.isin(ids, self.foreign).any():
+            return "global"
+        for name, feature in self.compute_features(ids).items():
             centred, basis = feature - self.tensors[f"{name}.centre"], self.tensors[f"{name}.basis"]
             spread = centred + basis @ (basis.T @ centred * self.tensors[f"{name}.gains"])
             similarities.append(self.tensors[f"{name}.means"] @ (spread / spread.norm()))

@@ -9,7 +9,8 @@ differ have been held down (within-class covariance normalisation: Hatch et al. 
 https://doi.org/10.21437/Interspeech.2006-183). It opens where the nearest local question is near
 enough for how near the nearest universal one is: a logistic regression on these two similarities,
 fitted to held-out wordings, and, so that what the client knows nothing of goes to the global
-adapter, to the same questions with their own fact taken away.
+adapter, to the same questions with their own fact taken away. It stays closed for a question with a
+token that speaks against it (``foreign_tokens``).
 
 Where the data hold no second wordings, all local and all universal questions are one group each.
 That tells kinds of questions apart and not facts, so it is of use where the nearest neighbours of
@@ -22,8 +23,10 @@ separates is ever sent.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +38,7 @@ from fedlora_app.data.records import Record, format_question
 from fedlora_app.evaluation.answering import OPEN_ABOVE
 from fedlora_app.evaluation.combiner import GLOBAL_ALONE, WHOLE_PAIR, Combiner, Weights
 from fedlora_app.evaluation.feature_space import Space
+from fedlora_app.evaluation.foreign_tokens import TokenCounts, choose_threshold
 from fedlora_app.evaluation.prompt_features import compute_features
 from fedlora_app.foundation.seeds import derive_seed
 from fedlora_app.model.adapters import AdaptedModel
@@ -88,7 +92,8 @@ class Gate(Combiner):
     All tensors are fp32, as they are kept on disk. ``means`` (G, D) per feature are the unit
     vectors of the groups that ``is_local`` (G,) tells the kind of; ``coefficients`` (3,) weigh the
     similarities to the nearest local and universal group, and 1. Below the similarity ``floor`` ()
-    to local questions it stays closed.
+    to local questions it stays closed, and for the tokens ``foreign`` (T,), int64 in ascending
+    order.
     """
 
     spaces: tuple[Space, ...]
@@ -96,6 +101,7 @@ class Gate(Combiner):
     is_local: torch.Tensor
     coefficients: torch.Tensor
     floor: torch.Tensor
+    foreign: torch.Tensor
     figures: GateFigures
     system_prompt: str = ""
     """The client's own, under which questions are judged whatever prompt they are asked with."""
@@ -119,24 +125,31 @@ class Gate(Combiner):
             list(ids) for ids in dict.fromkeys(map(tuple, prompts)) if ids not in self._known
         ]
         if missing:
-            values = self.judge(compute_features(model, missing)).tolist()
+            values = self.judge(compute_features(model, missing), missing).tolist()
             self._known.update(zip(map(tuple, missing), values, strict=True))
         return torch.tensor([self._known[tuple(ids)] for ids in prompts])
 
-    def judge(self, features: Features) -> torch.Tensor:
-        """Return how sure the gate is that questions are the client's own, (N,) in [0, 1]."""
+    def judge(self, features: Features, prompts: Sequence[Collection[int]]) -> torch.Tensor:
+        """Return how sure the gate is that questions are the client's own, (N,) in [0, 1].
+
+        Args:
+            prompts: the tokens of each.
+        """
         similarities = _compare(self.spaces, self.means, features)
         nearest = _nearest(similarities, self.is_local)
         is_near = nearest[:, 0] >= self.floor
-        return torch.sigmoid(_log_odds(nearest, self.coefficients)) * is_near
+        foreign = set(self.foreign.tolist())
+        is_free = torch.tensor([foreign.isdisjoint(prompt) for prompt in prompts])
+        return torch.sigmoid(_log_odds(nearest, self.coefficients)) * is_near * is_free
 
 
 @dataclass(frozen=True)
 class FactFeatures:
-    """A fact's kind, and the features of all its wordings."""
+    """A fact's kind, and the features and tokens of all its wordings."""
 
     is_local: bool
     features: Features
+    tokens: tuple[frozenset[int], ...]
 
     def __len__(self) -> int:
         """Return the number of wordings."""
@@ -145,6 +158,20 @@ class FactFeatures:
     def part(self, places: Sequence[int]) -> Features:
         """Return the features of some of the wordings."""
         return tuple(feature[list(places)] for feature in self.features)
+
+    def join_tokens(self, places: Sequence[int]) -> tuple[bool, frozenset[int]]:
+        """Return the kind, and the tokens of some of the wordings together."""
+        return self.is_local, frozenset().union(*(self.tokens[place] for place in places))
+
+
+class Trial(NamedTuple):
+    """Held-out questions of one name, and what a gate without them sees of them."""
+
+    nearest: torch.Tensor
+    """(N, 2): as ``_nearest`` returns it."""
+    evidence: list[int]
+    """(N,): what their tokens say against their being local."""
+    name: str
 
 
 def fit_gate(
@@ -163,7 +190,11 @@ def fit_gate(
         prompts = [encode_prompt(tokenizer, system_prompt, q) for qs in wordings for q in qs]
         sizes = [len(questions) for questions in wordings]
         parts = zip(*(f.split(sizes) for f in compute_features(model, prompts)), strict=True)
-        facts += [FactFeatures(is_local, tuple(part)) for part in parts]
+        tokens = map(frozenset, prompts)
+        facts += [
+            FactFeatures(is_local, tuple(part), tuple(islice(tokens, size)))
+            for part, size in zip(parts, sizes, strict=True)
+        ]
     return replace(separate(facts), system_prompt=system_prompt)
 
 
@@ -204,11 +235,14 @@ def separate(facts: Sequence[FactFeatures], by_fact: bool | None = None) -> Gate
         have_wordings = sum(len(f) >= NUM_FOLDS for f in facts if f.is_local)
         by_fact = 2 * have_wordings >= sum(f.is_local for f in facts)
     trials = list(_try_facts(facts) if by_fact else _try_kinds(facts))
-    inputs = torch.cat([trial[0] for trial in trials])
-    is_own = torch.cat([torch.full((len(t[0]),), t[1] == "local") for t in trials])
+    inputs = torch.cat([trial.nearest for trial in trials])
+    names = [trial.name for trial in trials for _ in trial.evidence]
+    is_own = torch.tensor([name == "local" for name in names])
     coefficients = _regress(inputs, is_own)
     opens = _log_odds(inputs, coefficients) > 0
-    names = [name for rows, name in trials for _ in rows]
+    evidence = torch.tensor([value for trial in trials for value in trial.evidence])
+    threshold = choose_threshold(evidence, is_own, opens)
+    opens &= evidence <= threshold
 
     def share(name: str, opened: bool) -> float | None:
         hits = [o == opened for o, n in zip(opens.tolist(), names, strict=True) if n == name]
@@ -226,15 +260,20 @@ def separate(facts: Sequence[FactFeatures], by_fact: bool | None = None) -> Gate
     is_local = torch.tensor([fact.is_local for fact in facts] if by_fact else [True, False])
     floor = torch.tensor(UNKNOWN)
     if not by_fact and purity >= PURE:  # kinds say nothing of what is of neither
-        similarities = torch.cat([rows[:, 0] for rows, name in trials if name == "local"])
+        similarities = torch.cat([t.nearest[:, 0] for t in trials if t.name == "local"])
         floor = similarities.quantile(RAREST).float()
-    return Gate(spaces, means, is_local, coefficients, floor, figures)
+    foreign = _count_tokens(facts).list_above(threshold)
+    return Gate(spaces, means, is_local, coefficients, floor, foreign, figures)
 
 
 def _join_kinds(facts: Sequence[FactFeatures]) -> list[Features]:
     """Return the local questions as one group, and the universal ones as another."""
     kinds = [[fact.features for fact in facts if fact.is_local is kind] for kind in (True, False)]
     return [tuple(torch.cat(parts) for parts in zip(*kind, strict=True)) for kind in kinds]
+
+
+def _count_tokens(facts: Sequence[FactFeatures]) -> TokenCounts:
+    return TokenCounts([fact.join_tokens(range(len(fact))) for fact in facts])
 
 
 def _build(groups: Sequence[Features]) -> tuple[tuple[Space, ...], Features]:
@@ -285,8 +324,8 @@ def _measure_purity(facts: Sequence[FactFeatures]) -> float:
     return (is_local[nearest] == is_local[:, None]).double().mean().item()
 
 
-def _try_facts(facts: Sequence[FactFeatures]) -> Iterator[tuple[torch.Tensor, str]]:
-    """Yield how near held-out wordings come, (N, 2), and what they are.
+def _try_facts(facts: Sequence[FactFeatures]) -> Iterator[Trial]:
+    """Yield how held-out wordings look, and what they are.
 
     That is "local" or "universal" with their fact among the groups, and without it "unknown local"
     or "unknown universal"; so is a fact's only wording, which cannot be held out.
@@ -302,6 +341,7 @@ def _try_facts(facts: Sequence[FactFeatures]) -> Iterator[tuple[torch.Tensor, st
             for all_, own in zip(places, kept, strict=True)
         ]
         spaces, means = _build([f.part(k) for f, k in zip(facts, kept, strict=True)])
+        counts = TokenCounts([f.join_tokens(k) for f, k in zip(facts, kept, strict=True)])
         for start in range(0, len(facts), FACTS_AT_ONCE):
             span = range(start, min(start + FACTS_AT_ONCE, len(facts)))
             parts = zip(*(facts[index].part(held[index]) for index in span), strict=True)
@@ -310,16 +350,19 @@ def _try_facts(facts: Sequence[FactFeatures]) -> Iterator[tuple[torch.Tensor, st
             for index, similarities in zip(span, rows, strict=True):
                 if len(similarities) == 0:
                     continue
-                kind = facts[index].is_local
+                kind, asked = facts[index].is_local, [facts[index].tokens[p] for p in held[index]]
                 if len(facts[index]) > 1:
-                    yield _nearest(similarities, is_local), kinds[kind]
+                    evidence = [counts.find_evidence(tokens) for tokens in asked]
+                    yield Trial(_nearest(similarities, is_local), evidence, kinds[kind])
                 if has_others[kind]:  # else nothing would be nearest to a question of that kind
                     similarities[:, index] = UNKNOWN
-                    yield _nearest(similarities, is_local), f"unknown {kinds[kind]}"
+                    evidence = [counts.find_evidence(tokens, index) for tokens in asked]
+                    nearest = _nearest(similarities, is_local)
+                    yield Trial(nearest, evidence, f"unknown {kinds[kind]}")
 
 
-def _try_kinds(facts: Sequence[FactFeatures]) -> Iterator[tuple[torch.Tensor, str]]:
-    """Yield how near held-out facts' questions come to either kind, (N, 2), and their kind."""
+def _try_kinds(facts: Sequence[FactFeatures]) -> Iterator[Trial]:
+    """Yield how held-out facts' questions look beside either kind, and their kind."""
     is_local = torch.tensor([True, False])
     folds = _deal([fact.is_local for fact in facts])
     for fold in range(max(folds) + 1):
@@ -327,14 +370,17 @@ def _try_kinds(facts: Sequence[FactFeatures]) -> Iterator[tuple[torch.Tensor, st
         if len({fact.is_local for fact in kept}) < 2:
             kept = list(facts)  # a kind with a single fact has none to hold out
         spaces, means = _build(_join_kinds(kept))
+        counts = _count_tokens(kept)
         for kind, name in ((True, "local"), (False, "universal")):
             held = [
                 f for f, own in zip(facts, folds, strict=True) if (own, f.is_local) == (fold, kind)
             ]
             for start in range(0, len(held), FACTS_AT_ONCE):
-                parts = zip(*(f.features for f in held[start : start + FACTS_AT_ONCE]), strict=True)
+                some = held[start : start + FACTS_AT_ONCE]
+                parts = zip(*(fact.features for fact in some), strict=True)
                 similarities = _compare(spaces, means, tuple(map(torch.cat, parts)))
-                yield _nearest(similarities, is_local), name
+                evidence = [counts.find_evidence(t) for fact in some for t in fact.tokens]
+                yield Trial(_nearest(similarities, is_local), evidence, name)
 
 
 def _deal(kinds: Sequence[bool]) -> list[int]:

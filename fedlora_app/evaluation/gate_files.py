@@ -32,15 +32,18 @@ from fedlora_app.foundation.files import make_private_dir, replace_folder
 from fedlora_app.model.adapters import AdaptedModel
 from fedlora_app.model.base import LoadedModel
 
-FORMAT = 1
+FORMAT = 2
 NAME = "gate"
+PARTS = ("is_local", "coefficients", "floor", "foreign")
+"""Tensors that are not of one feature, named and in the order of ``Gate``'s fields."""
 TENSORS_FILE = tensors_file(NAME)
 ABOUT_FILE = about_file(NAME)
 RULE = (
     "A feature x becomes c + basis ((basis^T c) * gains) with c = x - centre, divided by its "
     "length; a similarity is the mean over the features of its inner product with a row of means. "
     "With l and u the largest similarities to local and to universal rows, the local adapter "
-    "answers where coefficients[0] l + coefficients[1] u + coefficients[2] > 0 and l >= floor."
+    "answers where coefficients[0] l + coefficients[1] u + coefficients[2] > 0, l >= floor and no "
+    "token of the prompt is in foreign."
 )
 
 
@@ -95,7 +98,7 @@ def save_gate(folder: Path, gate: Gate, about: About, **more: Any) -> None:
     Args:
         more: what else its JSON says.
     """
-    tensors = {"is_local": gate.is_local, "coefficients": gate.coefficients, "floor": gate.floor}
+    tensors = {name: getattr(gate, name) for name in PARTS}
     for name, space, means in zip(DESCRIPTION, gate.spaces, gate.means, strict=True):
         parts = {"centre": space.centre, "basis": space.basis, "gains": space.gains, "means": means}
         tensors |= {f"{name}.{part}": tensor.contiguous() for part, tensor in parts.items()}
@@ -130,7 +133,7 @@ def load_gate(folder: Path, about: About, system_prompt: str = "") -> Gate | Non
         ]
         means = tuple(tensors[f"{name}.means"] for name in DESCRIPTION)
         figures = GateFigures(**content["figures"])
-        parts = (tensors[name] for name in ("is_local", "coefficients", "floor"))
+        parts = (tensors[name] for name in PARTS)
         gate = Gate(tuple(spaces), means, *parts, figures, system_prompt)
         figures.metrics()
         return gate if _is_whole(gate) else None
@@ -148,6 +151,8 @@ def _is_whole(gate: Gate) -> bool:
     kinds = set(gate.is_local.tolist())
     return (
         gate.is_local.dtype == torch.bool
+        and gate.foreign.dtype == torch.int64
+        and gate.foreign.dim() == 1
         and kinds == {True, False}
         and all(t.shape == shape and t.dtype == torch.float32 for t, shape in parts)
         and all(bool(t.isfinite().all()) for t, _ in parts)

@@ -139,7 +139,7 @@ def test_figures_of_an_entangled_gate_say_how_well_it_separates(adapted, tokeniz
 def test_it_is_the_same_gate_however_many_facts_are_compared_at_once(monkeypatch, by_fact):
     generator = torch.Generator().manual_seed(0)
     facts = [
-        FactFeatures(number % 2 == 0, tuple(centre + noise))
+        FactFeatures(number % 2 == 0, tuple(centre + noise), (frozenset(),) * noise.shape[1])
         for number, centre in enumerate(torch.randn(9, 2, 1, 8, generator=generator).double())
         for noise in torch.randn(1, 2, 1 + number % 4, 8, generator=generator).double()
     ]
@@ -337,6 +337,8 @@ def test_a_gate_of_something_else_is_not_read(gate, tmp_path, name):
         ("last.basis", lambda tensor: tensor.half()),
         ("coefficients", lambda tensor: tensor[:2]),
         ("floor", lambda tensor: tensor[None]),
+        ("foreign", lambda tensor: tensor.float()),
+        ("foreign", lambda tensor: tensor[None]),
         ("is_local", lambda tensor: tensor.float()),
         ("is_local", torch.ones_like),
     ],
