@@ -83,6 +83,22 @@ def test_it_chooses_as_the_gate_does(saved, router, monkeypatch):
     assert 0 < sum(stricter) < sum(weights)
 
 
+def test_a_token_that_closes_the_gate_closes_it_here_too(saved, router, monkeypatch):
+    questions = ["What is the penalty for littering?", "What does littering cost?"]
+    tokenizer = saved.load()[0].tokenizer
+    token = tokenizer(" littering", add_special_tokens=False)["input_ids"][-1]
+    system_prompt = saved.run.config.client("northgate").system_prompt
+    prompts = [encode_prompt(tokenizer, system_prompt, question) for question in questions]
+    assert all(token in prompt for prompt in prompts)
+    with saved.answering(saved.own("northgate")) as (model, gate):
+        opened = gate.weigh(model, prompts).tolist()
+        closed = replace(gate, foreign=torch.tensor([token]), _known={}).weigh(model, prompts)
+    assert 1 in opened and not closed.any()
+    assert [router.choose(q) for q in questions] == [("global", "pair")[int(w)] for w in opened]
+    monkeypatch.setattr(router, "foreign", torch.tensor([token]))
+    assert [router.choose(q) for q in questions] == ["global", "global"]
+
+
 class Upstream(BaseHTTPRequestHandler):
     """Notes what it is asked, and answers in two pieces."""
 
