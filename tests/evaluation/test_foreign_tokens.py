@@ -70,8 +70,8 @@ def test_questions_that_the_gate_is_closed_for_anyway_are_nobodys_gain():
 def name_countries(num_topics: int = 12, num_countries: int = 8) -> tuple[list, list, list]:
     """Own questions about topics, universal ones about topics in countries, and unknown ones.
 
-    What the base model sees is the topic and little of the country; every question has a token of its
-    topic, and universal ones have one of their country.
+    What the base model sees is the topic and little of the country; every question has a token of
+    its topic, and universal ones have one of their country.
     """
     generator = torch.Generator().manual_seed(0)
     topics = torch.randn(num_topics, 32, dtype=torch.double, generator=generator)
