@@ -1,15 +1,4 @@
-"""A finished run without one of its clients, made of the updates that its server has kept.
-
-Input: a run directory with ``federated.keep_uploads``, of which nothing is changed. From the global
-adapter of round 0 every round is aggregated again, with the run's own rule, weights and server
-optimizer, but without the client's updates. Output: a run directory beside it that every command
-reads as it reads others.
-
-An approximation of the run that would have been without the client: the others' updates are those
-that they computed from global adapters with its share in them. FedEraser (Liu et al. 2021,
-https://arxiv.org/abs/2012.13891) begins with the same replay and has the other clients calibrate
-each update by some more training, for which they must all be there; here nobody need be.
-"""
+"""The run without a client: its rounds replayed and written, and what others have of it copied."""
 
 from __future__ import annotations
 
@@ -22,29 +11,24 @@ from typing import Any
 
 import torch
 
-from fedlora_app.config.combinations import LEAST_ROBUST, ROBUST
-from fedlora_app.config.loading import parse_config
-from fedlora_app.config.schema import AVERAGING_MODES, FEEDBACK, GLOBAL, LOCAL, Config
-from fedlora_app.config.sharing import PERSONAL
-from fedlora_app.federation.accountant import noise_multiplier_for
-from fedlora_app.federation.aggregation import Aggregation
-from fedlora_app.federation.messages import MessageError
-from fedlora_app.federation.privacy import Release
-from fedlora_app.federation.product_errors import ProductErrors
-from fedlora_app.foundation.errors import UserError
+from fedlora_app.config.schema import FEEDBACK, GLOBAL, LOCAL, Config
+from fedlora_app.forgetting.configuration import protects_clients
+from fedlora_app.forgetting.replay import (
+    ForgettingError,
+    Replayed,
+    load_global,
+    of_role,
+    replay,
+)
 from fedlora_app.foundation.files import make_private_dir, new_folder, write_json
-from fedlora_app.foundation.quiet import quieted
-from fedlora_app.model.adapter_files import load_adapter, save_adapter, save_tensors
-from fedlora_app.model.adapter_state import AdapterState
-from fedlora_app.model.adapters import AdaptedModel, state_shapes
+from fedlora_app.model.adapter_files import save_adapter, save_tensors
+from fedlora_app.model.adapters import AdaptedModel
 from fedlora_app.runs.directory import SERVER, RunDirectory, begin_manifest
 from fedlora_app.runs.history import read_history
 from fedlora_app.runs.manifest import FORGOTTEN, MEMORY, UPLOAD, WEIGHTS
-from fedlora_app.runs.paths import MAX_NAME_LENGTH, MEMORY_FILE
+from fedlora_app.runs.paths import MEMORY_FILE
 from fedlora_app.runs.reading import SavedRun
-from fedlora_app.runs.secret_key import open_server_key
 from fedlora_app.runs.spending import Spending
-from fedlora_app.runs.uploads import load_upload
 
 EPSILON = "epsilon"
 APPROXIMATION = (
@@ -54,168 +38,6 @@ APPROXIMATION = (
 
 Report = Callable[[str, int, int], None]
 """Called with what is going on, how much of it is done, and how much there is."""
-
-
-class ForgettingError(UserError):
-    """A client cannot be taken out of a run."""
-
-
-@dataclass(frozen=True)
-class Replayed:
-    """What the server makes of a round's updates."""
-
-    server_round: int
-    state: AdapterState
-    memory: AdapterState
-    metrics: dict[str, float]
-    errors: ProductErrors | None
-    """The relative aggregation error by module, as far as it is known."""
-    release: Release | None = None
-    """What of the clients' privacy it spends."""
-    stands_still: bool = False
-    """There was no update."""
-
-
-def replay(
-    run: SavedRun, config: Config, model: AdaptedModel, without: str | None = None
-) -> Iterator[Replayed]:
-    """Yield the global adapter of every round, from 0, made of the updates that are kept.
-
-    Args:
-        config: what the rule and the server optimizer go by.
-        model: the base with its adapters, for their shapes; it may have no weights.
-        without: a client whose updates are left out. A round of its update alone changes nothing.
-
-    Raises:
-        AdapterError: an update or the first adapter is missing or damaged.
-        ForgettingError: a round does not say which updates counted, or one cannot be used.
-    """
-    key = open_server_key(config, run.paths)
-    aggregation = Aggregation(config, state_shapes(model, GLOBAL), key)
-    entries = {entry["round"]: entry for entry in run.manifest["rounds"]}
-    state = _load_global(run, 0, model)
-    yield Replayed(0, state, {}, {}, None)
-    for server_round in range(1, run.config.federated.num_rounds + 1):
-        hashes = _require_uploads(run, entries.get(server_round, {}), server_round)
-        kept = {client: sha256 for client, sha256 in hashes.items() if client != without}
-        _require_enough(config, len(kept), server_round)
-        if not kept:
-            yield Replayed(server_round, state, aggregation.memory, {}, None, stands_still=True)
-            continue
-        aggregation.begin(state, server_round)
-        for client, sha256 in sorted(kept.items()):
-            shapes = aggregation.update_shapes(client, server_round)
-            update = load_upload(run.paths, client, server_round, sha256, shapes)
-            try:
-                aggregation.fold(client, update, entries[server_round][WEIGHTS][client])
-            except MessageError as error:
-                raise ForgettingError(f"{run.path}, round {server_round}: {error}") from None
-        with quieted("flwr"):  # whose strategies optimise at the server
-            state = aggregation.result()
-        metrics, errors = dict(aggregation.metrics), aggregation.errors
-        release = aggregation.release
-        yield Replayed(server_round, state, aggregation.memory, metrics, errors, release)
-
-
-def _require_uploads(run: SavedRun, entry: dict[str, Any], server_round: int) -> dict[str, str]:
-    """Return the hash of every update that counted in a round, by client."""
-    hashes = _of_role(entry.get("adapters", {}), UPLOAD)
-    weights = entry.get(WEIGHTS, {})
-    stood_still = run.manifest.get(FORGOTTEN, {}).get("rounds_without_update", ())
-    if server_round in stood_still and not hashes and not weights:
-        return {}
-    counts = hashes.keys() == weights.keys() <= set(run.config.client_ids)
-    if not hashes or not counts or not all(type(w) is int and w > 0 for w in weights.values()):
-        raise ForgettingError(
-            f"{run.paths.manifest} does not say of round {server_round} which updates counted and "
-            "how much. Expected what a run with federated.keep_uploads writes. Restore it."
-        )
-    return hashes
-
-
-def _require_enough(config: Config, num_updates: int, server_round: int) -> None:
-    """Raise where a robust rule would be none of what is left of a round."""
-    federated = config.federated
-    trims = federated.rule != "trimmed-mean" or int(federated.trim_share * num_updates) > 0
-    if federated.rule in ROBUST and num_updates > 0 and not (trims and num_updates >= LEAST_ROBUST):
-        raise ForgettingError(
-            f"In round {server_round} {num_updates} updates of others are left, of which "
-            f"{federated.rule} leaves nothing out: the new run would be one of the plain mean. "
-            "Train it again without the client."
-        )
-
-
-def _of_role(adapters: dict[str, str], role: str) -> dict[str, str]:
-    """Return the hashes of a round's adapters in a role, by client."""
-    parts = ((name.partition(":"), sha256) for name, sha256 in adapters.items())
-    return {client: sha256 for (found, _, client), sha256 in parts if found == role and client}
-
-
-def _load_global(run: SavedRun, server_round: int, model: AdaptedModel) -> AdapterState:
-    sha256 = run.adapter_sha256(server_round)
-    folder, name = run.adapter_folder(server_round), run.config.model.name
-    return load_adapter(folder, model, GLOBAL, name, within=run.path, sha256=sha256)
-
-
-def protects_clients(config: Config) -> bool:
-    """Return whether the run's noise hides whole clients."""
-    return config.privacy.unit == "client"
-
-
-def default_name(run_name: str, client: str) -> str:
-    """Return what the run without a client is called."""
-    tail = f"-without-{client}"
-    return run_name[: max(1, MAX_NAME_LENGTH - len(tail))] + tail
-
-
-def configure_without(run: SavedRun, client: str) -> Config:
-    """Return a run's configuration without a client.
-
-    Its answers to conflict questions stay among the wrong ones, so that the questions are the same.
-
-    Raises:
-        ForgettingError, ConfigError: the client cannot be forgotten, with the reason.
-    """
-    path, federated = run.path, run.config.federated
-    run.config.entry(client)  # raises
-    if federated.mode not in AVERAGING_MODES:
-        raise ForgettingError(
-            f"{path} is of mode {federated.mode}, in which no server averages updates: there is "
-            "nothing to take a client's share out of."
-        )
-    if federated.mode == "finetuned":
-        raise ForgettingError(
-            f"{path} is of mode finetuned: its clients answer with copies of the average that they "
-            f"trained on, and what these hold of {client} cannot be taken out. Train it again "
-            "without the client."
-        )
-    if federated.rule in PERSONAL:
-        raise ForgettingError(
-            f"{path} is of the aggregation rule {federated.rule}, which leaves each client a "
-            "global adapter of its own; what that holds of others cannot be taken out. Train it "
-            "again without the client."
-        )
-    if run.manifest.get("finished") is None:
-        raise ForgettingError(
-            f"{path} has not finished. Finish it first: fedlora train --resume {path}"
-        )
-    if not federated.keep_uploads:
-        raise ForgettingError(
-            f"{path} has not kept its clients' updates, without which nobody's share can be told. "
-            "They are kept where federated.keep_uploads is true when a run begins."
-        )
-    raw = run.config.dump()
-    others = [entry for entry in raw["federated"]["clients"] if entry["id"] != client]
-    if not others:
-        raise ForgettingError(f"{client} is the only client of {path}; without it nothing is left.")
-    required = raw["federated"]["min_clients"]
-    raw["federated"]["clients"] = others
-    raw["federated"]["min_clients"] = required and min(required, len(others))
-    if protects_clients(run.config):  # its noise is what it was, whoever is left
-        multiplier = noise_multiplier_for(run.config)
-        raw["privacy"] |= {"epsilon": None, "noise_multiplier": multiplier}
-    raw["data"]["conflict_clients"] = [*run.config.data.conflict_clients, client]
-    return parse_config(raw, source=f"Without {client} the configuration of {path}")
 
 
 @dataclass(frozen=True)
@@ -247,7 +69,7 @@ class Forgetting:
         total = self.run.config.federated.num_rounds
         for replayed in replay(self.run, self.run.config, self.model):
             number = replayed.server_round
-            recorded = _load_global(self.run, number, self.model)
+            recorded = load_global(self.run, number, self.model)
             differing = [k for k in recorded if not _same_bits(replayed.state[k], recorded[k])]
             if differing:
                 largest = max(
@@ -299,7 +121,7 @@ class Forgetting:
         return [
             client
             for client in self.config.client_ids
-            if any(client in _of_role(e["adapters"], LOCAL) for e in self._entries.values())
+            if any(client in of_role(e["adapters"], LOCAL) for e in self._entries.values())
             and not paths.local_adapter(client, self.run.local_round(final, client)).exists()
         ]
 
@@ -377,9 +199,9 @@ class Forgetting:
         if replayed.errors is not None:
             new.log_event("aggregation", round=number, relative_error=replayed.errors.by_module)
         for role in (LOCAL, UPLOAD, FEEDBACK):
-            found = _of_role(before["adapters"], role).items()
+            found = of_role(before["adapters"], role).items()
             adapters |= {f"{role}:{c}": sha256 for c, sha256 in found if c != self.client}
-        for client in _of_role(adapters, UPLOAD):  # whoever is forgotten next is left out of these
+        for client in of_role(adapters, UPLOAD):  # whoever is forgotten next is left out of these
             new.paths.uploads(number).mkdir(exist_ok=True)
             shutil.copy2(self.run.paths.upload(client, number), new.paths.upload(client, number))
         facts = {
@@ -408,7 +230,7 @@ class Forgetting:
             pairs.append((ours.feedback(client, 0).parent, theirs.feedback(client, 0).parent))
             for number, entry in self._entries.items():
                 folder = ours.local_adapter(client, number)
-                if client in _of_role(entry["adapters"], LOCAL) and folder.exists():
+                if client in of_role(entry["adapters"], LOCAL) and folder.exists():
                     self.run.adapter_sha256(number, client)  # raises where it was changed
                     pairs.append((folder, theirs.local_adapter(client, number)))
             for source, copy in pairs:
