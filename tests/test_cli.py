@@ -441,3 +441,21 @@ def test_a_study_refuses_unknown_keys(tmp_path, fedlora):
     status, _, err = fedlora("study", path)
     assert status == 2 and "sedes" in err
     assert StudyConfig(name="x", config="y", seeds=[1], variants={"a": ""}).overrides == ""
+
+
+def test_a_link_that_leads_to_itself_is_no_experiment(fedlora, tmp_path):
+    loop = tmp_path / "loop.yaml"
+    loop.symlink_to(loop)
+    status, _, err = fedlora("check", loop)
+    assert status == 2 and "loop.yaml cannot be read" in err
+
+
+def test_evaluations_of_another_format_are_not_compared(fedlora, project):
+    path = project / "results" / "one" / "evaluation.json"
+    before = path.read_text() if path.exists() else None
+    path.write_text('{"summary": 3}')
+    try:
+        status, _, err = fedlora("compare", path.parent, project / "results" / "pair")
+    finally:
+        path.write_text(before) if before is not None else path.unlink()
+    assert status == 2 and "fedlora evaluate" in err

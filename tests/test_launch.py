@@ -10,6 +10,7 @@ import subprocess
 import pytest
 from conftest import ROOT
 from flower_process import BIN
+from flwr.common.config import parse_config_args
 
 from fedlora_app import launch
 from fedlora_app.config.run_config import format_run_config
@@ -71,10 +72,24 @@ def test_settings_are_one_argument_of_flower_s():
         "output-dir": "results",
         "mode": "",
         "num-rounds": 3,
-        "overrides": "federated.clients.0.system_prompt='You help.'",
+        "overrides": "training.learning_rate=1e-3",
     }
-    expected = "num-rounds=3 overrides='federated.clients.0.system_prompt=\"You help.\"'"
-    assert format_run_config(given) == expected
+    assert format_run_config(given) == "num-rounds=3 overrides='training.learning_rate=1e-3'"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "it's a/e.yaml",
+        """federated.clients.0.system_prompt="Ask the 'mayor'." """,
+        "federated.clients.0.system_prompt='You \"help\".'",
+        "c:\\it's a\n\ttab, é, 京, \U0001f600",
+        'back\\slash "q"',
+    ],
+)
+def test_flower_reads_every_text_as_it_was_given(text):
+    given = {"overrides": text, "num-rounds": 3}
+    assert parse_config_args([format_run_config(given)]) == given
 
 
 def test_the_command_is_that_of_this_environment():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.project import find_project_root
 
 if TYPE_CHECKING:
@@ -58,7 +59,11 @@ def _fedlora(
 
 def find_config(config: Path) -> tuple[Path, Path]:
     """Return a YAML's path, which may be relative to the project, and the project's root."""
-    root = find_project_root(str(config.resolve()))
+    try:
+        resolved = config.resolve()
+    except (OSError, RuntimeError) as error:  # links that lead to one another
+        raise UserError(f"{config} cannot be read: {error}. Name the file itself.") from None
+    root = find_project_root(str(resolved))
     in_project = root / config
     return in_project if in_project.exists() and not config.exists() else config, root
 

@@ -12,11 +12,20 @@ DECLARED_DEFAULTS = {("config", "conf/demo.yaml"), ("output-dir", "results")}
 def format_run_config(run_config: Mapping[str, Any]) -> str:
     """Return settings as one argument of the command; what is empty or a default is left out.
 
-    Single quotes inside a text become double ones, which mean the same in ``overrides``.
+    Flower ends a text at the first quote that is like the one before it, and then reads it as TOML:
+    what holds a single quote is written in double ones, and its double ones by their code points.
     """
     words = []
     for key, value in run_config.items():
-        text = str(value).replace("'", '"')
-        if value not in ("", 0, None) and (key, text) not in DECLARED_DEFAULTS:
-            words.append(f"{key}={text}" if isinstance(value, int) else f"{key}='{text}'")
+        if value not in ("", 0, None) and (key, value) not in DECLARED_DEFAULTS:
+            words.append(f"{key}={value if isinstance(value, int) else _quote(str(value))}")
     return " ".join(words)
+
+
+def _quote(text: str) -> str:
+    if "'" not in text and text.isprintable():
+        return f"'{text}'"
+    escaped = (
+        char if char.isprintable() and char not in '"\\' else f"\\U{ord(char):08x}" for char in text
+    )
+    return f'"{"".join(escaped)}"'

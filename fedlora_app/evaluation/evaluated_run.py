@@ -22,6 +22,7 @@ from fedlora_app.evaluation.names import (
     own_answerer,
     relative_label,
 )
+from fedlora_app.foundation.errors import UserError
 
 FORMAT = 1
 NUM_NAMED = 3
@@ -33,6 +34,11 @@ Key = tuple[str, int]
 
 Evaluations = Mapping[str, Mapping[str, Any]]
 """Each run's ``evaluation.json`` by the run's name."""
+
+
+class ComparisonError(UserError):
+    """Evaluations cannot be compared."""
+
 
 Variant = dict[int, str]
 """Like runs by seed."""
@@ -64,7 +70,7 @@ class EvaluatedRun:
                 continue
             rows, key = sets.setdefault(row["question_set"], {}), (row["client"], row["record"])
             if key in rows:
-                raise ValueError(
+                raise ComparisonError(
                     f"{self.name}: evaluation.json holds record {key[1]} of {key[0]}'s "
                     f"{row['question_set']} questions twice. Expected one row per question at "
                     f"scale 1.0. Write it again with: fedlora evaluate {self.name}"
@@ -155,16 +161,16 @@ def read_runs(evaluations: Evaluations) -> list[EvaluatedRun]:
     """Return two or more runs.
 
     Raises:
-        ValueError: there are fewer, or an evaluation has another format.
+        ComparisonError: there are fewer, or an evaluation has another format.
     """
     if len(evaluations) < 2:
         given = ", ".join(evaluations) or "none"
-        raise ValueError(
+        raise ComparisonError(
             f"A comparison needs two or more different runs; given: {given}. Name another run."
         )
     for name, evaluation in evaluations.items():
         if evaluation.get("format") != FORMAT:
-            raise ValueError(
+            raise ComparisonError(
                 f"{name}: evaluation.json has format {evaluation.get('format')!r}, expected "
                 f"{FORMAT}. Write it again with: fedlora evaluate {name}"
             )

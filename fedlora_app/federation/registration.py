@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -294,5 +295,5 @@ def wait_for_nodes(grid: PacedGrid, config: Config, run_config: dict[str, Any]) 
 def command_for(num_nodes: int, run_config: dict[str, Any]) -> str:
     """Return the same run's command line with the right number of nodes."""
     given = format_run_config(run_config)
-    settings = f' --run-config "{given}"' if given else ""
+    settings = f" --run-config {shlex.quote(given)}" if given else ""
     return f'flwr run . --stream --federation-config "num-supernodes={num_nodes}"{settings}'

@@ -72,11 +72,13 @@ class Conversation:
             on_text: gets the answer piece by piece as it is made; the pieces are the answer.
 
         Raises:
-            QuestionError: it is empty, or too long, even without what may be forgotten.
+            QuestionError: it is empty, not UTF-8, or too long, even without what may be forgotten.
             DataError: it is nothing but marks of the chat template.
         """
         if not question.strip():
             raise QuestionError("The question is empty.")
+        if any("\ud800" <= character <= "\udfff" for character in question):
+            raise QuestionError("The question holds bytes that are not UTF-8. Ask it in UTF-8.")
         with self.saved.answering(self.who) as (model, combiner):
             tokenizer = self.saved.load()[0].tokenizer
             turns, prompt_ids = self._fit(model.get_base_model(), tokenizer, question)

@@ -122,6 +122,8 @@ def test_what_cannot_be_asked_is_said_and_changes_nothing(runs):
     before = list(talk.turns)
     with pytest.raises(QuestionError, match="is empty"):
         talk.ask("  ")
+    with pytest.raises(QuestionError, match="not UTF-8"):
+        talk.ask("What is \udcff?")
     with pytest.raises(QuestionError, match="takes 256 in all"):
         talk.ask("What is the rule? " * 100)
 
