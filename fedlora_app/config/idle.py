@@ -18,6 +18,9 @@ OF_AVERAGING = (
     "fraction",
     "server_optimizer",
     "server_learning_rate",
+    "server_momentum",
+    "server_beta_2",
+    "server_tau",
     "keep_uploads",
 )
 """Of ``federated``: what is made of several clients' updates."""

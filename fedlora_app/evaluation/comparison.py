@@ -92,7 +92,7 @@ def compare_evaluations(evaluations: Mapping[str, dict[str, Any]]) -> dict[str, 
         evaluations: each run's ``evaluation.json`` by the run's name.
 
     Raises:
-        ValueError: fewer than two runs, or an evaluation that cannot be read.
+        ComparisonError: fewer than two runs, or an evaluation that cannot be read.
     """
     reference, *others = runs = read_runs(evaluations)
     differences: list[dict[str, Any]] = []

@@ -10,10 +10,17 @@ SETTINGS = {
     "fraction": 0.5,
     "keep_uploads": True,
     "server_learning_rate": 0.5,
+    "server_momentum": 0.5,
     "upload_dtype": "int8",
     "max_update_norm": 1.0,
 }
-OF_AVERAGING = ["aggregation", "fraction", "server_learning_rate", "keep_uploads"]
+OF_AVERAGING = [
+    "aggregation",
+    "fraction",
+    "server_learning_rate",
+    "server_momentum",
+    "keep_uploads",
+]
 OF_SENDING = ["upload_dtype", "max_update_norm"]
 
 
