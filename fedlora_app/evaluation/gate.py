@@ -71,11 +71,12 @@ class GateFigures:
     purity: float
     """Of the facts nearest to each fact, how many are of its own kind: 1 where local and universal
     questions differ in kind, near one half where only their entities do."""
-    opens_for_local: float
-    """Local questions that it opens for."""
+    opens_for_local: float | None
+    """Local questions that it opens for; None where nothing of them could be held out: it compares
+    kinds and there is one local fact."""
     closes_for_universal: float | None
-    """Universal questions that it stays closed for; None where it compares facts and no universal
-    one has a second wording to be held out."""
+    """Universal questions that it stays closed for; None where none could be held out: it compares
+    facts and none has a second wording, or kinds and there is one fact."""
     closes_for_unknown: float | None = None
     """Universal questions that it stays closed for without the training questions about their
     fact; None where it compares kinds."""
@@ -231,9 +232,10 @@ def separate(facts: Sequence[FactFeatures], by_fact: bool | None = None) -> Gate
             three wordings or more.
     """
     purity = _measure_purity(facts)
+    num_local = sum(fact.is_local for fact in facts)
     if by_fact is None:
         have_wordings = sum(len(f) >= NUM_FOLDS for f in facts if f.is_local)
-        by_fact = 2 * have_wordings >= sum(f.is_local for f in facts)
+        by_fact = 2 * have_wordings >= num_local
     trials = list(_try_facts(facts) if by_fact else _try_kinds(facts))
     inputs = torch.cat([trial.nearest for trial in trials])
     names = [trial.name for trial in trials for _ in trial.evidence]
@@ -244,7 +246,15 @@ def separate(facts: Sequence[FactFeatures], by_fact: bool | None = None) -> Gate
     threshold = choose_threshold(evidence, is_own, opens)
     opens &= evidence <= threshold
 
+    held_out = {  # a kind's only fact was seen when its questions were tried
+        "local": by_fact or num_local > 1,
+        "universal": by_fact or len(facts) - num_local > 1,
+        "unknown universal": True,
+    }
+
     def share(name: str, opened: bool) -> float | None:
+        if not held_out[name]:
+            return None
         hits = [o == opened for o, n in zip(opens.tolist(), names, strict=True) if n == name]
         return sum(hits) / len(hits) if hits else None
 

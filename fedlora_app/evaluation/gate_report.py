@@ -82,8 +82,12 @@ def describe_gate(figures: Figures) -> str:
     own, universal, unknown = (_percent(figures.get(name)) for name in SEPARATION)
     closed = [f"{universal} of the universal ones"] if universal else []
     closed += [f"{unknown} of unknown ones"] if unknown else []
-    text = f"compares {compared}; opens for {own} of its own held-out {held}"
-    return f"{text}, stays closed for {' and '.join(closed)}"
+    found = [f"opens for {own} of its own held-out {held}"] if own else []
+    found += [f"stays closed for {' and '.join(closed)}"] if closed else []
+    if not figures["by_fact"]:
+        single = [kind for kind, share in (("local", own), ("universal", universal)) if not share]
+        found += [f"a single {kind} fact cannot be held out" for kind in single]
+    return f"compares {compared}; {', '.join(found)}"
 
 
 def is_bad(share: float | None) -> bool:

@@ -159,6 +159,21 @@ def test_what_no_question_was_held_out_for_is_no_figure(adapted, tokenizer):
     assert "universal" not in describe_gate(dataclasses.asdict(figures))
 
 
+@pytest.mark.parametrize(
+    ("numbers", "missing"), [((1, 5), ["local"]), ((5, 1), ["universal"]), ((5, 5), [])]
+)
+def test_a_kinds_only_fact_was_seen_and_is_no_figure(adapted, tokenizer, numbers, missing):
+    num_local, num_universal = numbers
+    local, universal = LOCAL_RECORDS[:num_local], UNIVERSAL_RECORDS[:num_universal]
+    figures = fit_gate(adapted, tokenizer, SYSTEM, local, universal).figures
+    assert not figures.by_fact
+    shares = {"local": figures.opens_for_local, "universal": figures.closes_for_universal}
+    assert [name for name, share in shares.items() if share is None] == missing
+    said = describe_gate({k.removeprefix("gate/"): v for k, v in figures.metrics().items()})
+    assert [n for n in shares if f"a single {n} fact cannot be held out" in said] == missing
+    assert "None" not in said and ("its own" in said) == ("local" not in missing)
+
+
 def test_what_is_of_neither_kind_is_not_local(adapted, tokenizer, gate):
     far = encode(tokenizer, "Write a poem about the sea.", "12 times 12?", "Who wrote Hamlet?")
     assert gate.floor > -1
