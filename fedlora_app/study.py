@@ -18,7 +18,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from fedlora_app.config.combination import Combination
-from fedlora_app.config.loading import load_config
+from fedlora_app.config.loading import join_overrides, load_config
 from fedlora_app.config.sameness import gives_the_same
 from fedlora_app.config.schema import SAFE_NAME, Config, ConfigError, Section
 from fedlora_app.data.client_files import ClientFiles, load_all_files
@@ -151,8 +151,7 @@ def _list_members(study: StudyConfig, root: Path) -> Iterator[Member]:
     """Yield every run of a study, seed by seed."""
     for seed in study.seeds:
         for variant, changes in study.variants.items():
-            parts = (study.overrides, changes, f"experiment.seed={seed}")
-            overrides = " ".join(filter(None, parts))
+            overrides = join_overrides(study.overrides, changes, f"experiment.seed={seed}")
             yield Member(variant, seed, overrides, load_config(root / study.config, overrides))
 
 

@@ -54,6 +54,13 @@ def test_evaluate_and_compare(fedlora, project):
     assert status == 0 and "pair" in out and "one" in out
     status, _, err = fedlora("compare", runs[0], runs[0])
     assert status == 2 and "given twice" in err
+    kept = (runs[0] / "evaluation.json").read_bytes()
+    try:  # as it is where a run went on after it
+        (runs[0] / "evaluation.json").write_text(json.dumps(evaluation | {"round": 0}))
+        status, _, err = fedlora("compare", *runs)
+        assert status == 2 and f"Round 1, the final one of {runs[0]}, is not evaluated" in err
+    finally:
+        (runs[0] / "evaluation.json").write_bytes(kept)
 
 
 def test_a_run_is_compared_with_another_combination_of_its_adapters(fedlora, project):

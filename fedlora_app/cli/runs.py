@@ -142,13 +142,12 @@ def compare(
         label = run.name + (f":{combination}" if combination else "")
         if label in evaluations:
             raise RunDirectoryError(f"{label} is given twice; name different runs.")
-        evaluation = run.evaluation
-        if combination is not None:
-            evaluation = run.find_evaluation(run.last_round, combination)
+        evaluation = run.find_evaluation(run.final_round, combination)
         if evaluation is None:
             how = option and f" with{option}"
             raise RunDirectoryError(
-                f"{run.path} is not evaluated yet{how}. Run: fedlora evaluate {asked}{option}"
+                f"Round {run.final_round}, the final one of {run.path}, is not evaluated yet{how}. "
+                f"Run: fedlora evaluate {asked}{option}"
             )
         evaluations[label] = evaluation
     if len(evaluations) < 2:

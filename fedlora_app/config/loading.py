@@ -56,6 +56,13 @@ def _change(raw: dict[str, Any], source: str, overrides: str, settings: dict[str
     changes = {key.replace("__", "."): v for key, v in settings.items() if v is not None}
     overridden, override_faults = parse_overrides(overrides)
     faults += override_faults
+    for key in sorted(changes.keys() & overridden.keys()):
+        ours, theirs = changes[key], overridden[key]
+        if ours != theirs:
+            faults.append(
+                f"{key}: it is {show(ours)} by a setting of its own and {show(theirs)} in "
+                "overrides. Leave one of them out."
+            )
     for key, value in (changes | overridden).items():
         if not set_dotted(raw, key, value):
             faults.append(
@@ -92,17 +99,32 @@ def parse_overrides(text: str) -> tuple[dict[str, Any], list[str]]:
     except ValueError as error:
         return {}, [f"overrides: {error} in {show(text)}."]
     changes: dict[str, Any] = {}
+    texts: dict[str, str] = {}
     faults = []
     for word in words:
-        key, separator, value = word.partition("=")
+        key, separator, text = word.partition("=")
         if not separator or not key:
             faults.append(f'overrides: "{shorten(word)}" is not of the form section.key=value.')
             continue
         try:
-            changes[key] = yaml.load(value, Loader=_Loader)
+            value = yaml.load(text, Loader=_Loader)
         except YAML_ERRORS:
             faults.append(f'overrides: the value of "{shorten(word)}" is not YAML.')
+            continue
+        if changes.setdefault(key, value) != value:
+            both = f"as {shorten(texts[key])} and as {shorten(text)}"
+            faults.append(f"overrides: {shorten(key)} is there twice, {both}. Leave one out.")
+        texts[key] = text
     return changes, faults
+
+
+def join_overrides(*parts: str) -> str:
+    """Return overrides laid over one another, in which a later part's value of a key counts."""
+    try:
+        words = [word for part in parts for word in shlex.split(part)]
+    except ValueError:
+        return " ".join(parts)  # which parse_overrides says what is wrong with
+    return shlex.join({word.partition("=")[0]: word for word in words}.values())
 
 
 class _Loader(yaml.SafeLoader):

@@ -21,7 +21,7 @@ from pathlib import Path
 import transformers
 
 from fedlora_app.client import Client
-from fedlora_app.config.loading import parse_config, parse_overrides, set_dotted
+from fedlora_app.config.loading import join_overrides, parse_config, parse_overrides, set_dotted
 from fedlora_app.config.rounds import BOTH, adapters_label
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config, ConfigError
 from fedlora_app.evaluation.client_round import Metrics
@@ -126,7 +126,7 @@ def change(run: SavedRun, root: Path, overrides: str, steps: int, public: str = 
     )
     # More epochs than there is room for: the limit on steps ends the phase.
     same = f"training.max_steps={steps} training.local_epochs={steps} evaluation.interval=0"
-    changes, faults = parse_overrides(f"{UNPROTECTED} {settings} {same}")
+    changes, faults = parse_overrides(join_overrides(UNPROTECTED, settings, same))
     assert not faults, faults
     raw = run.config.dump()
     for key, value in changes.items():

@@ -94,9 +94,11 @@ class SavedRun:
 
     @cached_property
     def evaluation(self) -> dict[str, Any] | None:
-        """What ``fedlora evaluate`` wrote for the final round, None before that."""
-        path = self.paths.evaluation
-        return read_object(path) if path.exists() else None
+        """What ``fedlora evaluate`` wrote for the final round, None before that.
+
+        A run that went on after it has one of a former final round, which is none.
+        """
+        return self.find_evaluation(self.final_round)
 
     def find_evaluation(
         self, server_round: int, combination: Combination | None = None

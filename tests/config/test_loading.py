@@ -6,7 +6,12 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from fedlora_app.config.loading import load_config, parse_config, parse_overrides
+from fedlora_app.config.loading import (
+    join_overrides,
+    load_config,
+    parse_config,
+    parse_overrides,
+)
 from fedlora_app.config.schema import Config, ConfigError
 
 STUDIES = sorted((ROOT / "conf").glob("study-*.yaml"))
@@ -113,6 +118,35 @@ def test_overrides_are_checked_with_everything_else():
     assert "federated.mode" in str(caught.value)
     with pytest.raises(ConfigError, match="adapters.local.rnk: unknown key"):
         load_config(ROOT / "conf" / "demo.yaml", overrides="adapters.local.rnk=3")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rounds", "expected"),
+    [
+        (
+            "federated.num_rounds=5",
+            2,
+            "federated.num_rounds: it is 2 by a setting of its own and 5",
+        ),
+        ("federated.num_rounds=5 federated.num_rounds=6", None, "is there twice, as 5 and as 6"),
+        ("training.replay=0.5 training.replay=null", None, "is there twice, as 0.5 and as null"),
+    ],
+)
+def test_what_contradicts_itself_is_a_fault(overrides, rounds, expected):
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        load_config(ROOT / "conf" / "demo.yaml", overrides, federated__num_rounds=rounds)
+
+
+def test_what_is_said_twice_alike_is_none():
+    twice = "federated.num_rounds=5 federated.num_rounds=5"
+    config = load_config(ROOT / "conf" / "demo.yaml", twice, federated__num_rounds=5)
+    assert config.federated.num_rounds == 5
+
+
+def test_joined_overrides_lie_over_one_another():
+    joined = join_overrides("a.b=1 c='x y'", "", "d=it\\'s a.b=2")
+    assert parse_overrides(joined) == ({"a.b": 2, "c": "x y", "d": "it's"}, [])
+    assert "No closing quotation" in parse_overrides(join_overrides("a='", "b=1"))[1][0]
 
 
 def test_scientific_notation_is_a_number():

@@ -12,7 +12,8 @@ from fedlora_app.config.rounds import plan_round
 from fedlora_app.config.schema import AVERAGING_MODES, GLOBAL, Config, ConfigError
 
 CLIENTS = ("ann", "bob", "cy")
-CENTRAL = "privacy.unit=client privacy.clip_norm=1 federated.weighting=equal "
+WEIGHED = "privacy.unit=client privacy.clip_norm=1 "
+CENTRAL = WEIGHED + "federated.weighting=equal "
 LOCAL = "privacy.unit=client privacy.clip_norm=1 privacy.noise=client "
 RECORD = "privacy.unit=record privacy.clip_norm=1 "
 NOISE = "privacy.noise_multiplier=1 privacy.delta=1e-5 "
@@ -33,7 +34,7 @@ NOISE = "privacy.noise_multiplier=1 privacy.delta=1e-5 "
         (CENTRAL + "privacy.epsilon=1", r"privacy\.delta: privacy\.epsilon is set"),
         (CENTRAL + "privacy.delta=1e-5", r"privacy\.delta: there is no noise"),
         (CENTRAL + NOISE + "federated.aggregation=median", "median is not linear in the updates"),
-        (CENTRAL + NOISE + "federated.weighting=examples", "weighting: examples one client can be"),
+        (WEIGHED + NOISE + "federated.weighting=examples", "weighting: examples one client can be"),
         (CENTRAL + "federated.mode=local-only", "in mode local-only the server makes no average"),
         (LOCAL + "federated.mode=centralized", "in mode centralized the server makes no average"),
         (RECORD + "federated.mode=centralized", "global adapter that a record could be hidden in"),
