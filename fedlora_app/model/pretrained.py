@@ -39,12 +39,15 @@ def from_pretrained(factory: Any, config: ModelConfig, root: Path, **kwargs: Any
     if folder is None and names_folder(config, root):
         raise ModelError(_describe_missing_folder(root / config.name))
     _refuse_unsafe_folder(config, folder)
+    only_local = folder is not None or not can_reach_hub()
+    if hasattr(factory, "from_config"):  # a model: it asks for the files of an adapter too
+        kwargs["adapter_kwargs"] = {"local_files_only": only_local}
     try:
         loaded = factory.from_pretrained(
             str(folder or config.name),
             revision=None if folder else config.revision,
             trust_remote_code=config.trust_remote_code,  # False, unlike None, never asks
-            local_files_only=folder is not None or not can_reach_hub(),
+            local_files_only=only_local,
             **kwargs,
         )
     except Exception as error:  # a damaged folder makes transformers raise almost anything

@@ -4,12 +4,14 @@ import gc
 import json
 import os
 import shutil
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_tiny_config, build_tiny_model
+from conftest import ROOT, build_tiny_config, build_tiny_model
 from loopback import Federation
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -649,3 +651,26 @@ class TestEmbeddingInHostMemory:
         with pytest.raises(Exception, match=r"model\.embedding_device: cpu is impossible"):
             Federation(tiny_project, tmp_path / "results", config).run()
         assert model_module.num_loads == loads
+
+
+@pytest.mark.slow
+def test_a_model_in_the_hubs_cache_loads_at_once_without_a_network(tiny_project, tmp_path):
+    commit = "0" * 40
+    folder = tmp_path / "hub" / "models--someone--small"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    shutil.copytree(tiny_project / "model", folder / "snapshots" / commit)
+    code = (
+        "from pathlib import Path\n"
+        "from fedlora_app.config.schema import ModelConfig\n"
+        "from fedlora_app.model.base import load_base_model\n"
+        "config = ModelConfig(name='someone/small', quantization='none', dtype='float32')\n"
+        "print(load_base_model(config, Path('.')).fingerprint)\n"
+    )
+    env = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
+    env |= {"HF_ENDPOINT": "http://127.0.0.1:9"}  # where nothing answers
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and len(done.stdout) > 9, done.stderr
+    assert "Retry" not in done.stderr
