@@ -1,26 +1,31 @@
 """All that can be told of an experiment before it is started: configuration, data, base model.
 
-Needs no torch and no weights. ``fedlora check`` shows it; ``fedlora train`` stops at its errors.
+Needs no weights, and torch for the adapters' modules alone. ``fedlora check`` shows it;
+``fedlora train`` stops at its errors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlora_app.config.schema import Config
 from fedlora_app.data.client_files import ClientFiles, load_all_files
+from fedlora_app.data.lengths import find_long_examples
 from fedlora_app.data.linter import Finding, lint, summarise_findings
-from fedlora_app.data.records import DataError
 from fedlora_app.evaluation.gold import find_unreachable_answers
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.model.pretrained import (
     ModelError,
     ModelNotHereError,
     has_weights,
+    load_model_config,
     local_folder,
+    read_context,
 )
 from fedlora_app.model.tokenizer import load_tokenizer
 
@@ -53,29 +58,57 @@ def inspect_experiment(config: Config, root: Path, *, needs_model: bool = False)
         UserError: files are missing or have faults, or the base model cannot be used; with all
             that is wrong with both.
     """
-    faults, note, tokenizer, files = [], "", None, {}
-    try:
+    faults, notes, tokenizer, files, findings = [], [], None, {}, []
+    with _collecting(faults):
         files = load_all_files(config, root)
-    except DataError as error:
-        faults.append(str(error))
     try:
         tokenizer = load_tokenizer(config.model, root)
         if not has_weights(config.model, root):
             if (folder := local_folder(config.model, root)) is not None:
                 raise ModelError(f"model.name: {folder} holds no weights (model.safetensors).")
             command = download(config)
-            note = f"The weights of {config.model.name} are not on this machine. Run: {command}"
+            notes.append(
+                f"The weights of {config.model.name} are not on this machine. Run: {command}"
+            )
     except ModelError as error:
         if needs_model or not isinstance(error, ModelNotHereError):
             faults.append(str(error))
-        note = (
+        notes.append(
             f"The base model {config.model.name} is not on this machine. Run: {download(config)}\n"
             "Not checked without its tokenizer: whether answers are longer than "
-            "evaluation.max_new_tokens, or changed by the chat template."
+            "evaluation.max_new_tokens, or changed by the chat template; records longer than "
+            "training.max_seq_length; the adapters' modules."
         )
+    if tokenizer is not None:
+        with _collecting(faults):
+            context = read_context(load_model_config(config.model, root))
+            findings += find_long_examples(config, files, tokenizer, root, context)
+        with _collecting(faults):
+            notes += _try_adapters(config, root)
     if faults:
         raise UserError("\n".join(faults))
-    return Preflight(files, inspect_questions(config, files, root, tokenizer), note)
+    findings += inspect_questions(config, files, root, tokenizer)
+    return Preflight(files, findings, "\n".join(notes))
+
+
+@contextmanager
+def _collecting(faults: list[str]) -> Iterator[None]:
+    """Go on after a fault, and keep what it says."""
+    try:
+        yield
+    except UserError as error:
+        faults.append(str(error))
+
+
+def _try_adapters(config: Config, root: Path) -> list[str]:
+    """Raise where the base model cannot have these adapters; return what was not looked at."""
+    if find_spec("torch") is None:
+        return ["Not checked without torch: whether the base model has the adapters' modules."]
+    from fedlora_app.model.adapters import attach_adapters
+    from fedlora_app.model.base import build_empty_model
+
+    attach_adapters(build_empty_model(config.model, root), config.adapters)
+    return []
 
 
 def inspect_questions(

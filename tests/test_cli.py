@@ -19,7 +19,10 @@ from loopback import Federation
 
 from fedlora_app.cli import app
 from fedlora_app.cli.deploy import ORDER
+from fedlora_app.data.client_files import load_all_files
+from fedlora_app.data.lengths import find_long_examples
 from fedlora_app.foundation.files import lock_folder
+from fedlora_app.model.tokenizer import load_tokenizer
 from fedlora_app.runs.reading import load_run
 from fedlora_app.study import StudyConfig, load_study, measure, tabulate
 
@@ -157,6 +160,32 @@ def test_check_counts_answers_that_cannot_match_where_there_is_a_tokenizer(fedlo
 
 
 @pytest.mark.parametrize(
+    ("overrides", "status", "message"),
+    [
+        ("training.max_seq_length=16", 2, "the question alone fills training.max_seq_length = 16"),
+        ("training.max_seq_length=48", 0, "records are longer than training.max_seq_length = 48"),
+        ("evaluation.max_new_tokens=2000", 0, "an answer may pass the 1024 that the base model"),
+        ("adapters.local.target_modules=[nope]", 2, "['nope'] names no linear module"),
+        ("adapters.global.first_layer=9", 2, "first_layer: 9 leaves no layer"),
+    ],
+)
+def test_check_measures_examples_and_adapters_by_the_base_model(
+    fedlora, overrides, status, message
+):
+    found, out, err = fedlora("check", ROOT / "conf" / "demo.yaml", "--overrides", overrides)
+    assert found == status and message in (err if status else out)
+
+
+def test_check_finds_examples_beyond_what_the_base_model_reads(project):
+    files = load_all_files(build_tiny_config(), project)
+    tokenizer = load_tokenizer(build_tiny_config().model, project)
+    found = find_long_examples(build_tiny_config(), files, tokenizer, project, context=12)
+    assert {finding.rule for finding in found} == {"beyond-context"}
+    assert any("are longer than the 12 tokens that the base model reads" in str(f) for f in found)
+    assert not find_long_examples(build_tiny_config(), files, tokenizer, project)
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("/no/such/model", "model.name: /no/such/model does not exist. There is no folder /no;"),
@@ -200,7 +229,8 @@ main()
 """
     command = [sys.executable, "-c", code, str(ROOT / "conf" / "demo.yaml")]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (0, "")
+    note = "Not checked without torch: whether the base model has the adapters' modules.\n"
+    assert (result.returncode, result.stderr) == (0, note)
     assert result.stdout.endswith("No findings.\n")
 
 

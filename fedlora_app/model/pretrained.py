@@ -67,6 +67,11 @@ def load_model_config(config: ModelConfig, root: Path) -> PretrainedConfig:
     return from_pretrained(AutoConfig, config, root)
 
 
+def read_context(config: PretrainedConfig) -> int | None:
+    """Return how many tokens a model reads at once; None where it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def local_folder(config: ModelConfig, root: Path) -> Path | None:
     """Return the model's folder if ``model.name`` is one."""
     folder = root / config.name  # an absolute name stays absolute

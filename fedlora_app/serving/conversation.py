@@ -22,6 +22,7 @@ from fedlora_app.evaluation.decoding import decode, decode_so_far
 from fedlora_app.evaluation.generation import find_ends, find_stop_ids, generate_answer
 from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.foundation.errors import UserError
+from fedlora_app.model.pretrained import read_context
 
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
 """Of the global adapter alone where the clients' own prompts differ."""
@@ -103,7 +104,7 @@ class Conversation:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str
     ) -> tuple[list[Turn], list[int]]:
         """Return the newest turns for which there is room, and the prompt with them."""
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limit = read_context(model.config)
         for start in range(len(self.turns) + 1 if self.may_forget else 1):
             turns = self.turns[start:]
             prompt_ids = encode_prompt(tokenizer, self.system_prompt, question, turns)
