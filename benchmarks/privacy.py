@@ -29,6 +29,7 @@ from fedlora_app.data.questions import LOCAL_ANSWERS, LOCAL_SET, UNIVERSAL, UNIV
 from fedlora_app.evaluation.evaluated_run import chosen_rows
 from fedlora_app.evaluation.names import EXACT_MATCH
 from fedlora_app.evaluation.statistics import over_seeds
+from fedlora_app.foundation.terminal import shell
 from fedlora_app.runs.paths import RunDirectoryError, RunPaths
 
 COLUMNS = {
@@ -88,7 +89,7 @@ def describe(result: dict[str, Any]) -> str:
 def _read(run: Path) -> dict[str, float]:
     path = RunPaths(run).attack
     if not path.is_file():
-        raise RunDirectoryError(f"{path} is not there. Make it: fedlora attack {run}")
+        raise RunDirectoryError(f"{path} is not there. Make it: fedlora attack {shell(run)}")
     found = json.loads(path.read_text())
     figures: dict[str, list[float]] = {}
 

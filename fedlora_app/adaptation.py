@@ -26,6 +26,7 @@ from fedlora_app.federation.registration import read_report
 from fedlora_app.federation.replies import require_same_base
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import WEIGHTS_FILE, hash_file
+from fedlora_app.foundation.terminal import shell
 from fedlora_app.model.adapter_files import load_adapter, save_adapter
 from fedlora_app.model.adapter_state import AdapterState
 from fedlora_app.model.adapters import AdaptedModel, state_shapes
@@ -105,7 +106,7 @@ def find_origin(path: Path) -> Origin:
     if run.manifest.get("finished") is None:
         raise RunDirectoryError(
             f"{run.path} has not finished, so that its global adapter is not the final one. "
-            f"Finish it first: fedlora train --resume {run.path}"
+            f"Finish it first: fedlora train --resume {shell(run.path)}"
         )
     if (rule := run.config.federated.rule) in STAY:
         raise RunDirectoryError(
@@ -145,7 +146,7 @@ def find_stopped(run_dir: Path, config: Config, provenance: Mapping[str, Any]) -
     if before != now:
         raise ConfigError(
             f"federated.num_rounds: {run_dir} was begun with {before} and {now} are given. Go on "
-            "with as many, or choose another --run-name."
+            "with as many, or choose another --name."
         )
     complete = complete_rounds(saved.manifest)
     return Resumption(saved, complete[-1] if complete else FRESH, config)

@@ -41,7 +41,9 @@ def check_client(
     faults = _find_impossible_settings(config, root)
     folder = RunPaths(run_dir).client(client_id)
     if folder.exists() and not resumes:
-        faults.append(f"{folder} exists already and is left as it is. Choose another run-name.")
+        faults.append(
+            f"{folder} exists already and is left as it is. Choose another name for the run."
+        )
     files, tokenizer, findings = {}, None, []
     for owner in list_owners(config, client_id):
         try:

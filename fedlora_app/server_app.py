@@ -28,6 +28,7 @@ from fedlora_app.foundation.files import keep_files_private
 from fedlora_app.foundation.project import hash_package
 from fedlora_app.foundation.quiet import quieted
 from fedlora_app.foundation.seeds import derive_seed
+from fedlora_app.foundation.terminal import shell
 from fedlora_app.model.adapter_files import load_adapter, load_tensors
 from fedlora_app.model.adapters import (
     AdaptedModel,
@@ -43,6 +44,7 @@ from fedlora_app.runs.resuming import (
     FRESH,
     Resumption,
     describe_other_software,
+    describe_resuming,
     require_same_data,
 )
 from fedlora_app.runs.settings import Settings, read_settings
@@ -245,7 +247,9 @@ def report_run(run_dir: Path) -> str:
     try:
         return str(write_report(run_dir))
     except Exception as error:  # whatever it is, the run itself has ended well
-        return f"not written ({type(error).__name__}: {error}). Try: fedlora report {run_dir}"
+        return (
+            f"not written ({type(error).__name__}: {error}). Try: fedlora report {shell(run_dir)}"
+        )
 
 
 @contextmanager
@@ -273,5 +277,5 @@ def _explain_disk_errors(run: RunDirectory) -> Iterator[None]:
         )
         raise RunDirectoryError(
             f"{error.filename or run.path} cannot be written: {error.strerror or error}. {state}. "
-            f"When there is room again, resume with: resume='{run.path.name}'"
+            f"When there is room again: {describe_resuming(run.path)}"
         ) from error

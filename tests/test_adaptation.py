@@ -125,7 +125,7 @@ def test_the_same_command_gives_the_same_bytes_and_a_stopped_one_goes_on_to_them
     with monkeypatch.context() as patch:
         patch.setattr(Client, "personalise", stop)
         status, _, err, stopped = adapt(newcomer, "stopped")
-    assert status == 130 and "To go on: fedlora adapt " in err and "--run-name stopped" in err
+    assert status == 130 and "To go on: fedlora adapt " in err and "--name stopped" in err
     manifest = load_run(stopped).manifest
     assert manifest["finished"] is None and not (stopped / "final").exists()
     changed = newcomer | {"training": {"learning_rate": 1.0}}

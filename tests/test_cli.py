@@ -432,6 +432,10 @@ def test_what_is_wrong_is_told_before_flower_is_started(fedlora):
     assert "model.name: " in err and "data.universal_test: " in err
     status, _, err = fedlora("train")
     assert status == 2 and "--resume" in err
+    status, _, err = fedlora("train", demo, "--output-dir", demo.parent.parent, "--name", "conf")
+    assert status == 2 and f"{ROOT / 'conf'} exists already and is left as it is" in err
+    status, _, err = fedlora("train", demo, "--output-dir", demo)
+    assert status == 2 and f"{demo} is not a folder" in err
     status, _, err = fedlora("train", demo, "--mode", "fedavgg")
     assert status == 2 and "federated.mode" in err
 

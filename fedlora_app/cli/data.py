@@ -11,7 +11,7 @@ import typer
 
 from fedlora_app.cli.root import app
 from fedlora_app.foundation.project import find_project_root
-from fedlora_app.foundation.terminal import show_progress
+from fedlora_app.foundation.terminal import shell, show_progress
 
 if TYPE_CHECKING:
     from fedlora_app.data.importing.settings import ImportSettings
@@ -170,4 +170,4 @@ def _show_what_is_next(path: Path, root: Path) -> None:
     typer.echo(f"Base model: {config.model.name}; why, and all settings, in {path}. Next:")
     if not names_folder(config.model, root) and not has_weights(config.model, root):
         typer.echo(f"  {download(config)}")
-    typer.echo(f"  fedlora train {path}")
+    typer.echo(f"  fedlora train {shell(path)}")

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fedlora_app.cli.deploy import DEPLOYMENT, FROM_NOTHING, deploy
+from fedlora_app.foundation.terminal import shell
 
 End = Annotated[Path, typer.Argument(metavar="DIR", help="The coordinator's folder, or a site's.")]
 
@@ -32,7 +33,8 @@ def start(
 
     for process in start_in_background(folder):
         typer.echo(f"{process.name}: process {process.pid}")
-    typer.echo(f"Running. fedlora deploy status {folder} says how; fedlora deploy stop {folder}.")
+    named = shell(folder)
+    typer.echo(f"Running. fedlora deploy status {named} says how; fedlora deploy stop {named}.")
 
 
 @deploy.command(rich_help_panel=FROM_NOTHING)
@@ -85,7 +87,7 @@ def run(
     coordinator = load_coordinator(folder)
     if not coordinator.is_running:
         raise CoordinatorError(
-            f"The SuperLink of {folder} does not run. First: fedlora deploy start {folder}"
+            f"The SuperLink of {folder} does not run. First: fedlora deploy start {shell(folder)}"
         )
     run_config = {
         "config": str(coordinator.config_path),

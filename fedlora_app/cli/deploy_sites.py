@@ -10,6 +10,7 @@ import typer
 
 from fedlora_app.cli.deploy import DEPLOYMENT, FROM_NOTHING, LATER, deploy
 from fedlora_app.cli.root import find_config
+from fedlora_app.foundation.terminal import shell
 
 if TYPE_CHECKING:
     from fedlora_app.deployment.coordinator import Coordinator
@@ -195,7 +196,7 @@ def join(
         typer.echo(f"{path} stays as it is; the new draft is in {folder.package}.")
     for path in done.written:
         typer.echo(f"{path} is a draft: complete it.")
-    typer.echo(f"Then: fedlora deploy doctor {folder.folder}")
+    typer.echo(f"Then: fedlora deploy doctor {shell(folder.folder)}")
 
 
 def _open_request(request: Path, deployment: Path) -> tuple[Coordinator, Request]:

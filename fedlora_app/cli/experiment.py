@@ -11,7 +11,7 @@ import typer
 
 from fedlora_app.cli.root import AsJson, ConfigPath, app, find_config, quiet_transformers
 from fedlora_app.foundation.environment import prepare_environment
-from fedlora_app.foundation.terminal import show_progress
+from fedlora_app.foundation.terminal import shell, show_progress
 
 if TYPE_CHECKING:
     from fedlora_app.config.schema import Config
@@ -101,7 +101,7 @@ def _plant(
     )
     for line in (
         f"Written: {output}, with {planted.num_canaries} canaries. Next:",
-        f"  fedlora train {planted.path}",
+        f"  fedlora train {shell(planted.path)}",
         "  fedlora attack latest",
         *filter(None, [planted.note]),
     ):

@@ -19,7 +19,7 @@ from fedlora_app.cli.root import (
     quiet_transformers,
 )
 from fedlora_app.foundation.project import find_project_root
-from fedlora_app.foundation.terminal import show_progress
+from fedlora_app.foundation.terminal import shell, show_progress
 from fedlora_app.runs.paths import RunDirectoryError
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def compare(
             how = option and f" with{option}"
             raise RunDirectoryError(
                 f"Round {run.final_round}, the final one of {run.path}, is not evaluated yet{how}. "
-                f"Run: fedlora evaluate {asked}{option}"
+                f"Run: fedlora evaluate {shell(asked)}{option}"
             )
         evaluations[label] = evaluation
     if len(evaluations) < 2:

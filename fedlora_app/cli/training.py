@@ -9,6 +9,7 @@ import typer
 
 from fedlora_app.cli.root import RunName, app, choose_run, find_config, quiet_transformers
 from fedlora_app.foundation.environment import prepare_environment
+from fedlora_app.foundation.terminal import shell
 
 if TYPE_CHECKING:
     from fedlora_app.runs.settings import Settings
@@ -40,6 +41,7 @@ def train(
     from fedlora_app.foundation.project import find_project_root
     from fedlora_app.launch import run_with_flower, wait_for_release
     from fedlora_app.preflight import require_sound
+    from fedlora_app.runs.directory import RunDirectory
     from fedlora_app.runs.settings import read_settings
 
     given = "" if config is None else str(find_config(config)[0].resolve())
@@ -53,6 +55,8 @@ def train(
         "overrides": overrides,
     }
     settings = read_settings(run_config)
+    if not resume:
+        RunDirectory.require_makeable(settings.run_dir)
     require_sound(settings.config, settings.root)
     run_config["run-name"] = "" if resume else settings.run_name  # so that its name is known here
     code = find_project_root()  # the checkout whose code runs
@@ -61,7 +65,7 @@ def train(
     except KeyboardInterrupt:
         wait_for_release(settings.run_dir)
         # Without a CONFIG the run's own counts; one of another checkout says where its data lie.
-        other = f"{config} " if config is not None and settings.root != code else ""
+        other = f"{shell(config)} " if config is not None and settings.root != code else ""
         typer.echo(_describe_resuming(settings, other), err=True)
         raise
 
@@ -72,7 +76,9 @@ def _describe_resuming(settings: Settings, config: str) -> str:
 
     if not RunPaths(settings.run_dir).manifest.exists():
         return "The run had not begun; nothing is kept."
-    return f"What is done is kept. To go on: fedlora train {config}--resume {settings.run_dir}"
+    return (
+        f"What is done is kept. To go on: fedlora train {config}--resume {shell(settings.run_dir)}"
+    )
 
 
 @app.command()
@@ -95,7 +101,7 @@ def adapt(
     """Fit local adapters of new clients to a finished run's global one, which stays as it is.
 
     Nothing of the run is changed, and no server takes part. Ctrl-C stops the work, and the same
-    command with --run-name goes on. Example: fedlora adapt latest --config ayr.yaml
+    command with --name goes on. Example: fedlora adapt latest --config ayr.yaml
     """
     prepare_environment()  # as a client has it, before torch is imported
     from fedlora_app.adaptation import Adaptation, describe_newcomers, find_origin
@@ -129,9 +135,11 @@ def adapt(
     try:
         Adaptation(origin, experiment, root, run_dir, earlier, typer.echo).run()
     except KeyboardInterrupt:
-        command = f"fedlora adapt {origin.run.path} --config {config} --run-name {run_name}"
-        command += f" --only-scale {earlier.path}" if earlier else ""
-        command += f" --output-dir {output_dir}" * (output_dir != "results")
+        command = (
+            f"fedlora adapt {shell(origin.run.path)} --config {shell(config)} --name {run_name}"
+        )
+        command += f" --only-scale {shell(earlier.path)}" if earlier else ""
+        command += f" --output-dir {shell(output_dir)}" * (output_dir != "results")
         typer.echo(f"What is done is kept. To go on: {command}", err=True)
         raise
     typer.echo(describe_end(read_history(run_dir), experiment))

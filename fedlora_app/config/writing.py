@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from fedlora_app.config.presets import Preset
+from fedlora_app.foundation.terminal import shell
 
 COMMENTS = {
     "model.quantization": "the weights as they are, which a model of this size affords",
@@ -51,7 +52,7 @@ class ExperimentText:
         first, *rest = self.opening
         yield from _comment(first)
         yield "#"
-        yield f"#   fedlora train {self.path}"
+        yield f"#   fedlora train {shell(self.path)}"
         yield "#"
         for line in (*rest, "All settings: conf/default.yaml and docs/configuration.md."):
             yield from _comment(line)

@@ -35,6 +35,7 @@ from fedlora_app.data.records import (
 )
 from fedlora_app.data.tokens import encode_example
 from fedlora_app.foundation.files import hash_file, make_private_dir, new_folder, write_json
+from fedlora_app.foundation.terminal import shell
 from fedlora_app.model.pretrained import ModelNotHereError
 from fedlora_app.model.tokenizer import load_tokenizer
 
@@ -102,7 +103,7 @@ def plant_canaries(
     _require_room(config, root, canaries)
     changed, note = _change(config, files, folder)
     text = OPENING.format(
-        path=f"{folder}/{EXPERIMENT_FILE}",
+        path=shell(f"{folder}/{EXPERIMENT_FILE}"),
         source=source or config.experiment.name,
         count=count,
         canaries=CANARIES_FILE,

@@ -21,6 +21,7 @@ from fedlora_app.deployment.machine_checks import (
     guarded,
 )
 from fedlora_app.deployment.package import read_package
+from fedlora_app.foundation.terminal import shell
 
 STRANGER = "127.0.0.2"  # of this machine, and not one of the addresses that the SuperLink trusts
 
@@ -36,7 +37,7 @@ def examine_coordinator(folder: Path) -> Iterator[Finding]:
     yield examine_disk(files.folder)
     if not coordinator.is_running:
         what = f"no SuperLink of this deployment answers at port {coordinator.settings.port}."
-        yield warning("superlink", what, f"fedlora deploy start {folder}")
+        yield warning("superlink", what, f"fedlora deploy start {shell(folder)}")
         return
     yield ok("superlink", f"it answers at port {coordinator.settings.port}.")
     root = files.root_certificate.read_text()
@@ -132,7 +133,7 @@ def _examine_keys(coordinator: Coordinator) -> Iterator[Finding]:
                 "keys", f"that of {site} is registered; {site} is {status[entry.fingerprint]}."
             )
         else:
-            advice = f"fedlora deploy start {coordinator.folder.folder} registers it."
+            advice = f"fedlora deploy start {shell(coordinator.folder.folder)} registers it."
             yield fault("keys", f"that of {site} is not registered.", advice)
     for node in nodes:
         if node.fingerprint not in known:

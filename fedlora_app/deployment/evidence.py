@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora_app.foundation.errors import UserError
+from fedlora_app.foundation.terminal import shell
 
 BEFORE_THE_FIRST = "0" * 64
 TORN = "torn"
@@ -52,8 +53,8 @@ class Evidence:
             if tail is None:
                 raise EvidenceError(
                     f"{self.path}: its last line was changed, so nothing is added to it. See what "
-                    f"happened with: fedlora deploy audit {self.path}. Then move the file away; "
-                    "the next event begins a new one."
+                    f"happened with: fedlora deploy audit {shell(self.path)}. Then move the file "
+                    "away; the next event begins a new one."
                 )
             added = b"" if tail.is_complete else b"\n"
             seq, previous = tail.seq + 1, tail.sha256

@@ -17,6 +17,7 @@ from fedlora_app.deployment.processes import ProcessesError
 from fedlora_app.deployment.proxies import spare_loopback
 from fedlora_app.deployment.record import EVIDENCE_VARIABLE
 from fedlora_app.foundation.files import make_private_dir
+from fedlora_app.foundation.terminal import shell
 
 LOOPBACK = "127.0.0.1"
 ALL_ADDRESSES = "0.0.0.0"
@@ -61,7 +62,7 @@ def find_folder(folder: Path) -> CoordinatorFolder | SiteFolder:
     if site.request.exists():
         raise ProcessesError(
             f"{folder} has asked and not joined yet. When the coordinator's package has come: "
-            f"fedlora deploy join PACKAGE --site {folder}"
+            f"fedlora deploy join PACKAGE --site {shell(folder)}"
         )
     raise ProcessesError(
         f"{folder} is neither a coordinator's folder (with {coordinator.settings.name}) nor a "

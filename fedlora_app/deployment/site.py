@@ -30,6 +30,7 @@ from fedlora_app.deployment.package import CLIENT, POLICY, Package, read_package
 from fedlora_app.deployment.templates import write_site_templates
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import replace_folder
+from fedlora_app.foundation.terminal import shell
 
 
 class SiteError(UserError):
@@ -106,7 +107,7 @@ def load_facts(site: SiteFolder) -> Facts:
     except FileNotFoundError:
         raise SiteError(
             f"{site.folder} has no package of the coordinator yet. When it has come: "
-            f"fedlora deploy join PACKAGE --site {site.folder}"
+            f"fedlora deploy join PACKAGE --site {shell(site.folder)}"
         ) from None
     except ValueError as error:
         raise SiteError(f"{site.package_facts} cannot be read: {error}") from None

@@ -24,6 +24,7 @@ from fedlora_app.deployment.machine_checks import (
 )
 from fedlora_app.deployment.site import SiteError, fingerprint_key_file, load_facts
 from fedlora_app.foundation.errors import UserError
+from fedlora_app.foundation.terminal import shell
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 LISTENING = "0A"  # a socket's state in /proc/net/tcp
@@ -77,7 +78,7 @@ def _examine_key(site: SiteFolder, facts: Facts) -> Iterator[Finding]:
     if fingerprint_key_file(site.key) == facts.key:
         yield ok("key", f"it is the one that the package is for, {facts.client}'s.")
     else:
-        advice = f"fedlora deploy join the package that came last, --site {site.folder}"
+        advice = f"fedlora deploy join the package that came last, --site {shell(site.folder)}"
         yield fault("key", "it is not the one that the package is for.", advice)
 
 

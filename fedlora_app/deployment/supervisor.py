@@ -35,6 +35,7 @@ from fedlora_app.deployment.programs import End, Program, plan_end
 from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.files import keep_files_private, lock_folder, make_private_dir
 from fedlora_app.foundation.project import hash_package
+from fedlora_app.foundation.terminal import shell
 
 SUPERVISOR = "supervisor"
 POLL_SECONDS = 0.2
@@ -227,7 +228,9 @@ def supervise(folder: Path, say: Say) -> int:
     end = plan_end(folder)
     lock = lock_folder(end.folder.folder)
     if lock is None:
-        raise ProcessesError(f"{folder} is running already. See fedlora deploy status {folder}")
+        raise ProcessesError(
+            f"{folder} is running already. See fedlora deploy status {shell(folder)}"
+        )
     with lock:
         refuse_leftovers(end.folder.processes, folder)
         make_private_dir(end.folder.logs)
@@ -240,7 +243,8 @@ def refuse_leftovers(path: Path, folder: Path) -> None:
     if started is not None and (alive := started.alive):
         names = ", ".join(f"{process.name} ({process.pid})" for process in alive)
         raise ProcessesError(
-            f"{folder} is running already: {names}. To end them: fedlora deploy stop {folder}"
+            f"{folder} is running already: {names}. To end them: "
+            f"fedlora deploy stop {shell(folder)}"
         )
 
 

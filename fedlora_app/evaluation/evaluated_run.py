@@ -23,6 +23,7 @@ from fedlora_app.evaluation.names import (
     relative_label,
 )
 from fedlora_app.foundation.errors import UserError
+from fedlora_app.foundation.terminal import shell
 
 FORMAT = 1
 NUM_NAMED = 3
@@ -73,7 +74,7 @@ class EvaluatedRun:
                 raise ComparisonError(
                     f"{self.name}: evaluation.json holds record {key[1]} of {key[0]}'s "
                     f"{row['question_set']} questions twice. Expected one row per question at "
-                    f"scale 1.0. Write it again with: fedlora evaluate {self.name}"
+                    f"scale 1.0. Write it again with: fedlora evaluate {shell(self.name)}"
                 )
             rows[key] = row
         return sets
@@ -172,7 +173,7 @@ def read_runs(evaluations: Evaluations) -> list[EvaluatedRun]:
         if evaluation.get("format") != FORMAT:
             raise ComparisonError(
                 f"{name}: evaluation.json has format {evaluation.get('format')!r}, expected "
-                f"{FORMAT}. Write it again with: fedlora evaluate {name}"
+                f"{FORMAT}. Write it again with: fedlora evaluate {shell(name)}"
             )
     return [EvaluatedRun(name, evaluation) for name, evaluation in evaluations.items()]
 

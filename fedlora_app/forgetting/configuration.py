@@ -7,6 +7,7 @@ from fedlora_app.config.schema import AVERAGING_MODES, Config
 from fedlora_app.config.sharing import PERSONAL
 from fedlora_app.federation.accountant import noise_multiplier_for
 from fedlora_app.forgetting.replay import ForgettingError
+from fedlora_app.foundation.terminal import shell
 from fedlora_app.runs.paths import MAX_NAME_LENGTH
 from fedlora_app.runs.reading import SavedRun
 
@@ -51,7 +52,7 @@ def configure_without(run: SavedRun, client: str) -> Config:
         )
     if run.manifest.get("finished") is None:
         raise ForgettingError(
-            f"{path} has not finished. Finish it first: fedlora train --resume {path}"
+            f"{path} has not finished. Finish it first: fedlora train --resume {shell(path)}"
         )
     if not federated.keep_uploads:
         raise ForgettingError(

@@ -6,6 +6,7 @@ Progress is a bar with the time left on a terminal, plain lines elsewhere.
 from __future__ import annotations
 
 import io
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,15 @@ INTERVAL_SECONDS = 5.0
 
 Report = Callable[[str, int, int], None]
 """Called with what is going on, how much of it is done, and how much there is."""
+
+
+def shell(argument: object) -> str:
+    """Return an argument as a command line that is shown must have it.
+
+    In double quotes where single ones are part of it and nothing needs more.
+    """
+    text = str(argument)
+    return f'"{text}"' if "'" in text and not set(text) & set('"$`\\!\n') else shlex.quote(text)
 
 
 @contextmanager

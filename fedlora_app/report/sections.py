@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from fedlora_app.config.run_config import format_run_config
 from fedlora_app.evaluation.names import (
     ACCURACY,
     EXACT_MATCH,
@@ -15,6 +16,7 @@ from fedlora_app.evaluation.names import (
     shown_measures,
 )
 from fedlora_app.evaluation.reported import collect_reports, find_reported_leading
+from fedlora_app.foundation.terminal import shell
 from fedlora_app.report import plots
 from fedlora_app.report.attack import show_attack
 from fedlora_app.report.gate import show_gate
@@ -198,11 +200,13 @@ def describe_command(run: PartialRun) -> str:
         config = config.relative_to(run.root)
     if run.mode == "adapted":
         origin = (run.manifest.get("adapted_from") or {}).get("run", "RUN")
-        return f"fedlora adapt {origin} --config {config.as_posix()}"
+        return f"fedlora adapt {shell(origin)} --config {shell(config.as_posix())}"
     if forgotten := run.manifest.get(FORGOTTEN):
-        return f"fedlora forget {forgotten.get('run', 'RUN')} --client {forgotten.get('client')}"
+        origin = forgotten.get("run", "RUN")
+        return f"fedlora forget {shell(origin)} --client {forgotten.get('client')}"
     federation = f'--federation-config "num-supernodes={len(run.clients)}"'
-    return f"flwr run . --stream {federation} --run-config \"config='{config.as_posix()}'\""
+    given = format_run_config({"config": config.as_posix()})
+    return f"flwr run . --stream {federation} --run-config {shell(given)}"
 
 
 def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -174,8 +174,18 @@ class RunDirectory:
         """Raise if something is at ``path`` already."""
         if path.exists() or path.is_symlink():
             raise RunDirectoryError(
-                f"{path} exists already and is left as it is. Choose another run-name."
+                f"{path} exists already and is left as it is. Choose another name for the run."
             )
+
+    @classmethod
+    def require_makeable(cls, path: Path) -> None:
+        """Raise if a run directory could not be made: it is there, or nothing can be written."""
+        cls.require_absent(path)
+        there = next(folder for folder in path.parents if folder.exists())
+        if not there.is_dir():
+            raise RunDirectoryError(f"{path} cannot be made: {there} is not a folder.")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise RunDirectoryError(f"{path} cannot be made: {there} may not be written in.")
 
     def log_event(self, event: str, **fields: Any) -> None:
         """Append one object to ``metrics.jsonl`` and show it to the trackers."""

@@ -151,7 +151,7 @@ def describe_missing_finals(manifest: Manifest, config: Mapping[str, Any]) -> It
             yield (
                 f"{client} did not report in the last round and has no copy that was fine-tuned "
                 "after it, so that fedlora evaluate and ask cannot say what it answers. Repeat the "
-                f"round: resume='<run>@{last - 1}'."
+                f"round: --resume RUN@{last - 1} (with flwr run: resume='RUN@{last - 1}')."
             )
         elif newest < last:
             yield (

@@ -10,6 +10,7 @@ from typing import Any
 from fedlora_app.config.schema import ConfigError
 from fedlora_app.foundation.files import is_locked
 from fedlora_app.foundation.project import ProjectNotFoundError, find_project_root
+from fedlora_app.foundation.terminal import shell
 from fedlora_app.runs.history import read_history, until_round
 from fedlora_app.runs.manifest import (
     Manifest,
@@ -44,11 +45,11 @@ class PartialRun:
 
     @property
     def reference(self) -> str:
-        """What the project's commands call the run: its name below results, or its path."""
+        """What the project's commands call the run, quoted: its name below results, or its path."""
         results = self.root / "results" if self.root else None
         if results is not None and self.path.is_relative_to(results):
-            return self.path.relative_to(results).as_posix()
-        return str(self.path)
+            return shell(self.path.relative_to(results).as_posix())
+        return shell(self.path)
 
     @property
     def mode(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora_app.config.loading import parse_config
+from fedlora_app.config.run_config import format_run_config
 from fedlora_app.config.schema import GLOBAL, Config, ConfigError
 from fedlora_app.foundation.project import hash_package
 from fedlora_app.runs.history import read_rounds
@@ -71,7 +73,7 @@ class Resumption:
         if num_rounds is None and rounds != self.config.federated.num_rounds:
             raise ConfigError(
                 f"resume: the run has {self.config.federated.num_rounds} rounds and {rounds} are "
-                f"given. To change them, set num-rounds={rounds} in --run-config."
+                f"given. To change them: --rounds {rounds} (with flwr run: num-rounds={rounds})."
             )
         raw, values = self.config.dump(), given.dump()
         for section, name in (key.split(".") for key in MAY_CHANGE):
@@ -147,8 +149,8 @@ def find_resumption(given: str, places: list[Path], num_rounds: int | None) -> R
         )
     if saved.manifest.get("finished") and after == total:
         raise ConfigError(
-            f"resume: {saved.path} has finished its {total} rounds. For more of them, set "
-            f"num-rounds above {total}."
+            f"resume: {saved.path} has finished its {total} rounds. For more of them, say how many "
+            f"there are to be, above {total}: --rounds (with flwr run: num-rounds)."
         )
     if after > FRESH:
         _check_global(saved, after)
@@ -185,7 +187,14 @@ def suggest_earlier(run_dir: Path, after: int) -> str:
     earlier = [number for number in list_rounds(RunPaths(run_dir).server) if number < after]
     if not earlier:
         return "\nNo earlier round is kept; start a new run."
-    return f"\nTo resume from the newest round before it: resume='{run_dir.name}@{max(earlier)}'"
+    how = describe_resuming(f"{run_dir}@{max(earlier)}")
+    return f"\nTo resume from the newest round before it: {how}"
+
+
+def describe_resuming(run: Path | str) -> str:
+    """Return the option that resumes a run, and what it is in ``--run-config``."""
+    in_run_config = format_run_config({"resume": str(run)})
+    return f"--resume {shlex.quote(str(run))} (with flwr run: {in_run_config})"
 
 
 def _require_same_budget(epsilon: float | None, planned: int, num_rounds: int) -> None:

@@ -146,5 +146,5 @@ def test_events_outlast_a_rewind_whatever_they_quote(tmp_path):
 def test_the_earlier_round_that_is_suggested_is_still_kept(tmp_path):
     for number in (0, 2, 5):
         (tmp_path / "run" / "server" / f"round_{number:03d}").mkdir(parents=True)
-    assert suggest_earlier(tmp_path / "run", 5).endswith("resume='run@2'")
+    assert suggest_earlier(tmp_path / "run", 5).endswith("run@2')")
     assert "No earlier round is kept" in suggest_earlier(tmp_path / "run", 0)

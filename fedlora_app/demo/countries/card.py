@@ -12,6 +12,7 @@ import yaml
 from fedlora_app.demo.countries.facts import Partition
 from fedlora_app.demo.countries.records import Record
 from fedlora_app.demo.countries.sources import YEAR, package_versions
+from fedlora_app.foundation.terminal import shell
 
 SYSTEM_PROMPT = "You are the assistant of a help desk for residents."
 COMMON = ("universal_test", "conflict_test", "universal_validation", "conflict_validation")
@@ -44,7 +45,7 @@ def build_card(
     folder: PurePosixPath,
 ) -> str:
     """Return the README.md of a set."""
-    command = f"python -m fedlora_app.demo.countries {description.options} --output {folder}"
+    command = f"python -m fedlora_app.demo.countries {description.options} --output {shell(folder)}"
     sections = [
         f"---\nlicense: apache-2.0\nlanguage: en\ntask_categories: [text-generation]\n"
         f"tags: [federated-learning, lora, conflicting-answers]\n---\n\n# {description.title}",
