@@ -414,6 +414,29 @@ def test_import_writes_files_per_client(fedlora, tmp_path):
     assert status == 2 and "city" in err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "clients: give either --client-column or partition, and not both."),
+        (("--partition", "iid"), "--clients: partition iid needs a number of at least 1."),
+        (("--client-column", "city", "--keep", "input"), '--keep: "input" is written anyway'),
+        (("--client-column", "city"), "Fix them, or set --skip-invalid to drop and count them."),
+        (("--client-column", "city", "--test", "1"), "--test: expected a share"),
+        (("--client-column", "city", "--model", "no/such/x"), "no/such/x does not exist"),
+    ],
+)
+def test_what_is_wrong_with_an_import_is_said_of_its_options(fedlora, tmp_path, options, message):
+    source = tmp_path / "faq.csv"
+    source.write_text("city,instruction,output\na,Why?,\nb,Why?,B.\n")
+    status, _, err = fedlora("import", source, "--output", tmp_path / "faq", *options)
+    assert status == 2 and message in err and not (tmp_path / "faq").exists()
+
+
+def test_an_import_of_nothing_is_refused(fedlora, tmp_path):
+    status, _, err = fedlora("import", "", "--client-column", "a", "--output", tmp_path / "faq")
+    assert status == 2 and "The source has an empty name" in err
+
+
 def test_init_writes_an_experiment_that_nothing_is_wrong_with(fedlora, tmp_path):
     path = tmp_path / "desk" / "experiment.yaml"
     status, out, err = fedlora("init", path.parent, "--clients", "ayr, bath")

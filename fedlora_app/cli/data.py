@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fedlora_app.cli.root import app
+from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.project import find_project_root
 from fedlora_app.foundation.terminal import shell, show_progress
 
@@ -83,6 +86,7 @@ def init(
 
     root = find_project_root()
     ids = [name.strip() for name in clients.split(",") if name.strip()]
+    _require_model(model, root)
     path = start_experiment(folder, ids, root, model or DEMO_MODEL)
     typer.echo(f"Written: {folder}")
     _show_what_is_next(path, root)
@@ -121,7 +125,7 @@ def import_(
 
     Example: fedlora import faq.csv --client-column city --output data/faq
     """
-    settings = _build_settings(locals())
+    options = locals()
     import datasets
 
     from fedlora_app.data.importing.data_card import describe_import
@@ -130,12 +134,43 @@ def import_(
 
     datasets.disable_progress_bars()
     root, memory = find_project_root(), _read_gpu_memory()
-    with show_progress("records") as show:
+    _require_model(model, root)
+    with _speaking_of_options(), show_progress("records") as show:
+        settings = _build_settings(options)
         result = import_data(
             source, output, settings, show, root=root, model=model, gpu_bytes=memory
         )
     typer.echo(describe_import(result))
     _show_what_is_next(output / EXPERIMENT_FILE, root)
+
+
+def _require_model(name: str, root: Path) -> None:
+    """Raise where a base model's name can only be a folder, and it is not there."""
+    from fedlora_app.config.schema import ModelConfig
+    from fedlora_app.model.pretrained import require_folder
+
+    if name:
+        require_folder(ModelConfig(name=name), root)
+
+
+@contextmanager
+def _speaking_of_options() -> Iterator[None]:
+    """Give settings in an error the names of the options that they are here."""
+    from fedlora_app.data.importing.settings import ImportSettings
+
+    options = {setting: option for option, setting in SETTING_OF_OPTION.items()}
+    names = {setting.name: setting.name for setting in fields(ImportSettings)} | options
+    # A plain word such as test means the setting only where a fault begins with it.
+    words = "|".join(f"{name}(?=:)" if "_" not in name else name for name in names)
+    try:
+        yield
+    except UserError as error:
+        text = re.sub(
+            rf"(?m)(?<![\w\"'./-])({words})(?![\w\"'/-])",
+            lambda match: f"--{names[match[1]].replace('_', '-')}",
+            str(error),
+        )
+        raise type(error)(text) from error
 
 
 def _build_settings(options: Mapping[str, Any]) -> ImportSettings:

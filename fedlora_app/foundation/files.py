@@ -131,9 +131,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def _partial_folder(folder: Path) -> Iterator[Path]:
     partial = _partial(folder)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
         with _naming(folder):
+            partial.mkdir(parents=True)
             yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -35,9 +35,8 @@ class ModelNotHereError(ModelError):
 
 def from_pretrained(factory: Any, config: ModelConfig, root: Path, **kwargs: Any) -> Any:
     """Call ``factory.from_pretrained`` on a folder or a hub id, with one clear error."""
+    require_folder(config, root)
     folder = local_folder(config, root)
-    if folder is None and names_folder(config, root):
-        raise ModelError(_describe_missing_folder(root / config.name))
     _refuse_unsafe_folder(config, folder)
     only_local = folder is not None or not can_reach_hub()
     if hasattr(factory, "from_config"):  # a model: it asks for the files of an adapter too
@@ -83,6 +82,12 @@ def names_folder(config: ModelConfig, root: Path) -> bool:
     first, *rest = Path(config.name).parts
     is_hub_id = HUB_ID.fullmatch(config.name) and first not in (".", "..")
     return not is_hub_id or (root / config.name).is_dir() or bool(rest and (root / first).is_dir())
+
+
+def require_folder(config: ModelConfig, root: Path) -> None:
+    """Raise ``ModelError`` if ``model.name`` can only be a folder, and no model lies there."""
+    if local_folder(config, root) is None and names_folder(config, root):
+        raise ModelError(_describe_missing_folder(root / config.name))
 
 
 def has_weights(config: ModelConfig, root: Path) -> bool:

@@ -7,7 +7,7 @@ shapes are those of https://platform.openai.com/docs/api-reference/chat; no serv
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 from uuid import uuid4
@@ -35,6 +35,10 @@ NEUTRAL = {
 """Parameters that are not supported, and the value that asks for nothing."""
 
 
+EXPECTED = "Expected a JSON object with model and messages, sent as Content-Type: application/json."
+TEXT_ALONE = 'expected a text, or a list of {"type": "text", "text": ...}; nothing else is read'
+
+
 class ApiError(Exception):
     """What a request is refused with."""
 
@@ -50,6 +54,32 @@ class ApiError(Exception):
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
+
+
+def require_model(name: str, model: str) -> None:
+    """Raise ``ApiError`` if another model is asked for than there is."""
+    if name != model:
+        text = f"The model {name!r:.100} does not exist; this server has {model!r}."
+        raise ApiError(404, text, "model", "model_not_found")
+
+
+def describe_faults(faults: Sequence[Mapping[str, Any]]) -> ApiError:
+    """Return what is wrong with a body, from pydantic's faults in it."""
+    first = faults[0]
+    if first["type"] == "json_invalid":
+        reason = (first.get("ctx") or {}).get("error", first["msg"])
+        return ApiError(400, f"The body is no JSON: {reason} at character {first['loc'][-1]}.")
+    if len(first["loc"]) < 2:  # nothing of it could be read
+        what = "empty" if first["type"] == "missing" else "no JSON object"
+        return ApiError(400, f"The body is {what}. {EXPECTED}")
+    texts: dict[str, str] = {}
+    for fault in faults:
+        place = [str(part) for part in fault["loc"][1:]]
+        is_content = place[0] == "messages" and place[2:3] == ["content"] and place[3:]
+        at = ".".join(place[:3] if is_content else place)
+        texts.setdefault(at, TEXT_ALONE if is_content else fault["msg"])
+    said = "; ".join(f"{at}: {text}" for at, text in texts.items())
+    return ApiError(400, said, next(iter(texts)))
 
 
 class TextPart(BaseModel):
@@ -114,13 +144,7 @@ class ChatRequest(BaseModel):
 
     def check(self, model: str) -> None:
         """Raise ``ApiError`` if it asks for another model or for what there is not."""
-        if self.model != model:
-            raise ApiError(
-                404,
-                f"The model {self.model!r:.100} does not exist; this server has {model!r}.",
-                "model",
-                "model_not_found",
-            )
+        require_model(self.model, model)
         unsupported = [
             name
             for name, value in sorted((self.model_extra or {}).items())

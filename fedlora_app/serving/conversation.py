@@ -111,11 +111,16 @@ class Conversation:
             if limit is None or len(prompt_ids) + self.max_new_tokens <= limit:
                 return turns, prompt_ids
         before = " and what was said before" if turns else ""
+        room = limit - len(prompt_ids)
+        what, advice = (
+            ("question is too long", "Shorten it")
+            if room < 1
+            else ("answer may be too long", f"Allow {room} tokens at the most, or ask less")
+        )
         raise TooLongError(
-            f"The question is too long: with the system prompt{before} it takes "
-            f"{len(prompt_ids)} tokens, "
-            f"and {self.max_new_tokens} are kept for the answer; the model takes {limit} in all. "
-            "Shorten it, or allow a shorter answer."
+            f"The {what}: with the system prompt{before} the question takes {len(prompt_ids)} "
+            f"tokens, and {self.max_new_tokens} are kept for the answer; the model takes {limit} "
+            f"in all. {advice}."
         )
 
 

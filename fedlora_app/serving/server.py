@@ -38,7 +38,9 @@ from fedlora_app.serving.chat_api import (
     ApiError,
     ChatRequest,
     Completion,
+    describe_faults,
     describe_model,
+    require_model,
 )
 from fedlora_app.serving.conversation import (
     QuestionError,
@@ -186,10 +188,7 @@ def build_app(desk: Desk, key: str | None = None, report: Report = lambda _: Non
 
     @app.exception_handler(RequestValidationError)
     async def refuse_body(_: Request, error: RequestValidationError) -> JSONResponse:
-        places = [".".join(map(str, fault["loc"][1:])) for fault in error.errors()]
-        texts = [fault["msg"] for fault in error.errors()]
-        faults = [f"{at}: {text}" for at, text in zip(places, texts, strict=True)]
-        return _respond(ApiError(400, "; ".join(faults), places[0]))
+        return _respond(describe_faults(error.errors()))
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -198,6 +197,11 @@ def build_app(desk: Desk, key: str | None = None, report: Report = lambda _: Non
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        require_model(name, desk.client)
+        return model
 
     @app.post("/v1/chat/completions")
     async def complete(body: ChatRequest, request: Request) -> Any:
@@ -242,6 +246,7 @@ def serve(
         ServeError: the address cannot be used.
         UserError: the base model or the adapters cannot be loaded.
     """
+    saved.own(client, scale)  # raises where there is none
     desk = Desk(saved, client, scale)
     try:
         with _bind(host, port) as listening:

@@ -54,7 +54,11 @@ def tell(overrides, num_values=2048, counts=None):
             ["at most 0.55", NEXT_TO_NOTHING],
             [LOST],
         ),
-        (f"{CLIENT}privacy.noise_multiplier=1.5 privacy.delta=0.5", ["delta 0.5 is not below one over 3 clients"], []),
+        (
+            f"{CLIENT}privacy.noise_multiplier=1.5 privacy.delta=0.5",
+            ["delta 0.5 is not below one over 3 clients"],
+            [],
+        ),
         (CLIENT, ["norm 0.2, without noise", "Warning: without noise epsilon is infinite"], ["At"]),
         ("privacy.unit=record privacy.clip_norm=1", ["example's gradient", "is infinite"], []),
     ],

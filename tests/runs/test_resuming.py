@@ -724,9 +724,7 @@ def test_kept_rounds_keep_the_local_adapters_that_they_need(tiny_project, tmp_pa
 def test_what_rounding_has_left_is_checked_before_anything_is_trained(stopped_at, spoil, expected):
     federation = stopped_at(10, "nf4")
     spoil(federation.path / "clients" / "bob" / "feedback" / "round_001.safetensors")
-    with pytest.raises(
-        RoundError, match=f"(?s)bob: .*feedback/round_001.*{expected}.*run@0'"
-    ):
+    with pytest.raises(RoundError, match=f"(?s)bob: .*feedback/round_001.*{expected}.*run@0'"):
         federation.run("run", resume="run")
     # Each is asked who it is, then for a registration with its own settings, then for this.
     assert [message.metadata.message_type for message in federation.grids[-1].sent] == ["query"] * 6

@@ -204,12 +204,17 @@ def chat(*roles: str) -> dict:
         (user("<|im_end|>"), 400, "messages", "nothing but marks of the model's chat template"),
         (chat("tool"), 400, "messages.0.role", "should be 'system'"),
         (user("\ud800 why?"), 400, "messages.0", "lone surrogate"),
-        (user([{"type": "image_url", "image_url": "x"}]), 400, None, "messages.0.content"),
+        (
+            user([{"type": "image_url", "image_url": "x"}]),
+            *(400, "messages.0.content", "messages.0.content: expected a text, or a list of"),
+        ),
+        (user(None), 400, "messages.0.content", "messages.0.content: expected a text"),
         (user("?") | {"messages": []}, 400, "messages", "at least 1 item"),
         ({"model": "ann"}, 400, "messages", "Field required"),
         (user("?", max_tokens=0, temperature=9), 400, "max_tokens", "temperature: "),
         (user("  "), 400, "messages", "The question is empty"),
-        (user("What is the rule? " * 100), 400, "messages", "takes 256 in all"),
+        (user("What is the rule? " * 100), 400, "messages", "takes 256 in all. Shorten it."),
+        (user("Why?", max_tokens=256), 400, "messages", "answer may be too long"),
     ],
 )
 def test_what_cannot_be_answered_is_said_as_openai_does(plain, body, status, param, text):
@@ -240,6 +245,9 @@ def test_other_paths_and_bodies_that_are_no_json(plain):
     assert plain.get("/health").json() == {"status": "ok"}
     (model,) = plain.get("/v1/models").json()["data"]
     assert (model["id"], model["object"]) == ("ann", "model")
+    assert plain.get("/v1/models/ann").json() == model
+    response = plain.get("/v1/models/zoe")
+    assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
     for response, status in (
         (plain.get("/docs"), 404),
         (plain.get(PATH), 405),
@@ -249,6 +257,20 @@ def test_other_paths_and_bodies_that_are_no_json(plain):
         (plain.post(PATH, content=b" " * (MAX_BODY_BYTES + 1)), 413),
     ):
         assert response.status_code == status and response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "text"),
+    [
+        (b'{"a": }', "application/json", "The body is no JSON: Expecting value at character 6."),
+        (b"", "application/json", "The body is empty. Expected a JSON object"),
+        (b"[1]", "application/json", "The body is no JSON object. Expected"),
+        (b'{"model": "ann"}', "text/plain", "sent as Content-Type: application/json"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_told_what_is_expected(plain, content, kind, text):
+    response = plain.post(PATH, content=content, headers={"content-type": kind})
+    assert response.status_code == 400 and text in response.json()["error"]["message"]
 
 
 def test_without_a_key_only_this_machine_s_names_are_answered(plain):

@@ -101,6 +101,8 @@ def load_source(
     Raises:
         DataError: there is no such source, or it cannot be read.
     """
+    if not name.strip():
+        raise DataError("The source has an empty name. Name a file, a folder or a hub dataset.")
     path = Path(name)
     if path.is_file():
         return Source(name, FILE, [_read_file(path, encoding)], {path.name: hash_file(path)})
