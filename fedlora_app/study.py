@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from fedlora_app.config.combination import Combination
-from fedlora_app.config.loading import join_overrides, load_config
+from fedlora_app.config.faults import describe_faults, list_faults
+from fedlora_app.config.loading import join_overrides, load_config, read_yaml
 from fedlora_app.config.sameness import gives_the_same
 from fedlora_app.config.schema import SAFE_NAME, Config, ConfigError, Section
 from fedlora_app.data.client_files import ClientFiles, load_all_files
@@ -45,6 +45,7 @@ from fedlora_app.evaluation.statistics import Estimate, average_estimates, over_
 from fedlora_app.foundation.files import write_atomically, write_json
 from fedlora_app.foundation.percent import PLUS_MINUS, format_percent
 from fedlora_app.foundation.project import find_project_root
+from fedlora_app.foundation.terminal import shell
 from fedlora_app.launch import RunFailedError, run_with_flower
 from fedlora_app.model.base import release_base_model
 from fedlora_app.report.page import REPORT_FILE, write_comparison, write_report
@@ -109,16 +110,16 @@ def load_study(path: Path) -> StudyConfig:
     Raises:
         ConfigError: with all of its faults.
     """
+    raw = read_yaml(path)
+    if isinstance(raw, dict) and not raw.keys() & {"config", "seeds", "variants"}:
+        raise ConfigError(
+            f"{path} is no study: it has none of config, seeds and variants. An experiment is run "
+            f"by: fedlora train {shell(path)}"
+        )
     try:
-        return StudyConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+        return StudyConfig.model_validate(raw)
     except ValidationError as error:
-        faults = (f"  {'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors())
-        listing = "\n".join(faults)
-        raise ConfigError(f"{path} is not a study:\n{listing}") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
+        raise ConfigError(list_faults(str(path), *describe_faults(error, StudyConfig))) from None
 
 
 def run_study(study: StudyConfig, root: Path, output_dir: Path, report: Report) -> str:

@@ -113,7 +113,7 @@ def test_of_latest_it_is_said_which_run_that_is(fedlora, project, unrendered, co
     [
         (["evaluate", "no-such-run"], "There is no run no-such-run"),
         (["check", "conf/no-such.yaml"], "does not exist"),
-        (["study", "conf/no-such.yaml"], "cannot be read"),
+        (["study", "conf/no-such.yaml"], "does not exist"),
     ],
 )
 def test_what_the_user_can_fix_ends_in_one_message_and_status_2(fedlora, arguments, message):

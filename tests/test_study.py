@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import build_tiny_config
+from conftest import ROOT, build_tiny_config
 from loopback import Federation
 
 from fedlora_app.config.schema import ConfigError
@@ -32,6 +32,12 @@ def test_a_variant_is_evaluated_as_the_study_says(tiny_project, tmp_path):
     }
     assert run_study(study, tiny_project, tmp_path, lambda *_: None) == text
     assert changed == {path: path.stat().st_mtime_ns for path in changed}
+
+
+def test_an_experiment_is_no_study():
+    path = ROOT / "conf" / "demo.yaml"
+    with pytest.raises(ConfigError, match=f"run by: fedlora train {path}"):
+        load_study(path)
 
 
 def test_a_combination_of_no_variant_is_refused(tmp_path):

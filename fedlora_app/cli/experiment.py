@@ -51,6 +51,7 @@ def check(
     if plant is None and (client or into != "both"):
         raise typer.BadParameter("--client and --into need --plant.")
     _look_at_nothing_remote()
+    from fedlora_app.config.idle import describe_idle
     from fedlora_app.config.loading import load_config
     from fedlora_app.data.linter import describe_findings
     from fedlora_app.preflight import inspect_experiment
@@ -71,6 +72,7 @@ def check(
             c: (len(f.universal.records), len(f.local.records)) for c, f in found.files.items()
         }
         for line in (
+            *describe_idle(experiment),
             *describe_decay(experiment, counts),
             *describe_long_phases(experiment, counts),
         ):

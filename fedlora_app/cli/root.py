@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="fedlora",
+    suggest_commands=False,  # click does, and would so twice
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,

@@ -9,6 +9,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from fedlora_app.foundation.errors import name_kind
+
 MAX_FAULTS_SHOWN = 50
 MAX_SHOWN_CHARS = 100
 
@@ -62,7 +64,7 @@ def show(value: Any) -> str:
         return f"{value[:MAX_SHOWN_CHARS]!r}... of {len(value)} characters"
     if isinstance(value, str | int | float | date | None):
         return repr(value)
-    return f"a {type(value).__name__}"
+    return name_kind(value)
 
 
 def shorten(path: str) -> str:

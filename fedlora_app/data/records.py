@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedlora_app.foundation.errors import UserError
+from fedlora_app.foundation.errors import UserError, name_kind
 
 KEYWORD_SUFFIX = "_keywords"
 MAX_FAULTS_SHOWN = 20
@@ -124,7 +124,7 @@ def _load(path: Path, parse: Callable[[dict[str, Any]], T], skip_invalid: bool) 
     for number, raw in enumerate(raw_records, start=1):
         try:
             if not isinstance(raw, dict):
-                raise ValueError(f"is a {type(raw).__name__} and not an object.")
+                raise ValueError(f"is {name_kind(raw)} and not an object.")
             refuse_repeated_keys(raw, FIELDS)
             records.append(parse(raw))
             ignored.update(name for name in IGNORED if raw.get(name))
@@ -329,7 +329,7 @@ def _text(raw: dict[str, Any], key: str, required: bool = False) -> str:
     if value is None and not required:
         return ""
     if not isinstance(value, str):
-        found = "is missing" if value is None else f"is a {type(value).__name__}"
+        found = "is missing" if value is None else f"is {name_kind(value)}"
         raise ValueError(f'"{key}" {found}. Expected a string.')
     if required and not value.strip():
         raise ValueError(f'"{key}" is empty. Expected non-empty text.')
@@ -362,5 +362,5 @@ def _texts(raw: dict[str, Any], key: str, shown: str = "") -> tuple[str, ...]:
 def _mapping(raw: dict[str, Any], key: str) -> dict[str, Any]:
     value = raw.get(key) or {}
     if not isinstance(value, dict):
-        raise ValueError(f'"{key}" is a {type(value).__name__}. Expected an object.')
+        raise ValueError(f'"{key}" is {name_kind(value)}. Expected an object.')
     return value

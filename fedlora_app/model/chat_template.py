@@ -16,6 +16,8 @@ import time
 from functools import lru_cache
 from typing import Any
 
+from fedlora_app.foundation.errors import name_kind
+
 MAX_TEMPLATE_CHARS = 100_000
 MAX_PROMPT_CHARS = 100_000
 TRIAL_CPU_SECONDS = 3
@@ -33,7 +35,7 @@ DIALOGUE = (
 def find_template_fault(template: Any, special_tokens: dict[str, Any]) -> str | None:
     """Return what forbids the use of a chat template, None if nothing does."""
     if not isinstance(template, str):
-        return f"is a {type(template).__name__} and no text"
+        return f"is {name_kind(template)} and no text"
     if len(template) > MAX_TEMPLATE_CHARS:
         return f"has {len(template)} characters; at most {MAX_TEMPLATE_CHARS} are read"
     return _try_apart(template, json.dumps(special_tokens, default=str, sort_keys=True))

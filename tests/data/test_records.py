@@ -52,8 +52,8 @@ def test_every_invalid_record_is_named_with_its_field(tmp_path):
     assert "4 of 5 records are invalid" in text
     assert 'record 2: "output" is empty' in text
     assert 'record 3: "output" is missing' in text
-    assert "record 4: is a int and not an object" in text
-    assert 'record 5: "input" is a int' in text
+    assert "record 4: is a number and not an object" in text
+    assert 'record 5: "input" is a number' in text
     assert "data.skip_invalid: true" in text
     skipped = load_records(path, skip_invalid=True)
     assert (len(skipped.records), skipped.num_skipped) == (1, 4)

@@ -47,7 +47,7 @@ def change_json(path: Path, **changes) -> None:
             marks=pytest.mark.slow,
         ),
         (SAY + "{#" + "x" * MAX_TEMPLATE_CHARS + "#}", f"at most {MAX_TEMPLATE_CHARS}"),
-        ({"a": SAY}, "is a dict and no text"),
+        ({"a": SAY}, "is an object and no text"),
     ],
     ids=range(12),
 )

@@ -25,6 +25,7 @@ from fedlora_app.data.importing.shapes import (
 from fedlora_app.data.importing.source import NO_CELL, Source, suggest
 from fedlora_app.data.records import DataError, format_question, parse_record, refuse_repeated_keys
 from fedlora_app.data.similarity import normalise_question
+from fedlora_app.foundation.errors import name_kind
 
 Report = Callable[[str, int, int], None]
 
@@ -190,7 +191,7 @@ def _build_records(row: Any, settings: ImportSettings, shape: Shape) -> list[Imp
         ValueError: what is wrong with the row.
     """
     if not isinstance(row, dict):
-        raise ValueError(f"is a {type(row).__name__} and not an object.")
+        raise ValueError(f"is {name_kind(row)} and not an object.")
     if None in row:
         raise ValueError(f"has {len(row[None])} cells more than the header.")
     if NO_CELL in row.values():
@@ -242,7 +243,7 @@ def _read_name(row: dict[str, Any], column: str | None) -> str:
     """Return a client or a label as text; a whole number without the ".0" of its column."""
     value = row.get(column) if column is not None else None
     if isinstance(value, list | dict | bytes):
-        raise ValueError(f'"{column}" is a {type(value).__name__}. Expected text.')
+        raise ValueError(f'"{column}" is {name_kind(value)}. Expected text.')
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return (_to_text(value) or "").strip()

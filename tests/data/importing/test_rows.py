@@ -69,7 +69,7 @@ def test_missing_columns_are_listed_with_suggestions():
         (row(distractors=[1]), '"distractors" is not a list of non-empty strings'),
         (row(extra={1, 2}), '"extra" is no JSON'),
         ({None: ["a", "b"], **row()}, "has 2 cells more than the header"),
-        ("text", "is a str and not an object"),
+        ("text", "is a string and not an object"),
     ],
 )
 def test_invalid_rows_are_faults_or_dropped_and_counted(bad, message):
