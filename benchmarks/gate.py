@@ -37,7 +37,8 @@ from fedlora_app.demo.civic import (
     UNIVERSAL_TOPICS,
     Attribute,
 )
-from fedlora_app.evaluation.gate import FactFeatures, Features, separate
+from fedlora_app.evaluation.gate import Features
+from fedlora_app.evaluation.gate_fit import FactFeatures, separate
 from fedlora_app.evaluation.prompt_features import compute_features
 from fedlora_app.model.adapters import attach_adapters
 from fedlora_app.model.base import LoadedModel, load_base_model

@@ -26,7 +26,8 @@ from fedlora_app.evaluation.fitted_files import (
     save_fitted,
     tensors_file,
 )
-from fedlora_app.evaluation.gate import Gate, GateFigures, fit_gate
+from fedlora_app.evaluation.gate import Gate, GateFigures
+from fedlora_app.evaluation.gate_fit import fit_gate
 from fedlora_app.evaluation.prompt_features import DESCRIPTION
 from fedlora_app.foundation.files import make_private_dir, replace_folder
 from fedlora_app.model.adapters import AdaptedModel

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedlora_app.evaluation.foreign_tokens import TokenCounts, choose_threshold
-from fedlora_app.evaluation.gate import FactFeatures, separate
+from fedlora_app.evaluation.gate_fit import FactFeatures, separate
 
 CAPITAL, COINS, PERU, SPAIN, THE = range(5)
 FACTS = [

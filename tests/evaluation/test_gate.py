@@ -18,13 +18,12 @@ from fedlora_app.data.client_files import build_question_sets
 from fedlora_app.data.dialogue import encode_prompt
 from fedlora_app.data.records import DataError, Record
 from fedlora_app.demo.civic import DOCUMENT, DURATION, FEE, OFFICE
-from fedlora_app.evaluation import gate as gate_module
-from fedlora_app.evaluation import memory
+from fedlora_app.evaluation import gate_fit, memory
 from fedlora_app.evaluation.answering import OPEN_ABOVE, Answering
 from fedlora_app.evaluation.choices import Cell, Evaluator, open_round, open_store
 from fedlora_app.evaluation.feature_space import Space
-from fedlora_app.evaluation.gate import FactFeatures, choose_wordings, fit_gate, separate
 from fedlora_app.evaluation.gate_files import ABOUT_FILE, TENSORS_FILE, load_gate, save_gate
+from fedlora_app.evaluation.gate_fit import FactFeatures, choose_wordings, fit_gate, separate
 from fedlora_app.evaluation.gate_report import describe_gate
 from fedlora_app.evaluation.names import EXACT_MATCH, PMI
 from fedlora_app.evaluation.prompt_features import compute_features
@@ -144,7 +143,7 @@ def test_it_is_the_same_gate_however_many_facts_are_compared_at_once(monkeypatch
         for noise in torch.randn(1, 2, 1 + number % 4, 8, generator=generator).double()
     ]
     expected = separate(facts, by_fact)
-    monkeypatch.setattr(gate_module, "FACTS_AT_ONCE", 2)
+    monkeypatch.setattr(gate_fit, "FACTS_AT_ONCE", 2)
     found = separate(facts, by_fact)
     assert found.figures == expected.figures
     torch.testing.assert_close(found.coefficients, expected.coefficients, rtol=1e-3, atol=1e-3)
