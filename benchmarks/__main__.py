@@ -277,7 +277,7 @@ def gpu(
 @app.command("all")
 def all_(
     with_long: Annotated[
-        bool, typer.Option(help="Also the run over 200 rounds, some ten minutes.")
+        bool, typer.Option(help="Also the run over 200 rounds, some four minutes.")
     ] = False,
 ) -> None:
     """Everything that suits this machine, each in a fresh process; about 45 minutes."""

@@ -31,7 +31,7 @@ ClientColumn = Annotated[
 ]
 FactColumn = Annotated[
     str | None,
-    typer.Option(help="Says which rows are wordings of one fact; one of them is trained on."),
+    typer.Option(help="Says which rows are wordings of one fact; at least one is trained on."),
 ]
 Model = Annotated[
     str, typer.Option(help="Base model, a hub id or a folder. Default: by the device that is here.")
@@ -108,10 +108,10 @@ def import_(
     role: RoleName = "local",
     validation: Validation = 0.1,
     test: Test = 0.1,
-    instruction_column: str = "instruction",
-    input_column: str = "input",
-    output_column: str = "output",
-    messages_column: str = "messages",
+    instruction_column: Annotated[str, typer.Option(help="Of questions.")] = "instruction",
+    input_column: Annotated[str, typer.Option(help="Of what questions are about.")] = "input",
+    output_column: Annotated[str, typer.Option(help="Of answers.")] = "output",
+    messages_column: Annotated[str, typer.Option(help="Of whole conversations.")] = "messages",
     turns: TurnsName = "refuse",
     encoding: Encoding = "utf-8",
     keep: Keep = None,

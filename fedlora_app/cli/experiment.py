@@ -55,6 +55,7 @@ def check(
     from fedlora_app.config.loading import load_config
     from fedlora_app.data.linter import describe_findings
     from fedlora_app.preflight import inspect_experiment
+    from fedlora_app.runs.settings import require_federation
     from fedlora_app.training.decay import describe_decay
     from fedlora_app.training.selection import describe_long_phases
 
@@ -63,6 +64,7 @@ def check(
     if plant is not None and output is not None:
         path = _plant(experiment, root, output, plant, client or [], into, str(path))
         experiment = load_config(path)
+    require_federation(experiment)
     found = inspect_experiment(experiment, root)
     if as_json:
         typer.echo(json.dumps([vars(finding) for finding in found.findings], ensure_ascii=False))
@@ -115,7 +117,7 @@ def _plant(
 def plan(
     config: ConfigPath,
     gpu_memory: Annotated[
-        str, typer.Option(help="24GB or 7.5GiB. Default: this machine's GPU, or 24GB.")
+        str, typer.Option(help="24GB or 7.5GiB. Default: this machine's GPU, or its CPU.")
     ] = "",
     overrides: Annotated[str, typer.Option(help='As in run-config: "training.batch_size=2".')] = "",
     measure: Annotated[

@@ -91,7 +91,8 @@ def evaluate(
 ) -> None:
     """Run the evaluation protocol on a round of a run and write evaluation.json.
 
-    With another --combine than the run's own, evaluation_COMBINE.json.
+    With another --combine than the run's own it is evaluation_COMBINE.json, of another round than
+    the final one evaluation_round_NNN.json; the report stays as it is then.
     A stopped evaluation resumes where it was. Example: fedlora evaluate latest
     """
     from fedlora_app.evaluation.choices import open_round

@@ -60,7 +60,7 @@ def read_settings(run_config: dict[str, Any]) -> Settings:
     }
     if not run_config["resume"]:
         config = load_config(root / config_path, **changes)
-        _require_federation(config)
+        require_federation(config)
         require_trackers(config)
         name = check_run_name(str(run_config["run-name"] or default_run_name(config)))
         return Settings(config, root, name, output_dir)
@@ -73,7 +73,7 @@ def read_settings(run_config: dict[str, Any]) -> Settings:
     elif run_config["overrides"] or mode:  # of the run's own configuration
         given = change_config(resumption.saved.config, **changes)
         resumption = resumption.with_changes(given, num_rounds)
-    _require_federation(resumption.config)
+    require_federation(resumption.config)
     require_trackers(resumption.config)
     path = resumption.saved.path
     return Settings(resumption.config, root, path.name, str(path.parent), resumption)
@@ -86,7 +86,7 @@ def resolve_output_dir(root: Path, output_dir: str) -> Path:
     return (root / Path(output_dir).expanduser()).resolve()
 
 
-def _require_federation(config: Config) -> None:
+def require_federation(config: Config) -> None:
     """Raise where a run has no server, and nothing that Flower could run."""
     if config.federated.mode == "adapted":
         raise ConfigError(
