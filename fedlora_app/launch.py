@@ -9,13 +9,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,8 +47,7 @@ def run_with_flower(
 ) -> None:
     """Run the project with Flower and wait for the end.
 
-    Ctrl-C or SIGTERM stops the run, which would continue without us: both are a
-    ``KeyboardInterrupt`` to the caller.
+    A ``KeyboardInterrupt`` stops the run, which would continue without us.
 
     Args:
         run_config: by Flower's keys; what is left out or empty stays as pyproject.toml has it.
@@ -69,13 +65,12 @@ def run_with_flower(
     run_id = str(_call_flower(command, environment)["run-id"])
     log = LogReader(say)
     try:
-        with _interrupted_by_sigterm():
-            while True:
-                status = _await_status(run_id, environment)  # before the log, then whole at its end
-                _follow(log, run_id, environment)
-                if status.startswith("finished"):
-                    break
-                time.sleep(POLL_SECONDS)
+        while True:
+            status = _await_status(run_id, environment)  # before the log, then whole at its end
+            _follow(log, run_id, environment)
+            if status.startswith("finished"):
+                break
+            time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         _stop(run_id, environment)
         raise
@@ -83,19 +78,6 @@ def run_with_flower(
     if status != "finished:completed":
         end = "was stopped" if status.endswith("stopped") else "failed; its log is above"
         raise RunFailedError(error or f"The run {end}.")
-
-
-@contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """Have SIGTERM in the block, which ``kill`` and batch systems send, do what Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # where no signal arrives
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class LogReader:

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -276,6 +277,7 @@ def fedlora(capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["fedlora", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
             command.main()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which the command has as Ctrl-C
         out, err = capsys.readouterr()
         return stop.value.code or 0, out, err
 

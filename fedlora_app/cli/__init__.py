@@ -5,6 +5,7 @@ Exit status 0 only if it did what was asked; 2 for what the user can fix.
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -31,7 +32,11 @@ CONTINUED = {"evaluate", "study"}  # commands that resume where they stopped
 
 
 def main() -> None:
-    """Run the command; what the user can fix ends in one message and status 2."""
+    """Run the command; what the user can fix ends in one message and status 2.
+
+    SIGTERM, which ``kill`` and batch systems send, does what Ctrl-C does.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     keep_files_private()
     if note := describe_other_checkout(Path.cwd()):
         typer.echo(note, err=True)
