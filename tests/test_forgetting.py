@@ -238,6 +238,16 @@ def test_what_cannot_be_taken_back_is_refused(copy, change, message):
         configure_without(load_run(copy), "ann")
 
 
+def test_without_validation_questions_the_last_round_is_the_result(copy, tiny_project):
+    def validate(raw):
+        raw["federated"]["final"], raw["evaluation"]["interval"] = "best", 1
+        raw["federated"]["clients"][0]["local_validation"] = "ann_local.json"
+
+    edit(copy / "config.json", validate)
+    assert configure_without(load_run(copy), "bob").federated.final == "best"
+    assert configure_without(load_run(copy), "ann").federated.final == "last"
+
+
 def test_who_is_nobody_or_alone_and_a_run_that_goes_on_are_refused(copy):
     with pytest.raises(ConfigError, match='No client is called "dora"'):
         configure_without(load_run(copy), "dora")

@@ -10,19 +10,26 @@ from fedlora_app.config.private import is_bare
 SETS = ("universal_validation", "conflict_validation")
 
 
+def has_validation(raw: Mapping[str, Any]) -> bool:
+    """Return whether there are validation questions, or may be some at a client's own place."""
+    federated, data = (
+        raw[name] if isinstance(raw.get(name), Mapping) else {} for name in ("federated", "data")
+    )
+    clients = federated.get("clients")
+    clients = [c for c in clients if isinstance(c, Mapping)] if isinstance(clients, list) else []
+    has_own = any(c.get("local_validation") is not None or is_bare(c) for c in clients)
+    return has_own or any(data.get(name) is not None for name in SETS)
+
+
 def find_final_faults(raw: Mapping[str, Any]) -> Iterator[str]:
     """Find what ``federated.final: best`` cannot be had with."""
-    federated, training, data, evaluation = (
+    federated, training, evaluation = (
         raw[name] if isinstance(raw.get(name), Mapping) else {}
-        for name in ("federated", "training", "data", "evaluation")
+        for name in ("federated", "training", "evaluation")
     )
     if federated.get("final") != "best":
         return
-    clients = federated.get("clients")
-    clients = [c for c in clients if isinstance(c, Mapping)] if isinstance(clients, list) else []
-    # A client whose own file is elsewhere may have some there.
-    has_own = any(c.get("local_validation") is not None or is_bare(c) for c in clients)
-    if not has_own and all(data.get(name) is None for name in SETS):
+    if not has_validation(raw):
         yield (
             "federated.final: best is chosen on validation questions, and there are none. Name a "
             "file in data.universal_validation, data.conflict_validation or a client's "

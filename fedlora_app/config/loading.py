@@ -230,6 +230,12 @@ def _protection_faults(raw: dict[str, Any]) -> Iterator[str]:
             "training.local_kept_share: training.local_weight_decay is set too, and each says what "
             "the other one is. Set one of them to null, or leave it out."
         )
+    if training.get("local_kl_weight") and training.get("local_mixing_weight") is not None:
+        yield (
+            "training.local_kl_weight: it holds the pair near the global adapter as it answers "
+            "alone, which with training.local_mixing_weight counts only in part where the local "
+            "one learns. Set one of them to 0 or null."
+        )
     has_kl, has_public = bool(training.get("local_kl_weight")), data.get("public") is not None
     if has_kl and training.get("replay") == 0 and not has_public:
         yield (

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 from fractions import Fraction
-from math import lcm
+from math import gcd, lcm
 
 from fedlora_app.config.schema import Config
 from fedlora_app.foundation.seeds import derive_seed
+
+LARGEST_WEIGHT = 10**6
+"""Of an update, where weights are given."""
 
 
 def members(config: Config, server_round: int) -> list[str]:
@@ -52,4 +55,10 @@ def weigh(config: Config, client_id: str, num_examples: int) -> int:
         return 1
     # As they are written: 0.3 is three tenths.
     weights = {client.id: Fraction(repr(client.weight)) for client in config.federated.clients}
-    return int(weights[client_id] * lcm(*(weight.denominator for weight in weights.values())))
+    unit = Fraction(
+        gcd(*(weight.numerator for weight in weights.values())),
+        lcm(*(weight.denominator for weight in weights.values())),
+    )
+    # Of very many digits as many as the sum of the updates has room for.
+    unit = max(unit, max(weights.values()) / LARGEST_WEIGHT)
+    return max(1, round(weights[client_id] / unit))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedlora_app.config.final_round import has_validation
 from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import AVERAGING_MODES, Config
 from fedlora_app.config.sharing import PERSONAL
@@ -69,5 +70,7 @@ def configure_without(run: SavedRun, client: str) -> Config:
     if protects_clients(run.config):  # its noise is what it was, whoever is left
         multiplier = noise_multiplier_for(run.config)
         raw["privacy"] |= {"epsilon": None, "noise_multiplier": multiplier}
+    if not has_validation(raw):  # the round that was chosen stands in the manifest
+        raw["federated"]["final"] = "last"
     raw["data"]["conflict_clients"] = [*run.config.data.conflict_clients, client]
     return parse_config(raw, source=f"Without {client} the configuration of {path}")

@@ -126,7 +126,10 @@ def load_tensors(
     Raises:
         AdapterError: the file is missing, damaged or belongs to something else.
     """
-    largest = _largest_file(shapes) if shapes is not None else path.stat().st_size
+    if shapes is not None:
+        largest = _largest_file(shapes)
+    else:  # what is not there is said below
+        largest = path.stat().st_size if path.is_file() else 0
     content = _read_adapter_file(path, largest, within, expected)
     _require_hash(path, content, sha256)
     _, state = _parse_weights(content, path)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from fedlora_app.config.participation import training_clients
 from fedlora_app.config.rounds import Phase, plan_round
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config, TrainingConfig
+from fedlora_app.config.sharing import learning_factors
 from fedlora_app.data.client_files import ClientExamples
 from fedlora_app.data.tokens import Example
 from fedlora_app.foundation.seeds import derive_seed
@@ -90,8 +91,9 @@ def take_part(
     """Return the examples that a phase gets to in this round.
 
     All, unless training.max_steps is too small for that. Then each round takes up where the last
-    one stopped, in an order of the whole run, so that all are seen in turn. Replayed and public
-    ones, which every round draws anew, have their share of the steps.
+    one stopped, in an order of the whole run, so that all are seen in turn; where factors of the
+    global adapter learn in turn, by each of them. Replayed and public ones, which every round draws
+    anew, have their share of the steps.
     """
     examples, room = selected.examples, selected.num_steps * examples_per_step(config.training)
     if room >= len(examples):
@@ -104,9 +106,17 @@ def take_part(
     num_replayed = round(room * len(replayed) / (len(fixed) + len(replayed)))
     size = min(max(room - num_replayed, 1), len(fixed))
     random.Random(derive_seed(config.experiment.seed, "part", phase.name, client_id)).shuffle(fixed)
-    start = (server_round - 1) * size
+    start = _count_turns(config, phase, server_round) * size
     part = [fixed[(start + offset) % len(fixed)] for offset in range(size)]
     return part + replayed[: room - size] + public
+
+
+def _count_turns(config: Config, phase: Phase, server_round: int) -> int:
+    """Return in how many earlier rounds the same learnt."""
+    earlier = range(1, server_round)
+    if GLOBAL not in phase.trainable:
+        return len(earlier)
+    return sum(learning_factors(config, number) == phase.factors for number in earlier)
 
 
 def count_phase_steps(config: Config, num_universal: int, num_local: int, phase: Phase) -> int:

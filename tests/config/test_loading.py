@@ -204,6 +204,9 @@ def test_the_dump_reads_back_equal():
 
 
 def test_a_penalty_that_could_not_act_is_a_fault():
+    weighed = {"local_kl_weight": 1.0, "replay": 0.5, "local_mixing_weight": 0.5}
+    with pytest.raises(ConfigError, match="local_kl_weight: it holds the pair near the global"):
+        parse_config({"training": weighed, "federated": ONE_CLIENT})
     raw = {"training": {"local_kl_weight": 1.0, "replay": 0}, "federated": ONE_CLIENT}
     with pytest.raises(ConfigError, match="local_kl_weight: it acts on replayed records"):
         parse_config(raw)

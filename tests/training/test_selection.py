@@ -201,6 +201,22 @@ def test_limited_rounds_go_on_where_the_last_one_stopped():
     assert parts[0] != sorted(parts[0]), "the order is not the file's"
 
 
+def test_factors_that_learn_in_turn_see_the_same_examples():
+    tokens = ClientExamples(TokenizedFile(number(10), 0, 0), TokenizedFile(number(4), 0, 0))
+    federated = {"num_rounds": 8, "aggregation": "alternate"}
+    config = build_tiny_config(federated=federated, training={"max_steps": 2, "batch_size": 2})
+    seen = {("A",): [], ("B",): []}
+    for server_round in range(1, 9):
+        phase = plan_round(config, server_round).train
+        selected = select_phase(config, "ann", phase, server_round, lambda owner: tokens)
+        part = take_part(selected, config, "ann", phase, server_round)
+        seen[tuple(f.removeprefix("lora_") for f in phase.factors)].append(
+            [example.input_ids[0] for example in part]
+        )
+    first, second = seen.values()
+    assert first == second and {n for part in first for n in part} == set(range(10))
+
+
 def test_replayed_examples_keep_their_share_and_are_drawn_anew_in_every_round():
     parts = parts_of_rounds("local", max_steps=6)  # 12 of 20 local and 10 replayed ones
     replayed = [[n for n in part if n < 100] for part in parts]
