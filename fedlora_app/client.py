@@ -213,6 +213,7 @@ class Client:
         """
         phase = plan_round(self.config, server_round).train
         assert phase is not None, "this mode has nothing to train before the average"
+        self.folder.remove_before()
         loaded, model = self._prepare(global_state, kept)
         start = get_state(model, GLOBAL)
         result = self._run_phase(loaded, model, phase, server_round)
@@ -253,6 +254,7 @@ class Client:
         """
         plan = plan_round(self.config, server_round)
         loaded, model = self._prepare(global_state, kept)
+        self.folder.keep_before(server_round, {role: of.sha256 for role, of in kept.items()})
         is_final = server_round == self.config.federated.num_rounds
         self.folder.remove_final()
         metrics: Metrics = {}

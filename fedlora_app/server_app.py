@@ -14,6 +14,7 @@ from pathlib import Path
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
+from fedlora_app.config.participation import list_members
 from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.deployment.coordinator import find_owners
 from fedlora_app.deployment.record import record
@@ -84,9 +85,10 @@ def main(grid: Grid, context: Context) -> None:
             require_usable_environment()
             config.require_clients()
         task = build_registration(settings)
-        taken_part = [] if resumption is None else run.manifest["clients"]
+        to_come = list_members(config, 0 if after is None else after + 1)
+        taken_part = set() if resumption is None else to_come & run.manifest["clients"].keys()
         registrations = register_clients(
-            paced, config, task, context.run_config, faults, taken_part
+            paced, config, task, context.run_config, faults, to_come, taken_part
         )
         paced.names |= {node: client for client, (node, _) in registrations.items()}
         for client, (node, _) in sorted(registrations.items()):

@@ -14,11 +14,12 @@ import torch
 from conftest import ALIKE, build_tiny_config
 from flwr.app import Array, Error, Message, RecordDict
 from flwr.common.serde import recorddict_to_proto
-from loopback import Federation
+from loopback import Federation, LoopbackGrid
 from observation import find_windows
 from safetensors.torch import load_file
 
 from fedlora_app import client as client_module
+from fedlora_app import client_app
 from fedlora_app.client import Client
 from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import GLOBAL, LOCAL, ConfigError
@@ -1320,3 +1321,33 @@ def test_a_client_that_comes_back_as_another_node_is_asked_again(tiny_project, t
     output = capsys.readouterr().out
     assert "bob is back, as another node." in output
     assert "A new node cannot take part: Node 14 is ann, which is not missing." in output
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training": {"schedule": "joint"}},
+        {"federated": {"aggregation": "share-a"}},
+        {"training": {"schedule": "joint"}, "federated": {"aggregation": "share-b"}},
+    ],
+)
+def test_the_second_half_of_a_round_may_be_asked_for_twice(changes, tiny_project, tmp_path):
+    """A SuperNode that dies after the work and before the reply is sent the message once more."""
+    config = build_tiny_config(("ann", "bob", "cy"), **changes)
+    once = Federation(tiny_project, tmp_path / "once", config).run()
+    federation, grids = Federation(tiny_project, tmp_path / "twice", config), []
+
+    class Grid(LoopbackGrid):
+        def __init__(self, contexts):
+            super().__init__(contexts)
+            grids.append(self)
+
+    def repeat(message, reply):
+        if message.metadata.message_type != "evaluate":
+            return reply
+        return client_app.app(message, grids[-1].contexts[message.metadata.dst_node_id])
+
+    federation.grid_class = Grid
+    twice = federation.run(tamper=repeat)
+    rounds = [json.loads((run / "manifest.json").read_text())["rounds"] for run in (once, twice)]
+    assert [e["adapters"] for e in rounds[0]] == [e["adapters"] for e in rounds[1]]

@@ -26,6 +26,12 @@ def members(config: Config, server_round: int) -> list[str]:
     ]
 
 
+def list_members(config: Config, first_round: int) -> set[str]:
+    """Return the clients that take part in some round from this one on."""
+    rounds = range(first_round, config.federated.num_rounds + 1)
+    return {client for server_round in rounds for client in members(config, server_round)}
+
+
 def training_clients(config: Config, server_round: int) -> list[str]:
     """Return who trains before the average in a round: the first client alone where data is pooled.
 

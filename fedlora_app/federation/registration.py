@@ -46,6 +46,7 @@ def register_clients(
     task: Task,
     run_config: dict[str, Any],
     known_faults: Sequence[str] = (),
+    to_come: Collection[str] = (),
     taken_part: Collection[str] = (),
 ) -> dict[str, tuple[int, Reply]]:
     """Have every node register; return each client's node and report.
@@ -53,18 +54,20 @@ def register_clients(
     Args:
         known_faults: why the run cannot start whatever the clients say. Those who are there are
             asked all the same, so that everything is known at once; nobody is waited for.
-        taken_part: clients without which a run cannot resume.
+        to_come: clients that take part in some of the rounds to come, who are waited for; empty:
+            all.
+        taken_part: those of them without which a run cannot resume.
 
     Raises:
         ConfigError: too many or too few nodes, or two nodes that are one client.
         MessageError: with what the server and every client found wrong, together.
     """
-    num_clients = len(config.federated.clients)
-    is_complete = grid.is_simulation or len(set(grid.get_node_ids())) >= num_clients
+    to_come = set(to_come or config.client_ids)
+    is_complete = grid.is_simulation or len(set(grid.get_node_ids())) >= len(to_come)
     if known_faults and not is_complete:
         raise _refuse(known_faults)
     try:
-        node_ids = wait_for_nodes(grid, config, run_config)
+        node_ids = wait_for_nodes(grid, config, run_config, to_come)
     except ConfigError as error:
         raise ConfigError("\n".join([*known_faults, str(error)])) from None
     registered: dict[str, tuple[int, Reply]] = {}
@@ -81,7 +84,7 @@ def register_clients(
     # Simulated nodes share the server's disk, where all settings lie.
     of = config.client_ids if grid.is_simulation else []
     found, lost = _ask_who(grid, node_ids, task, config, accept, of)
-    if len(registered) < config.federated.required_clients:
+    if len(registered) < min(config.federated.required_clients, len(to_come)):
         found += lost
     else:
         for sentence in lost:  # a node that went is a client that is not there
@@ -93,7 +96,7 @@ def register_clients(
         raise _refuse(
             [f"{client}: it has taken part, and its SuperNode is not there." for client in gone]
         )
-    for client in sorted(set(config.client_ids) - set(registered)):
+    for client in sorted(to_come - set(registered)):
         print(f"{client} is not there, and is taken in as soon as it is.", flush=True)
     return registered
 
@@ -261,7 +264,9 @@ def collect_faults(
     return faults
 
 
-def wait_for_nodes(grid: PacedGrid, config: Config, run_config: dict[str, Any]) -> list[int]:
+def wait_for_nodes(
+    grid: PacedGrid, config: Config, run_config: dict[str, Any], to_come: Collection[str]
+) -> list[int]:
     """Return the nodes, waiting for SuperNodes to connect; a simulation has all it gets.
 
     With ``federated.min_clients`` and ``client_timeout_seconds`` the others are waited for until
@@ -269,7 +274,7 @@ def wait_for_nodes(grid: PacedGrid, config: Config, run_config: dict[str, Any]) 
     """
     simulated = grid.is_simulation
     num_clients = len(config.federated.clients)
-    required = config.federated.required_clients
+    required = min(config.federated.required_clients, len(to_come))
     patience = config.federated.client_timeout_seconds or math.inf
     started, reported = time.monotonic(), 0.0
     while True:
@@ -281,13 +286,13 @@ def wait_for_nodes(grid: PacedGrid, config: Config, run_config: dict[str, Any]) 
                 raise ConfigError(f"{text}Stop the SuperNodes that do not take part.")
             raise ConfigError(f"{text}Run:\n  {command_for(num_clients, run_config)}")
         is_late = time.monotonic() - started > patience
-        if len(node_ids) == num_clients or (len(node_ids) >= required and is_late):
+        if len(node_ids) >= len(to_come) or (len(node_ids) >= required and is_late):
             return node_ids
         if time.monotonic() - reported > CONNECT_REPORT_SECONDS:
             reported = time.monotonic()
             here = {grid.owners[node] for node in node_ids} if grid.owners is not None else set()
-            names = f" of {', '.join(sorted(set(config.client_ids) - here))}" if here else ""
-            number = num_clients - len(node_ids)
+            names = f" of {', '.join(sorted(set(to_come) - here))}" if here else ""
+            number = len(to_come) - len(node_ids)
             print(f"Waiting for {number} more SuperNodes{names}.", flush=True)
         time.sleep(1)
 

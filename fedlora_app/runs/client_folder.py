@@ -11,6 +11,7 @@ from pathlib import Path
 from fedlora_app.config.schema import GLOBAL, LOCAL, OWN_GLOBAL
 from fedlora_app.foundation.files import (
     WEIGHTS_FILE,
+    hash_file,
     make_private_dir,
     remove_partials,
     replace_folder,
@@ -23,6 +24,9 @@ from fedlora_app.runs.own_spending import OwnSpending
 from fedlora_app.runs.paths import RunPaths, list_rounds, require_within
 from fedlora_app.runs.received import ReceivedChanges
 from fedlora_app.runs.secret_key import read_or_make_key
+
+BEFORE = "before_"
+"""Begins the name of a round's adapter as it was before the second half of the round."""
 
 
 class LostGlobalError(AdapterError):
@@ -103,7 +107,31 @@ class ClientFolder:
         Raises:
             AdapterError: it is missing, damaged or another one.
         """
-        return self._load(model, LOCAL, self._local(local_round), sha256)
+        return self._load(model, LOCAL, _choose(self._local(local_round), sha256), sha256)
+
+    def keep_before(self, server_round: int, sha256: Mapping[str, str]) -> None:
+        """Keep a round's adapters as they are, which the round is about to train further.
+
+        A message that has to be sent once more finds what it began with.
+
+        Args:
+            sha256: by role, of what the message begins with.
+        """
+        for role, folder in (
+            (LOCAL, self._local(server_round)),
+            (OWN_GLOBAL, self._own_global(server_round)),
+        ):
+            weights = folder / WEIGHTS_FILE
+            if weights.is_file() and hash_file(weights) == sha256.get(role):
+                with replace_folder(_before(folder)) as partial:
+                    for name in (WEIGHTS_FILE, CONFIG_FILE):
+                        shutil.copyfile(folder / name, partial / name)
+
+    def remove_before(self) -> None:
+        """Remove what ``keep_before`` has kept: another round begins."""
+        for place in (self.path, self._own_global(0).parent):
+            for folder in place.glob(f"{BEFORE}*"):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def save_local(self, model: AdaptedModel, server_round: int) -> str:
         """Keep the model's local adapter as a round's; return its weights' sha256."""
@@ -117,7 +145,7 @@ class ClientFolder:
         Raises:
             AdapterError: it is missing, damaged or another one.
         """
-        return self._load(model, GLOBAL, self._own_global(server_round), sha256)
+        return self._load(model, GLOBAL, _choose(self._own_global(server_round), sha256), sha256)
 
     def save_own_global(
         self, model: AdaptedModel, state: AdapterState, server_round: int, *, is_final: bool
@@ -222,3 +250,14 @@ class ClientFolder:
     def _save(self, model: AdaptedModel, name: str, state: AdapterState, folder: Path) -> str:
         make_private_dir(folder.parent)
         return save_adapter(folder, model, name, state, self.base_name)
+
+
+def _before(folder: Path) -> Path:
+    return folder.with_name(f"{BEFORE}{folder.name}")
+
+
+def _choose(folder: Path, sha256: str) -> Path:
+    """Return where a round's adapter of this hash lies, as it is or as it was before."""
+    kept = _before(folder) / WEIGHTS_FILE
+    is_kept = sha256 and kept.is_file() and hash_file(kept) == sha256
+    return kept.parent if is_kept else folder

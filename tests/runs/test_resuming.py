@@ -16,6 +16,7 @@ from flwr.app import Error, Message, MessageType
 from full_disk import limit_files, no_larger_files_than
 from loopback import Federation
 
+from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import ConfigError
 from fedlora_app.evaluation.choices import open_round
 from fedlora_app.foundation import files as storage
@@ -759,3 +760,17 @@ def test_a_round_without_a_client_is_continued_from_what_that_client_has(tiny_pr
         e for e in json.loads((whole / "history.json").read_text()) if e["phase"] == "failure"
     ]
     assert [(e["round"], e["client"]) for e in failed] == [(1, "bob")]
+
+
+def test_a_client_that_has_left_need_not_be_there_again(tiny_project, tmp_path):
+    config = build_tiny_config(("ann", "bob", "cy"), federated={"num_rounds": 3})
+    raw = config.dump()
+    raw["federated"]["clients"][0]["last_round"] = 1  # ann, whose node is the first
+    config = parse_config(raw)
+    whole = Federation(tiny_project, tmp_path / "whole", config).run()
+    federation = Federation(tiny_project, tmp_path / "resumed", config)
+    with pytest.raises(Stopped):
+        federation.run(tamper=stop_at(13))  # in the second round
+    run = federation.run(resume=str(federation.path), gone=frozenset({11}))
+    rounds = [json.loads((r / "manifest.json").read_text())["rounds"] for r in (whole, run)]
+    assert [e["adapters"] for e in rounds[0]] == [e["adapters"] for e in rounds[1]]
