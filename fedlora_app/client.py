@@ -175,14 +175,17 @@ class Client:
         """Return the shapes of the update that this client sends in a round."""
         return of_factors(self.learning_shapes(), travelling_factors(self.config, server_round))
 
-    def accept_global(self, state: AdapterState, server_round: int) -> AdapterState:
+    def accept_global(self, state: AdapterState, averaged: int) -> AdapterState:
         """Return a global adapter that was sent; raise where it is refused here.
+
+        Args:
+            averaged: the last round whose average is in it.
 
         Raises:
             MessageError: with federated.max_norm_ratio, it is not plausible.
         """
-        if (ratio := self.config.federated.max_norm_ratio) is not None:
-            self.folder.accept_global(self._load_model()[1], state, server_round, ratio)
+        if self.config.federated.max_norm_ratio is not None:
+            self.folder.accept_global(self._load_model()[1], state, averaged, self.config)
         return state
 
     def keep_global(self, state: AdapterState) -> str:

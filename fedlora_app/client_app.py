@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import transformers
-from flwr.app import Context, Message
+from flwr.app import Context, Message, MessageType
 from flwr.clientapp import ClientApp
 
 from fedlora_app.client import Client
@@ -357,7 +357,9 @@ def _folders(task: Task, context: Context, own: OwnSettings | None) -> tuple[Pat
 
 def _received_state(client: Client, task: Task, message: Message) -> AdapterState:
     """Return the global adapter that a message is about, unless this client refuses it."""
-    return client.accept_global(_read_state(client, task, message), task.server_round)
+    is_before_average = message.metadata.message_type == MessageType.TRAIN
+    averaged = task.server_round - is_before_average
+    return client.accept_global(_read_state(client, task, message), averaged)
 
 
 def _read_state(client: Client, task: Task, message: Message) -> AdapterState:

@@ -48,7 +48,7 @@ class Aggregation:
         self._rule = build_rule(config)
         self._optimizer = ServerOptimizer(config.federated)
         self._protection = build_protection(config, key)
-        self._bounds = NormBounds(config.federated)
+        self._bounds = NormBounds(config)
         self._sketch = ProductSketch(shapes, config.experiment.seed)
         self.metrics: dict[str, float] = {}
         self.errors: ProductErrors | None = None
@@ -57,7 +57,7 @@ class Aggregation:
         """Start a round from the global adapter that the clients received."""
         self._state, self._round = state, server_round
         self._rule.begin(state, server_round)
-        self._bounds.begin()
+        self._bounds.begin(server_round)
         self._observer = None
         if isinstance(self._rule, FedAvg) and self._means_both(server_round):
             self._observer = AggregationErrorObserver(self._sketch)

@@ -3,28 +3,41 @@
 Both ends hold what they get against what they have seen before: the server an update against those
 that counted in earlier rounds, a client the change of the global adapter against earlier changes.
 Neither knows what an honest one is; both know how large honest ones were, if most were honest.
+Honest ones grow with the sum of the learning rates behind them, so that an earlier norm counts for
+as many times more as there is more learning behind the present one (a warm-up that spans rounds,
+rounds in which a client was away), and never for less.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from statistics import median
+from typing import NamedTuple
 
 import torch
 
-from fedlora_app.config.schema import FederatedConfig
+from fedlora_app.config.schema import Config
 from fedlora_app.federation.packed_state import MessageError
 from fedlora_app.model.adapter_state import AdapterState, compute_norm
 from fedlora_app.model.ranks import rank_axis
+from fedlora_app.training.schedule import mean_factor
 
 NORMS = "norms"
-"""What the server keeps from round to round, by its name."""
+"""What the server keeps from round to round, by its name: (N, 2), norms and their learning."""
 MOST_IN_ONE = 0.5
 """Of a matrix's sum of squares, in the largest entries of its ranks. Trained adapters have up to
 0.18 where a rank has 64 entries and less where it has more (docs/privacy.md); who plants weights
 that pass single inputs on, or to single outputs, has nearly all there."""
 FEWEST_ENTRIES = 64
 """In a rank; of fewer, the largest may well hold much."""
+
+
+class Change(NamedTuple):
+    """How far an update, or the global adapter, has moved."""
+
+    norm: float
+    learning: float
+    """The mean learning rates of the rounds behind it, added up, relative to their peak."""
 
 
 class NormBounds:
@@ -34,16 +47,19 @@ class NormBounds:
     nothing.
     """
 
-    def __init__(self, federated: FederatedConfig) -> None:
-        self._ratio = federated.max_norm_ratio
-        self._largest = federated.max_update_norm
-        self._earlier: list[float] = []
-        self._own: list[float] = []
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._ratio = config.federated.max_norm_ratio
+        self._largest = config.federated.max_update_norm
+        self._earlier: list[Change] = []
+        self._own: list[Change] = []
+        self._learning = 1.0
 
-    def begin(self) -> None:
+    def begin(self, server_round: int) -> None:
         """Start a round: what was accepted until now is from earlier ones."""
         self._earlier += self._own
         self._own = []
+        self._learning = sum_learning(self._config, server_round - 1, server_round)
 
     def require(self, client: str, update: AdapterState) -> None:
         """Raise ``MessageError`` where a client's update is too large."""
@@ -55,35 +71,51 @@ class NormBounds:
                 f"{client} sent an update of norm {norm:.4g}, above federated.max_update_norm, "
                 f"which is {self._largest:g}."
             )
-        limit = find_limit(self._earlier, self._ratio)
-        if limit is not None and norm > limit:
+        usual = find_usual(self._earlier, self._learning)
+        if self._ratio is not None and usual is not None and norm > self._ratio * usual:
             raise MessageError(
-                f"{client} sent an update of norm {norm:.4g}, which is "
-                f"{norm / median(self._earlier):.3g} times the median of earlier rounds; "
+                f"{client} sent an update of norm {norm:.4g}, which is {norm / usual:.3g} times "
+                "the median of earlier rounds at this one's learning rate; "
                 f"federated.max_norm_ratio allows {self._ratio:g} times."
             )
 
     def note(self, update: AdapterState) -> None:
         """Remember an update that counts."""
         if self._ratio is not None:
-            self._own.append(compute_norm(update))
+            self._own.append(Change(compute_norm(update), self._learning))
 
     @property
     def memory(self) -> AdapterState:
         """What the rounds to come need: the norms, in an order that is not that of arrival."""
-        norms = sorted(self._earlier + self._own)
-        return {NORMS: torch.tensor(norms, dtype=torch.float64)} if norms else {}
+        changes = sorted(self._earlier + self._own)
+        return {NORMS: torch.tensor(changes, dtype=torch.float64)} if changes else {}
 
     def recall(self, memory: AdapterState) -> None:
         """Go on from what ``memory`` was after an earlier round."""
-        self._earlier = memory[NORMS].tolist() if NORMS in memory else []
+        known = memory[NORMS].reshape(-1, 2).tolist() if NORMS in memory else []
+        self._earlier = [Change(*entry) for entry in known]
         self._own = []
 
 
-def find_limit(norms: Iterable[float], ratio: float | None) -> float | None:
-    """Return the largest norm that earlier ones allow, None where nothing says what that is."""
-    earlier = [norm for norm in norms if norm > 0]
-    return ratio * median(earlier) if earlier and ratio is not None else None
+def sum_learning(config: Config, after: int, until: int) -> float:
+    """Return the mean learning rates of the rounds after one and until another, added up.
+
+    Relative to the peak; at least those of one round, whichever of the two comes first.
+    """
+    first, last = sorted((after, until))
+    total = config.federated.num_rounds
+    rounds = range(first + 1, last + 1) or [until]
+    return sum(mean_factor(config.training, max(number, 1), total) for number in rounds)
+
+
+def find_usual(changes: Iterable[Change], learning: float) -> float | None:
+    """Return the median norm of earlier changes, None where there was none.
+
+    Args:
+        learning: behind the change that is held against it.
+    """
+    norms = [c.norm * max(1.0, learning / c.learning) for c in changes if c.norm > 0]
+    return median(norms) if norms else None
 
 
 def require_unplanted(state: Mapping[str, torch.Tensor], what: str) -> None:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedlora_app.config.schema import GLOBAL, LOCAL, OWN_GLOBAL
+from fedlora_app.config.schema import GLOBAL, LOCAL, OWN_GLOBAL, Config
 from fedlora_app.foundation.files import (
     WEIGHTS_FILE,
     hash_file,
@@ -179,9 +179,12 @@ class ClientFolder:
             shutil.rmtree(folder, ignore_errors=True)
 
     def accept_global(
-        self, model: AdaptedModel, state: AdapterState, server_round: int, max_ratio: float
+        self, model: AdaptedModel, state: AdapterState, averaged: int, config: Config
     ) -> None:
         """Hold a global adapter that was sent against those before, and remember it.
+
+        Args:
+            averaged: the last round whose average is in it.
 
         Raises:
             MessageError: it is not plausible.
@@ -191,8 +194,7 @@ class ClientFolder:
             before = self.load_global(model, "")
         except LostGlobalError:  # as in the first round
             before = None
-        changes = ReceivedChanges(self.paths.changes(self.client_id), max_ratio)
-        changes.accept(state, before, server_round)
+        ReceivedChanges(self.paths.changes(self.client_id), config).accept(state, before, averaged)
 
     def load_global(self, model: AdaptedModel, sha256: str) -> AdapterState:
         """Read the global adapter that was kept last.

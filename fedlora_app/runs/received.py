@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from typing import NamedTuple
 
-from fedlora_app.federation.bounds import find_limit, require_unplanted
+from fedlora_app.config.schema import Config
+from fedlora_app.federation.bounds import Change, find_usual, require_unplanted, sum_learning
 from fedlora_app.federation.packed_state import MessageError
 from fedlora_app.foundation.files import make_private_dir, write_json
 from fedlora_app.model.adapter_state import AdapterError, AdapterState, compute_norm
+
+
+class Accepted(NamedTuple):
+    """A global adapter that was accepted."""
+
+    norm: float
+    """Of its change, 0 where there was nothing before."""
+    digest: str
+    since: int
+    """The last round whose average was in what it has changed from."""
 
 
 @dataclass(frozen=True)
@@ -20,62 +32,74 @@ class ReceivedChanges:
 
     Args:
         path: of the file in this client's folder that holds it.
-        max_ratio: a change may have so many times the median norm of those of earlier rounds.
+        config: its ``federated.max_norm_ratio`` says how many times the median of earlier changes
+            a change may be.
     """
 
     path: Path
-    max_ratio: float
+    config: Config
 
-    def accept(self, state: AdapterState, before: AdapterState | None, server_round: int) -> None:
+    def accept(self, state: AdapterState, before: AdapterState | None, averaged: int) -> None:
         """Remember a global adapter that was sent, unless it is not plausible.
 
         One that was accepted before, as a run that resumes sends it again, is so once more.
 
         Args:
             before: what this client had received before, None where it has nothing.
+            averaged: the last round whose average is in it.
 
         Raises:
             MessageError: it has changed too much, or looks planted.
             AdapterError: what was remembered is damaged.
         """
         rounds, digest = self._load(), _digest(state)
-        if any(digest == accepted for _, accepted in rounds.values()):
+        numbers = {accepted.digest: number for number, accepted in rounds.items()}
+        if digest in numbers:
             return
         require_unplanted(state, "The server sent a global adapter")
-        norm = 0.0
+        norm, since = 0.0, averaged - 1
         if before is not None:
             change = {key: state[key] - before[key] for key in state}
             require_unplanted(change, "The server sent a change of the global adapter")
-            norm = compute_norm(change)
-            self._require_small(
-                norm, {number: value for number, (value, _) in rounds.items()}, server_round
-            )
-        rounds[server_round] = (norm, digest)
+            norm, since = compute_norm(change), numbers.get(_digest(before), since)
+            self._require_small(norm, since, rounds, averaged)
+        rounds[averaged] = Accepted(norm, digest, since)
         make_private_dir(self.path.parent)
         write_json(self.path, {str(number): rounds[number] for number in sorted(rounds)})
 
-    def _require_small(self, norm: float, norms: dict[int, float], server_round: int) -> None:
+    def _require_small(
+        self, norm: float, since: int, rounds: Mapping[int, Accepted], averaged: int
+    ) -> None:
         """Raise where a change is too large.
 
         Rounds that a run which resumes from an earlier one takes again do not count, unless there
         are no others: a server cannot have the bound forgotten by calling a round the first.
         """
-        earlier = [value for number, value in norms.items() if number < server_round and value]
-        known = earlier or [v for number, v in norms.items() if number != server_round and v]
-        limit = find_limit(known, self.max_ratio)
-        if limit is not None and norm > limit:
+        changes = {
+            number: Change(known.norm, sum_learning(self.config, known.since, number))
+            for number, known in rounds.items()
+            if known.norm > 0
+        }
+        earlier = [change for number, change in changes.items() if number < averaged]
+        learning = sum_learning(self.config, since, averaged)
+        usual = find_usual(earlier or changes.values(), learning)
+        ratio = self.config.federated.max_norm_ratio
+        if usual is not None and ratio is not None and norm > ratio * usual:
             raise MessageError(
                 f"The server sent a global adapter that has changed by {norm:.4g}, which is "
-                f"{norm / median(known):.3g} times the median of earlier changes; "
-                f"federated.max_norm_ratio allows {self.max_ratio:g} times. Nothing was trained on "
-                f"it. Where it is known to be right, this client can delete {self.path.name} in "
-                "its folder of the run."
+                f"{norm / usual:.3g} times the median of earlier changes at the learning rates of "
+                f"the rounds between; federated.max_norm_ratio allows {ratio:g} times. Nothing was "
+                "trained on it. Where it is known to be right, this client can delete "
+                f"{self.path.name} in its folder of the run."
             )
 
-    def _load(self) -> dict[int, tuple[float, str]]:
+    def _load(self) -> dict[int, Accepted]:
         try:
             listed = json.loads(self.path.read_text(encoding="utf-8"))
-            return {int(k): (float(norm), str(digest)) for k, (norm, digest) in listed.items()}
+            return {
+                int(number): Accepted(float(norm), str(digest), int(since))
+                for number, (norm, digest, since) in listed.items()
+            }
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):

@@ -8,6 +8,9 @@ import numpy as np
 
 from fedlora_app.config.schema import TrainingConfig
 
+POINTS = 16
+"""Steps of a round, in its mean learning rate."""
+
 
 def schedule_factor(position: float, training: TrainingConfig) -> float:
     """Return the learning rate at ``position`` in [0, 1] of the run, relative to its peak."""
@@ -20,6 +23,19 @@ def schedule_factor(position: float, training: TrainingConfig) -> float:
     if training.lr_scheduler == "linear":
         return 1 - (1 - floor) * progress
     return 1.0
+
+
+def mean_factor(training: TrainingConfig, server_round: int, num_rounds: int) -> float:
+    """Return the mean learning rate of a round, from 1, relative to its peak.
+
+    For whoever does not know how many steps there are: a round is taken to have ``POINTS``.
+    """
+    steps = np.arange(POINTS) / POINTS
+    return float(
+        np.mean(
+            [schedule_factor((server_round - 1 + step) / num_rounds, training) for step in steps]
+        )
+    )
 
 
 def learning_rates(training: TrainingConfig, num_steps: int, num_rounds: int) -> np.ndarray:
