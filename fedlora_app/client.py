@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.client_checks import check_client, list_owners
+from fedlora_app.config.participation import find_span
 from fedlora_app.config.privacy import protects_at
 from fedlora_app.config.rounds import BOTH, Phase, plan_round
 from fedlora_app.config.schema import (
@@ -394,7 +395,10 @@ class Client:
         training = loaded.smaller_batches.get(kind) or settle_checkpointing(
             self.config, model, phase, selected.examples
         )
-        num_rounds = self.config.federated.num_rounds
+        first, last = 1, self.config.federated.num_rounds
+        if GLOBAL not in phase.trainable:  # what is the client's alone begins and ends with it
+            first, last = find_span(self.config, self.client_id)
+        num_rounds = last - first + 1
         what = f"{self.client_id}, round {server_round}, {phase.name}"
         show = step_lines(what)
 
@@ -411,10 +415,10 @@ class Client:
                 trainable=phase.trainable,
                 num_steps=selected.num_steps,
                 run_span=(
-                    (server_round - phase.num_rounds) / num_rounds,
-                    server_round / num_rounds,
+                    max(0, server_round - phase.num_rounds - first + 1) / num_rounds,
+                    (server_round - first + 1) / num_rounds,
                 ),
-                weight_decays=choose_decays(self.config, phase, selected.num_steps),
+                weight_decays=choose_decays(self.config, phase, selected.num_steps, num_rounds),
                 seed=derive_seed(
                     self.config.experiment.seed, phase.name, server_round, self.client_id
                 ),

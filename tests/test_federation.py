@@ -1323,6 +1323,30 @@ def test_a_client_that_comes_back_as_another_node_is_asked_again(tiny_project, t
     assert "A new node cannot take part: Node 14 is ann, which is not missing." in output
 
 
+def test_the_local_adapter_of_who_comes_late_has_a_schedule_of_its_own(
+    tiny_project, tmp_path, monkeypatch
+):
+    spans, train = {}, client_module.train_phase
+
+    def note(*args, **options):
+        phase = "+".join(options["trainable"])
+        spans.setdefault(phase, []).append((options["run_span"], options["weight_decays"][LOCAL]))
+        return train(*args, **options)
+
+    monkeypatch.setattr(client_module, "train_phase", note)
+    training = {"local_kept_share": 0.5, "local_weight_decay": None}
+    raw = build_tiny_config(("bob",), federated={"num_rounds": 4}, training=training).dump()
+    raw["federated"]["clients"][0] |= {"first_round": 3, "last_round": 4}
+    raw["federated"]["clients"] += build_tiny_config(("ann",)).dump()["federated"]["clients"]
+    Federation(tiny_project, tmp_path / "late", parse_config(raw)).run()
+    late = [span for span, _ in spans[LOCAL] if span in ((0, 0.5), (0.5, 1.0))]
+    whole = [span for span, _ in spans[LOCAL] if span not in late]
+    assert late == [(0, 0.5), (0.5, 1.0)]
+    assert whole == [(0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0)]
+    assert [s for s, _ in spans[GLOBAL]].count((0.5, 0.75)) == 2  # the shared one has the run's
+    assert len({decay for _, decay in spans[LOCAL]}) == 2
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -26,6 +26,12 @@ def members(config: Config, server_round: int) -> list[str]:
     ]
 
 
+def find_span(config: Config, client_id: str) -> tuple[int, int]:
+    """Return the first and the last round of a client."""
+    client = config.entry(client_id)
+    return client.first_round, client.last_round or config.federated.num_rounds
+
+
 def list_members(config: Config, first_round: int) -> set[str]:
     """Return the clients that take part in some round from this one on."""
     rounds = range(first_round, config.federated.num_rounds + 1)

@@ -59,18 +59,22 @@ def solve_decay(share: float, training: TrainingConfig, num_steps: int, num_roun
     return float(brentq(excess, 0.0, highest, xtol=1e-15) if excess(highest) < 0 else highest)
 
 
-def choose_decays(config: Config, phase: Phase, num_steps: int) -> dict[str, float]:
+def choose_decays(
+    config: Config, phase: Phase, num_steps: int, num_rounds: int | None = None
+) -> dict[str, float]:
     """Return the weight decay of each adapter in a phase of so many steps.
 
     A local adapter on its own has no global one to spoil, and gets the global one's decay.
+
+    Args:
+        num_rounds: that have such a phase; None: all of the run.
     """
-    training = config.training
+    training, num_rounds = config.training, num_rounds or config.federated.num_rounds
     local = training.global_weight_decay
     if GLOBAL in phase.active:
         local = training.local_weight_decay or 0.0
         if training.local_kept_share is not None:
-            share, num_rounds = training.local_kept_share, config.federated.num_rounds
-            local = solve_decay(share, training, num_steps, num_rounds)
+            local = solve_decay(training.local_kept_share, training, num_steps, num_rounds)
     return {GLOBAL: training.global_weight_decay, LOCAL: local}
 
 
