@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -36,6 +35,7 @@ from fedlora_app.federation.replies import (
     require_same_base,
 )
 from fedlora_app.federation.roster import Roster
+from fedlora_app.foundation.terminal import shell
 
 CONNECT_REPORT_SECONDS = 30.0
 
@@ -300,5 +300,5 @@ def wait_for_nodes(
 def command_for(num_nodes: int, run_config: dict[str, Any]) -> str:
     """Return the same run's command line with the right number of nodes."""
     given = format_run_config(run_config)
-    settings = f" --run-config {shlex.quote(given)}" if given else ""
+    settings = f" --run-config {shell(given)}" if given else ""
     return f'flwr run . --stream --federation-config "num-supernodes={num_nodes}"{settings}'
