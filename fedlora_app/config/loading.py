@@ -111,10 +111,10 @@ def parse_overrides(text: str) -> tuple[dict[str, Any], list[str]]:
         except YAML_ERRORS:
             faults.append(f'overrides: the value of "{shorten(word)}" is not YAML.')
             continue
-        if changes.setdefault(key, value) != value:
+        if key in changes and changes[key] != value:
             both = f"as {shorten(texts[key])} and as {shorten(text)}"
             faults.append(f"overrides: {shorten(key)} is there twice, {both}. Leave one out.")
-        texts[key] = text
+        changes[key], texts[key] = value, text
     return changes, faults
 
 

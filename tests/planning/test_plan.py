@@ -21,7 +21,7 @@ from live_memory import LiveMemory
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, T5Config
 
-from fedlora_app.config.loading import load_config
+from fedlora_app.config.loading import join_overrides, load_config
 from fedlora_app.config.rounds import BOTH, Phase
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdaptersConfig, TrainingConfig
 from fedlora_app.data.tokens import Example
@@ -511,7 +511,7 @@ def test_changes_that_are_named_make_it_fit(seven_b, memory, overrides, settings
     assert set(settings) <= set(verdict.changes)
     words = " ".join(f"{key}={str(value).lower()}" for key, value in verdict.changes.items())
     assert words in " ".join(describe_plan(plan).split())
-    again = plan_for(seven_b, "qwen2.5-7b-4090.yaml", memory, f"{overrides} {words}")
+    again = plan_for(seven_b, "qwen2.5-7b-4090.yaml", memory, join_overrides(overrides, words))
     assert again.verdict.fits
     training = apply_change(
         load_config(ROOT / "conf" / "qwen2.5-7b-4090.yaml"), verdict.changes
