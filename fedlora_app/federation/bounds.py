@@ -92,19 +92,22 @@ class NormBounds:
 
     def recall(self, memory: AdapterState) -> None:
         """Go on from what ``memory`` was after an earlier round."""
-        known = memory[NORMS].reshape(-1, 2).tolist() if NORMS in memory else []
-        self._earlier = [Change(*entry) for entry in known]
+        known = memory.get(NORMS, torch.empty(0, 2))
+        if known.dim() == 1:  # of a run that began before their learning was kept
+            known = torch.stack([known, torch.ones_like(known)], dim=1)
+        self._earlier = [Change(*entry) for entry in known.tolist()]
         self._own = []
 
 
 def sum_learning(config: Config, after: int, until: int) -> float:
     """Return the mean learning rates of the rounds after one and until another, added up.
 
-    Relative to the peak; at least those of one round, whichever of the two comes first.
+    Relative to the peak; at least those of one round, whichever of the two comes first, and of no
+    round that the run does not have.
     """
-    first, last = sorted((after, until))
     total = config.federated.num_rounds
-    rounds = range(first + 1, last + 1) or [until]
+    first, last = (min(number, total) for number in sorted((after, until)))
+    rounds = range(first + 1, last + 1) or [last]
     return sum(mean_factor(config.training, max(number, 1), total) for number in rounds)
 
 

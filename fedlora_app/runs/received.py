@@ -97,8 +97,9 @@ class ReceivedChanges:
         try:
             listed = json.loads(self.path.read_text(encoding="utf-8"))
             return {
-                int(number): Accepted(float(norm), str(digest), int(since))
-                for number, (norm, digest, since) in listed.items()
+                # Without the round before it where the run began before that was kept.
+                int(n): Accepted(float(norm), str(digest), int(*since or [int(n) - 1]))
+                for n, (norm, digest, *since) in listed.items()
             }
         except FileNotFoundError:
             return {}

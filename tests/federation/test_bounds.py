@@ -61,6 +61,16 @@ def test_rounds_between_add_up():
     assert sum_learning(config, 3, 4) == sum_learning(config, 4, 3) == 1
     assert sum_learning(config, 2, 8) == 6 and sum_learning(config, 5, 5) == 1
     assert sum_learning(config, -1, 0) == 1
+    assert sum_learning(config, 8, 2**31) == 2  # the run has ten
+
+
+def test_norms_of_a_run_that_began_before_their_learning_was_kept_count_as_they_did():
+    bounds = bounds_of(max_norm_ratio=2.0)
+    bounds.recall({"norms": torch.tensor([1.0, 1.2, 1.4], dtype=torch.float64)})
+    bounds.begin(2)
+    bounds.require("ann", of_norm(2.3))
+    with pytest.raises(MessageError, match=r"norm 2\.5, which is 2\.08 times"):
+        bounds.require("ann", of_norm(2.5))
 
 
 def test_an_update_is_held_against_those_of_earlier_rounds_and_not_of_its_own():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 from conftest import build_tiny_config
 from random_states import STATE
@@ -43,6 +45,14 @@ def test_rounds_that_are_taken_again_do_not_count(changes):
 def test_calling_a_round_the_first_does_not_lift_the_bound(changes, server_round):
     with pytest.raises(MessageError, match="times the median"):
         changes.accept(moved(50.0), STATE, server_round)
+
+
+def test_what_was_kept_without_the_round_before_is_read(changes):
+    listed = json.loads(changes.path.read_text())
+    changes.path.write_text(json.dumps({n: entry[:2] for n, entry in listed.items()}))
+    with pytest.raises(MessageError, match=r"2\.04 times the median"):
+        changes.accept(moved(7.5 + 5.1), moved(7.5), 4)
+    changes.accept(moved(7.5 + 4.9), moved(7.5), 4)
 
 
 def test_rounds_that_a_client_has_missed_add_up(changes):
