@@ -94,24 +94,25 @@ def test_no_frozen_rank_is_filled_in_that_would_be_refused():
     assert config.adapters.global_.frozen_rank == MAX_FROZEN_RANK < 1100 * 4
 
 
-@pytest.mark.parametrize("weights", [(1, 7, 0.5), (0.1, 0.2, 0.3), (1e-3, 1, 1e3)])
-def test_given_weights_count_as_they_are_written(weights):
+def weigh_all(weights):
+    """Return what each client's update counts with these weights."""
     config = build_tiny_config(CLIENTS).dump()
     for client, weight in zip(config["federated"]["clients"], weights, strict=True):
         client["weight"] = weight
     config["federated"]["weighting"] = "given"
-    found = [weigh(parse_config(config), client, 5) for client in CLIENTS]
+    return [weigh(parse_config(config), client, 5) for client in CLIENTS]
+
+
+@pytest.mark.parametrize("weights", [(1, 7, 0.5), (0.1, 0.2, 0.3), (1e-3, 1, 1e3)])
+def test_given_weights_count_as_they_are_written(weights):
+    found = weigh_all(weights)
     exact = [Fraction(str(weight)) for weight in weights]
     assert [Fraction(n, sum(found)) for n in found] == [w / sum(exact) for w in exact]
 
 
 @pytest.mark.parametrize("weights", [(1 / 3, 1 / 6, 1 / 7), (1e-5, 1, 1e6)])
 def test_weights_of_many_digits_leave_room_for_the_updates(weights):
-    config = build_tiny_config(CLIENTS).dump()
-    for client, weight in zip(config["federated"]["clients"], weights, strict=True):
-        client["weight"] = weight
-    config["federated"]["weighting"] = "given"
-    found = [weigh(parse_config(config), client, 5) for client in CLIENTS]
+    found = weigh_all(weights)
     assert max(found) == 10**6 and min(found) >= 1
     assert [n / 10**6 for n in found] == pytest.approx(
         [w / max(weights) for w in weights], abs=1.1e-6
