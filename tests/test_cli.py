@@ -164,6 +164,11 @@ def test_check_counts_answers_that_cannot_match_where_there_is_a_tokenizer(fedlo
     [
         ("training.max_seq_length=16", 2, "the question alone fills training.max_seq_length = 16"),
         ("training.max_seq_length=48", 0, "records are longer than training.max_seq_length = 48"),
+        (
+            "training.max_seq_length=40 data.skip_invalid=true",
+            0,
+            "are dropped, as data.skip_invalid says",
+        ),
         ("evaluation.max_new_tokens=2000", 0, "an answer may pass the 1024 that the base model"),
         ("adapters.local.target_modules=[nope]", 2, "['nope'] names no linear module"),
         ("adapters.global.first_layer=9", 2, "first_layer: 9 leaves no layer"),

@@ -52,6 +52,13 @@ def _describe(
 ) -> Iterator[Finding]:
     limit, most = config.training.max_seq_length, config.evaluation.max_new_tokens
     total = len(tokenized.examples)
+    if tokenized.num_dropped:
+        text = (
+            f"in {tokenized.num_dropped} of {total + tokenized.num_dropped} records the question "
+            f"alone fills training.max_seq_length = {limit} tokens. They are dropped, as "
+            "data.skip_invalid says."
+        )
+        yield file.finding("warning", "dropped-examples", None, text)
     if tokenized.num_truncated:
         text = (
             f"{tokenized.num_truncated} of {total} records are longer than "
