@@ -70,7 +70,7 @@ from fedlora_app.runs.client_folder import ClientFolder
 from fedlora_app.runs.paths import RunPaths
 from fedlora_app.training.decay import choose_decays
 from fedlora_app.training.phase import PhaseResult, train_phase
-from fedlora_app.training.record_privacy import hides_records, protect_records
+from fedlora_app.training.record_privacy import bind_to_base, hides_records, protect_records
 from fedlora_app.training.selection import Selection, select_phase, take_part
 from fedlora_app.training.within_memory import settle_checkpointing, train_within_memory
 
@@ -387,7 +387,7 @@ class Client:
         if hides_records(phase, given):
             counts = (selected.num_universal, selected.num_local)
             noise = noise_multiplier_for(self.config, self.client_id, counts)
-            key = self.folder.read_or_make_secret_key()
+            key = bind_to_base(self.folder.read_or_make_secret_key(), loaded.fingerprint)
             privacy = protect_records(phase, given, noise, key)
         if privacy is None:  # else every step draws of all of them
             examples = take_part(selected, self.config, self.client_id, phase, server_round)

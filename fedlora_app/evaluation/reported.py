@@ -101,7 +101,7 @@ def _describe_figures(reports: Reports, label: str) -> str:
     parts, chances = [], find_reported_chances(reports)
     for name, question_set in QUESTION_SETS.items():
         leads = find_reported_leading(reports, name)
-        if figures := _means(reports, label, name, leads):
+        if len(figures := _means(reports, label, name, leads)) == len(_beside(leads)):
             by_chance = describe_chance(chances, name, end="; ")
             parts.append(f"{question_set.heading} {_join(figures, leads, by_chance)}")
     leads = find_reported_leading(reports, CONFLICT)
@@ -180,7 +180,7 @@ def find_reported_leading(reports: Reports, question_set: str) -> Measure:
         name = next((k for k in report if k.endswith(f"/{question_set}/n_open")), None)
         if name is not None:
             num_open += report[name]
-            num_asked += report[f"{name.removesuffix('n_open')}n"]
+            num_asked += report.get(f"{name.removesuffix('n_open')}n", 0)
     return leading_measure(num_open, num_asked)
 
 
@@ -227,8 +227,8 @@ def _means(reports: Reports, label: str, name: str, leads: Measure) -> list[str]
     for measure in _beside(leads):
         key, count = _key(label, name, measure), f"{label}/{name}/{COUNTS[measure.name]}"
         counted = [(r[key], r.get(count, 1)) for r in reports.values() if key in r]
-        if counted:
-            mean = sum(value * n for value, n in counted) / sum(n for _, n in counted)
+        if total := sum(n for _, n in counted):
+            mean = sum(value * n for value, n in counted) / total
             found.append(f"{mean:.2f}")
     return found
 

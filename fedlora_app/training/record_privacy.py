@@ -28,7 +28,7 @@ from fedlora_app.config.schema import (
 )
 from fedlora_app.data.tokens import Example
 from fedlora_app.foundation.secret_noise import gaussian, uniform
-from fedlora_app.model.adapters import AdaptedModel, get_state
+from fedlora_app.model.adapters import AdaptedModel, get_state, lora_layers
 from fedlora_app.training.batches import examples_per_step, split_step
 from fedlora_app.training.clipping import ClippedGradients, ClippingError, clipping_examples
 from fedlora_app.training.kept_states import KeptStates, dropout_of
@@ -183,6 +183,11 @@ def _require_no_dropout(model: AdaptedModel) -> None:
         )
 
 
+def bind_to_base(key: bytes, fingerprint: str) -> bytes:
+    """Return a secret key that is another one beside another base model."""
+    return hmac.digest(key, f"base model {fingerprint}".encode(), "sha256")
+
+
 def _derive_key(
     privacy: RecordPrivacy,
     model: AdaptedModel,
@@ -194,12 +199,15 @@ def _derive_key(
 
     The same phase once more, after a stop, has the same noise and tells nothing new. Were anything
     else different, the same noise would give it all away: the difference of two updates has none.
-    So a server that sends another adapter for the same round, or data that have changed, get other
-    noise.
+    So a server that sends another adapter for the same round or scales it otherwise, and data that
+    have changed, get other noise. ``bind_to_base`` sees to another base model.
     """
     digest = hashlib.sha256()
-    for tensor in get_state(model, GLOBAL).values():
+    for name, tensor in get_state(model, GLOBAL).items():
+        digest.update(json.dumps([name, list(tensor.shape)]).encode())
         digest.update(tensor.contiguous().numpy().tobytes())
+    scales = [layer.scaling[GLOBAL] for layer in lora_layers(model, GLOBAL)]
+    digest.update(json.dumps(scales).encode())
     for example in examples:
         digest.update(json.dumps([example.input_ids.tolist(), example.answer_start]).encode())
     base = model.get_base_model()

@@ -24,6 +24,13 @@ def test_the_line_of_a_round_ends_with_its_time_and_what_is_left(reports, second
     assert describe_round(3, 8, reports, seconds, left) == expected
 
 
+def test_counts_that_contradict_one_another_end_no_run():
+    """They are a client's words, and the line of a round is for reading."""
+    key = "global+local/universal"
+    odd = {"ann": {f"{key}/n_open": 1}, "bob": {f"{key}/n": 0, f"{key}/exact_match": 0.5}}
+    assert describe_round(3, 8, odd, 15.2) == "round 3/8 [global+local] no question sets (15 s)"
+
+
 def report(ranked: list[int], exact: list[int], num_open: int) -> dict:
     """Return a client's metrics on conflict questions that it has an answer to."""
     prefix = "global+local/conflict"

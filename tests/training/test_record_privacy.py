@@ -27,6 +27,7 @@ from fedlora_app.model.adapters import (
     attach_adapters,
     get_state,
     lora_layers,
+    scaled_adapters,
     set_state,
 )
 from fedlora_app.model.base import find_decoder
@@ -40,6 +41,7 @@ from fedlora_app.training.packing import packed_attention
 from fedlora_app.training.phase import set_checkpointing, train_phase
 from fedlora_app.training.record_privacy import (
     RecordPrivacy,
+    bind_to_base,
     hides_records,
     private_gradients,
     protect_records,
@@ -323,6 +325,9 @@ def test_the_same_phase_has_the_same_noise_and_any_other_phase_another(model):
         noise(learning_rate=2e-2),
         noise(about=("another round",)),
     ]
+    with scaled_adapters(model, {GLOBAL: 0.5}):  # as another alpha would
+        others.append(noise())
+    others.append(noise(privacy=RecordPrivacy(0.1, 1.0, bind_to_base(KEY, "another base"))))
     set_state(model, GLOBAL, moved)  # what a server might send once more for the same round
     others.append(noise())
     for other in others:
