@@ -46,6 +46,7 @@ participants: {participants}  # who may take part, this site among them
 least_others: {least_others}  # so many others' updates are in every average with this site's
 rounds: {rounds}
 modes: {modes}
+schedules: {schedules}  # mixed and joint send what was trained on local records
 adapter_rank: {adapter_rank}  # at most
 target_modules: {target_modules}
 update_dtypes: {update_dtypes}
@@ -98,6 +99,7 @@ def draft_policy(config: Config, facts: Mapping[str, Any]) -> str:
         "least_others": _find_least_others(config),
         "rounds": federated.num_rounds,
         "modes": [federated.mode],
+        "schedules": [config.training.schedule],
         "adapter_rank": max(ranks),
         "target_modules": sorted(modules),
         "update_dtypes": [federated.upload_dtype],

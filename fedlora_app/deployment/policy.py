@@ -35,6 +35,7 @@ HEX = "0123456789abcdef"
 SHA256_LENGTH = 64
 Dtype = Literal["float32", "bfloat16", "int8", "nf4"]
 Mode = Literal["dual", "fedavg", "finetuned", "local-only", "centralized"]
+Schedule = Literal["phased", "mixed", "joint"]
 
 
 class PolicyError(ConfidentialError):
@@ -65,6 +66,8 @@ class Policy(Section):
     rounds: int | None = Field(None, ge=1)
     """Rounds of an experiment, at most."""
     modes: list[Mode] | None = None
+    schedules: list[Schedule] | None = None
+    """``training.schedule``: in "mixed" and "joint" what is sent was trained on local records."""
     adapter_rank: int | None = Field(None, ge=1)
     """Of either adapter, at most."""
     target_modules: list[str] | None = None
@@ -301,6 +304,11 @@ def _check_rounds(permitted: int, asked: Asked) -> str | None:
     return None if most <= permitted else f"{most}, and at most {permitted} are permitted"
 
 
+def _check_schedules(permitted: list[str], asked: Asked) -> str | None:
+    schedule = asked.experiment.training.schedule
+    return None if schedule in permitted else f"{schedule} is none of {', '.join(permitted)}"
+
+
 def _check_modes(permitted: list[str], asked: Asked) -> str | None:
     mode = asked.experiment.federated.mode
     return None if mode in permitted else f"{mode} is none of {', '.join(permitted)}"
@@ -354,6 +362,7 @@ RULES: dict[str, Callable[[Any, Asked], str | None]] = {
     "least_others": _check_least_others,
     "rounds": _check_rounds,
     "modes": _check_modes,
+    "schedules": _check_schedules,
     "adapter_rank": _check_adapter_rank,
     "target_modules": _check_target_modules,
     "send_update": _check_send_update,
