@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedlora_app.config.schema import SAFE_NAME
+from fedlora_app.data.importing.experiment import EXPERIMENT_FILE
 from fedlora_app.data.importing.settings import SPLITS, ImportSettings
 from fedlora_app.data.importing.shapes import (
     Shape,
@@ -31,7 +32,8 @@ Report = Callable[[str, int, int], None]
 
 JSON_FIELDS = ("distractors", "evaluation_guide")  # which a CSV cell can only hold as JSON
 CONFLICT_FILES = tuple(f"conflict_{split}.json" for split in SPLITS[1:])
-TOP_FILES = ("README.md", *(f"universal_{split}.json" for split in SPLITS), *CONFLICT_FILES)
+UNIVERSAL_FILES = tuple(f"universal_{split}.json" for split in SPLITS)
+TOP_FILES = ("README.md", EXPERIMENT_FILE, *UNIVERSAL_FILES, *CONFLICT_FILES)
 MAX_FAULTS_SHOWN = 10
 MAX_NAME_LENGTH = 64  # of SAFE_NAME
 REPORT_INTERVAL = 1000  # records
@@ -197,6 +199,11 @@ def _build_records(row: Any, settings: ImportSettings, shape: Shape) -> list[Imp
     if NO_CELL in row.values():
         raise ValueError(f"has only {sum(v is not NO_CELL for v in row.values())} cells.")
     refuse_repeated_keys(row, row)
+    if settings.client_column is not None and settings.client_column not in row:
+        raise ValueError(
+            f'has no "{settings.client_column}" (client_column). What is nobody\'s own has it, and '
+            "empty: without it a client's records would be shared with all."
+        )
     texts = {column: _to_text(row.get(column)) for column in shape.columns.values()}
     exchanges = read_exchanges(row | texts, shape, settings.turns)
     kept = {column: _read_kept(row, column) for column in settings.keep_columns}

@@ -62,6 +62,7 @@ def test_missing_columns_are_listed_with_suggestions():
     [
         (row(output=" "), '"output" is empty'),
         (row(output=NAN), '"output" is missing'),
+        ({k: v for k, v in row().items() if k != "city"}, 'has no "city" (client_column)'),
         (row(instruction=["a"]), '"instruction" is a list. Expected a string'),
         (row(output="\ud800"), "lone surrogate"),
         (row(city=["a"]), '"city" is a list. Expected text'),
@@ -125,8 +126,9 @@ def test_values_that_make_the_same_id_are_refused(rivals):
 
 
 def test_the_names_of_the_imports_own_files_are_refused():
-    with pytest.raises(DataError, match="'readme.MD' is the name of a file of the import"):
-        build_client_ids(["readme.MD"])
+    for name in ("readme.MD", "experiment.yaml"):
+        with pytest.raises(DataError, match=f"'{name}' is the name of a file of the import"):
+            build_client_ids([name])
 
 
 def test_settings_tell_all_their_faults_at_once():
