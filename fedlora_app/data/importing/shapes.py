@@ -90,8 +90,8 @@ def read_exchanges(row: Mapping[str, Any], shape: Shape, turns: Turns) -> list[d
     """
     if shape.conversation:
         return _choose(_pair(_read_turns(row.get(shape.conversation))), turns)
-    values = {name: row.get(shape.columns.get(name, "")) for name in (*TEXT_FIELDS, HISTORY)}
-    question, further, answer = (values[name] for name in TEXT_FIELDS)
+    values = {name: row.get(column) for name, column in shape.columns.items()}
+    question, further, answer = map(values.get, TEXT_FIELDS)
     if _is_blank(question) and not _is_blank(further):
         question, further = further, ""
     if _is_messages(question):
@@ -99,14 +99,15 @@ def read_exchanges(row: Mapping[str, Any], shape: Shape, turns: Turns) -> list[d
         asked = _pair([*_read_turns(question), *answers])
     else:
         asked = [(question, answer)]
-    exchanges = _choose([*_read_history(values[HISTORY]), *asked], turns)
+    exchanges = _choose([*_read_history(values.get(HISTORY)), *asked], turns)
     exchanges[-1]["input"] = further or ""
     return exchanges
 
 
 def describe_left_out(rows: Sequence[Any], shape: Shape) -> Iterator[str]:
     """Yield what conversations hold beside what users and assistants say."""
-    columns = [shape.columns.get(name, "") for name in ("messages", "instruction", "output")]
+    of_turns = ("messages", "instruction", "output")
+    columns = [shape.columns[name] for name in of_turns if name in shape.columns]
     told, keys = 0, dict[str, None]()
     for row in rows:
         found = [row.get(column) for column in columns] if isinstance(row, dict) else []

@@ -200,3 +200,9 @@ def test_a_column_with_another_purpose_is_no_text():
 def test_a_name_that_no_terminal_can_show_is_escaped():
     [note] = read(row(**{"c\ud800": "v"})).notes
     assert note.encode() and "c\\ud800" in note
+
+
+def test_an_unnamed_column_is_nobodys_text():
+    """``pandas.DataFrame.to_csv`` writes the rows' numbers under no name."""
+    assert written({"": "0", "question": "Who?", "answer": "Ann.", "city": "Ayr"}) == [WHO]
+    assert written({"": "0", **row(), "history": None})[0]["input"] == row().get("input", "")
