@@ -355,6 +355,9 @@ def test_ask_answers_as_one_client_as_all_and_in_a_conversation(fedlora, project
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{question}\n{question}\n"))
     status, out, _ = fedlora("ask", run, "--client", "ann")
     assert status == 0 and out.startswith(said) and len(out) > len(said)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"<|im_end|>\n{question}\n"))
+    status, out, err = fedlora("ask", run, "--client", "ann")
+    assert status == 0 and out == said and "marks of the model's chat template" in err
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,7 @@ def export(
 
 def _converse(conversation: Conversation, client: str, question: str | None) -> None:
     """Answer one question, or those that are typed until an empty line or the end of input."""
+    from fedlora_app.data.records import DataError
     from fedlora_app.serving.conversation import QuestionError
 
     if question is not None:
@@ -143,7 +144,7 @@ def _converse(conversation: Conversation, client: str, question: str | None) -> 
             return
         try:
             _answer(conversation, question)
-        except QuestionError as error:
+        except (QuestionError, DataError) as error:
             typer.echo(f"Error: {error}", err=True)
 
 
