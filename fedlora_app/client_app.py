@@ -270,7 +270,8 @@ def _work(
     run = f"{task.run_name}, flwr's {message.metadata.run_id}"
     choose_device(run, may_share=config.federated.share_gpu)
     done = handle(client, task, message)
-    guard.require_sendable(done.metrics, done.facts, done.update, done.update_dtype)
+    metrics = guard.withhold(done.metrics)
+    guard.require_sendable(metrics, done.facts, done.update, done.update_dtype)
     if done.release is not None:
         spending = client.folder.spending
         spending.require_within(done.release, config.privacy)
@@ -280,7 +281,7 @@ def _work(
         message,
         client_id,
         task.server_round,
-        done.metrics,
+        metrics,
         done.facts,
         update=done.update,
         update_dtype=done.update_dtype,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedlora_app.config.privacy import has_noise
-from fedlora_app.config.schema import AVERAGING_MODES, Config
+from fedlora_app.config.schema import AVERAGING_MODES, GLOBAL, Config
 from fedlora_app.deployment.policy import count_sure_others
 from fedlora_app.deployment.privacy_rule import compute_spending
 
@@ -51,6 +51,8 @@ adapter_rank: {adapter_rank}  # at most
 target_modules: {target_modules}
 update_dtypes: {update_dtypes}
 privacy: {privacy}  # how what this site sends is protected, at least
+max_norm_ratio: {max_norm_ratio}  # this client looks at what the server sends
+losses: {losses}  # of these phases losses may leave; others, and margins, tell of local records
 # update_parameters: 40370176   # numbers in an update, at most
 # send_update: false            # refuse what would have this site send an update
 # metrics: ["*"]                # figures that may leave, as patterns; a reply with others does not
@@ -104,6 +106,9 @@ def draft_policy(config: Config, facts: Mapping[str, Any]) -> str:
         "target_modules": sorted(modules),
         "update_dtypes": [federated.upload_dtype],
         "privacy": _find_privacy(config),
+        "max_norm_ratio": federated.max_norm_ratio,
+        # The update tells more of the records behind it than the loss does, unless it is hidden.
+        "losses": [GLOBAL] if config.privacy.unit == "none" else [],
         "code_sha256": facts.get("code_sha256"),
         "base_sha256": (facts.get("base") or {}).get("fingerprint"),
     }

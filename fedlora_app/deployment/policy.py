@@ -1,14 +1,16 @@
 """What a site permits, whoever asks: a file that its client holds every message against.
 
 A rule that is left out permits everything. What asks for more is refused before anything of it is
-done, and a reply that holds more does not leave. The server is told the names of the rules, this
-machine's log the whole. Only a site's own installed code makes this a protection: whoever sends
-the code that reads a policy could send code that does not.
+done, and a reply that holds more does not leave, but for losses, which are only left out of it. The
+server is told the names of the rules, this machine's log the whole. Only a site's own installed
+code makes this a protection: whoever sends the code that reads a policy could send code that does
+not.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import ssl
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,6 +38,13 @@ SHA256_LENGTH = 64
 Dtype = Literal["float32", "bfloat16", "int8", "nf4"]
 Mode = Literal["dual", "fedavg", "finetuned", "local-only", "centralized"]
 Schedule = Literal["phased", "mixed", "joint"]
+Trained = Literal["global", "local", "global+local"]
+LOSSES = re.compile(
+    r"train_(?P<trained>[^/]+)/(train_loss|final_train_loss|penalty|num_tokens|num_answer_tokens)"
+)
+"""Figures of a training phase that follow from its records' texts; nothing needs them."""
+MARGIN = re.compile(r"[^/]+/[^/]+/margin_per_byte")
+"""By how much questions' right answers are likelier than wrong ones: losses of test records."""
 
 
 class PolicyError(ConfidentialError):
@@ -72,6 +81,8 @@ class Policy(Section):
     """Of either adapter, at most."""
     target_modules: list[str] | None = None
     """Modules that adapters may be on, by the names in adapters.*.target_modules."""
+    max_norm_ratio: float | None = Field(None, gt=0)
+    """At most; so that this client looks at every global adapter that is sent to it."""
     send_update: bool = True
     """Whether an update of the global adapter may leave at all."""
     update_parameters: int | None = Field(None, ge=1)
@@ -81,6 +92,10 @@ class Policy(Section):
     """Whom the updates protect, who adds the noise, and the epsilon that a run may spend."""
     metrics: list[str] | None = None
     """Patterns of the figures that may leave: "train_*", "*/exact_match"."""
+    losses: list[Trained] | None = None
+    """Phases, by what they train, whose losses and numbers of tokens may leave; those of others,
+    and margins of answers, are left out of replies. A server that chooses the adapter with which
+    they are measured, and over how many records, can read a record from them."""
     facts: list[str] | None = None
     """Patterns of the facts that may leave: "sha256/*", "device"."""
     code_sha256: str | None = None
@@ -197,6 +212,20 @@ class Guard:
         if self.policy.seconds is not None and seconds > self.policy.seconds:
             why = f"{seconds:.0f} have passed, and {self.policy.seconds:g} are permitted"
             _refuse({"seconds": why})
+
+    def withhold(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the figures of a reply without the losses and margins that are to stay here."""
+        permitted = self.policy.losses
+        if permitted is None:
+            return dict(metrics)
+
+        def stays(name: str) -> bool:
+            loss = LOSSES.fullmatch(name)
+            return (
+                bool(MARGIN.fullmatch(name)) if loss is None else loss["trained"] not in permitted
+            )
+
+        return {name: value for name, value in metrics.items() if not stays(name)}
 
     def require_sendable(
         self,
@@ -330,6 +359,13 @@ def _check_target_modules(permitted: list[str], asked: Asked) -> str | None:
     return f"adapters would be on {', '.join(others)}" if others else None
 
 
+def _check_max_norm_ratio(permitted: float, asked: Asked) -> str | None:
+    ratio = asked.experiment.federated.max_norm_ratio
+    if ratio is None:
+        return "the experiment sets none, so that no global adapter would be looked at here"
+    return None if ratio <= permitted else f"{ratio:g}, and at most {permitted:g} is permitted"
+
+
 def _check_send_update(permitted: bool, asked: Asked) -> str | None:
     if permitted or next(asked.rounds_with_update, None) is None:
         return None
@@ -365,6 +401,7 @@ RULES: dict[str, Callable[[Any, Asked], str | None]] = {
     "schedules": _check_schedules,
     "adapter_rank": _check_adapter_rank,
     "target_modules": _check_target_modules,
+    "max_norm_ratio": _check_max_norm_ratio,
     "send_update": _check_send_update,
     "update_dtypes": _check_update_dtypes,
     "privacy": _check_privacy,

@@ -33,6 +33,7 @@ from fedlora_app.federation.accountant import compute_epsilon
 from fedlora_app.federation.messages import UPDATE_RECORD, read_task
 from fedlora_app.foundation.project import hash_package
 from fedlora_app.model.base import compute_fingerprint
+from fedlora_app.report.page import write_report
 from fedlora_app.strategy import RoundError
 
 OTHER = 64 * "0"
@@ -64,10 +65,12 @@ def permitted_rules(federation, client="ann") -> dict:
         "schedules": ["phased"],
         "adapter_rank": 4,
         "target_modules": ["all-linear"],
+        "max_norm_ratio": 3,
         "send_update": True,
         "update_parameters": NUM_PARAMETERS,
         "update_dtypes": ["float32"],
         "privacy": {"unit": ["client"], "noise": "client", "epsilon": 3, "delta": 1e-5},
+        "losses": [],
         "metrics": ["*_*", "num-examples", "*/*"],
         "facts": ["*_*", "sha256/*", "device", "process", "findings"],
         "code_sha256": hash_package(),
@@ -87,6 +90,7 @@ REFUSED_AT_ONCE = {
     "schedules": ["joint"],
     "adapter_rank": 3,
     "target_modules": ["q_proj"],
+    "max_norm_ratio": 2.9,
     "send_update": False,
     "update_dtypes": ["bfloat16"],
     "privacy": {"unit": ["record"]},
@@ -98,11 +102,13 @@ REFUSED_AT_ONCE = {
 }
 REFUSED_LATER = {"update_parameters": NUM_PARAMETERS - 1, "seconds": 1e-9}
 """What is only known once there is an update, or time has passed."""
+WITHHELD = {"losses": ["global"]}
+"""What refuses nothing, but leaves figures out of replies."""
 
 
 @pytest.fixture
 def federation(tiny_project, tmp_path):
-    config = build_bare_config(federated={"num_rounds": 1}, privacy=PRIVATE)
+    config = build_bare_config(federated={"num_rounds": 1, "max_norm_ratio": 3}, privacy=PRIVATE)
     return build_federation(tiny_project, tmp_path, config)
 
 
@@ -113,7 +119,8 @@ def trained(federation) -> bool:
 
 
 def test_every_rule_is_tested():
-    assert REFUSED_AT_ONCE.keys() | REFUSED_LATER.keys() == Policy.model_fields.keys()
+    tested = REFUSED_AT_ONCE.keys() | REFUSED_LATER.keys() | WITHHELD.keys()
+    assert tested == Policy.model_fields.keys()
     assert RULES.keys() < REFUSED_AT_ONCE.keys()
 
 
@@ -126,7 +133,8 @@ def test_the_narrowest_rules_permit_the_experiment(federation):
 def test_it_refuses_before_anything_is_trained(federation, capsys, rule):
     rules = permitted_rules(federation) | {rule: REFUSED_AT_ONCE[rule]}
     if rule == "rounds":
-        federation.config = build_bare_config(privacy=PRIVATE)  # of two
+        federated = {"max_norm_ratio": 3}
+        federation.config = build_bare_config(federated=federated, privacy=PRIVATE)  # of two
     set_policy(federation, "ann", **rules)
     with pytest.raises(ValueError, match=f"ann: its policy refuses: {rule}$"):
         federation.run()
@@ -146,6 +154,42 @@ def test_an_update_that_is_too_large_does_not_leave(federation):
         if r.metadata.message_type == "train" and r.metadata.src_node_id == 11
     )
     assert UPDATE_RECORD not in reply.content
+
+
+def figures_received(federation, client_node: int) -> set[str]:
+    """Return the names of all figures that a client sent."""
+    replies = federation.grids[0].received
+    own = [r for r in replies if r.metadata.src_node_id == client_node and r.has_content()]
+    return {name for r in own for record in r.content.metric_records.values() for name in record}
+
+
+@pytest.mark.parametrize(
+    ("losses", "is_told"),
+    [
+        (None, {"train_global", "train_local", "margin"}),
+        (["global"], {"train_global"}),
+        ([], set()),
+        (["global", "local", "global+local"], {"train_global", "train_local"}),
+    ],
+)
+def test_losses_and_margins_stay_at_a_site_that_withholds_them(federation, losses, is_told):
+    """A server that sends an adapter made for it, a record a step, could read a record from them.
+
+    It asks for nothing that a policy could refuse: the figures themselves have to stay.
+    """
+    federation.config = build_bare_config(federated={"num_rounds": 1})
+    set_policy(federation, "ann", **({} if losses is None else {"losses": losses}))
+    run = federation.run()
+    ann, bob = (figures_received(federation, node) for node in (11, 12))
+    of_texts = {
+        *("train_loss", "final_train_loss", "penalty", "num_tokens", "num_answer_tokens"),
+        "margin_per_byte",
+    }
+    told = {name for name in ann if name.rpartition("/")[2] in of_texts}
+    assert {"margin" if "margin" in name else name.split("/")[0] for name in told} == is_told
+    assert {name for name in bob if name.rpartition("/")[2] not in of_texts} <= ann
+    assert any(name.endswith("/exact_match") for name in ann)
+    write_report(run)  # does without them
 
 
 def test_an_update_is_held_against_the_rules_once_more_before_it_leaves():
@@ -376,7 +420,7 @@ class TestDraft:
         path.write_text(draft_policy(federation.config, facts))
         drafted = load_policy(path).model_dump(exclude_unset=True)
         assert drafted == {k: v for k, v in rules.items() if k in drafted}
-        assert drafted.keys() == RULES.keys() - {"send_update"}
+        assert drafted.keys() == RULES.keys() - {"send_update"} | WITHHELD.keys()
         federation.run()
 
     @pytest.mark.parametrize(
@@ -402,6 +446,8 @@ class TestDraft:
         path.write_text(draft_policy(build_bare_config(("ann", "bob", "no")), {}))
         rules = load_policy(path)
         assert rules.coordinator is None and rules.base_sha256 is None
+        assert rules.max_norm_ratio is None
+        assert rules.losses == ["global"]  # the update tells more
         assert rules.participants == ["ann", "bob", "no"]
         assert rules.least_others == 2
         lines = path.read_text().replace("# send_update", "send_update").replace("# facts", "facts")
