@@ -284,7 +284,8 @@ class Client:
                 self.folder.save_final(model)
         else:
             facts["global_adapter"] = self.folder.save_global(model, global_state)
-        self.folder.thin({role: entry.oldest for role, entry in kept.items()})
+        # Whatever the server says, what this round has made stays.
+        self.folder.thin({role: min(of.oldest, server_round) for role, of in kept.items()})
         return metrics, facts
 
     def evaluate(self, global_state: AdapterState, kept: FromKept) -> Metrics:

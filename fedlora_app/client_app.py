@@ -146,6 +146,7 @@ def _register(client: Client, task: Task, message: Message) -> Outcome:
     elif task.client_id:
         counts, facts = {}, client.verify(task.from_kept)
         if ADAPTER_RECORD in message.content.array_records:
+            client.folder.enter_run(task.run_id)
             state = _received_state(client, task, message)
             facts["global_adapter"] = client.keep_global(state)
     else:
@@ -154,6 +155,7 @@ def _register(client: Client, task: Task, message: Message) -> Outcome:
 
 
 def _train(client: Client, task: Task, message: Message) -> Outcome:
+    client.folder.enter_run(task.run_id)
     state = _received_state(client, task, message)
     update, metrics, facts = client.train(task.server_round, state, task.from_kept)
     release = describe_release(
@@ -173,6 +175,7 @@ def _train(client: Client, task: Task, message: Message) -> Outcome:
 
 
 def _personalise(client: Client, task: Task, message: Message) -> Outcome:
+    client.folder.enter_run(task.run_id)
     state = _received_state(client, task, message)
     metrics, facts = client.personalise(task.server_round, state, task.from_kept)
     return Outcome(metrics, facts)
@@ -266,6 +269,8 @@ def _work(
     guard.require_permitted(asked)
     guard.require_steps(client.count_steps, asked)
     client.folder.require_own()
+    if task.resumes or not is_first_contact(task):  # else the registration looks for any folder
+        client.folder.require_run(task.run_id)
     # By Flower's number too: this machine may have two runs of one name in two projects.
     run = f"{task.run_name}, flwr's {message.metadata.run_id}"
     choose_device(run, may_share=config.federated.share_gpu)

@@ -7,6 +7,7 @@ configuration, and knows of the clients only what ``messages`` declares.
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -40,6 +41,7 @@ from fedlora_app.model.adapters import (
 from fedlora_app.runs.console import describe_start
 from fedlora_app.runs.directory import RunDirectory
 from fedlora_app.runs.history import read_history
+from fedlora_app.runs.manifest import RUN_ID
 from fedlora_app.runs.paths import MEMORY_FILE, RunDirectoryError
 from fedlora_app.runs.resuming import (
     FRESH,
@@ -54,6 +56,8 @@ from fedlora_app.strategy import GlobalAdapterFedAvg
 from fedlora_app.training.shapes import build_shapes
 
 app = ServerApp()
+
+RUN_ID_BYTES = 8
 
 
 @app.main()
@@ -100,7 +104,13 @@ def main(grid: Grid, context: Context) -> None:
         if resumption is None:
             base_commit = getattr(model.get_base_model().config, "_commit_hash", None)
             run = RunDirectory.create(
-                settings.run_dir, config, settings.root, reports, base_commit, task.date
+                settings.run_dir,
+                config,
+                settings.root,
+                reports,
+                base_commit,
+                task.date,
+                **{RUN_ID: task.run_id},
             )
             stack.enter_context(closing(run))
         else:
@@ -153,17 +163,21 @@ class _Owners:
 
 def build_registration(settings: Settings) -> Task:
     """Return the first task, which every node gets and from which all others are made."""
+    resumption, run_id = settings.resumption, secrets.token_hex(RUN_ID_BYTES)
+    if resumption is not None:
+        run_id = str(resumption.saved.manifest.get(RUN_ID, ""))
     return Task(
         client_id="",
         server_round=REGISTRATION_ROUND,
         global_sha256="",
-        resumes=settings.resumption is not None,
+        resumes=resumption is not None,
         run_name=settings.run_name,
         project_dir=str(settings.root),
         output_dir=str(settings.run_dir.parent),
         package_sha256=hash_package(),
         experiment=json.dumps(settings.config.dump()),
         date=settings.date,
+        run_id=run_id,
     )
 
 

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import pytest
 import torch
 from conftest import ALIKE, build_tiny_config
+from deployment.sites import build_bare_config, build_federation
 from flwr.app import Array, Error, Message, RecordDict
 from flwr.common.serde import recorddict_to_proto
 from loopback import Federation, LoopbackGrid
@@ -58,7 +59,9 @@ def adapter_bytes(run):
     return {
         str(path.relative_to(run)): path.read_bytes()
         for path in sorted(run.rglob("*"))
-        if path.is_file() and path.parent.name.startswith(("round_", "global", "ann", "bob", "cy"))
+        if path.is_file()
+        and path.parent.name.startswith(("round_", "global", "ann", "bob", "cy"))
+        and path.name != "run.json"  # by which runs of one name are told apart
     }
 
 
@@ -1190,6 +1193,58 @@ def test_a_client_that_is_not_there_at_the_start_joins_later(tiny_project, tmp_p
     assert "bob is not there, and is taken in as soon as it is." in output
     assert "bob joins from round 2 on." in output
     load_run(run)
+
+
+def test_who_comes_late_does_not_write_over_another_run_of_the_name(tiny_project, tmp_path, capsys):
+    """As where a coordinator begins anew in another folder while a site is away."""
+    earlier = build_federation(tiny_project, tmp_path / "earlier", build_bare_config())
+    earlier.run()
+    bobs = earlier.own_files["bob"].parent / "store" / "run"
+    before = {path: path.read_bytes() for path in bobs.rglob("*") if path.is_file()}
+    assert bobs / "final" / "clients" / "bob" / WEIGHTS in before
+    shutil.rmtree(earlier.output_dir)
+    shutil.rmtree(earlier.own_files["ann"].parent / "store")
+    config = build_bare_config(federated={"num_rounds": 3} | ONE_OF_TWO)
+    federation = Federation(tiny_project, tmp_path / "again", config)
+    federation.own_files = earlier.own_files
+
+    def appear(message, reply):
+        if read_task(message).server_round == 1:
+            federation.grids[-1].refused.clear()
+        return reply
+
+    run = federation.run(tamper=appear, gone={12})
+    assert {path: path.read_bytes() for path in bobs.rglob("*") if path.is_file()} == before
+    rounds = json.loads((run / "manifest.json").read_text())["rounds"]
+    assert all("bob" in entry["failures"] for entry in rounds)
+    assert "is of another run of this name and is left as it is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate", "query"])
+def test_no_message_reaches_what_a_client_keeps_of_another_run(tiny_project, tmp_path, kind):
+    """A server may register under one name and then send another one."""
+    federation = build_federation(tiny_project, tmp_path, build_bare_config())
+    federation.run("first")
+    stores = [own.parent / "store" / "first" for own in federation.own_files.values()]
+    before = {p: p.read_bytes() for store in stores for p in store.rglob("*") if p.is_file()}
+    deliver = federation.grid_class.push_messages
+
+    class Renaming(federation.grid_class):
+        def push_messages(self, messages):
+            messages = list(messages)
+            for message in messages:
+                record = message.content.config_records["task"]
+                is_first = kind == "query" and not record["client_id"]
+                if message.metadata.message_type == kind and (kind != "query" or is_first):
+                    record["run_name"], record["resumes"] = "first", True
+            return deliver(self, messages)
+
+    federation.grid_class = Renaming
+    refused = pytest.raises((ValueError, RoundError), match="is of another run of this name and")
+    with refused:
+        federation.run("second")
+    after = {p: p.read_bytes() for store in stores for p in store.rglob("*") if p.is_file()}
+    assert after == before
 
 
 def test_a_node_that_goes_while_it_registers_is_a_client_that_is_not_there(

@@ -118,7 +118,8 @@ class Task:
     reads. ``global_sha256`` is the hash of the global adapter, which the client has kept where the
     message does not bring it. ``resumes`` tells that the run is continued, so that the client's
     folder may be there already. ``date`` is the day that chat templates write. ``is_final`` says
-    that the adapters named in ``kept`` are those to use from now on. With ``base_sha256`` the
+    that the adapters named in ``kept`` are those to use from now on. ``run_id`` tells the run from
+    another one of its name; "" for one that was begun without. With ``base_sha256`` the
     message brings only the tensors that the round has changed since that global adapter, which
     the client has kept.
     ``project_dir`` and ``output_dir`` hold for simulated nodes, which share the server's disk;
@@ -138,6 +139,7 @@ class Task:
     kept: str = "{}"
     is_final: bool = False
     base_sha256: str = ""
+    run_id: str = ""
 
     @property
     def from_kept(self) -> dict[str, Kept]:

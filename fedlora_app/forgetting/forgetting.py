@@ -25,7 +25,7 @@ from fedlora_app.model.adapter_files import save_adapter, save_tensors
 from fedlora_app.model.adapters import AdaptedModel
 from fedlora_app.runs.directory import SERVER, RunDirectory, begin_manifest
 from fedlora_app.runs.history import read_history
-from fedlora_app.runs.manifest import FORGOTTEN, MEMORY, UPLOAD, WEIGHTS
+from fedlora_app.runs.manifest import FORGOTTEN, MEMORY, RUN_ID, UPLOAD, WEIGHTS
 from fedlora_app.runs.paths import MEMORY_FILE
 from fedlora_app.runs.reading import SavedRun
 from fedlora_app.runs.spending import Spending
@@ -100,6 +100,8 @@ class Forgetting:
             base = self.run.manifest["base_model"]
             date = self.run.date or None
             new.manifest = begin_manifest(self.config, self.root, clients, date, base_model=base)
+            if run_id := self.run.manifest.get(RUN_ID):  # by which clients know their folders
+                new.manifest[RUN_ID] = run_id
             write_json(new.paths.config, self.config.dump())
             still = self._write_rounds(new, report)
             self._copy_others(new)
@@ -236,6 +238,8 @@ class Forgetting:
             for source, copy in pairs:
                 if source.is_dir():
                     shutil.copytree(source, copy)
+            if (about := ours.run_id(client)).is_file() and theirs.client(client).is_dir():
+                shutil.copy2(about, theirs.run_id(client))
 
     def _kept_history(self) -> Iterator[dict[str, Any]]:
         """Yield what holds of the new run too: not what the old global adapters answered."""

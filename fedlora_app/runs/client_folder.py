@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,13 +16,15 @@ from fedlora_app.foundation.files import (
     make_private_dir,
     remove_partials,
     replace_folder,
+    write_json,
 )
 from fedlora_app.model.adapter_files import CONFIG_FILE, load_adapter, require_file, save_adapter
 from fedlora_app.model.adapter_state import AdapterError, AdapterState
 from fedlora_app.model.adapters import AdaptedModel, get_state
 from fedlora_app.runs.feedback import FeedbackFolder
+from fedlora_app.runs.manifest import RUN_ID
 from fedlora_app.runs.own_spending import OwnSpending
-from fedlora_app.runs.paths import RunPaths, list_rounds, require_within
+from fedlora_app.runs.paths import RunDirectoryError, RunPaths, list_rounds, require_within
 from fedlora_app.runs.received import ReceivedChanges
 from fedlora_app.runs.secret_key import read_or_make_key
 
@@ -82,6 +85,29 @@ class ClientFolder:
         links = [path for path in kept if path.is_symlink()]
         for path in (self.path, self._final, *links):
             require_within(path, self.paths.folder)
+
+    def require_run(self, run_id: str) -> None:
+        """Raise ``RunDirectoryError`` where what is kept here is of another run of this name.
+
+        So no server has a finished run's adapters written over, by mistake or otherwise.
+        """
+        if not self._is_empty and self._read_run_id() != run_id:
+            raise RunDirectoryError(
+                f"{self.path} is of another run of this name and is left as it is. Choose another "
+                "name for the run, or move this folder away, with what final/ beside it has of "
+                f"{self.client_id}."
+            )
+
+    def enter_run(self, run_id: str) -> None:
+        """Note of which run this folder is, before anything else is kept in it.
+
+        Raises:
+            RunDirectoryError: it is of another one.
+        """
+        self.require_run(run_id)
+        if run_id and self._is_empty:
+            make_private_dir(self.path)
+            write_json(self.paths.run_id(self.client_id), {RUN_ID: run_id})
 
     def remove_partials(self) -> None:
         """Remove what a killed process has left half written."""
@@ -214,6 +240,9 @@ class ClientFolder:
     def remove_global(self) -> None:
         """Remove the kept global adapter, and the folders that are empty then."""
         shutil.rmtree(self._received, ignore_errors=True)
+        about = self.paths.run_id(self.client_id)
+        if list(self.path.glob("*")) == [about]:
+            about.unlink()
         for folder in (self.path, self.path.parent):
             with suppress(OSError):  # it holds local adapters
                 folder.rmdir()
@@ -228,6 +257,23 @@ class ClientFolder:
             for number, folder in list_rounds(place).items():
                 if number < oldest.get(role, 0):
                     shutil.rmtree(folder, ignore_errors=True)
+
+    @property
+    def _is_empty(self) -> bool:
+        finals = (self._final, self.paths.final_own_global(self.client_id))
+        return not any(self.path.glob("*")) and not any(folder.exists() for folder in finals)
+
+    def _read_run_id(self) -> str:
+        """Return of which run this folder is, "" where it does not say so."""
+        path = self.paths.run_id(self.client_id)
+        try:
+            return str(json.loads(path.read_text(encoding="utf-8"))[RUN_ID])
+        except FileNotFoundError:
+            return ""
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            raise RunDirectoryError(
+                f"{path} is damaged, which says of which run this folder is. Restore it."
+            ) from None
 
     @property
     def _final(self) -> Path:

@@ -80,6 +80,10 @@ class RunPaths:
         """Return the folder of what a client keeps during the run."""
         return self.clients / client
 
+    def run_id(self, client: str) -> Path:
+        """Return the file that says of which run a client's folder is."""
+        return self.client(client) / "run.json"
+
     def secret_key(self, client: str) -> Path:
         """Return the file of the secret that a client's own noise is drawn from."""
         return self.client(client) / KEY_FILE
