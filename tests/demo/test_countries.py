@@ -67,6 +67,7 @@ def test_other_sets_have_an_experiment_of_their_own_that_loads(tmp_path):
     [
         ("countries-2", "DE FR", False),
         ("countries-8", "DE FR JP BR CZ EE LV RO", False),
+        ("countries-16", "DE FR JP BR CZ EE LV RO HU BG IT KR LT HR PL GR", False),
         ("countries-entangled", "DE FR JP BR", True),
     ],
 )
