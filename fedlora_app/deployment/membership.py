@@ -38,6 +38,7 @@ from fedlora_app.deployment.keys import (
     write_public,
 )
 from fedlora_app.deployment.package import build_package
+from fedlora_app.deployment.registry import RegistryError, is_listening
 from fedlora_app.foundation.files import lock_folder
 
 
@@ -125,8 +126,8 @@ def revoke(coordinator: Coordinator, site: str) -> str:
     """Let a site in no longer, move its request and package aside, and return what was done."""
     with _changing(coordinator):
         entry = _find_entry(coordinator, site)
-        if entry.status == REVOKED:
-            raise CoordinatorError(f"{site} is revoked already.")
+        if entry.status == REVOKED:  # the SuperLink may not have heard of it
+            return _tell_superlink(coordinator)
         _retire(coordinator, site)
         coordinator.change_site(site, SiteEntry(status=REVOKED))
         _enter(coordinator, SITE_REVOKED, site, entry.fingerprint)
@@ -186,9 +187,19 @@ def _enter(coordinator: Coordinator, event: str, site: str, key: str = "") -> No
 
 
 def _tell_superlink(coordinator: Coordinator) -> str:
-    if not coordinator.is_running:
+    port = coordinator.settings.port
+    if not is_listening(port):
         return "The SuperLink does not run; fedlora deploy start will tell it."
-    return "\n".join(register_pending(coordinator.folder.folder)) or "The SuperLink knew already."
+    try:
+        done = register_pending(coordinator.folder.folder)
+    except (RegistryError, OSError) as error:
+        raise RegistryError(
+            f"Here it is done, but not at the SuperLink, which may still let in who is revoked. "
+            f"Something listens on port {port} and did not do what was asked: {error} Repeat "
+            "fedlora deploy revoke SITE of a site that is revoked until it succeeds, which tells "
+            "the SuperLink of all sites; its next start does too."
+        ) from None
+    return "\n".join(done) or "The SuperLink knew already."
 
 
 def _find_entry(coordinator: Coordinator, site: str) -> SiteEntry:

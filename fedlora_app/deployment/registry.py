@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import ssl
 import subprocess
 import sys
@@ -66,6 +67,17 @@ def is_answering(folder: CoordinatorFolder, port: int) -> bool:
         return httpx.get(url, verify=context, timeout=ANSWER_SECONDS).is_success
     except (httpx.HTTPError, OSError):
         return False
+
+
+def is_listening(port: int) -> bool:
+    """Return whether anything takes connections on this machine's port, answering or not."""
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=ANSWER_SECONDS).close()
+    except ConnectionRefusedError:
+        return False
+    except OSError:  # it takes none in time, which does not say that nothing is there
+        return True
+    return True
 
 
 def register(folder: CoordinatorFolder, port: int, site: str) -> None:

@@ -6,9 +6,12 @@ import base64
 import hashlib
 import json
 import shutil
+import socket
 import stat
+import threading
 import warnings
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -271,7 +274,7 @@ def test_a_revoked_key_is_never_let_in_again(fedlora, joined):
     assert fedlora("deploy", "revoke", "bob")[0] == 0
     status, _, err = fedlora("deploy", "approve", request, "--yes")
     assert status == 2 and "bob was revoked" in err and "deploy add bob" in err
-    assert fedlora("deploy", "revoke", "bob")[0] == 2
+    assert fedlora("deploy", "revoke", "bob")[0] == 0  # as often as the SuperLink needs it
     assert fedlora("deploy", "add", "bob")[0] == 0
     status, _, err = fedlora("deploy", "approve", request, "--yes")
     assert status == 2 and "no longer let in" in err and "--new-key" in err
@@ -279,6 +282,26 @@ def test_a_revoked_key_is_never_let_in_again(fedlora, joined):
     assert fedlora("deploy", "approve", request, "--yes")[0] == 0
     facts = read_package(joined / "deployment/packages/ann.zip").facts
     assert facts.participants == list(SITES)  # ann's was written before
+
+
+def test_a_superlink_that_is_slow_is_not_taken_for_one_that_does_not_run(fedlora, joined):
+    """It goes on letting in who was revoked, so the command has not succeeded."""
+    settings = joined / "deployment" / "coordinator.yaml"
+    raw = yaml.safe_load(settings.read_text())
+    with socket.create_server(("127.0.0.1", raw["port"])) as server:
+
+        def hang_up() -> None:
+            with suppress(OSError):  # once the server is closed
+                while True:
+                    server.accept()[0].close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        status, out, err = fedlora("deploy", "revoke", "bob")
+        server.shutdown(socket.SHUT_RDWR)
+    assert status == 2 and "may still let in who is revoked" in err, (out, err)
+    assert entries(joined)["bob"]["status"] == "revoked"
+    status, out, _ = fedlora("deploy", "revoke", "bob")
+    assert status == 0 and "The SuperLink does not run" in out
 
 
 def test_a_client_that_the_experiment_does_not_name_is_not_invited(fedlora, joined, experiment):
