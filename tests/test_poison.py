@@ -214,3 +214,23 @@ class TestTheServersAdapter:
 
         run = Federation(tiny_project, tmp_path, config).run(tamper=damage)
         assert "changes.json is damaged" in failures(run, 2)["bob"]
+
+
+@pytest.mark.parametrize("weighting", ["examples", "equal"])
+def test_who_says_that_it_has_nearly_all_examples_is_named_at_the_start(
+    tiny_project, tmp_path, capsys, weighting
+):
+    """They are its weight, and nobody else can count them."""
+
+    def boast(message, reply):
+        record = reply.content.metric_records.get("metrics", {})
+        if message.metadata.dst_node_id == BOB:
+            names = ("universal_examples", "num-examples")
+            record.update({name: 10**3 for name in names if name in record})
+        return reply
+
+    config = configure((*CLIENTS, "cy"), weighting=weighting)
+    Federation(tiny_project, tmp_path, config).run(tamper=boast)
+    told = capsys.readouterr().out
+    expected = "weights         bob has 99.3 % of every average, by the number of examples that it"
+    assert (expected in told) == (weighting == "examples")

@@ -6,13 +6,15 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from fedlora_app.config.combinations import ROBUST
 from fedlora_app.config.idle import describe_idle
-from fedlora_app.config.participation import training_clients
+from fedlora_app.config.participation import training_clients, weigh
 from fedlora_app.config.rounds import plan_round
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdapterConfig, Config
 from fedlora_app.config.sharing import of_factors, travelling_factors
 from fedlora_app.federation.privacy_notice import count_travelling, describe_privacy
 from fedlora_app.federation.quantised import count_upload_bytes
+from fedlora_app.foundation.percent import format_percent
 from fedlora_app.model.ranks import resize_ranks
 from fedlora_app.training.decay import describe_decay
 from fedlora_app.training.selection import describe_long_phases
@@ -22,6 +24,8 @@ UNREACHABLE = {
     "altered": "are changed by the chat template or the tokenizer and can never match exactly",
 }
 
+LARGEST_SHARE = 0.75
+"""Of an average, above which a client's own word for its weight is worth a line."""
 KEPT_UPLOADS = (
     "kept at the server, without its noise if it adds any: one client's tells more of it than the "
     "average does, and fedlora attack says how much"
@@ -50,6 +54,7 @@ def describe_start(
         *(f"  {'':<15} {line}" for line in describe_idle(config)),
         *(f"  {'':<15} {line}" for line in describe_decay(config, counts)),
         *(f"  {'':<15} {line}" for line in describe_long_phases(config, counts)),
+        *_label("weights", _describe_weights(config, counts)),
         *_label(
             "privacy", describe_privacy(config, count_travelling(config, shapes[GLOBAL]), counts)
         ),
@@ -90,6 +95,28 @@ def _describe_traffic(config: Config, shapes: Mapping[str, Sequence[int]]) -> st
         f"the global adapter's update up ({up / 1e6:.2f} MB per round from each of {senders}), "
         f"the adapter down ({down / 1e6:.2f} MB); local adapters never"
     )
+
+
+def _describe_weights(config: Config, counts: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+    """Yield whose update is nearly the whole average, by what it says of itself."""
+    train, federated = plan_round(config, 1).train, config.federated
+    trainers = [client for client in training_clients(config, 1) if client in counts]
+    if train is None or len(trainers) < 2 or federated.rule in ROBUST:
+        return
+    takes = (train.data != "local", train.data != "universal")
+    examples = {
+        c: sum(n for n, is_taken in zip(counts[c], takes, strict=True) if is_taken)
+        for c in trainers
+    }
+    weights = {client: weigh(config, client, examples[client]) for client in trainers}
+    largest = max(weights, key=weights.__getitem__)
+    share = weights[largest] / sum(weights.values())
+    if federated.weighting == "examples" and share > LARGEST_SHARE:
+        yield (
+            f"{largest} has {format_percent(share, unit=' %')} of every average, by the number of "
+            "examples that it says it has"
+        )
+        yield "with federated.weighting: equal all clients count alike, with given as you say"
 
 
 def _notes(report: dict[str, Any], max_seq_length: int) -> Iterable[str]:
