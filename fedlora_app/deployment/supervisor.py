@@ -3,17 +3,20 @@
 ``fedlora deploy start`` has it in the background, ``--foreground`` in front. A process that ends is
 started again after a pause that doubles; one that ends soon again and again ends them all, and so
 does one that no other start would help (a site that was revoked). Its exit status says whether
-somebody stopped it (0) or it gave up (1).
+somebody stopped it (0) or it gave up (1). A full disk ends nothing: what could not be written is
+written when there is room again.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,6 +51,8 @@ MOST_SOON_ENDS = 8
 REPLY_SECONDS = 2.0
 """In which a SuperNode sends the reply of an executor that was stopped in its work."""
 LOOK_SECONDS = 60.0
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a disk says that takes no more."""
 
 Say = Callable[[str], None]
 
@@ -86,6 +91,10 @@ class Supervisor:
     has_own_words: bool = False
     """Whether why holds nothing that a log said."""
     is_asked_to_stop: bool = False
+    is_kept: bool = True
+    """Whether the file of what runs is as it is."""
+    trouble: str = ""
+    """What was said last of a full disk."""
 
     def run(self) -> int:
         """Run until a signal comes, or a process cannot be kept running."""
@@ -101,6 +110,9 @@ class Supervisor:
             self.state, self.why = "failed", str(error)
             self.has_own_words = isinstance(error, _StartInVain)
             self.say(f"Error: {error}")
+        except OSError as error:
+            self.state, self.why = "failed", f"{error.strerror or error}: {error.filename}"
+            self.say(f"Error: {self.why}")
         finally:
             self._end_all()
             self._enter_end()
@@ -159,11 +171,29 @@ class Supervisor:
         while True:
             self._pause()
             for child in self.children:
-                self._keep_running(child)
+                with self._outlasting_a_full_disk():
+                    self._keep_running(child)
+            if not self.is_kept:
+                with self._outlasting_a_full_disk():
+                    self._keep()
             if time.monotonic() - looked > LOOK_SECONDS:
                 looked = time.monotonic()
                 for child in self.children:
-                    rotate(child.log, is_open=True)
+                    with self._outlasting_a_full_disk():
+                        rotate(child.log, is_open=True)
+
+    @contextmanager
+    def _outlasting_a_full_disk(self) -> Iterator[None]:
+        """Go on where a disk takes no more; it is said once, and tried again."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            trouble = f"{error.strerror}: {error.filename or 'a file'}. Make room; all goes on."
+            if trouble != self.trouble:
+                self.trouble = trouble
+                self.say(trouble)
 
     def _keep_running(self, child: _Child) -> None:
         """Start a process again that has ended, when its pause is over."""
@@ -200,10 +230,11 @@ class Supervisor:
             child.process.wait()
             if status == STOPPED_IN_TASK:
                 time.sleep(REPLY_SECONDS)
-        if self.state == "failed":
-            write_started(self.end.folder.processes, Started("failed", self.why, ()))
-        else:
-            self.end.folder.processes.unlink(missing_ok=True)
+        with suppress(OSError):  # without room for it, the next start finds them ended
+            if self.state == "failed":
+                write_started(self.end.folder.processes, Started("failed", self.why, ()))
+            else:
+                self.end.folder.processes.unlink(missing_ok=True)
 
     def _enter_end(self) -> None:
         """Enter that all have ended; the ends of logs, which may quote anything, stay out."""
@@ -216,7 +247,9 @@ class Supervisor:
 
     def _keep(self) -> None:
         known = (self.own, *(child.known for child in self.children))
+        self.is_kept = False
         write_started(self.end.folder.processes, Started(self.state, "", known))
+        self.is_kept = True
 
 
 def supervise(folder: Path, say: Say) -> int:
@@ -273,7 +306,8 @@ def main() -> int:
     keep_files_private()
 
     def say(line: str) -> None:
-        print(time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()), line, flush=True)
+        with suppress(OSError):  # its log is a file like others
+            print(time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()), line, flush=True)
 
     try:
         return supervise(Path(sys.argv[1]), say)

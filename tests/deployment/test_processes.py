@@ -14,6 +14,7 @@ from dataclasses import replace
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 
 import pytest
+from full_disk import limit_files, no_larger_files_than
 from loopback import wait_until
 
 from fedlora_app.deployment import logs, supervisor
@@ -295,6 +296,33 @@ def test_what_cannot_be_entered_is_not_started(site, brief):
     assert kept.run() == 1 and not kept.children[0].known.is_alive
     assert "Not entered in the evidence: end_failed." in said[-1]
     assert site.evidence.read_text() == "changed\n"
+
+
+def test_a_full_disk_ends_nothing_and_all_goes_on_when_there_is_room(site, brief):
+    said: list[str] = []
+    kept = Supervisor(End(site, (program("executor", SLEEP),)), said.append)
+
+    def fill_and_make_room() -> None:
+        wait_until(lambda: "Running." in said)
+        limit_files(1)
+        os.killpg(kept.children[0].process.pid, signal.SIGKILL)
+        wait_until(lambda: any("Make room" in line for line in said))
+        assert sum("Make room" in line for line in said) == 1
+        limit_files(2**30)
+        wait_until(lambda: kept.children[0].known.num_restarts == 1 and kept.is_kept)
+        (_, executor) = read_started(site.processes).processes
+        assert executor == kept.children[0].known and executor.is_alive
+
+    def watch() -> None:
+        try:
+            fill_and_make_room()
+        finally:
+            kept.is_asked_to_stop = True
+
+    with no_larger_files_than(None), ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(watch)
+        assert kept.run() == 0
+        watching.result()
 
 
 def test_a_program_that_never_answers_is_named_with_its_log(site, brief, monkeypatch):
