@@ -46,6 +46,9 @@ OWN_SETTINGS = "own settings"
 """What a client may need before it can do its task."""
 MAX_ERROR_CHARS = 10_000
 MAX_PATH_CHARS = 4096
+MAX_FINDINGS = 10_000
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+"""Characters by which a text could write over what a terminal shows; line breaks are none."""
 MOST_FACTS = 2**31  # that a client's files are about
 TIME_TO_LIVE_SECONDS = 10 * 365 * 24 * 3600.0
 
@@ -82,7 +85,7 @@ DECLARED_FACTS = {
     r"sha256/(universal|local)_train|sha256/(universal|local|conflict)(_validation)?"
     r"|sha256/public": SHA256,
     r"base_model|global_adapter|local_adapter|own_global_adapter|feedback": SHA256,
-    r"device": r"[^\n]{1,200}",
+    r"device": r"[^\x00-\x1f\x7f-\x9f]{1,200}",
     r"process": r"\d+, base model loaded \d+ times",
     r"findings": r"\[.*\]",
     r"needs": r"global adapter|own settings",
@@ -282,6 +285,11 @@ def build_error_reply(
     return Message(RecordDict({ABOUT_RECORD: ConfigRecord(about)}), reply_to=message)
 
 
+def read_reason(text: Any) -> str:
+    """Return why a client failed as it may be shown: not too long, and no control characters."""
+    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(text)[:MAX_ERROR_CHARS])
+
+
 def ends_worker(reply: Message) -> bool:
     """Return whether the process that sent a reply must not get another message."""
     if reply.has_error():
@@ -308,7 +316,10 @@ def is_declared(fact: str, value: str) -> bool:
     patterns = [text for name, text in DECLARED_FACTS.items() if re.fullmatch(name, fact)]
     if not patterns or not re.fullmatch(patterns[0], value):
         return False
-    return fact != "findings" or all(map(_is_finding, json.loads(value)))
+    if fact != "findings":
+        return True
+    findings = json.loads(value)
+    return len(findings) <= MAX_FINDINGS and all(map(_is_finding, findings))
 
 
 def _is_finding(finding: Any) -> bool:
@@ -321,5 +332,6 @@ def _is_finding(finding: Any) -> bool:
         and re.fullmatch("[a-z-]{1,60}", finding["rule"]) is not None
         and isinstance(finding["file"], str)
         and len(finding["file"]) <= MAX_PATH_CHARS
+        and not CONTROL.search(finding["file"])
         and (finding["record"] is None or isinstance(finding["record"], int))
     )

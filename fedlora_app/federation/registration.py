@@ -20,11 +20,11 @@ from fedlora_app.config.run_config import format_run_config
 from fedlora_app.config.schema import Config, ConfigError
 from fedlora_app.federation.grid import PacedGrid, build_message
 from fedlora_app.federation.messages import (
-    MAX_ERROR_CHARS,
     REGISTRATION_ROUND,
     MessageError,
     Task,
     build_task_content,
+    read_reason,
 )
 from fedlora_app.federation.replies import (
     Reply,
@@ -129,7 +129,7 @@ def _ask_who(
         node = message.metadata.src_node_id
         if message.has_error():
             name = (getattr(grid, "owners", None) or {}).get(node, f"node {node}")
-            lost.append(f"{name}: {str(message.error.reason)[:MAX_ERROR_CHARS]}")
+            lost.append(f"{name}: {read_reason(message.error.reason)}")
             return
         reply = read_reply(message, None, REGISTRATION_ROUND)
         entry = config.entry(reply.client_id)  # raises where the experiment has none of that id

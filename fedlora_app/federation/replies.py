@@ -17,7 +17,6 @@ from fedlora_app.federation.messages import (
     ABOUT_RECORD,
     DECLARED_METRICS,
     GLOBAL_ADAPTER,
-    MAX_ERROR_CHARS,
     METRIC_RECORD,
     NEEDS,
     OWN_SETTINGS,
@@ -26,6 +25,7 @@ from fedlora_app.federation.messages import (
     MessageError,
     is_declared,
     is_possible,
+    read_reason,
 )
 from fedlora_app.federation.packed_state import unpack_state
 from fedlora_app.federation.roster import Roster
@@ -65,13 +65,13 @@ def read_reply(message: Message, client_id: str | None, server_round: int) -> Re
     """
     sender = client_id or f"node {message.metadata.src_node_id}"
     if message.has_error():
-        raise MessageError(f"{sender}: {str(message.error.reason)[:MAX_ERROR_CHARS]}")
+        raise MessageError(f"{sender}: {read_reason(message.error.reason)}")
     about = message.content.config_records.get(ABOUT_RECORD, ConfigRecord())
     named = about.get("client-id")
     if client_id is None and isinstance(named, str) and re.fullmatch(SAFE_NAME, named):
         client_id = sender = named
     if "error" in about:
-        raise MessageError(f"{sender}: {str(about['error'])[:MAX_ERROR_CHARS]}")
+        raise MessageError(f"{sender}: {read_reason(about['error'])}")
     if client_id is None or named != client_id or about.get("server-round") != server_round:
         raise MessageError(
             f"{sender} answered as {named!r:.100} for round {about.get('server-round')!r:.100}, "

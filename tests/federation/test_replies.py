@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from random_states import SHAPES, STATE
@@ -10,6 +12,7 @@ from fedlora_app.federation.messages import (
     build_error_reply,
     build_need_reply,
     build_reply,
+    is_declared,
 )
 from fedlora_app.federation.replies import (
     Reply,
@@ -40,6 +43,20 @@ def test_a_reply_reads_back():
     read = read_reply(reply, "ann", 2)
     assert (read.metrics, read.facts) == (metrics, {"device": "CPU"})
     assert require_update(read, SHAPES, "bfloat16").keys() == STATE.keys()
+
+
+def test_no_text_of_a_client_writes_over_what_a_terminal_shows():
+    """An escape sequence could hide a line, or show one that the server never wrote."""
+    about = ConfigRecord({"client-id": "ann", "error": "out of\x1b[2K paper\r\nmore\x9b1A"})
+    reply = Message(RecordDict({ABOUT_RECORD: about}), reply_to=build_request())
+    with pytest.raises(MessageError) as caught:
+        read_reply(reply, "ann", 1)
+    assert str(caught.value) == "ann: out of�[2K paper�\nmore�1A"
+    finding = {"severity": "error", "rule": "a-rule", "file": "a.json", "record": 1}
+    assert is_declared("findings", json.dumps([finding]))
+    for value in ([finding | {"file": "a\x1b[1A"}], [finding] * 10_001):
+        assert not is_declared("findings", json.dumps(value))
+    assert not is_declared("device", "CPU\x1b[1A")
 
 
 @pytest.mark.parametrize(("client", "server_round"), [("bob", 2), ("ann", 1)])
