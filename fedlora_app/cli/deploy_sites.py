@@ -182,6 +182,7 @@ def join(
     Example: fedlora deploy join ayr.zip
     """
     from fedlora_app.deployment.package import fingerprint_package
+    from fedlora_app.deployment.policy import list_open_rules
     from fedlora_app.deployment.site import join as unpack
     from fedlora_app.deployment.site import open_package
 
@@ -196,6 +197,8 @@ def join(
         typer.echo(f"{path} stays as it is; the new draft is in {folder.package}.")
     for path in done.written:
         typer.echo(f"{path} is a draft: complete it.")
+    if folder.policy in done.written and (open_rules := list_open_rules(folder.policy)):
+        typer.echo(f"It permits everything in: {', '.join(open_rules)}.")
     typer.echo(f"Then: fedlora deploy doctor {shell(folder.folder)}")
 
 

@@ -174,6 +174,16 @@ def load_policy(path: Path) -> Policy:
         raise ConfidentialError(text, told) from None
 
 
+def list_open_rules(path: Path) -> list[str]:
+    """Return the rules that a policy leaves out, so that it permits everything in them.
+
+    Raises:
+        ConfidentialError: with every fault, each under its dotted path.
+    """
+    named = load_policy(path).model_fields_set
+    return [name for name in Policy.model_fields if name not in named]
+
+
 @dataclass(frozen=True)
 class Guard:
     """Holds one message, and the reply to it, against a policy."""

@@ -102,6 +102,9 @@ def test_from_nothing_to_a_joined_site(fedlora, experiment, tmp_path, monkeypatc
     status, out, _ = fedlora("deploy", "join", package, "--yes")
     assert all(line in out for line in printed.splitlines()[1:3])  # it covers all that is in it
     assert status == 0 and "complete it" in out and "localhost:9" in out
+    open_rules = "privacy, metrics, facts, steps, seconds."  # the last of them, in this order
+    assert "It permits everything in: max_norm_ratio, send_update, update_parameters, " in out
+    assert open_rules in out and "losses" not in out
     assert len(root_lines) == 2 and all(line in out for line in root_lines)
     site = SiteFolder(tmp_path / "cy")
     facts = json.loads(site.package_facts.read_text())
