@@ -18,9 +18,26 @@ from fedlora_app.evaluation.gate_files import ABOUT_FILE
 from fedlora_app.evaluation.gate_report import describe_gate
 from fedlora_app.evaluation.names import ACCURACY, ASKED_SETS, EXACT_MATCH, Measure
 from fedlora_app.foundation.percent import PARENTHESES, format_n, format_percent
-from fedlora_app.serving.exported import PAIR, ROUTER, Export, base_revision, portable_name
+from fedlora_app.serving.exported import (
+    PAIR,
+    ROUTER,
+    TEMPLATE_FILE,
+    Export,
+    base_revision,
+    portable_name,
+)
 
 CARD_FILE = "README.md"
+FOLDER = "path/to/this/folder"
+TEMPLATE_NOTE = (
+    f"\n\n`{TEMPLATE_FILE}` writes the prompts that it was trained with: without thoughts, and, "
+    "where they name a day, with that on which the run began. The base model's own template does "
+    f'not. Use it in place of that one: `tokenizer.chat_template = open("{FOLDER}/{TEMPLATE_FILE}")'
+    ".read()`."
+)
+GREEDY = """--generation-config vllm \\
+  --override-generation-config '{"temperature": 0}'"""
+"""Of vLLM, which otherwise takes the base model's sampling settings, or samples without any."""
 
 
 def describe_export(export: Export) -> str:
@@ -111,12 +128,14 @@ def _privacy(export: Export) -> str:
 
 def _prompt(export: Export) -> str:
     prompt = export.run.config.client(export.client).system_prompt
+    template = TEMPLATE_NOTE if export.has_template else ""
     if not prompt:
-        return "It was trained without a system prompt; use none."
+        return f"It was trained without a system prompt; use none.{template}"
     longest = max(map(len, re.findall("`+", prompt)), default=0)
     fence = "`" * max(3, longest + 1)
     return (
         f"It was trained with this system prompt, and expects it:\n\n{fence}text\n{prompt}\n{fence}"
+        f"{template}"
     )
 
 
@@ -135,9 +154,11 @@ def _load_with_peft(export: Export, model: str) -> list[str]:
         "With PEFT:",
         f"""```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 base = AutoModelForCausalLM.from_pretrained("{name}"{pinned})
+ends = base.generation_config.eos_token_id
+base.generation_config = GenerationConfig(eos_token_id=ends)  # greedy, without penalties
 {model}
 ```""",
     ]
@@ -150,26 +171,31 @@ def _vllm_base(export: Export) -> str:
     return name + (f" --revision {revision}" if revision else "")
 
 
+def _vllm_settings(export: Export) -> str:
+    """Return what has vLLM write the prompts that were trained with, and answer greedily."""
+    template = f" \\\n  --chat-template {FOLDER}/{TEMPLATE_FILE}" if export.has_template else ""
+    return GREEDY + template
+
+
 def _adapter_usage(export: Export) -> str:
-    loading = 'model = PeftModel.from_pretrained(base, "path/to/this/folder")'
+    loading = f'model = PeftModel.from_pretrained(base, "{FOLDER}")'
     blocks = _load_with_peft(export, loading)
     if export.max_lora_rank is not None:
         blocks += [
             f"With vLLM, which needs `--max-lora-rank {export.max_lora_rank}` for its rank of "
             f"{export.rank}, and computes in the base model's dtype:",
             f"""```bash
-vllm serve {_vllm_base(export)} --enable-lora --max-lora-rank {export.max_lora_rank} \\
-  --lora-modules {export.client}=path/to/this/folder
+vllm serve {_vllm_base(export)} {_vllm_settings(export)} \\
+  --enable-lora --max-lora-rank {export.max_lora_rank} --lora-modules {export.client}={FOLDER}
 ```""",
         ]
     return "\n\n".join(blocks)
 
 
 def _routed_usage(export: Export) -> str:
-    folder = "path/to/this/folder"
     loading = (
-        f'model = PeftModel.from_pretrained(base, "{folder}/{GLOBAL}", adapter_name="{GLOBAL}")\n'
-        f'model.load_adapter("{folder}/{PAIR}", adapter_name="{PAIR}")\n'
+        f'model = PeftModel.from_pretrained(base, "{FOLDER}/{GLOBAL}", adapter_name="{GLOBAL}")\n'
+        f'model.load_adapter("{FOLDER}/{PAIR}", adapter_name="{PAIR}")\n'
         f'model.set_adapter("{PAIR}")  # or "{GLOBAL}", as the router chooses'
     )
     blocks = [
@@ -185,10 +211,10 @@ def _routed_usage(export: Export) -> str:
         blocks += [
             "With vLLM and that script before it:",
             f"""```bash
-vllm serve {_vllm_base(export)} --port 8001 --generation-config vllm \\
+vllm serve {_vllm_base(export)} --port 8001 {_vllm_settings(export)} \\
   --enable-lora --max-loras 2 --max-lora-rank {export.max_lora_rank} \\
-  --lora-modules {GLOBAL}=path/to/this/folder/{GLOBAL} {PAIR}=path/to/this/folder/{PAIR}
-python router.py path/to/this/folder/{ROUTER} --base {name} --upstream http://127.0.0.1:8001
+  --lora-modules {GLOBAL}={FOLDER}/{GLOBAL} {PAIR}={FOLDER}/{PAIR}
+python router.py {FOLDER}/{ROUTER} --base {name} --upstream http://127.0.0.1:8001
 ```""",
         ]
     return "\n\n".join(blocks)
@@ -200,14 +226,14 @@ def _merged_usage(export: Export) -> str:
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+model = AutoModelForCausalLM.from_pretrained("{FOLDER}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{FOLDER}")
 ```
 
 With vLLM:
 
 ```bash
-vllm serve path/to/this/folder --served-model-name {export.client}
+vllm serve {FOLDER} --served-model-name {export.client} {GREEDY}
 ```"""
 
 
