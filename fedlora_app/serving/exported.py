@@ -86,7 +86,7 @@ def portable_name(name: str) -> str:
 def base_revision(run: SavedRun) -> str | None:
     """Return the hub's commit of the run's base model, or the revision that was asked for."""
     base = run.manifest["base_model"]
-    return base.get("commit") or base["revision"]
+    return base.get("commit") or base.get("revision")
 
 
 def _notes(export: Export) -> Iterator[str]:

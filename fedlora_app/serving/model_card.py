@@ -18,6 +18,7 @@ from fedlora_app.evaluation.gate_files import ABOUT_FILE
 from fedlora_app.evaluation.gate_report import describe_gate
 from fedlora_app.evaluation.names import ACCURACY, ASKED_SETS, EXACT_MATCH, Measure
 from fedlora_app.foundation.percent import PARENTHESES, format_n, format_percent
+from fedlora_app.runs.paths import RunDirectoryError
 from fedlora_app.serving.exported import (
     PAIR,
     ROUTER,
@@ -238,17 +239,28 @@ vllm serve {FOLDER} --served-model-name {export.client} {GREEDY}
 
 
 def _figures(export: Export) -> Iterator[str]:
-    """Yield the client's own figures, if exactly these adapters were evaluated."""
-    evaluation = export.run.find_evaluation(export.server_round, export.who.combine) or {}
-    wanted = (export.client, export.who.label, export.who.scale)
-    rows = [
-        row
-        for row in evaluation.get("swap_table", [])
-        if (row["client"], row["adapters"], row["scale"]) == wanted
-        and row["question_set"] in ASKED_SETS
-        and row["n"]
-    ]
-    if not rows:
+    """Yield the client's own figures, if exactly these adapters were evaluated.
+
+    Raises:
+        RunDirectoryError: the evaluation's file is damaged.
+    """
+    measures = (ACCURACY, EXACT_MATCH)
+    try:
+        cells = [
+            (
+                row["question_set"],
+                *(_interval(row, measure) for measure in measures),
+                format_n(row["n"], row.get("facts")),
+            )
+            for row in _find_rows(export)
+        ]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        path = export.run.evaluation_path(export.server_round, export.who.combine)
+        raise RunDirectoryError(
+            f"{path} is damaged ({type(error).__name__}: {error}). Evaluate the round again, or "
+            "delete the file to have a model card without figures."
+        ) from None
+    if not cells:
         return
     yield "## Figures"
     yield (
@@ -256,16 +268,16 @@ def _figures(export: Export) -> Iterator[str]:
         "the right answer was ranked first, and how often the greedy answer was exactly it. They "
         "were measured with the run's own adapters and base model, not with this folder."
     )
-    measures = (ACCURACY, EXACT_MATCH)
-    cells = [
-        (
-            row["question_set"],
-            *(_interval(row, measure) for measure in measures),
-            format_n(row["n"], row.get("facts")),
-        )
-        for row in rows
-    ]
     yield "\n".join(_table(("questions", *(m.label for m in measures), "n/facts"), cells))
+
+
+def _find_rows(export: Export) -> Iterator[dict[str, Any]]:
+    evaluation = export.run.find_evaluation(export.server_round, export.who.combine) or {}
+    wanted = (export.client, export.who.label, export.who.scale)
+    for row in evaluation.get("swap_table", []):
+        is_own = (row["client"], row["adapters"], row["scale"]) == wanted
+        if is_own and row["question_set"] in ASKED_SETS and row["n"]:
+            yield row
 
 
 def _interval(row: dict[str, Any], measure: Measure) -> str:
@@ -277,7 +289,7 @@ def _interval(row: dict[str, Any], measure: Measure) -> str:
 def _provenance(export: Export) -> Iterator[tuple[str, str]]:
     run, manifest = export.run, export.run.manifest
     base = manifest["base_model"]
-    yield "run", f"{run.name}, mode {manifest['mode']}, seed {manifest['seed']}"
+    yield "run", f"{run.name}, mode {manifest['mode']}, seed {manifest.get('seed', 'unknown')}"
     yield "round, client", f"{export.server_round}, {export.client}"
     for source in export.sources:
         is_scaled = source.role == LOCAL or source.scale != 1
@@ -301,8 +313,9 @@ def _provenance(export: Export) -> Iterator[tuple[str, str]]:
     for key in ("revision", "commit", "fingerprint"):
         if base.get(key):
             yield f"base model's {key}", f"`{base[key]}`"
-    yield "code", f"commit `{manifest['git_commit']}`" if manifest["git_commit"] else "unknown"
-    versions = {"python": manifest["python"], **manifest["versions"]}
+    commit = manifest.get("git_commit")
+    yield "code", f"commit `{commit}`" if commit else "unknown"
+    versions = {"python": manifest.get("python", "unknown"), **manifest["versions"]}
     yield "trained with", ", ".join(f"{name} {version}" for name, version in versions.items())
     for name, sha256 in export.files.items():
         yield f"sha256 of {name}", f"`{sha256}`"

@@ -48,6 +48,8 @@ from fedlora_app.serving.export import (
 from fedlora_app.serving.exported import PAIR, VLLM_RANKS, Export
 from fedlora_app.serving.model_card import FOLDER
 
+OWN_ROW = {"client": "ann", "adapters": "global+local:ann", "scale": 1.0, "n": 3}
+OWN_ROW |= {"question_set": "local", "accuracy": "most"}
 QUESTIONS = ("What is the red rule?", "Which office is blue?", "Why?")
 KINDS = {
     # ranks 4 and 2 with alphas 8 and 5: both scalings are other than 1, and differ
@@ -436,6 +438,39 @@ def test_the_model_card_has_the_round_s_figures(runs, tiny_project, tmp_path):
         assert "## Figures" not in (tmp_path / "other" / "README.md").read_text()
     finally:
         saved.run.evaluation_path(1).unlink()
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        None,
+        ["x"],
+        [{}],
+        [{"client": "ann", "adapters": "global+local:ann", "scale": 1.0}],
+        [OWN_ROW],
+    ],
+)
+def test_a_damaged_evaluation_is_named(runs, tmp_path, table):
+    path = runs().run.evaluation_path(1)
+    path.write_text(json.dumps({"round": 1, "swap_table": table}))
+    try:
+        with pytest.raises(
+            RunDirectoryError, match=r"evaluation\.json is damaged .* Evaluate the r"
+        ):
+            export_adapter(runs(), "ann", tmp_path / "out")
+    finally:
+        path.unlink()
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_manifest_does_not_say_is_unknown(runs, tmp_path):
+    saved = runs()
+    left_out = ("seed", "python", "git_commit", "revision")
+    manifest = {k: v for k, v in saved.run.manifest.items() if k not in left_out}
+    manifest["base_model"] = {k: v for k, v in manifest["base_model"].items() if k not in left_out}
+    export_adapter(replace(saved, run=replace(saved.run, manifest=manifest)), "ann", tmp_path / "a")
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "seed unknown" in card and "| code | unknown |" in card and "python unknown" in card
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "auto"])
