@@ -156,6 +156,7 @@ def test_an_answer_that_reaches_the_limit_is_marked(runs):
     [
         ("<think>\nI look it up.\n</think>\n\nThe rule is red.", "The rule is red."),
         ("<think>I look it", ""),  # cut off inside of it
+        ("Write </think> behind it.", "Write </think> behind it."),
         ("<thi", "<thi"),
         ("<thinking> is a word.", "<thinking> is a word."),
         ("The rule is red.", "The rule is red."),
