@@ -70,7 +70,8 @@ class Conversation:
         A turn that is interrupted is not remembered.
 
         Args:
-            on_text: gets the answer piece by piece as it is made; the pieces are the answer.
+            on_text: gets the answer piece by piece as it is made; the pieces are the answer. It
+                gets "" for a token that shows nothing, as in thoughts, and may end it by raising.
 
         Raises:
             QuestionError: it is empty, not UTF-8, or too long, even without what may be forgotten.
@@ -260,6 +261,6 @@ class _Pieces(BaseStreamer):
         self._show(decode_so_far(self.tokenizer, self.ids) or decode(self.tokenizer, self.ids))
 
     def _show(self, text: str) -> None:
-        if text != self.shown and text.startswith(self.shown):
-            self.on_text(text[len(self.shown) :])
-            self.shown = text
+        new = text[len(self.shown) :] if text.startswith(self.shown) else ""
+        self.shown += new
+        self.on_text(new)

@@ -82,7 +82,7 @@ class Desk:
         self._thread.shutdown(cancel_futures=True)
 
     async def answer(self, request: ChatRequest) -> AsyncIterator[str | Reply]:
-        """Yield the answer's pieces as they come, and the reply at the end.
+        """Yield the answer's pieces as they come, "" while it thinks, and the reply at the end.
 
         An answer whose iterator is closed is not made to its end.
 
@@ -314,7 +314,8 @@ async def _stream(
         try:
             piece = first
             while not isinstance(piece, Reply):
-                yield _event(completion.piece(piece))
+                if piece:
+                    yield _event(completion.piece(piece))
                 piece = await anext(pieces)
             yield _event(completion.end(piece))
             if include_usage:

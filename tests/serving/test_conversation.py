@@ -77,7 +77,7 @@ def test_the_streamed_pieces_are_the_answer_that_an_evaluation_gets(runs, mode):
         reply = open_conversation(saved, client).ask(QUESTION, pieces.append)
         expected = generate(saved, saved.own(client), f"You are {client}.", QUESTION)
         assert reply.text == expected == "".join(pieces)
-        assert len(pieces) > 2 and all(pieces)
+        assert len(list(filter(None, pieces))) > 2
 
 
 def test_later_prompts_hold_what_was_said_before(runs, tokenizer, monkeypatch):

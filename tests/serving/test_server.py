@@ -368,7 +368,11 @@ def ends(monkeypatch) -> list[str]:
     return seen
 
 
-def test_an_answer_that_nobody_waits_for_is_not_made_to_its_end(runs, ends):
+@pytest.mark.parametrize("is_shown", [True, False], ids=["shown", "in thoughts"])
+def test_an_answer_that_nobody_waits_for_is_not_made_to_its_end(runs, ends, monkeypatch, is_shown):
+    if not is_shown:
+        monkeypatch.setattr(conversation_module, "decode_so_far", lambda *_: "")
+
     async def leave(desk: Desk) -> None:
         pieces = desk.answer(ChatRequest.model_validate(user(LOCAL, max_tokens=200)))
         assert isinstance(await anext(pieces), str)
