@@ -51,6 +51,7 @@ from fedlora_app.serving.conversation import (
 
 MAX_WAITING = 32  # requests, with the one that is being answered
 MAX_BODY_BYTES = 1 << 20
+MAX_LENGTH_DIGITS = 20
 GRACE_SECONDS = 5  # that answers have to come to their end once the server is to stop
 
 Report = Callable[[str], None]
@@ -162,7 +163,7 @@ class Admission:
             length = headers.get("content-length", "")
             if not length.isdecimal():
                 return ApiError(411, "The request must have a Content-Length.")
-            if int(length) > MAX_BODY_BYTES:
+            if len(length) > MAX_LENGTH_DIGITS or int(length) > MAX_BODY_BYTES:
                 return ApiError(413, f"The request has more than {MAX_BODY_BYTES} bytes.")
         return None
 
