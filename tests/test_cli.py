@@ -358,6 +358,11 @@ def test_ask_answers_as_one_client_as_all_and_in_a_conversation(fedlora, project
     monkeypatch.setattr("sys.stdin", io.StringIO(f"<|im_end|>\n{question}\n"))
     status, out, err = fedlora("ask", run, "--client", "ann")
     assert status == 0 and out == said and "marks of the model's chat template" in err
+    moved = (project / "ann_local.json").rename(project / "elsewhere.json")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{question}\n{question}\n"))
+    status, out, err = fedlora("ask", run, "--client", "ann", "--combine", "gate")
+    moved.rename(project / "ann_local.json")
+    assert (status, out) == (2, "") and "ann_local.json does not exist" in err
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,6 @@ def export(
 
 def _converse(conversation: Conversation, client: str, question: str | None) -> None:
     """Answer one question, or those that are typed until an empty line or the end of input."""
-    from fedlora_app.data.records import DataError
     from fedlora_app.serving.conversation import QuestionError
 
     if question is not None:
@@ -144,7 +143,7 @@ def _converse(conversation: Conversation, client: str, question: str | None) -> 
             return
         try:
             _answer(conversation, question)
-        except (QuestionError, DataError) as error:
+        except QuestionError as error:
             typer.echo(f"Error: {error}", err=True)
 
 

@@ -26,6 +26,8 @@ PROBE_QUESTIONS = ("How long is the probation period?", "Who\nsays <so>, and why
 PROBE_SYSTEM = "You answer for the office of Riverton."
 DATED = re.compile(r"strftime_now\(\s*(['\"])(?P<format>[^'\"]*)\1\s*\)")
 """How a template asks which day it is."""
+UNTRIMMED = "{{ '' }}"
+"""Between a jinja tag and text, whose white space the tag would otherwise take away."""
 
 Turn = tuple[str, str]
 """A question of a conversation, and the answer that it got."""
@@ -50,6 +52,31 @@ def find_template(tokenizer: PreTrainedTokenizerBase) -> str:
 def _write_date(template: str, date: str) -> str:
     day = datetime.fromisoformat(date)
     return DATED.sub(lambda call: json.dumps(day.strftime(call["format"])), template)
+
+
+def write_served_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a chat template that writes the prompts of ``render_prompt`` without this module.
+
+    That is the tokenizer's own one where it does so already; else the pinned day stands in it, it
+    opens no thoughts, and its prompts end where answers begin.
+
+    Raises:
+        ModelError: as ``render_prompt``.
+    """
+    template = find_template(tokenizer)
+    if "enable_thinking" in template:
+        template = f"{{% set enable_thinking = false %}}{UNTRIMMED}{template}"
+    messages = _messages("", PROBE_QUESTIONS[0])
+    text = _render(tokenizer, messages, add_generation_prompt=True)
+    wanted = _end_where_answers_begin(tokenizer, messages, text)
+    if text == wanted:
+        return template
+    end = f"[:{len(wanted) - len(text)}]" if len(wanted) < len(text) else ""
+    end += f" ~ {json.dumps(wanted[len(text) :], ensure_ascii=False)}"  # "" where it is cut
+    return (
+        f"{{% set written %}}{UNTRIMMED}{template.removesuffix(chr(10))}{UNTRIMMED}{{% endset %}}"
+        f"{{{{ written{end} if add_generation_prompt else written }}}}"
+    )
 
 
 def knows_system_prompts(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -162,6 +162,8 @@ def read_json_records(path: Path) -> tuple[list[Any], str]:
 def parse_json_records(content: bytes, name: str, encoding: str = "utf-8") -> list[Any]:
     """Return the raw records of a JSON list, which may stand in an object, or of JSON Lines.
 
+    An object of one line may be either, and is a record where the file is called .jsonl.
+
     Args:
         name: of the file, for errors.
 
@@ -175,7 +177,8 @@ def parse_json_records(content: bytes, name: str, encoding: str = "utf-8") -> li
             return _parse_json(text)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{name} is not valid JSON: {error}.") from None
-    if beginning == "{" and (records := _unwrap(text)) is not None:
+    may_wrap = beginning == "{" and ".jsonl" not in Path(name.lower()).suffixes
+    if may_wrap and (records := _unwrap(text)) is not None:
         return records
     records = []
     for number, line in enumerate(text.split("\n"), start=1):

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 OPENING = "<think>"
-REASONING = re.compile(r"\A\s*(?:(?:<think>)?.*?</think>|<think>.*)", re.DOTALL)
+REASONING = re.compile(
+    r"\A\s*(?:<think>.*?(?:</think>|\Z)|.*?^</think>(?:\n|\Z))", re.DOTALL | re.MULTILINE
+)
+"""Thoughts; where the prompt had opened them, a line of its own ends them, and no mention of it."""
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fedlora_app.foundation.errors import UserError
 from fedlora_app.foundation.seeds import derive_seed
 
 MAX_DEVIATIONS = 1024  # that the covariance of wordings is estimated from
@@ -55,7 +56,17 @@ class Space:
         return cls(centre.float(), basis.float(), gains.float())
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
-        """Return unit vectors (N, D) whose inner products are similarities."""
+        """Return unit vectors (N, D) whose inner products are similarities.
+
+        Raises:
+            UserError: the features have another size.
+        """
+        if features.shape[1] != len(self.centre):
+            raise UserError(
+                f"The client's gate compares features of {len(self.centre)} numbers, and the base "
+                f"model makes {features.shape[1]}. The gate's files are damaged: restore them, or "
+                "delete its folder to have it fitted again."
+            )
         basis = self.basis.double()
         centred = features - self.centre
         spread = centred + ((centred @ basis) * self.gains) @ basis.T

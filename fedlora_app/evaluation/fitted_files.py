@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fedlora_app.foundation.files import hash_file
+
 MAX_ABOUT_BYTES = 1 << 20
 
 About = Mapping[str, str | None]
@@ -42,6 +44,7 @@ def save_fitted(folder: Path, name: str, tensors: Tensors, content: Mapping[str,
         save_file(tensors, folder / tensors_file(name))
     except SafetensorError as error:  # a full disk, for one
         raise OSError(errno.EIO, str(error), str(folder / tensors_file(name))) from error
+    content = {**content, "sha256": hash_file(folder / tensors_file(name))}
     text = json.dumps(content, indent=2) + "\n"
     (folder / about_file(name)).write_text(text, encoding="utf-8")
 
@@ -63,4 +66,6 @@ def load_fitted(
         content: dict[str, Any] = json.loads(file.read(MAX_ABOUT_BYTES))
     if content["format"] != format_ or content["fitted_to"] != dict(about):
         return None
+    if content.get("sha256", found := hash_file(paths[1])) != found:  # older ones have none
+        raise ValueError(f"{paths[1]} is not the file that was written.")
     return load_file(paths[1]), content

@@ -32,6 +32,12 @@ HEADER_LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 8 << 20
 """Room for a table of some 50,000 tensors, beside their values."""
 MAX_CONFIG_BYTES = 1 << 20
+COMPARED = (
+    *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "bias", "lora_bias"),
+    *("use_rslora", "use_dora", "use_qalora", "modules_to_save", "target_parameters"),
+    *("trainable_token_indices", "layers_to_transform", "layer_replication", "exclude_modules"),
+)
+"""Settings of PEFT that change what an adapter adds, beside the modules that it is on."""
 
 
 def save_adapter(
@@ -85,7 +91,8 @@ def load_adapter(
         for path, limit in ((weights, _largest_file(shapes)), (config_path, MAX_CONFIG_BYTES))
     )
     _require_hash(weights, content, sha256)
-    stored_base = _parse_object(config, config_path).get("base_model_name_or_path")
+    stored = _parse_object(config, config_path)
+    stored_base = stored.get("base_model_name_or_path")
     role, state = _parse_weights(content, weights)
     if role != name:
         found_role = str(role)[:MAX_SHOWN_CHARS]
@@ -97,6 +104,7 @@ def load_adapter(
         )
     _require_fp32(state, str(folder))
     check_state(state, shapes, str(folder))
+    _require_config(stored, file_config(model, name), shapes, config_path)
     return state
 
 
@@ -169,6 +177,30 @@ def _require_hash(path: Path, content: bytes, sha256: str | None) -> None:
             f"{path} is not the file that was written: its sha256 begins with {found[:12]}, "
             f"expected {sha256[:12]}. Restore it."
         )
+
+
+def _require_config(
+    stored: dict[str, Any], ours: dict[str, Any], shapes: dict[str, torch.Size], path: Path
+) -> None:
+    """Raise unless a file describes the adapter as which its tensors are used here."""
+
+    def refuse(key: str, expected: object) -> None:
+        raise AdapterError(
+            f"{path} has {key} {str(stored.get(key))[:MAX_SHOWN_CHARS]!r}, expected {expected!r}. "
+            "It is not the file that was written with these weights. Restore it."
+        )
+
+    ours = json.loads(json.dumps(ours, default=_jsonable))
+    for key in COMPARED:
+        if key in stored and stored[key] != ours[key]:
+            refuse(key, ours[key])
+    targets = stored.get("target_modules")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        refuse("target_modules", sorted(ours["target_modules"]))
+    names = {key.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for key in shapes}
+    meant = [{name for name in names if f".{name}".endswith(f".{end}")} for end in targets]
+    if not all(meant) or set().union(*meant) != names:
+        refuse("target_modules", sorted(ours["target_modules"]))
 
 
 def _require_fp32(state: AdapterState, what: str) -> None:

@@ -115,7 +115,9 @@ def load_unquantised_model(config: ModelConfig, root: Path, dtype: torch.dtype) 
     _let_go()
     _lingers = True
     kwargs = {"dtype": dtype, "device_map": {"": "cpu"}, "use_safetensors": True}
-    return from_pretrained(AutoModelForCausalLM, config, root, **kwargs).eval()
+    model = from_pretrained(AutoModelForCausalLM, config, root, **kwargs).eval()
+    _require_ends(model)
+    return model
 
 
 def build_empty_model(config: ModelConfig, root: Path) -> PreTrainedModel:
@@ -248,10 +250,11 @@ def settle_base(
     """Freeze a base model that has its weights, and make it answer greedily.
 
     Raises:
-        ModelError: its embedding cannot lie elsewhere.
+        ModelError: its embedding cannot lie elsewhere, or what ends its answers is no token.
     """
     model.requires_grad_(False)
     model.eval()
+    _require_ends(model)
     # generate() fills what a caller leaves open from here, and instruct models ship sampling
     # settings and repetition penalties, with which "greedy" would not be greedy. What ends an
     # answer stays: Phi's <|end|>, for one, is in no other file.
@@ -267,6 +270,17 @@ def settle_base(
         except ValueError as error:
             raise ModelError(_explain_embedding(config, str(error))) from None
     return model
+
+
+def _require_ends(model: PreTrainedModel) -> None:
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        return
+    if not all(type(end) is int for end in (ends if isinstance(ends, list) else [ends])):
+        raise ModelError(
+            f"The base model's generation_config.json has eos_token_id {ends!r:.100}. Expected the "
+            "number of the token that ends an answer, or a list of such."
+        )
 
 
 def _explain_size(config: ModelConfig) -> str:

@@ -1,5 +1,8 @@
 """What tells one base model from another: a hash of every byte that its answers depend on.
 
+But for the tokens that generation_config.json ends answers with: runs of before have a fingerprint
+without them.
+
 Weights are read as a whole once (``kept_hashes``), because under a real deployment every message
 reaches a new process.
 """

@@ -19,18 +19,24 @@ from fedlora_app.serving.conversation import Reply
 
 MAX_ANSWER_TOKENS = 2048
 """Of one answer, however many are asked for."""
-NO_EFFECT = {"seed", "user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier"}
-"""Parameters that cannot change a greedy answer, or who gets it."""
+NO_EFFECT = {
+    *("seed", "user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier"),
+    "parallel_tool_calls",
+}
+"""Parameters that cannot change a greedy answer without tools, or who gets it."""
 NEUTRAL = {
     "n": 1,
     "frequency_penalty": 0,
     "presence_penalty": 0,
     "logit_bias": {},
     "logprobs": False,
+    "top_logprobs": 0,
     "response_format": {"type": "text"},
     "stop": [],
     "store": False,
     "tools": [],
+    "tool_choice": "none",
+    "modalities": ["text"],
 }
 """Parameters that are not supported, and the value that asks for nothing."""
 

@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from fedlora_app.config.schema import GLOBAL
 from fedlora_app.data.dialogue import Turn, encode_prompt
+from fedlora_app.data.records import DataError
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.decoding import decode, decode_so_far
 from fedlora_app.evaluation.generation import find_ends, find_stop_ids, generate_answer
@@ -70,11 +71,13 @@ class Conversation:
         A turn that is interrupted is not remembered.
 
         Args:
-            on_text: gets the answer piece by piece as it is made; the pieces are the answer.
+            on_text: gets the answer piece by piece as it is made; the pieces are the answer. It
+                gets "" for a token that shows nothing, as in thoughts, and may end it by raising.
 
         Raises:
-            QuestionError: it is empty, not UTF-8, or too long, even without what may be forgotten.
-            DataError: it is nothing but marks of the chat template.
+            QuestionError: it is empty, not UTF-8, nothing but marks of the chat template, or too
+                long, even without what may be forgotten.
+            DataError: what combines the adapters is not there, nor are the data that it takes.
         """
         if not question.strip():
             raise QuestionError("The question is empty.")
@@ -107,7 +110,10 @@ class Conversation:
         limit = read_context(model.config)
         for start in range(len(self.turns) + 1 if self.may_forget else 1):
             turns = self.turns[start:]
-            prompt_ids = encode_prompt(tokenizer, self.system_prompt, question, turns)
+            try:
+                prompt_ids = encode_prompt(tokenizer, self.system_prompt, question, turns)
+            except DataError as error:
+                raise QuestionError(str(error)) from None
             if limit is None or len(prompt_ids) + self.max_new_tokens <= limit:
                 return turns, prompt_ids
         before = " and what was said before" if turns else ""
@@ -260,6 +266,6 @@ class _Pieces(BaseStreamer):
         self._show(decode_so_far(self.tokenizer, self.ids) or decode(self.tokenizer, self.ids))
 
     def _show(self, text: str) -> None:
-        if text != self.shown and text.startswith(self.shown):
-            self.on_text(text[len(self.shown) :])
-            self.shown = text
+        new = text[len(self.shown) :] if text.startswith(self.shown) else ""
+        self.shown += new
+        self.on_text(new)

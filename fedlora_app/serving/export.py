@@ -18,14 +18,16 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from fedlora_app.config.combination import GATE, SCALE, SEARCH
 from fedlora_app.config.schema import GLOBAL, LOCAL
-from fedlora_app.data.dialogue import find_prompt_frame, pin_date
+from fedlora_app.data.dialogue import find_prompt_frame, pin_date, write_served_template
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.combiner import WHOLE_PAIR, Weights
 from fedlora_app.evaluation.gate import Gate
 from fedlora_app.evaluation.gate_files import save_gate
+from fedlora_app.evaluation.generation import find_ends, find_stop_ids
 from fedlora_app.evaluation.prompt_features import find_middle_layer
 from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.evaluation.search import SearchedWeights
@@ -46,6 +48,7 @@ from fedlora_app.model.pretrained import local_folder
 from fedlora_app.serving.exported import (
     PAIR,
     ROUTER,
+    TEMPLATE_FILE,
     Export,
     Source,
     base_revision,
@@ -79,7 +82,8 @@ def export_adapter(
     """Write what a client answers with as one PEFT adapter, or as two and the gate between them.
 
     One adapter needs none of the base's weights. Behind a gate there are the folders ``global``,
-    ``pair`` and ``router``.
+    ``pair`` and ``router``. Where the base's chat template does not write by itself the prompts
+    that were trained with, one that does lies beside them.
 
     Args:
         output_dir: must be empty or not there.
@@ -97,8 +101,15 @@ def export_adapter(
     sources = tuple(_list_sources(saved, who, weights))
     rank = sum(source.config.rank for source in sources)
     at, figures = saved.server_round, gate and gate.figures
-    export = Export(folder, saved.run, at, client_id, who, sources, dtype, rank, figures)
+    tokenizer = _load_tokenizer(saved)
+    template = write_served_template(tokenizer)
+    has_template = template != tokenizer.get_chat_template()
+    export = Export(
+        folder, saved.run, at, client_id, who, sources, dtype, rank, figures, has_template
+    )
     with _private_folder(folder) as partial:
+        if has_template:
+            (partial / TEMPLATE_FILE).write_text(template, encoding="utf-8")
         if gate is None:
             _write_adapter(partial, saved, sources, dtype)
         else:
@@ -106,7 +117,7 @@ def export_adapter(
                 (partial / name).mkdir()
                 _write_adapter(partial / name, saved, parts, dtype)
             (partial / ROUTER).mkdir()
-            _write_router(partial / ROUTER, saved, client_id, gate)
+            _write_router(partial / ROUTER, saved, client_id, gate, tokenizer)
         return _write_card(export, partial)
 
 
@@ -119,6 +130,8 @@ def export_merged(
     report: Callable[[str], None] = lambda _: None,
 ) -> Export:
     """Write a whole model that answers as a client does, made from the unquantised base.
+
+    Its settings are greedy and its chat template writes the prompts that were trained with.
 
     Args:
         dtype: of the weights; None: the checkpoint's own, or bfloat16.
@@ -148,9 +161,16 @@ def export_merged(
     report("merging")
     merge_into_base(base, adapter)
     report("writing")
+    tokenizer = _load_tokenizer(saved)
+    base.generation_config = GenerationConfig(  # as answers are made in ``generation``
+        do_sample=False,
+        eos_token_id=find_ends(base, find_stop_ids(tokenizer)),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    tokenizer.chat_template = write_served_template(tokenizer)
     with _private_folder(folder) as partial:
         base.save_pretrained(partial)
-        load_tokenizer(config, saved.root).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
         export = Export(folder, saved.run, saved.server_round, client_id, who, sources, dtype)
         return _write_card(export, partial)
 
@@ -271,12 +291,22 @@ def _write_adapter(
     save_plain_adapter(folder, replace(adapter, state=state), _loadable_name(saved))
 
 
-def _write_router(folder: Path, saved: SavedModel, client_id: str, gate: Gate) -> None:
+def _load_tokenizer(saved: SavedModel) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(saved.run.config.model, saved.root)
+    pin_date(tokenizer, saved.run.date)
+    return tokenizer
+
+
+def _write_router(
+    folder: Path,
+    saved: SavedModel,
+    client_id: str,
+    gate: Gate,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     """Write a gate with what it takes to ask it without this package and the client's data."""
     config = saved.run.config.model
     prompt = saved.run.config.client(client_id).system_prompt
-    tokenizer = load_tokenizer(config, saved.root)
-    pin_date(tokenizer, saved.run.date)
     before, after = find_prompt_frame(tokenizer, prompt)
     num_layers = load_model_config(config, saved.root).get_text_config().num_hidden_layers
     save_gate(

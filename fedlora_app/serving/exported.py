@@ -15,6 +15,7 @@ PAIR = "pair"
 """The folder of both adapters as one, beside that of the global one alone."""
 ROUTER = "router"
 """The folder of the gate that chooses between the two."""
+TEMPLATE_FILE = "chat_template.jinja"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank may be (vllm/config/lora.py)."""
 
@@ -50,6 +51,8 @@ class Export:
     """Of the adapter, the largest of several; None: full weights."""
     gate: GateFigures | None = None
     """Of the router between global adapter and pair; None: one adapter, or full weights."""
+    has_template: bool = False
+    """Beside its adapters lies a chat template that is to be used in place of the base's."""
     files: dict[str, str] = field(default_factory=dict)
     """Sha256 of each file with weights."""
 
@@ -83,7 +86,7 @@ def portable_name(name: str) -> str:
 def base_revision(run: SavedRun) -> str | None:
     """Return the hub's commit of the run's base model, or the revision that was asked for."""
     base = run.manifest["base_model"]
-    return base.get("commit") or base["revision"]
+    return base.get("commit") or base.get("revision")
 
 
 def _notes(export: Export) -> Iterator[str]:

@@ -18,9 +18,27 @@ from fedlora_app.evaluation.gate_files import ABOUT_FILE
 from fedlora_app.evaluation.gate_report import describe_gate
 from fedlora_app.evaluation.names import ACCURACY, ASKED_SETS, EXACT_MATCH, Measure
 from fedlora_app.foundation.percent import PARENTHESES, format_n, format_percent
-from fedlora_app.serving.exported import PAIR, ROUTER, Export, base_revision, portable_name
+from fedlora_app.runs.paths import RunDirectoryError
+from fedlora_app.serving.exported import (
+    PAIR,
+    ROUTER,
+    TEMPLATE_FILE,
+    Export,
+    base_revision,
+    portable_name,
+)
 
 CARD_FILE = "README.md"
+FOLDER = "path/to/this/folder"
+TEMPLATE_NOTE = (
+    f"\n\n`{TEMPLATE_FILE}` writes the prompts that it was trained with: without thoughts, and, "
+    "where they name a day, with that on which the run began. The base model's own template does "
+    f'not. Use it in place of that one: `tokenizer.chat_template = open("{FOLDER}/{TEMPLATE_FILE}")'
+    ".read()`."
+)
+GREEDY = """--generation-config vllm \\
+  --override-generation-config '{"temperature": 0}'"""
+"""Of vLLM, which otherwise takes the base model's sampling settings, or samples without any."""
 
 
 def describe_export(export: Export) -> str:
@@ -111,12 +129,14 @@ def _privacy(export: Export) -> str:
 
 def _prompt(export: Export) -> str:
     prompt = export.run.config.client(export.client).system_prompt
+    template = TEMPLATE_NOTE if export.has_template else ""
     if not prompt:
-        return "It was trained without a system prompt; use none."
+        return f"It was trained without a system prompt; use none.{template}"
     longest = max(map(len, re.findall("`+", prompt)), default=0)
     fence = "`" * max(3, longest + 1)
     return (
         f"It was trained with this system prompt, and expects it:\n\n{fence}text\n{prompt}\n{fence}"
+        f"{template}"
     )
 
 
@@ -135,9 +155,11 @@ def _load_with_peft(export: Export, model: str) -> list[str]:
         "With PEFT:",
         f"""```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 base = AutoModelForCausalLM.from_pretrained("{name}"{pinned})
+ends = base.generation_config.eos_token_id
+base.generation_config = GenerationConfig(eos_token_id=ends)  # greedy, without penalties
 {model}
 ```""",
     ]
@@ -150,26 +172,31 @@ def _vllm_base(export: Export) -> str:
     return name + (f" --revision {revision}" if revision else "")
 
 
+def _vllm_settings(export: Export) -> str:
+    """Return what has vLLM write the prompts that were trained with, and answer greedily."""
+    template = f" \\\n  --chat-template {FOLDER}/{TEMPLATE_FILE}" if export.has_template else ""
+    return GREEDY + template
+
+
 def _adapter_usage(export: Export) -> str:
-    loading = 'model = PeftModel.from_pretrained(base, "path/to/this/folder")'
+    loading = f'model = PeftModel.from_pretrained(base, "{FOLDER}")'
     blocks = _load_with_peft(export, loading)
     if export.max_lora_rank is not None:
         blocks += [
             f"With vLLM, which needs `--max-lora-rank {export.max_lora_rank}` for its rank of "
             f"{export.rank}, and computes in the base model's dtype:",
             f"""```bash
-vllm serve {_vllm_base(export)} --enable-lora --max-lora-rank {export.max_lora_rank} \\
-  --lora-modules {export.client}=path/to/this/folder
+vllm serve {_vllm_base(export)} {_vllm_settings(export)} \\
+  --enable-lora --max-lora-rank {export.max_lora_rank} --lora-modules {export.client}={FOLDER}
 ```""",
         ]
     return "\n\n".join(blocks)
 
 
 def _routed_usage(export: Export) -> str:
-    folder = "path/to/this/folder"
     loading = (
-        f'model = PeftModel.from_pretrained(base, "{folder}/{GLOBAL}", adapter_name="{GLOBAL}")\n'
-        f'model.load_adapter("{folder}/{PAIR}", adapter_name="{PAIR}")\n'
+        f'model = PeftModel.from_pretrained(base, "{FOLDER}/{GLOBAL}", adapter_name="{GLOBAL}")\n'
+        f'model.load_adapter("{FOLDER}/{PAIR}", adapter_name="{PAIR}")\n'
         f'model.set_adapter("{PAIR}")  # or "{GLOBAL}", as the router chooses'
     )
     blocks = [
@@ -185,10 +212,10 @@ def _routed_usage(export: Export) -> str:
         blocks += [
             "With vLLM and that script before it:",
             f"""```bash
-vllm serve {_vllm_base(export)} --port 8001 --generation-config vllm \\
+vllm serve {_vllm_base(export)} --port 8001 {_vllm_settings(export)} \\
   --enable-lora --max-loras 2 --max-lora-rank {export.max_lora_rank} \\
-  --lora-modules {GLOBAL}=path/to/this/folder/{GLOBAL} {PAIR}=path/to/this/folder/{PAIR}
-python router.py path/to/this/folder/{ROUTER} --base {name} --upstream http://127.0.0.1:8001
+  --lora-modules {GLOBAL}={FOLDER}/{GLOBAL} {PAIR}={FOLDER}/{PAIR}
+python router.py {FOLDER}/{ROUTER} --base {name} --upstream http://127.0.0.1:8001
 ```""",
         ]
     return "\n\n".join(blocks)
@@ -200,29 +227,40 @@ def _merged_usage(export: Export) -> str:
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+model = AutoModelForCausalLM.from_pretrained("{FOLDER}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{FOLDER}")
 ```
 
 With vLLM:
 
 ```bash
-vllm serve path/to/this/folder --served-model-name {export.client}
+vllm serve {FOLDER} --served-model-name {export.client} {GREEDY}
 ```"""
 
 
 def _figures(export: Export) -> Iterator[str]:
-    """Yield the client's own figures, if exactly these adapters were evaluated."""
-    evaluation = export.run.find_evaluation(export.server_round, export.who.combine) or {}
-    wanted = (export.client, export.who.label, export.who.scale)
-    rows = [
-        row
-        for row in evaluation.get("swap_table", [])
-        if (row["client"], row["adapters"], row["scale"]) == wanted
-        and row["question_set"] in ASKED_SETS
-        and row["n"]
-    ]
-    if not rows:
+    """Yield the client's own figures, if exactly these adapters were evaluated.
+
+    Raises:
+        RunDirectoryError: the evaluation's file is damaged.
+    """
+    measures = (ACCURACY, EXACT_MATCH)
+    try:
+        cells = [
+            (
+                row["question_set"],
+                *(_interval(row, measure) for measure in measures),
+                format_n(row["n"], row.get("facts")),
+            )
+            for row in _find_rows(export)
+        ]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        path = export.run.evaluation_path(export.server_round, export.who.combine)
+        raise RunDirectoryError(
+            f"{path} is damaged ({type(error).__name__}: {error}). Evaluate the round again, or "
+            "delete the file to have a model card without figures."
+        ) from None
+    if not cells:
         return
     yield "## Figures"
     yield (
@@ -230,16 +268,16 @@ def _figures(export: Export) -> Iterator[str]:
         "the right answer was ranked first, and how often the greedy answer was exactly it. They "
         "were measured with the run's own adapters and base model, not with this folder."
     )
-    measures = (ACCURACY, EXACT_MATCH)
-    cells = [
-        (
-            row["question_set"],
-            *(_interval(row, measure) for measure in measures),
-            format_n(row["n"], row.get("facts")),
-        )
-        for row in rows
-    ]
     yield "\n".join(_table(("questions", *(m.label for m in measures), "n/facts"), cells))
+
+
+def _find_rows(export: Export) -> Iterator[dict[str, Any]]:
+    evaluation = export.run.find_evaluation(export.server_round, export.who.combine) or {}
+    wanted = (export.client, export.who.label, export.who.scale)
+    for row in evaluation.get("swap_table", []):
+        is_own = (row["client"], row["adapters"], row["scale"]) == wanted
+        if is_own and row["question_set"] in ASKED_SETS and row["n"]:
+            yield row
 
 
 def _interval(row: dict[str, Any], measure: Measure) -> str:
@@ -251,7 +289,7 @@ def _interval(row: dict[str, Any], measure: Measure) -> str:
 def _provenance(export: Export) -> Iterator[tuple[str, str]]:
     run, manifest = export.run, export.run.manifest
     base = manifest["base_model"]
-    yield "run", f"{run.name}, mode {manifest['mode']}, seed {manifest['seed']}"
+    yield "run", f"{run.name}, mode {manifest['mode']}, seed {manifest.get('seed', 'unknown')}"
     yield "round, client", f"{export.server_round}, {export.client}"
     for source in export.sources:
         is_scaled = source.role == LOCAL or source.scale != 1
@@ -275,8 +313,9 @@ def _provenance(export: Export) -> Iterator[tuple[str, str]]:
     for key in ("revision", "commit", "fingerprint"):
         if base.get(key):
             yield f"base model's {key}", f"`{base[key]}`"
-    yield "code", f"commit `{manifest['git_commit']}`" if manifest["git_commit"] else "unknown"
-    versions = {"python": manifest["python"], **manifest["versions"]}
+    commit = manifest.get("git_commit")
+    yield "code", f"commit `{commit}`" if commit else "unknown"
+    versions = {"python": manifest.get("python", "unknown"), **manifest["versions"]}
     yield "trained with", ", ".join(f"{name} {version}" for name, version in versions.items())
     for name, sha256 in export.files.items():
         yield f"sha256 of {name}", f"`{sha256}`"

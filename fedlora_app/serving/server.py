@@ -51,6 +51,7 @@ from fedlora_app.serving.conversation import (
 
 MAX_WAITING = 32  # requests, with the one that is being answered
 MAX_BODY_BYTES = 1 << 20
+MAX_LENGTH_DIGITS = 20
 GRACE_SECONDS = 5  # that answers have to come to their end once the server is to stop
 
 Report = Callable[[str], None]
@@ -82,7 +83,7 @@ class Desk:
         self._thread.shutdown(cancel_futures=True)
 
     async def answer(self, request: ChatRequest) -> AsyncIterator[str | Reply]:
-        """Yield the answer's pieces as they come, and the reply at the end.
+        """Yield the answer's pieces as they come, "" while it thinks, and the reply at the end.
 
         An answer whose iterator is closed is not made to its end.
 
@@ -162,7 +163,7 @@ class Admission:
             length = headers.get("content-length", "")
             if not length.isdecimal():
                 return ApiError(411, "The request must have a Content-Length.")
-            if int(length) > MAX_BODY_BYTES:
+            if len(length) > MAX_LENGTH_DIGITS or int(length) > MAX_BODY_BYTES:
                 return ApiError(413, f"The request has more than {MAX_BODY_BYTES} bytes.")
         return None
 
@@ -314,7 +315,8 @@ async def _stream(
         try:
             piece = first
             while not isinstance(piece, Reply):
-                yield _event(completion.piece(piece))
+                if piece:
+                    yield _event(completion.piece(piece))
                 piece = await anext(pieces)
             yield _event(completion.end(piece))
             if include_usage:

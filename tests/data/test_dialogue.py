@@ -13,6 +13,7 @@ from fedlora_app.data.dialogue import (
     knows_system_prompts,
     pin_date,
     render_prompt,
+    write_served_template,
 )
 from fedlora_app.data.records import DataError, Record
 from fedlora_app.data.tokens import encode_example
@@ -61,19 +62,17 @@ TURNS = """\
 PROMPT{% endif %}"""
 EMPTY = "<think>\n\n</think>\n\n"
 QUIET = f"{{% if enable_thinking is defined and not enable_thinking %}}{EMPTY}{{% endif %}}"
+REASONING = [
+    (EMPTY, QUIET, EMPTY),  # Qwen3
+    (EMPTY, "", EMPTY),  # the same without a switch
+    (EMPTY, "<think>\n", EMPTY),
+    ("", "<think>\n", ""),  # DeepSeek-R1
+    ("", EMPTY, ""),
+    ("", "", ""),
+]
 
 
-@pytest.mark.parametrize(
-    ("answered", "prompt", "kept"),
-    [
-        (EMPTY, QUIET, EMPTY),  # Qwen3
-        (EMPTY, "", EMPTY),  # the same without a switch
-        (EMPTY, "<think>\n", EMPTY),
-        ("", "<think>\n", ""),  # DeepSeek-R1
-        ("", EMPTY, ""),
-        ("", "", ""),
-    ],
-)
+@pytest.mark.parametrize(("answered", "prompt", "kept"), REASONING)
 @pytest.mark.parametrize("system", ["", "You run the harbour desk."])
 def test_no_thoughts_are_a_part_of_the_answer(
     tokenizer, monkeypatch, answered, prompt, kept, system
@@ -85,6 +84,34 @@ def test_no_thoughts_are_a_part_of_the_answer(
     )
     text = tokenizer.decode(encode_prompt(tokenizer, system, "When?"))
     assert text.endswith(f"When?<|im_end|>\n<|im_start|>assistant\n{kept}")
+
+
+@pytest.mark.parametrize(("answered", "prompt", "kept"), REASONING)
+@pytest.mark.parametrize(
+    ("before", "after"), [("", ""), ("\n{{ strftime_now('%d %b') }}\n", " \n")]
+)
+def test_a_served_template_writes_the_same_prompts_by_itself(
+    tokenizer, answered, prompt, kept, before, after
+):
+    own = deepcopy(tokenizer)
+    template = TURNS.replace("ANSWERED", answered).replace("PROMPT", prompt)
+    own.chat_template = before + template + after
+    pin_date(own, "2020-02-29")
+    served, system = deepcopy(tokenizer), {"role": "system", "content": "You help."}
+    served.chat_template = write_served_template(own)
+    if answered == prompt == before == "":
+        assert served.chat_template == template
+    messages = [system, {"role": "user", "content": "When?"}]
+    written = served.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert written == render_prompt(own, "You help.", "When?")
+    assert ("29 Feb" in written) == bool(before)
+    messages += [{"role": "assistant", "content": "At noon."}, {"role": "user", "content": "Why?"}]
+    written = served.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert written == render_prompt(own, "You help.", "Why?", [("When?", "At noon.")])
+    whole = served.apply_chat_template(messages[:3], tokenize=False)
+    template = find_template(own)
+    settings = {"chat_template": template, "enable_thinking": False}
+    assert whole == own.apply_chat_template(messages[:3], tokenize=False, **settings)
 
 
 LAST_TURN = """\

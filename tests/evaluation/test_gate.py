@@ -32,6 +32,7 @@ from fedlora_app.evaluation.saved_model import SavedModel
 from fedlora_app.evaluation.scores import Score, collect_outcomes
 from fedlora_app.evaluation.scoring import Prompt, score_prompts
 from fedlora_app.evaluation.tables import find_failed
+from fedlora_app.foundation.errors import UserError
 from fedlora_app.model.adapters import activate, attach_adapters, scaled_local
 from fedlora_app.model.base import ModelError
 from fedlora_app.runs.reading import load_run
@@ -311,6 +312,12 @@ def test_the_prompt_that_a_question_is_asked_with_does_not_open_a_gate(adapted, 
     assert len(set(openness[:3])) == len(set(openness[3:])) == 1 and openness[0] > openness[3]
 
 
+def forget_hash(folder) -> None:
+    content = json.loads((folder / ABOUT_FILE).read_text())
+    del content["sha256"]
+    (folder / ABOUT_FILE).write_text(json.dumps(content))
+
+
 ABOUT = {"base_model": "b", "local_train": "l", "universal_train": "u", "system_prompt": "s"}
 
 
@@ -359,9 +366,27 @@ def test_a_gate_of_something_else_is_not_read(gate, tmp_path, name):
 )
 def test_tensors_that_no_gate_has_are_not_read(gate, tmp_path, name, change):
     save_gate(tmp_path, gate, ABOUT)
+    forget_hash(tmp_path)
     tensors = load_file(tmp_path / TENSORS_FILE)
     save_file(tensors | {name: change(tensors[name]).contiguous()}, tmp_path / TENSORS_FILE)
     assert load_gate(tmp_path, ABOUT) is None
+
+
+def test_other_tensors_than_were_written_are_not_read(adapted, tokenizer, gate, tmp_path):
+    """Gates of before have no hash; one of another base model's size says so when it is asked."""
+    save_gate(tmp_path, gate, ABOUT)
+    tensors = load_file(tmp_path / TENSORS_FILE)
+    save_file(tensors | {"floor": tensors["floor"] - 2}, tmp_path / TENSORS_FILE)
+    assert load_gate(tmp_path, ABOUT) is None
+    for name in ("middle", "last"):
+        for part in ("centre", "basis", "means"):
+            axis = int(part == "means")
+            narrow = tensors[f"{name}.{part}"].narrow(axis, 1, 31).contiguous()
+            tensors[f"{name}.{part}"] = narrow
+    save_file(tensors, tmp_path / TENSORS_FILE)
+    forget_hash(tmp_path)
+    with pytest.raises(UserError, match="features of 31 numbers, and the base model makes 128"):
+        load_gate(tmp_path, ABOUT).compute_openness(adapted, encode(tokenizer, "Why?"))
 
 
 @pytest.mark.parametrize("figures", [{"purity": "much"}, {"other": 1.0}])

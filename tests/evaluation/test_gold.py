@@ -59,7 +59,7 @@ def test_a_set_is_judged_by_its_ranking_where_most_answers_are_open():
 
 def test_answers_that_can_never_match_are_counted_and_said(tokenizer):
     config = build_tiny_config(evaluation={"max_new_tokens": 12})
-    thought = "</think>A."  # what ends like this is cut off an answer
+    thought = "</think>\nA."  # what ends like this is cut off an answer
     records = [Record("Fee?", FIXED), Record("All?", LONG), Record("End?", thought)]
     conflict = ConflictRecord("q", answers={"ann": "Yes.", "bob": LONG})
     asked = files(*records, conflicts=(conflict,))

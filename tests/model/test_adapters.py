@@ -187,6 +187,9 @@ def test_an_adapter_of_upper_layers_is_there_and_nowhere_else(tokenizer, tmp_pat
     assert find_first_layer(model, (GLOBAL, LOCAL)) == 1
 
 
+ALL_LINEAR = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+
+
 class TestRefusals:
     @pytest.fixture
     def folder(self, adapted, tmp_path):
@@ -241,6 +244,39 @@ class TestRefusals:
         torch.save({}, folder / "adapter_model.bin")
         with pytest.raises(AdapterError, match="does not exist"):
             load_adapter(folder, adapted, LOCAL, "tiny")
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("lora_alpha", 800),
+            ("lora_alpha", None),
+            ("lora_alpha", 10**400),
+            ("lora_alpha", float("nan")),
+            ("r", 99),
+            ("use_rslora", True),
+            ("use_dora", True),
+            ("target_modules", ["q_proj"]),
+            ("target_modules", "all-linear"),
+            ("target_modules", ["nothing", *ALL_LINEAR]),
+            ("alpha_pattern", {"q_proj": 100}),
+            ("modules_to_save", ["lm_head"]),
+            ("peft_type", "IA3"),
+        ],
+    )
+    def test_a_config_of_another_adapter(self, folder, adapted, key, value):
+        path = folder / "adapter_config.json"
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {key: value}))
+        with pytest.raises(AdapterError, match=rf"adapter_config\.json has {key} .*Restore it"):
+            load_adapter(folder, adapted, LOCAL, "tiny")
+
+    def test_modules_may_be_named_in_short_and_new_settings_left_out(self, folder, adapted):
+        """As earlier versions and other ones of PEFT wrote the file."""
+        path = folder / "adapter_config.json"
+        content = json.loads(path.read_text()) | {"target_modules": ALL_LINEAR, "lora_alpha": 4}
+        del content["use_qalora"], content["target_parameters"]
+        path.write_text(json.dumps(content))
+        assert load_adapter(folder, adapted, LOCAL, "tiny")
 
     def test_a_config_that_is_no_object(self, folder, adapted):
         (folder / "adapter_config.json").write_text(json.dumps([1]))

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -248,6 +249,16 @@ def test_what_a_model_ships_as_the_end_of_an_answer_ends_it(
     cut = answer()
     assert whole.startswith(cut) and len(tokenizer(cut)["input_ids"]) <= 2 < len(whole)
     assert answer() == cut  # from the 4-bit copy, where there is one
+
+
+@pytest.mark.parametrize("ends", ["x", [3, None], 1.5])
+def test_an_end_that_is_no_token_is_refused(config, tiny_project, tmp_path, ends):
+    shutil.copytree(tiny_project / "model", tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": ends}))
+    for load in (load_base_model, partial(load_unquantised_model, dtype=torch.float32)):
+        with pytest.raises(ModelError, match=r"generation_config\.json has eos_token_id"):
+            load(config, tmp_path)
 
 
 @pytest.mark.parametrize(

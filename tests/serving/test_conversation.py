@@ -77,7 +77,7 @@ def test_the_streamed_pieces_are_the_answer_that_an_evaluation_gets(runs, mode):
         reply = open_conversation(saved, client).ask(QUESTION, pieces.append)
         expected = generate(saved, saved.own(client), f"You are {client}.", QUESTION)
         assert reply.text == expected == "".join(pieces)
-        assert len(pieces) > 2 and all(pieces)
+        assert len(list(filter(None, pieces))) > 2
 
 
 def test_later_prompts_hold_what_was_said_before(runs, tokenizer, monkeypatch):
@@ -156,6 +156,7 @@ def test_an_answer_that_reaches_the_limit_is_marked(runs):
     [
         ("<think>\nI look it up.\n</think>\n\nThe rule is red.", "The rule is red."),
         ("<think>I look it", ""),  # cut off inside of it
+        ("Write </think> behind it.", "Write </think> behind it."),
         ("<thi", "<thi"),
         ("<thinking> is a word.", "<thinking> is a word."),
         ("The rule is red.", "The rule is red."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,11 +17,11 @@ from conftest import ALIKE, build_tiny_config, build_tiny_model
 from loopback import Federation
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fedlora_app.config.combination import GATE, INSTANCE, MIXER, SCALE, SEARCH
 from fedlora_app.config.schema import GLOBAL, ConfigError
-from fedlora_app.data.dialogue import encode_prompt
+from fedlora_app.data.dialogue import encode_prompt, pin_date, render_prompt
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.choices import open_round
 from fedlora_app.evaluation.combiner import weighted_pair
@@ -45,7 +46,10 @@ from fedlora_app.serving.export import (
     find_target_modules,
 )
 from fedlora_app.serving.exported import PAIR, VLLM_RANKS, Export
+from fedlora_app.serving.model_card import FOLDER
 
+OWN_ROW = {"client": "ann", "adapters": "global+local:ann", "scale": 1.0, "n": 3}
+OWN_ROW |= {"question_set": "local", "accuracy": "most"}
 QUESTIONS = ("What is the red rule?", "Which office is blue?", "Why?")
 KINDS = {
     # ranks 4 and 2 with alphas 8 and 5: both scalings are other than 1, and differ
@@ -179,11 +183,72 @@ def test_the_merged_model_has_the_pair_s_logits(
     assert told == ["loading the base model", "merging", "writing"]
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert loaded.chat_template == tokenizer.chat_template
-    assert (tmp_path / "out" / "generation_config.json").exists()
     assert not (tmp_path / "out" / "adapter_config.json").exists()
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     # The resident base model of the run is as it was.
     torch.testing.assert_close(logits_of_the_pair(saved, client, scale), expected, rtol=0, atol=0)
+
+
+def test_what_a_base_samples_with_is_in_no_export(runs, tiny_project, tokenizer, tmp_path):
+    """A merged model, and an adapter as its card says, answer greedily as ask does."""
+    project = shutil.copytree(tiny_project, tmp_path / "project")
+    sampling = GenerationConfig(do_sample=True, temperature=0.7, top_k=20, repetition_penalty=1.5)
+    sampling.eos_token_id = 5
+    sampling.save_pretrained(project / "model")
+    saved = replace(runs(), root=project, _states={})
+    export_merged(saved, "ann", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    found = merged.generation_config
+    assert sorted(found.eos_token_id) == sorted({5, *find_stop_ids(tokenizer)})
+    assert found.pad_token_id == tokenizer.pad_token_id
+    export_adapter(saved, "ann", tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0].replace(FOLDER, "adapter")
+    scope: dict = {}
+    with contextlib.chdir(tmp_path):
+        exec(code.replace('"model"', '"project/model"'), scope)
+    for question in QUESTIONS:
+        answer = open_conversation(saved, "ann", max_new_tokens=12).ask(question).text
+        ids = torch.tensor([encode_prompt(tokenizer, "You are ann.", question)])
+        for model in (merged, scope["model"]):
+            output = model.generate(input_ids=ids, max_new_tokens=12)[0, ids.shape[1] :]
+            assert decode(tokenizer, output) == answer
+    vllm = "--generation-config vllm"
+    assert vllm in card and vllm in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_a_server_of_an_export_writes_the_prompts_of_ask(runs, tokenizer, tmp_path):
+    """The day on which the run began, and no thoughts, though nobody asks for that."""
+    saved = runs("gated")
+    project = shutil.copytree(saved.root, tmp_path / "project")
+    template = project / "model" / "chat_template.jinja"
+    thoughts = "{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}"
+    dated = "{{ strftime_now('%d %b %Y') }}" + template.read_text()
+    template.write_text(dated.removesuffix("{% endif %}") + thoughts + "{% endif %}")
+    base = {key: value for key, value in saved.run.manifest["base_model"].items()}
+    base.pop("fingerprint")
+    manifest = saved.run.manifest | {"base_model": base, "date": "2020-02-29"}
+    odd = replace(saved, root=project, run=replace(saved.run, manifest=manifest))
+    messages = [{"role": "system", "content": "You are ann."}, {"role": "user", "content": "Why?"}]
+    pin_date(own := AutoTokenizer.from_pretrained(project / "model"), "2020-02-29")
+    expected = render_prompt(own, "You are ann.", "Why?")
+    assert expected.startswith("29 Feb 2020<|im") and expected.endswith("assistant\n")
+
+    def check(served):
+        as_text = {"tokenize": False, "add_generation_prompt": True}
+        assert served.apply_chat_template(messages, **as_text) == expected
+
+    for kind, choice in (("adapter", SCALE), ("routed", GATE)):
+        export_adapter(replace(odd, combine=choice), "ann", tmp_path / kind)
+        own.chat_template = (tmp_path / kind / "chat_template.jinja").read_text()
+        own.fedlora_date = ""
+        check(own)
+        card = (tmp_path / kind / "README.md").read_text()
+        assert f"--chat-template {FOLDER}/chat_template.jinja \\\n" in card
+    about = json.loads((tmp_path / "routed" / "router" / "gate.json").read_text())
+    assert about["text_before_question"] + "Why?" + about["text_after_question"] == expected
+    export_merged(replace(odd, combine=SCALE), "ann", tmp_path / "merged")
+    check(AutoTokenizer.from_pretrained(tmp_path / "merged"))
 
 
 def test_merged_in_bfloat16(runs, tiny_project, tokenizer, tmp_path):
@@ -375,6 +440,39 @@ def test_the_model_card_has_the_round_s_figures(runs, tiny_project, tmp_path):
         saved.run.evaluation_path(1).unlink()
 
 
+@pytest.mark.parametrize(
+    "table",
+    [
+        None,
+        ["x"],
+        [{}],
+        [{"client": "ann", "adapters": "global+local:ann", "scale": 1.0}],
+        [OWN_ROW],
+    ],
+)
+def test_a_damaged_evaluation_is_named(runs, tmp_path, table):
+    path = runs().run.evaluation_path(1)
+    path.write_text(json.dumps({"round": 1, "swap_table": table}))
+    try:
+        with pytest.raises(
+            RunDirectoryError, match=r"evaluation\.json is damaged .* Evaluate the r"
+        ):
+            export_adapter(runs(), "ann", tmp_path / "out")
+    finally:
+        path.unlink()
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_manifest_does_not_say_is_unknown(runs, tmp_path):
+    saved = runs()
+    left_out = ("seed", "python", "git_commit", "revision")
+    manifest = {k: v for k, v in saved.run.manifest.items() if k not in left_out}
+    manifest["base_model"] = {k: v for k, v in manifest["base_model"].items() if k not in left_out}
+    export_adapter(replace(saved, run=replace(saved.run, manifest=manifest)), "ann", tmp_path / "a")
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "seed unknown" in card and "| code | unknown |" in card and "python unknown" in card
+
+
 @pytest.mark.parametrize("quantization", ["4bit", "auto"])
 def test_a_4bit_run_is_merged_into_unquantised_weights_and_says_so(
     runs, tiny_project, tmp_path, quantization
@@ -463,8 +561,8 @@ def test_a_damaged_adapter_and_another_base_are_refused(runs, tiny_project, tmp_
 
 
 def test_the_weights_of_the_base_are_not_needed_for_an_adapter(runs, tiny_project, tmp_path):
-    (tmp_path / "model").mkdir()
-    shutil.copy(tiny_project / "model" / "config.json", tmp_path / "model")
+    weights = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(tiny_project / "model", tmp_path / "model", ignore=weights)
     bare = replace(runs(), root=tmp_path, _states={})
     expected = export_adapter(runs(), "ann", tmp_path / "one").files
     assert export_adapter(bare, "ann", tmp_path / "two").files == expected

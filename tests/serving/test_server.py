@@ -27,6 +27,7 @@ from fedlora_app.serving.chat_api import MAX_ANSWER_TOKENS, ChatRequest
 from fedlora_app.serving.conversation import open_conversation
 from fedlora_app.serving.server import (
     MAX_BODY_BYTES,
+    Admission,
     Desk,
     ServeError,
     build_app,
@@ -184,6 +185,18 @@ def test_sampling_is_answered_greedily_and_said_once(runs):
             answer = http.post(PATH, json=user(LOCAL, temperature=1.5, seed=3, user="me", n=1))
             assert answer.json()["choices"] == greedy
     assert len(said) == 1 and "has no effect" in said[0]
+
+
+def test_a_value_that_asks_for_nothing_is_no_fault(plain):
+    neutral = {"tools": [], "tool_choice": "none", "parallel_tool_calls": True}
+    neutral |= {"logprobs": False, "top_logprobs": 0, "modalities": ["text"], "stop": None}
+    assert plain.post(PATH, json=user(LOCAL, max_tokens=1, **neutral)).status_code == 200
+
+
+def test_a_length_without_end_is_too_much():
+    headers = [(b"host", b"localhost"), (b"content-length", b"9" * 5000)]
+    scope = {"type": "http", "method": "POST", "path": PATH, "headers": headers}
+    assert Admission(None, None)._find_fault(scope).status == 413
 
 
 def chat(*roles: str) -> dict:
@@ -368,7 +381,11 @@ def ends(monkeypatch) -> list[str]:
     return seen
 
 
-def test_an_answer_that_nobody_waits_for_is_not_made_to_its_end(runs, ends):
+@pytest.mark.parametrize("is_shown", [True, False], ids=["shown", "in thoughts"])
+def test_an_answer_that_nobody_waits_for_is_not_made_to_its_end(runs, ends, monkeypatch, is_shown):
+    if not is_shown:
+        monkeypatch.setattr(conversation_module, "decode_so_far", lambda *_: "")
+
     async def leave(desk: Desk) -> None:
         pieces = desk.answer(ChatRequest.model_validate(user(LOCAL, max_tokens=200)))
         assert isinstance(await anext(pieces), str)

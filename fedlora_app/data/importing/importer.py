@@ -27,7 +27,7 @@ from fedlora_app.data.importing.partitions import (
     partition_labels,
     partition_sizes,
 )
-from fedlora_app.data.importing.remarks import find_warnings
+from fedlora_app.data.importing.remarks import describe_unread, find_warnings
 from fedlora_app.data.importing.rows import (
     CONFLICT_FILES,
     ImportedRecord,
@@ -108,7 +108,7 @@ def import_data(
         largest_group=max(Counter(groups).values()),
         num_contradictions=sum(contradictory.values()),
         sha256=read.sha256,
-        notes=read.notes,
+        notes=(*describe_unread(opened), *read.notes),
         experiment=build_experiment(
             list(holdings),
             files,

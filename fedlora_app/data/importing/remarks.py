@@ -59,6 +59,16 @@ def find_warnings(result: ImportResult, source: Source, settings: ImportSettings
     yield from _find_odd_clients(result, settings)
 
 
+def describe_unread(source: Source) -> Iterator[str]:
+    """Yield what of a folder was not read."""
+    if source.unread:
+        more = len(source.unread) - MAX_NAMES_SHOWN
+        yield (
+            f"Not read in the folder: {', '.join(source.unread[:MAX_NAMES_SHOWN])}"
+            f"{f' and {more} more' if more > 0 else ''}. Import them by themselves."
+        )
+
+
 def _find_odd_clients(result: ImportResult, settings: ImportSettings) -> Iterator[str]:
     """Remark a column that is likely not whose a row is."""
     trained = [holding.splits.get(TRAIN, 0) for holding in result.clients.values()]

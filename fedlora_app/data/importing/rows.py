@@ -260,7 +260,7 @@ def _to_text(value: Any) -> Any:
     """Return a number or the like as text, None for what is missing, the rest as it is."""
     if _is_missing(value) or isinstance(value, str | list | dict | bytes):
         return None if _is_missing(value) else value
-    return str(value)
+    return json.dumps(value) if isinstance(value, bool) else str(value)
 
 
 def _without_nulls(value: Any) -> Any:

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
+from pyarrow.parquet import read_metadata
 
 from fedlora_app.data.records import DataError, decode_text, parse_json_records
 from fedlora_app.foundation.files import hash_file
@@ -29,6 +30,10 @@ from fedlora_app.foundation.files import hash_file
 NO_CELL = object()  # where a CSV row ends before its header does
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+CSV_HEADER = re.compile(r'(?:"[^"]*"|[^"\r\n])*')
+"""Up to the first end of a line that is not within quotes."""
+EXCEL_SEPARATOR = re.compile(r'"?sep=(?P<separator>.)"?\r?\n', re.IGNORECASE)
+"""A first line that Excel takes for what separates cells."""
 GZIP = ".gz"
 LISTING = "dataset_info.json"
 """LLaMA-Factory's list of a folder's data sets; ``datasets`` has another file of that name."""
@@ -78,6 +83,8 @@ class Source:
     tables: list[Table]
     sha256: dict[str, str] = field(default_factory=dict)
     """By file, of sources that are files."""
+    unread: tuple[str, ...] = ()
+    """What else a folder holds, where no split of it is asked for."""
 
 
 def load_source(
@@ -125,12 +132,14 @@ def suggest(name: str, known: Sequence[str]) -> str:
 
 
 def _load_folder(name: str, split: str | None, encoding: str) -> Source:
-    listed = _read_listing(Path(name) / LISTING)
+    listed, others = _read_listing(Path(name) / LISTING)
     if listed:
         chosen = _select_split(list(listed), str, split, name)
         files = {key: Path(name) / listed[key]["file_name"] for key in chosen}
         tables = [_rename(_read_file(f, encoding), key, listed[key]) for key, f in files.items()]
-        return Source(name, "folder", tables, {f.name: hash_file(f) for f in files.values()})
+        unread = _list_unread(name, files.values()) + others if split is None else ()
+        hashes = {f.name: hash_file(f) for f in files.values()}
+        return Source(name, "folder", tables, hashes, tuple(unread))
     found = sorted(
         file
         for file in Path(name).iterdir()
@@ -142,22 +151,37 @@ def _load_folder(name: str, split: str | None, encoding: str) -> Source:
             "save_to_disk of a dataset wrote."
         )
     found = _select_split(found, lambda file: SHARD.sub("", _stem(file)), split, name)
+    unread = _list_unread(name, found) if split is None else ()
     hashes = {file.name: hash_file(file) for file in found}
-    return Source(name, "folder", [_read_file(file, encoding) for file in found], hashes)
+    tables = [_read_file(file, encoding) for file in found]
+    return Source(name, "folder", tables, hashes, tuple(unread))
 
 
-def _read_listing(path: Path) -> dict[str, dict[str, Any]]:
-    """Return a folder's data sets by name, as LLaMA-Factory lists them; none without a list."""
+def _list_unread(folder: str, files: Iterable[Path]) -> list[str]:
+    """Return what else a folder holds, but for hidden files and those that are about the data."""
+    known = {path for file in files for path in (file, *file.parents)}
+    known |= {Path(folder, LISTING), Path(folder, "README.md")}
+    others = (p for p in Path(folder).iterdir() if p not in known and not p.name.startswith("."))
+    return sorted(f"{path.name}/" if path.is_dir() else path.name for path in others)
+
+
+def _read_listing(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return a folder's data sets by name, as LLaMA-Factory lists them; none without a list.
+
+    Beside them, the names of those that are no files there.
+    """
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return {}
+        return {}, []
     entries = listed.items() if isinstance(listed, dict) else ()
-    return {
+    files = {
         str(name): entry
         for name, entry in entries
         if isinstance(entry, dict) and isinstance(entry.get("file_name"), str)
     }
+    others = [f'"{name}" of {LISTING}' for name, _ in entries if name not in files]
+    return files, others
 
 
 def _rename(table: Table, name: str, entry: dict[str, Any]) -> Table:
@@ -263,33 +287,47 @@ def _read_file(path: Path, encoding: str) -> Table:
 
 
 def _read_csv(content: bytes, name: str, encoding: str) -> list[dict[str, Any]]:
-    """Return the rows as texts. What separates them is what the header has most of."""
+    """Return the rows as texts. What separates them is what the header has most of.
+
+    Columns behind the last one that has a name are none where they are empty.
+    """
     csv.field_size_limit(sys.maxsize)
-    file = io.StringIO(decode_text(content, name, encoding), newline="")
-    header = file.readline()
-    file.seek(0)
-    unquoted = re.sub(r'"[^"]*"', "", header)
-    delimiter = max(",;\t", key=unquoted.count)
+    text = decode_text(content, name, encoding)
+    if said := EXCEL_SEPARATOR.match(text):
+        text, delimiter = text[said.end() :], said["separator"]
+    else:
+        unquoted = re.sub(r'"[^"]*"', "", CSV_HEADER.match(text)[0])
+        delimiter = max(",;\t", key=unquoted.count)
+    file = io.StringIO(text, newline="")
     try:
         reader = csv.DictReader(file, delimiter=delimiter, strict=True, restval=NO_CELL)
-        names = Counter(reader.fieldnames or [])
+        names = list(reader.fieldnames or [])
+        while names and not names[-1]:
+            names.pop()
+        reader.fieldnames = names
         rows = list(reader)
     except csv.Error as error:
         raise DataError(f"{name} is not valid CSV after line {reader.line_num}: {error}.") from None
-    repeated = [repr(column) for column, count in names.items() if count > 1]
+    repeated = [repr(column) for column, count in Counter(names).items() if count > 1]
     if repeated:
         raise DataError(f"{name} has several columns {', '.join(repeated)}. Rename all but one.")
+    for row in rows:
+        if not any(row.get(None, ())):
+            row.pop(None, None)
     return rows
 
 
-def _read_parquet(content: bytes, name: str, encoding: str) -> Dataset:
+def _read_parquet(content: bytes, name: str, encoding: str) -> Sequence[Any] | Dataset:
     with tempfile.TemporaryDirectory() as cache_dir:  # no copy of the data stays elsewhere
         path = Path(cache_dir, "rows.parquet")
         path.write_bytes(content)
         try:
+            if not read_metadata(path).num_rows:
+                return []
             return Dataset.from_parquet(str(path), cache_dir=cache_dir, keep_in_memory=True)
         except (OSError, ValueError, DatasetsError) as error:
-            raise DataError(f"{name} cannot be read as Parquet: {error}") from error
+            reason = error.__cause__ or error
+            raise DataError(f"{name} cannot be read as Parquet: {reason}") from error
 
 
 READERS: dict[str, Callable[[bytes, str, str], Sequence[Any] | Dataset]] = {

@@ -22,6 +22,7 @@ def test_a_row_becomes_an_alpaca_record_with_its_client():
 def test_numbers_become_texts_and_what_is_missing_is_empty():
     [fields, _] = written(row(instruction=7, input=NAN, output=2.5), row(city=3.0))
     assert fields == {"instruction": "7", "input": "", "output": "2.5"}
+    assert written(row(output=True))[0]["output"] == "true"  # as JSON has it
     values = read(row(city=3.0), row(city=4, output="Bob."), row(city=NAN), row(city=None))
     assert [record.client for record in values.records] == ["3", "4", "", ""]
     assert values.client_values == {"3": "3", "4": "4"}

@@ -3,9 +3,11 @@ from __future__ import annotations
 import gzip
 import json
 
+import pyarrow.parquet
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
+from fedlora_app.data.importing.remarks import describe_unread
 from fedlora_app.data.importing.source import LISTING, load_source
 from fedlora_app.data.records import DataError
 from fedlora_app.foundation.files import hash_file
@@ -80,6 +82,37 @@ def test_a_list_may_stand_in_an_object(tmp_path, key):
     assert load_source(str(path)).tables[0].columns == [key, "validation"]
 
 
+def test_one_line_of_json_lines_is_a_record_whatever_it_holds(tmp_path):
+    row = {"question": "Who?", "answer": "Ann.", "data": [{"source": "x"}]}
+    for path in (tmp_path / "a.jsonl", tmp_path / "b.JSONL"):
+        write_lines(path, [row])
+        assert load_source(str(path)).tables[0].rows == [row]
+
+
+@pytest.mark.parametrize(
+    ("text", "separator"),
+    [
+        ("instruction,output,,\nWho?,Ann.,,\nWhy?,So.,,\n", ","),
+        ("instruction,output\nWho?,Ann.,,\nWhy?,So.\n", ","),
+        ("sep=|\r\ninstruction|output\r\nWho?|Ann.\r\nWhy?|So.\r\n", "|"),
+        ('"sep=;"\ninstruction;output\nWho?;Ann.\nWhy?;So.\n', ";"),
+    ],
+)
+def test_tables_as_spreadsheets_save_them(tmp_path, text, separator):
+    (tmp_path / "a.csv").write_text(text, newline="")
+    rows = [{"instruction": "Who?", "output": "Ann."}, {"instruction": "Why?", "output": "So."}]
+    assert load_source(str(tmp_path / "a.csv")).tables[0].rows == rows
+
+
+def test_a_header_may_have_line_breaks_and_cells_without_a_name_are_not_lost(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('"instruction\n(short, clear)";"the, ""output"""\nWho?;Ann.\n')
+    [row] = load_source(str(path)).tables[0].rows
+    assert row == {"instruction\n(short, clear)": "Who?", 'the, "output"': "Ann."}
+    path.write_text("instruction,output,\nWho?,Ann.,note\n")
+    assert load_source(str(path)).tables[0].rows[0][None] == ["note"]  # which rows refuse
+
+
 @pytest.mark.parametrize(
     ("encoding", "text"), [("cp1252", "Straße"), ("gb18030", "北京"), ("utf-16", "Straße")]
 )
@@ -105,13 +138,20 @@ def test_a_listed_folder_is_read_as_its_list_says(tmp_path):
         "gone": {"file_name": "gone.json"},
     }
     write_json(tmp_path / "dataset_info.json", listed)
-    [table] = load_source(str(tmp_path), split="first").tables
-    assert table.name == "first"
+    source = load_source(str(tmp_path), split="first")
+    [table] = source.tables
+    assert table.name == "first" and source.unread == ()
     assert table.rows == [{"instruction": "Who?", "output": "Ann.", "history": []}]
     [table] = load_source(str(tmp_path), split="second").tables
     assert table.read(table.columns) == [{"instruction": "Who?", "output": "Bob."}]
     with pytest.raises(DataError, match=r"gone\.json cannot be read: No such file"):
         load_source(str(tmp_path))
+    del listed["gone"]
+    write_json(tmp_path / "dataset_info.json", listed)
+    source = load_source(str(tmp_path))
+    assert source.unread == ("unlisted.json", '"remote" of dataset_info.json')
+    [note] = describe_unread(source)
+    assert note.startswith('Not read in the folder: unlisted.json, "remote" of dataset_info.json.')
     write_json(tmp_path / "dataset_info.json", {"features": {"x": {"dtype": "int64"}}})
     assert load_source(str(tmp_path), split="unlisted").tables[0].rows == [{"x": 1}]
 
@@ -146,7 +186,10 @@ def test_a_folder_of_files_is_read_in_the_order_of_names_and_by_split(tmp_path):
     write_lines(tmp_path / "train-00000-of-00002.jsonl", ROWS[:1])
     (tmp_path / ".hidden.json").write_text("no")
     (tmp_path / "README.md").write_text("no data")
+    write_json(tmp_path / "more.xlsx")
+    (tmp_path / "2024").mkdir()
     assert read(tmp_path) == [ROWS[0], ROWS[0], ROWS[1]]
+    assert load_source(str(tmp_path)).unread == ("2024/", "more.xlsx")
     assert read(tmp_path, split="train") == ROWS
     message = r'no split "trian"\. Did you mean "train"\? It has: test, train\.'
     with pytest.raises(DataError, match=message):
@@ -178,6 +221,7 @@ def test_saved_datasets_are_read_with_the_names_of_their_classes(tmp_path):
         ("rows.parquet", "PAR", "cannot be read as Parquet"),
         ("rows.json", "[1,", "is not valid JSON"),
         ("rows.csv", "a,a\n1,2\n", "several columns 'a'"),
+        ("rows.csv", "a,,,b\n1,2,3,4\n", "several columns ''"),
         ("rows.csv", 'a,b\n"1,2\n', "not valid CSV after line 1"),
     ],
 )
@@ -186,6 +230,15 @@ def test_unreadable_files_are_named(tmp_path, name, content, message):
     with pytest.raises(DataError, match=message) as caught:
         load_source(str(tmp_path / name))
     assert name in str(caught.value)
+
+
+def test_tables_without_rows_and_with_columns_of_the_same_name(tmp_path):
+    Dataset.from_dict({"instruction": [], "output": []}).to_parquet(tmp_path / "empty.parquet")
+    assert load_source(str(tmp_path / "empty.parquet")).tables[0].rows == []
+    table = pyarrow.table([["q"], ["a"]], names=["output", "output"])
+    pyarrow.parquet.write_table(table, tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match="read as Parquet: .*output"):
+        load_source(str(tmp_path / "twice.parquet"))
 
 
 def test_other_encodings_and_broken_saved_datasets_are_named(tmp_path):
