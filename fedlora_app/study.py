@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 from fedlora_app.config.combination import Combination
 from fedlora_app.config.faults import describe_faults, list_faults
 from fedlora_app.config.loading import join_overrides, load_config, read_yaml
+from fedlora_app.config.rounds import BASE
 from fedlora_app.config.sameness import gives_the_same
 from fedlora_app.config.schema import SAFE_NAME, Config, ConfigError, Section
 from fedlora_app.data.client_files import ClientFiles, load_all_files
@@ -188,7 +189,7 @@ def _write_summary(
     """Write the study's tables and return them."""
     figures = {name: [measure(entry) for entry in runs] for name, runs in evaluations.items()}
     steps = {name: [entry["num_steps"] for entry in runs] for name, runs in evaluations.items()}
-    chances = read_chances(next(iter(evaluations.values()))[0])  # all were asked the same
+    chances = {name: read_chances(runs[0]) for name, runs in evaluations.items()}
     text = "\n".join(_describe(study, figures, steps, chances))
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
@@ -223,16 +224,19 @@ def tabulate(
     columns = [f"{name}/{key}" for key in (*QUESTION_SETS, "pass_rate", "leakage")]
     yield "| variant | answers with | " + " | ".join(HEADINGS) + " | steps |"
     yield "|---" * (3 + len(HEADINGS)) + "|"
-    for position, (variant, runs) in enumerate(figures.items()):
+    said_of_base = set()
+    for variant, runs in figures.items():
         for who, label in ROWS.items():
-            is_repeated = who == "base" and position > 0  # the same in every variant
-            if is_repeated or any(who not in run for run in runs):
+            if any(who not in run for run in runs):
                 continue
-            cells = (
-                _describe_mean([run[who].get(column) for run in runs], column) for column in columns
-            )
+            means = (_describe_mean([run[who].get(c) for run in runs], c) for c in columns)
+            cells = " | ".join(means)
+            if who == BASE:
+                if cells in said_of_base:  # as in every variant that is asked the same
+                    continue
+                said_of_base.add(cells)
             shown = sorted(set(steps[variant]))
-            yield f"| {variant} | {label} | {' | '.join(cells)} | {', '.join(map(str, shown))} |"
+            yield f"| {variant} | {label} | {cells} | {', '.join(map(str, shown))} |"
 
 
 def describe_percent(values: list[float | None]) -> str:
@@ -255,7 +259,7 @@ def _describe(
     study: StudyConfig,
     figures: Mapping[str, list[Figures]],
     steps: Mapping[str, list[int]],
-    chances: Chances,
+    chances: Mapping[str, Chances],
 ) -> Iterator[str]:
     seeds = ", ".join(map(str, study.seeds))
     for measure in _measures():
@@ -266,9 +270,20 @@ def _describe(
         )
         yield from tabulate(figures, steps, measure.name)
         yield ""
-        if measure is ACCURACY and chances:
-            told = (f"{head} {format_percent(chances[k])}" for head, k in ASKED if k in chances)
-            yield f"A guess ranks the right answer first for, %: {', '.join(told)}.\n"
+        if measure is ACCURACY:
+            yield from _describe_chances(chances)
+
+
+def _describe_chances(chances: Mapping[str, Chances]) -> Iterator[str]:
+    """Yield by what chance a guess is right, by variants where they were asked other questions."""
+    variants: dict[str, list[str]] = {}
+    for variant, of in chances.items():
+        told = ", ".join(f"{head} {format_percent(of[k])}" for head, k in ASKED if k in of)
+        variants.setdefault(told, []).append(variant)
+    for told, names in variants.items():
+        who = f" ({', '.join(names)})" if len(variants) > 1 else ""
+        if told:
+            yield f"A guess ranks the right answer first for, %{who}: {told}.\n"
 
 
 def _flatten(shares: Shares) -> dict[str, Estimate]:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from importlib.metadata import version
 
 import pytest
@@ -508,6 +509,15 @@ def test_a_study_s_table_is_made_from_the_swap_tables(fedlora, project):
     assert own["accuracy/pass_rate"].dump() == summary["conflict_pass_rate"]
     lines = list(tabulate({"dual": [figures]}, {"dual": [12]}, "accuracy"))
     assert any("| dual | global + own local |" in line and "| 12 |" in line for line in lines)
+    # What the base model answers stands once, or by variants that were asked other questions.
+    two = {"dual": [figures], "fedavg": [figures]}
+    steps = {"dual": [12], "fedavg": [12]}
+    rows = list(tabulate(two, steps, "accuracy"))
+    assert [line.split(" | ")[0] for line in rows if "| base model |" in line] == ["| dual"]
+    other = replace(figures["base"]["accuracy/local"], value=0.9)
+    asked_else = figures | {"base": figures["base"] | {"accuracy/local": other}}
+    rows = list(tabulate(two | {"fedavg": [asked_else]}, steps, "accuracy"))
+    assert sum("| base model |" in line for line in rows) == 2
     # Seeds that agree add no certainty: the interval over facts stays.
     assert list(tabulate({"dual": [figures] * 3}, {"dual": [12]}, "accuracy")) == lines
 
