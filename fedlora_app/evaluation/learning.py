@@ -98,7 +98,8 @@ def find_nothing_learned(history: Sequence[Mapping[str, Any]]) -> NothingLearned
 
     Something was learned where the answers to a question set match word for word more often than
     the base model's (its share lies below their interval), for nobody does that by chance; or where
-    they rank the right answer first more often, by the test that flips the signs of whole facts.
+    they rank the right answer first more often, by the test that flips the signs of whole facts,
+    which also decides about matches where their share has no interval and the base has some.
     """
     reports = collect_reports(list(history))
     labels = sort_labels(reports)
@@ -174,11 +175,12 @@ def _is_better(reports: Reports, own: str, question_set: str, measure: Measure) 
     ours, base = (estimate_share(reports, who, question_set, measure) for who in (own, BASE))
     if not ours.n or not base.n or ours.value <= base.value:
         return False
-    if measure is EXACT_MATCH:
-        return ours.low is None or ours.low > base.value
+    is_exact = measure is EXACT_MATCH
+    if is_exact and (ours.low is not None or base.value == 0):
+        return base.value == 0 or ours.low > base.value
     ones, others, facts = pair_answers(reports, (own, BASE), question_set, measure)
     if not facts:  # histories of earlier versions
-        return None not in (ours.low, base.low) and ours.differs_from(base) > 0
+        return is_exact or (None not in (ours.low, base.low) and ours.differs_from(base) > 0)
     return sum(ones) > sum(others) and flip_signs(ones, others, facts) < SIGNIFICANT
 
 

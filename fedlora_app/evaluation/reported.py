@@ -154,7 +154,7 @@ def describe_run(history: list[dict[str, Any]]) -> str:
                 how += f"({by_chance}{sum(exact[0])} exact)"
             who = ANSWERERS[own_answerer(label)]
             lines.append(f"{who}: {sum(passed)} of {len(passed)} conflict questions {how}")
-    return "\n".join([*lines, *describe_gates(history)])
+    return "\n".join([*lines, *describe_older(history), *describe_gates(history)])
 
 
 def split_evaluation(metrics: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -171,6 +171,18 @@ def collect_reports(history: list[dict[str, Any]]) -> Reports:
             scores = {k: v for k, v in entry["metrics"].items() if k.count("/") == 2}
             reports.setdefault(entry["client"], {}).update(scores)
     return reports
+
+
+def describe_older(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence where clients' last figures are of an earlier round than the others'."""
+    last = {
+        entry["client"]: entry.get("round", 0)
+        for entry in history
+        if entry["phase"] == "evaluate" and any(k.count("/") == 2 for k in entry["metrics"])
+    }
+    newest = max(last.values(), default=0)
+    older = [f"{client}'s of round {n}" for client, n in sorted(last.items()) if n < newest]
+    return [f"These figures are of round {newest}, but {', '.join(older)}."] if older else []
 
 
 def find_reported_leading(reports: Reports, question_set: str) -> Measure:

@@ -15,7 +15,11 @@ from fedlora_app.evaluation.names import (
     QUESTION_SETS,
     shown_measures,
 )
-from fedlora_app.evaluation.reported import collect_reports, find_reported_leading
+from fedlora_app.evaluation.reported import (
+    collect_reports,
+    describe_older,
+    find_reported_leading,
+)
 from fedlora_app.foundation.terminal import shell
 from fedlora_app.report import plots
 from fedlora_app.report.attack import show_attack
@@ -97,6 +101,7 @@ def _show_training(run: PartialRun, plotter: Plotter) -> Section:
         if history["metric"].str.endswith(f"/{name}/{EXACT_MATCH.reported}").any()
     ]
     reports = collect_reports(run.history)
+    section.text += describe_older(run.history)
     for name in scored:
         leads = find_reported_leading(reports, name).reported
         draw = partial(plots.plot_accuracy, history, name, leads)

@@ -13,7 +13,9 @@ FALLING, FLAT = [3.0, 2.5, 2.1, 1.8], [2.0, 2.03, 1.98, 2.01]
 PHASES = ("global", "local")
 
 
-def write_history(exact=0, ranked=6, losses=FALLING, *, base_ranked=6, n=24, lists=True):
+def write_history(
+    exact=0, ranked=6, losses=FALLING, *, base_exact=0, base_ranked=6, n=24, lists=True
+):
     """Return what two clients report: right answers of ``n`` local questions, and losses by round.
 
     Args:
@@ -22,7 +24,10 @@ def write_history(exact=0, ranked=6, losses=FALLING, *, base_ranked=6, n=24, lis
     """
     history = []
     for number, client in enumerate(("ann", "bob")):
-        for label, right, first in (("base", 0, base_ranked), ("global+local", exact, ranked)):
+        for label, right, first in (
+            ("base", base_exact, base_ranked),
+            ("global+local", exact, ranked),
+        ):
             each = {"exact_match": right, "ranked_first": first}
             metrics = {
                 "n": n,
@@ -129,3 +134,9 @@ def test_a_run_that_learned_nothing_ends_with_that_and_no_other_advice():
     assert "Nothing was learned yet" in describe_end(write_history(), config)
     assert "mode='fedavg'" not in describe_end(write_history(), config)
     assert "mode='fedavg'" in describe_end(write_history(exact=20), config)
+
+
+def test_one_right_answer_more_than_the_base_has_is_not_yet_something_learned():
+    """The share of clients' own questions has no interval, but facts can be told apart."""
+    assert find_nothing_learned(write_history(exact=3, base_exact=2)) is not None
+    assert find_nothing_learned(write_history(exact=8, base_exact=2)) is None

@@ -80,3 +80,16 @@ def test_the_ranking_leads_where_most_right_answers_are_open(num_open, line, clo
     history = [{"phase": "evaluate", "client": c, "metrics": m} for c, m in clients.items()]
     text = " ".join(describe_run(history).replace("│", " ").split())
     assert closing in text and f"ann {cell}" in text
+
+
+def test_figures_of_an_earlier_round_are_said_to_be_so():
+    """A client that has failed since then stands in the closing table with what it had."""
+    own = report([1, 0], [1, 0], 0)
+    rounds = [(0, "ann"), (0, "bob"), (1, "ann"), (1, "bob"), (2, "ann")]
+    history = [
+        {"round": number, "client": client, "phase": "evaluate", "metrics": own}
+        for number, client in rounds
+    ]
+    sentence = "These figures are of round 2, but bob's of round 1."
+    assert sentence in describe_run(history)
+    assert "These figures are of" not in describe_run(history[:-1])
