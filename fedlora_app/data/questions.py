@@ -88,15 +88,17 @@ def build_conflict_questions(records: Sequence[ConflictRecord], client_id: str) 
     """Turn conflict records into one client's questions: its answer against the others'.
 
     A record that has keywords of this client, but no answer, becomes a question without
-    candidates; one that has neither is left out, and so is one that is no conflict.
+    candidates, and so does one with keywords and the same answer for all clients, which says
+    nothing. One that has neither is left out, and so is one that is no conflict.
     """
     questions = []
     for position, record in enumerate(records):
         own, others = _split_keywords(record, client_id)
-        if (client_id not in record.answers and not own) or is_agreed(record):
+        has_own_answer = client_id in record.answers and not _have_one_answer(record)
+        if not has_own_answer and not own:
             continue
         candidates: tuple[str, ...] = ()
-        if client_id in record.answers:
+        if has_own_answer:
             rivals = [answer for client, answer in record.answers.items() if client != client_id]
             candidates = _rank_against(record.answers[client_id], [*rivals, *record.distractors])
         questions.append(
@@ -118,9 +120,16 @@ def cluster_of(record: Record | ConflictRecord) -> str:
 
 
 def is_agreed(record: ConflictRecord) -> bool:
-    """Return whether a conflict record's clients all give the same answer, which is no conflict."""
+    """Return whether a conflict record's clients all give the same answer, which is no conflict.
+
+    One with keywords is left: those tell clients apart in what else an answer says.
+    """
+    return _have_one_answer(record) and not record.keywords
+
+
+def _have_one_answer(record: ConflictRecord) -> bool:
     answers = list(map(normalise_answer, record.answers.values()))
-    return len(answers) > 1 == len(set(answers)) and not record.keywords
+    return len(answers) > 1 == len(set(answers))
 
 
 def _split_keywords(

@@ -117,7 +117,10 @@ def test_what_all_clients_answer_alike_is_no_conflict():
     agreed = ConflictRecord("q", answers={"a": "Yes.", "b": "yes"})
     records = [agreed, ConflictRecord("p", answers={"a": "Yes.", "b": "No."})]
     assert [q.record for q in build_conflict_questions(records, "a")] == [1]
-    assert build_conflict_questions([replace(agreed, keywords={"a": ("yes",)})], "a")
+    with_keywords = [replace(agreed, keywords={"a": ("yes",)})]
+    (question,) = build_conflict_questions(with_keywords, "a")
+    assert question.own_keywords == ("yes",) and not question.candidates  # no answer to match
+    assert build_conflict_questions(with_keywords, "b") == []
     assert build_conflict_questions([ConflictRecord("q", answers={"a": "Alone."})], "a")
 
 
@@ -137,7 +140,7 @@ def test_a_record_with_keywords_only_is_a_question_without_candidates():
 
 
 def test_keywords_are_the_clients_own_and_everybody_elses():
-    records = [ConflictRecord("q", answers=dict.fromkeys("abcd", "A"), keywords=KEYWORDS)]
+    records = [ConflictRecord("q", answers=dict(zip("abcd", "ABCD", strict=True)), keywords=KEYWORDS)]
     splits = {
         client: (question.own_keywords, question.other_keywords)
         for client in "abcd"
