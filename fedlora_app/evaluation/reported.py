@@ -21,7 +21,7 @@ from fedlora_app.evaluation.names import (
     leading_measure,
     own_answerer,
 )
-from fedlora_app.foundation.percent import format_percent
+from fedlora_app.foundation.percent import format_percent, keep_below_all
 from fedlora_app.foundation.progress import format_duration
 from fedlora_app.foundation.terminal import render_table
 
@@ -241,7 +241,7 @@ def _means(reports: Reports, label: str, name: str, leads: Measure) -> list[str]
         counted = [(r[key], r.get(count, 1)) for r in reports.values() if key in r]
         if total := sum(n for _, n in counted):
             mean = sum(value * n for value, n in counted) / total
-            found.append(f"{mean:.2f}")
+            found.append(f"{keep_below_all(mean, 0):.2f}")
     return found
 
 

@@ -24,18 +24,25 @@ def format_percent(
     Args:
         value, low, high: shares, in [0, 1], or differences of shares.
         digits: after the point; None: whole numbers, with 0 and 100 only where it is exactly so.
+            The value is 100 only where it is, whatever the digits.
         sign: "+" shows it for gains too.
         unit: follows the value, such as " %".
         interval: how low and high, or half of what lies between them, are written.
     """
     if value is None:
         return ""
-    text = _write(value, digits, sign) + unit
+    text = _write(keep_below_all(value, 1 if digits is None else digits), digits, sign) + unit
     if low is None or high is None:
         return text
     if interval == PLUS_MINUS:
         return text + interval.format(half=_write((high - low) / 2, digits))
     return text + interval.format(low=_write(low, digits, sign), high=_write(high, digits, sign))
+
+
+def keep_below_all(share: float, digits: int = 1) -> float:
+    """Return a share so that it does not round to all where it is not, to digits of percent."""
+    least = 10.0 ** -(digits + 2)
+    return 1 - least if 1 - least < share < 1 - 1e-9 else share
 
 
 def format_n(n: int, facts: int | None) -> str:

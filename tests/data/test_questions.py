@@ -140,7 +140,8 @@ def test_a_record_with_keywords_only_is_a_question_without_candidates():
 
 
 def test_keywords_are_the_clients_own_and_everybody_elses():
-    records = [ConflictRecord("q", answers=dict(zip("abcd", "ABCD", strict=True)), keywords=KEYWORDS)]
+    answers = {client: client.upper() for client in "abcd"}
+    records = [ConflictRecord("q", answers=answers, keywords=KEYWORDS)]
     splits = {
         client: (question.own_keywords, question.other_keywords)
         for client in "abcd"

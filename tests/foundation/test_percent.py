@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedlora_app.foundation.percent import PARENTHESES, PLUS_MINUS, format_percent
+from fedlora_app.foundation.percent import PARENTHESES, PLUS_MINUS, format_percent, keep_below_all
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,10 @@ from fedlora_app.foundation.percent import PARENTHESES, PLUS_MINUS, format_perce
 )
 def test_a_share_is_written_with_its_interval(values, settings, expected):
     assert format_percent(*values, **settings) == expected
+
+
+def test_what_is_not_all_is_not_printed_as_all():
+    shown = [format_percent(share) for share in (1.0, 2999 / 3000, 287 / 288, 1 / 3000)]
+    assert shown == ["100.0", "99.9", "99.7", "0.0"]
+    assert format_percent(2999 / 3000, 0.99, 1.0) == "99.9 [99.0, 100.0]"
+    assert f"{keep_below_all(287 / 288, 0):.2f}" == "0.99"
