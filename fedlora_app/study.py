@@ -240,10 +240,15 @@ def tabulate(
 
 
 def describe_percent(values: list[float | None]) -> str:
-    """Return "97.2 ± 1.3", the mean over seeds and its 95 % half-width, in percent."""
+    """Return "97.2 ± 1.3", the mean over seeds and its 95 % half-width, in percent.
+
+    Seeds that agree say nothing of how much others would differ, so that the mean stands alone.
+    """
     if any(value is None for value in values):
         return ""
     estimate = over_seeds(values)
+    if len(set(values)) == 1:
+        return format_percent(estimate.value)
     return format_percent(estimate.value, estimate.low, estimate.high, interval=PLUS_MINUS)
 
 

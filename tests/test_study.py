@@ -7,7 +7,7 @@ from conftest import ROOT, build_tiny_config
 from loopback import Federation
 
 from fedlora_app.config.schema import ConfigError
-from fedlora_app.study import StudyConfig, load_study, run_study
+from fedlora_app.study import StudyConfig, describe_percent, load_study, run_study
 
 SETTINGS = {"seeds": [7], "variants": {"sum": "", "searched": ""}}
 
@@ -45,3 +45,10 @@ def test_a_combination_of_no_variant_is_refused(tmp_path):
     path.write_text(json.dumps({"name": "x", "config": "y", "combine": {"sun": "gate"}} | SETTINGS))
     with pytest.raises(ConfigError, match="combine names sun, which is no variant"):
         load_study(path)
+
+
+def test_seeds_that_agree_are_given_no_interval():
+    """Of width 0 it would say that any other seed gives the same."""
+    assert describe_percent([1.0, 1.0, 1.0]) == "100.0"
+    assert describe_percent([0.9, 1.0, 0.95]) == "95.0 ± 12.4"
+    assert describe_percent([0.9, None]) == ""
