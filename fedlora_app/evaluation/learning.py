@@ -133,7 +133,14 @@ def describe_end(
     """
     if final is not None:
         history = until_round(history, final["round"])
-    table = describe_run(history) + (f"\n{final['why']}" if final else "")
+    table = describe_run(history)
+    sample = config.evaluation.sample
+    if sample and BASE in sort_labels(collect_reports(history)):
+        table += (
+            f"\nThe base model's figures are of at most {sample} questions of each set "
+            "(evaluation.sample); fedlora evaluate asks it all of them."
+        )
+    table += f"\n{final['why']}" if final else ""
     if (nothing := find_nothing_learned(history)) is not None:
         return f"{table}\n{nothing.headline} {nothing.sentence}"
     if config.federated.mode != "dual":

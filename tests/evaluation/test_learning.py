@@ -136,6 +136,14 @@ def test_a_run_that_learned_nothing_ends_with_that_and_no_other_advice():
     assert "mode='fedavg'" in describe_end(write_history(exact=20), config)
 
 
+def test_a_base_model_that_was_asked_a_sample_is_said_to_be():
+    sampled = build_tiny_config(evaluation={"sample": 2})
+    said = "The base model's figures are of at most 2 questions of each set"
+    assert said in describe_end(write_history(), sampled)
+    assert said not in describe_end(write_history()[1:2], sampled)
+    assert said not in describe_end(write_history(), build_tiny_config())
+
+
 def test_one_right_answer_more_than_the_base_has_is_not_yet_something_learned():
     """The share of clients' own questions has no interval, but facts can be told apart."""
     assert find_nothing_learned(write_history(exact=3, base_exact=2)) is not None
