@@ -26,6 +26,7 @@ from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import GLOBAL, LOCAL, ConfigError
 from fedlora_app.evaluation import client_round, room
 from fedlora_app.evaluation.choices import open_round
+from fedlora_app.evaluation.protocol import evaluate_round
 from fedlora_app.federation import registration
 from fedlora_app.federation.messages import (
     ABOUT_RECORD,
@@ -38,6 +39,7 @@ from fedlora_app.federation.messages import (
 from fedlora_app.federation.packed_state import unpack_state
 from fedlora_app.model import base as model_module
 from fedlora_app.model.adapters import lora_layers
+from fedlora_app.report.page import write_report
 from fedlora_app.runs import client_folder
 from fedlora_app.runs.partial import read_what_is_left
 from fedlora_app.runs.paths import RunDirectoryError
@@ -1245,6 +1247,19 @@ def test_no_message_reaches_what_a_client_keeps_of_another_run(tiny_project, tmp
         federation.run("second")
     after = {p: p.read_bytes() for store in stores for p in store.rglob("*") if p.is_file()}
     assert after == before
+
+
+def test_a_run_is_evaluated_without_a_client_that_never_came(tiny_project, tmp_path):
+    federation, _ = build_late(tiny_project, tmp_path, (9, "never"))
+    run = federation.run(gone={12})
+    saved = open_round(load_run(run), tiny_project)
+    assert saved.absent == ("bob",) and list(saved.files) == ["ann"]
+    evaluation = evaluate_round(saved, lambda *_: None, full=False)
+    assert {row["client"] for row in evaluation["questions"]} == {"ann"}
+    asked = [row for row in evaluation["questions"] if row["question_set"] == "conflict"]
+    assert all(len(row["candidates"]) > 1 for row in asked)  # bob's answer is still a wrong one
+    assert any("without a local adapter of their own: bob." in n for n in evaluation["notes"])
+    write_report(run)
 
 
 def test_a_node_that_goes_while_it_registers_is_a_client_that_is_not_there(

@@ -19,6 +19,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.config.combination import SCALE, Combination
+from fedlora_app.config.loading import parse_config
 from fedlora_app.config.schema import GLOBAL, LOCAL, OWN_GLOBAL, ModelConfig
 from fedlora_app.config.sharing import PERSONAL
 from fedlora_app.data.client_files import ClientFiles, load_all_files
@@ -32,6 +33,7 @@ from fedlora_app.evaluation.scores import Score, score_answer
 from fedlora_app.evaluation.scoring import Answered, Prompt, ask_nothing, score_prompts
 from fedlora_app.evaluation.semantic import Embedder
 from fedlora_app.model.base import compute_dtype, describe_device, uses_4bit
+from fedlora_app.runs.manifest import find_kept
 from fedlora_app.runs.reading import SavedRun
 
 CHUNK = 256  # prompts between two writes of the scores that a stopped evaluation keeps
@@ -62,6 +64,8 @@ class SavedRound(SavedAdapters):
     hashes: dict[str, str]
     """sha256 of the global adapter and of each client's own ones, as in the manifest."""
     files: dict[str, ClientFiles]
+    absent: tuple[str, ...] = ()
+    """Clients that have trained in none of the rounds, and are not asked."""
 
 
 def open_round(
@@ -72,6 +76,9 @@ def open_round(
 ) -> SavedRound:
     """Check a round's adapters and all clients' files before anything large is loaded.
 
+    Clients that have never had an adapter are left out; their answers to conflict questions stay
+    among the wrong ones.
+
     Args:
         combine: how both adapters answer together; None: as the run's configuration says.
 
@@ -79,8 +86,9 @@ def open_round(
         RunDirectoryError, DataError: naming what is missing or was changed.
         ConfigError: a combination has no effect, or clients' own settings are not here.
     """
-    run.config.require_clients()
     chosen = run.final_round if server_round is None else server_round
+    run, absent = _leave_out_absent(run, chosen)
+    run.config.require_clients()
     config, trained = run.config, run.plan(chosen).trained
     hashes = {}
     if GLOBAL in trained:
@@ -93,7 +101,28 @@ def open_round(
             for c in config.client_ids
         }
     files = load_all_files(config, root)
-    return SavedRound(run, chosen, root, hashes, files, combine=combine)
+    return SavedRound(run, chosen, root, hashes, files, absent, combine=combine)
+
+
+def _leave_out_absent(run: SavedRun, server_round: int) -> tuple[SavedRun, tuple[str, ...]]:
+    """Return a run without the clients that have never had a local adapter, and who they are."""
+    config = run.config
+    if LOCAL not in run.plan(server_round).trained:
+        return run, ()
+    present = find_kept(run.manifest, LOCAL, server_round)
+    absent = tuple(client for client in config.client_ids if client not in present)
+    if not absent or not present:
+        return run, ()
+    raw = config.dump()
+    raw["federated"]["clients"] = [
+        entry for entry in raw["federated"]["clients"] if entry["id"] in present
+    ]
+    if raw["federated"]["min_clients"]:
+        raw["federated"]["min_clients"] = min(raw["federated"]["min_clients"], len(present))
+    raw["data"]["conflict_clients"] = [*config.data.conflict_clients, *absent]
+    names = ", ".join(absent)
+    source = f"Without {names}, the configuration of {run.path}"
+    return replace(run, config=parse_config(raw, source=source)), absent
 
 
 def describe_precision(config: ModelConfig) -> str:

@@ -98,6 +98,11 @@ def evaluate_round(
     )
     if full and not has_controls:
         evaluation["notes"].append(NO_CONTROLS)
+    if saved.absent:
+        evaluation["notes"].append(
+            f"Not asked, without a local adapter of their own: {', '.join(saved.absent)}. What "
+            "every client is to get right is asked of the others."
+        )
     write_json(saved.evaluation_path, evaluation)
     store.remove()
     return evaluation
