@@ -40,7 +40,8 @@ Features = tuple[torch.Tensor, ...]
 class GateFigures:
     """How well a gate separates the client's own training questions, each share in [0, 1].
 
-    Cross-validated: by wording where it compares facts, by fact where it compares kinds.
+    Cross-validated: by wording where it compares facts, by fact where it compares kinds. But for
+    the regression's three numbers and the tokens' limit, which are fitted to the same questions.
     """
 
     by_fact: bool
