@@ -1,12 +1,17 @@
-"""What clients report of their evaluations during a run: the last of each figure, and in words."""
+"""What clients report of their evaluations during a run: the last figures, and in words.
+
+Figures of several clients or adapters are put together only where they are of one round; the base
+model's, which is asked in round 0, stand beside those of any.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
+from fedlora_app.config.rounds import BASE
 from fedlora_app.data.questions import CONFLICT
 from fedlora_app.evaluation.chance import describe_chance, find_reported_chances
 from fedlora_app.evaluation.gate_report import describe_gates
@@ -77,8 +82,11 @@ def describe_headline(
     if evaluation is not None:
         return _describe_evaluation(evaluation)
     reports = collect_reports(history)
-    labels = sort_labels(reports)
-    return _describe_figures(reports, labels[-1]) if labels else ""
+    if not (labels := sort_labels(reports)):
+        return ""
+    missing = sorted(_collect_latest(history)[1].keys() - reports.keys())
+    without = f" (without {', '.join(missing)})" if missing else ""
+    return _describe_figures(reports, labels[-1]) + without
 
 
 def _describe_evaluation(evaluation: Mapping[str, Any]) -> str:
@@ -114,16 +122,18 @@ def _describe_figures(reports: Reports, label: str) -> str:
 
 
 def describe_run(history: list[dict[str, Any]]) -> str:
-    """Return the closing table by adapters and client, the last of each figure, and the gates."""
-    reports = collect_reports(history)
-    labels = sort_labels(reports)
+    """Return the closing table by adapters and client, each one's last figures, and the gates."""
+    last, latest = _collect_latest(history)
+    shown_reports = {client: report for client, (_, report) in latest.items()}
+    labels = sort_labels(shown_reports)
     if not labels:
         return "Nothing was evaluated (evaluation.interval: 0). To do it: fedlora evaluate RUN"
     shown = [
         name
         for name in QUESTION_SETS
-        if any(_key(label, name) in r for label in labels for r in reports.values())
+        if any(_key(label, name) in r for label in labels for r in shown_reports.values())
     ]
+    reports = collect_reports(history)
     leading = {name: find_reported_leading(reports, name) for name in (*shown, CONFLICT)}
     chances = find_reported_chances(reports)
     marks = {
@@ -139,9 +149,13 @@ def describe_run(history: list[dict[str, Any]]) -> str:
     for column in table.columns[2:]:
         column.justify = "right"
     for label in labels:
-        for client, report in sorted(reports.items()):
+        for client, report in sorted(shown_reports.items()):
             cells = (_cell(report, label, name, leading[name]) for name in shown)
-            table.add_row(ANSWERERS[own_answerer(label)], client, *cells)
+            if all(_key(label, name) not in report for name in shown):
+                continue
+            is_earlier = label != BASE and latest[client][0] < last
+            who = f"{client}, round {latest[client][0]}" if is_earlier else client
+            table.add_row(ANSWERERS[own_answerer(label)], who, *cells)
     lines = [render_table(table)]
     for label in labels:
         leads = leading[CONFLICT]
@@ -154,7 +168,7 @@ def describe_run(history: list[dict[str, Any]]) -> str:
                 how += f"({by_chance}{sum(exact[0])} exact)"
             who = ANSWERERS[own_answerer(label)]
             lines.append(f"{who}: {sum(passed)} of {len(passed)} conflict questions {how}")
-    return "\n".join([*lines, *describe_older(history), *describe_gates(history)])
+    return "\n".join([*lines, *describe_left_out(history), *describe_gates(history)])
 
 
 def split_evaluation(metrics: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -164,25 +178,38 @@ def split_evaluation(metrics: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 
 def collect_reports(history: list[dict[str, Any]]) -> Reports:
-    """Return each client's evaluation metrics, the last of each name."""
-    reports: Reports = {}
+    """Return the figures of the last round that was evaluated, and the base model's beside them.
+
+    Of the clients that report of that round: another one's are of other adapters.
+    """
+    last, latest = _collect_latest(history)
+    return {client: report for client, (number, report) in latest.items() if number == last}
+
+
+def describe_left_out(history: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield which clients' last figures are of an earlier round than the others'."""
+    last, latest = _collect_latest(history)
+    for client, (number, _) in sorted(latest.items()):
+        if number < last:
+            yield (
+                f"{client} reports last of round {number}, and is left out of what is said of all "
+                f"clients in round {last}."
+            )
+
+
+def _collect_latest(
+    history: list[dict[str, Any]],
+) -> tuple[int, dict[str, tuple[int, dict[str, Any]]]]:
+    """Return the last evaluated round, and each client's one with its and the base's figures."""
+    latest: dict[str, tuple[int, dict[str, Any]]] = {}
     for entry in history:
-        if entry["phase"] == "evaluate":
-            scores = {k: v for k, v in entry["metrics"].items() if k.count("/") == 2}
-            reports.setdefault(entry["client"], {}).update(scores)
-    return reports
-
-
-def describe_older(history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a sentence where clients' last figures are of an earlier round than the others'."""
-    last = {
-        entry["client"]: entry.get("round", 0)
-        for entry in history
-        if entry["phase"] == "evaluate" and any(k.count("/") == 2 for k in entry["metrics"])
-    }
-    newest = max(last.values(), default=0)
-    older = [f"{client}'s of round {n}" for client, n in sorted(last.items()) if n < newest]
-    return [f"These figures are of round {newest}, but {', '.join(older)}."] if older else []
+        scores = {k: v for k, v in entry["metrics"].items() if k.count("/") == 2}
+        if entry["phase"] == "evaluate" and scores:
+            number, before = latest.get(entry["client"], (entry["round"], {}))
+            if number != entry["round"]:
+                before = {k: v for k, v in before.items() if k.startswith(f"{BASE}/")}
+            latest[entry["client"]] = (entry["round"], before | scores)
+    return max((number for number, _ in latest.values()), default=0), latest
 
 
 def find_reported_leading(reports: Reports, question_set: str) -> Measure:

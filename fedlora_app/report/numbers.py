@@ -1,7 +1,7 @@
 """The figures that a report opens with: who answers how much rightly, with intervals.
 
 They come from ``evaluation.json`` where there is one, and else from what the run measured
-itself after its last round.
+itself after its last round; beside the former only where that is of the same round and clients.
 
 What an interval counts is facts, and a question that several clients or several foreign
 adapters answer counts once; see ``evaluation.shares`` and ``evaluation.reported_shares``.
@@ -99,6 +99,8 @@ def measure_run(
     history: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any] | None
 ) -> dict[str, Figures]:
     """Return the figures by who answers, in the order in which they are shown."""
+    if evaluation is not None:
+        history = [entry for entry in history if entry["round"] in (0, evaluation["round"])]
     reports = collect_reports(list(history))
     found = {}
     for label in (BASE, GLOBAL, LOCAL, adapters_label(BOTH)):
@@ -108,6 +110,8 @@ def measure_run(
             found[who] = figures
     chances = find_reported_chances(reports)
     if evaluation is not None:
+        if reports.keys() != evaluation["files"].keys():  # these are of some clients only
+            found = {}
         _add_evaluation(found, evaluation)
         chances |= read_chances(evaluation)
     return {who: replace(found[who], chances=chances) for who in LABELS if who in found}

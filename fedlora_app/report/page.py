@@ -31,6 +31,7 @@ from fedlora_app.evaluation.names import (
     QUESTION_SETS,
     figure_key,
 )
+from fedlora_app.evaluation.reported import describe_left_out
 from fedlora_app.evaluation.statistics import Estimate
 from fedlora_app.foundation.files import make_private_dir, write_atomically
 from fedlora_app.foundation.percent import format_n, format_percent
@@ -105,7 +106,7 @@ def write_report(
             figures.values(), "" if nothing else ANSWERS_WITH.get(run.mode, "global")
         ),
         facts=list(_facts(run)),
-        problems=[*run.problems, *point_to_gate(run)],
+        problems=[*run.problems, *_tell_left_out(run), *point_to_gate(run)],
         sections=sections,
     )
     return output
@@ -138,7 +139,11 @@ def write_comparison(run_dirs: Sequence[Path], output: Path) -> Path:
         verdict=verdict,
         table=_figure_table(own.values(), "", labels=list(labels.values())),
         facts=[],
-        problems=[f"{run.name}: {problem}" for run in runs for problem in run.problems],
+        problems=[
+            f"{run.name}: {problem}"
+            for run in runs
+            for problem in [*run.problems, *_tell_left_out(run)]
+        ],
         sections=[
             _show_runs(runs, output),
             *_show_differences(evaluations),
@@ -194,6 +199,11 @@ def _measure(run: PartialRun) -> dict[str, Figures]:
     except SHAPE_ERRORS as error:
         run.problems.append(f"history.json or evaluation.json hold something unexpected: {error!r}")
         return {}
+
+
+def _tell_left_out(run: PartialRun) -> list[str]:
+    """Return whose figures are not in those that the run measured itself, where these count."""
+    return [] if run.evaluation is not None else list(describe_left_out(run.result_history))
 
 
 def _figure_table(

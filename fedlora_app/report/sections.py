@@ -17,7 +17,7 @@ from fedlora_app.evaluation.names import (
 )
 from fedlora_app.evaluation.reported import (
     collect_reports,
-    describe_older,
+    describe_left_out,
     find_reported_leading,
 )
 from fedlora_app.foundation.terminal import shell
@@ -101,7 +101,7 @@ def _show_training(run: PartialRun, plotter: Plotter) -> Section:
         if history["metric"].str.endswith(f"/{name}/{EXACT_MATCH.reported}").any()
     ]
     reports = collect_reports(run.history)
-    section.text += describe_older(run.history)
+    section.text += describe_left_out(run.history)
     for name in scored:
         leads = find_reported_leading(reports, name).reported
         draw = partial(plots.plot_accuracy, history, name, leads)

@@ -2,7 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from fedlora_app.evaluation.reported import describe_round, describe_run, judge_conflicts
+from fedlora_app.evaluation.reported import (
+    collect_reports,
+    describe_headline,
+    describe_round,
+    describe_run,
+    judge_conflicts,
+    sort_labels,
+)
+from fedlora_app.report.numbers import measure_run
 
 REPORTS = {
     "ann": {"global/universal/exact_match": 0.5, "global/conflict/exact_match_each": [1, 1]},
@@ -44,6 +52,33 @@ def report(ranked: list[int], exact: list[int], num_open: int) -> dict:
     }
 
 
+def evaluated(server_round: int, client: str, metrics: dict) -> dict:
+    return {"phase": "evaluate", "round": server_round, "client": client, "metrics": metrics}
+
+
+def test_figures_of_two_rounds_are_not_put_together():
+    """Neither clients' nor adapters', and where clients differ in their rounds they are named."""
+
+    def of(label: str, each: list[int]) -> dict:
+        ending = {"exact_match": sum(each) / len(each), "exact_match_each": each, "n": len(each)}
+        return {f"{label}/conflict/{name}": value for name, value in ending.items()}
+
+    clients = ("ann", "bob", "cy")
+    history = [evaluated(0, client, of("base", [0, 0])) for client in clients]
+    history += [evaluated(2, c, of("global+local", [1, 1]) | of("global", [1, 0])) for c in clients]
+    history += [evaluated(3, client, of("global+local", [0, 1])) for client in clients[:2]]
+    reports = collect_reports(history)
+    assert sort_labels(reports) == ["base", "global+local"]  # global alone is of round 2
+    assert list(reports) == ["ann", "bob"]
+    text = " ".join(describe_run(history).replace("│", " ").split())
+    assert "cy, round 2 100.0 %" in text and "ann 50.0 % " in text and "ann, round" not in text
+    assert "local: 1 of 2 conflict questions answered in its own way by every client" in text
+    assert "cy reports last of round 2, and is left out of what is said of all clients" in text
+    expected = "conflict 0.50, every client right 1/2 (without cy)"
+    assert describe_headline(history) == expected
+    assert measure_run(history, None)["global+local:own"].passed().n == 2
+
+
 def test_a_client_without_conflict_questions_takes_nothing_from_the_others():
     key = "global/conflict/exact_match_each"
     three = {"ann": {key: [1, 0, 1]}, "bob": {key: [1, 1, -1]}, "cy": {"global/local/n": 4}}
@@ -77,19 +112,6 @@ def test_the_ranking_leads_where_most_right_answers_are_open(num_open, line, clo
         "bob": report([0] + [1] * 39, [0] * 40, num_open),
     }
     assert describe_round(1, 2, clients, 1.0) == f"round 1/2 [global+local] {line} (1 s)"
-    history = [{"phase": "evaluate", "client": c, "metrics": m} for c, m in clients.items()]
+    history = [evaluated(1, client, metrics) for client, metrics in clients.items()]
     text = " ".join(describe_run(history).replace("│", " ").split())
     assert closing in text and f"ann {cell}" in text
-
-
-def test_figures_of_an_earlier_round_are_said_to_be_so():
-    """A client that has failed since then stands in the closing table with what it had."""
-    own = report([1, 0], [1, 0], 0)
-    rounds = [(0, "ann"), (0, "bob"), (1, "ann"), (1, "bob"), (2, "ann")]
-    history = [
-        {"round": number, "client": client, "phase": "evaluate", "metrics": own}
-        for number, client in rounds
-    ]
-    sentence = "These figures are of round 2, but bob's of round 1."
-    assert sentence in describe_run(history)
-    assert "These figures are of" not in describe_run(history[:-1])

@@ -332,7 +332,7 @@ def test_passes_are_about_no_more_facts_than_conflicts():
     """A set of ten facts, of which two clients have answers to five in common."""
     key = "global+local/conflict"
     history = [
-        {"phase": "evaluate", "client": client, "metrics": metrics}
+        {"phase": "evaluate", "round": 1, "client": client, "metrics": metrics}
         for client, side in (("ann", [1] * 10), ("bob", [1] * 5 + [-1] * 5))
         for metrics in [
             {f"{key}/exact_match": 1.0, f"{key}/n": 10, f"{key}/n_facts": 10}
