@@ -22,8 +22,8 @@ KINDS = {"by_fact": 0.0, "purity": 1.0, "opens_for_local": 0.9996, "closes_for_u
 
 
 def entry(client: str, gate: dict, phase: str = "evaluate") -> dict:
-    metrics = {f"gate/{name}": value for name, value in gate.items()}
-    return {"client": client, "phase": phase, "metrics": metrics | {"evaluation_seconds": 1.0}}
+    metrics = {f"gate/{name}": value for name, value in gate.items()} | {"evaluation_seconds": 1.0}
+    return {"round": 1, "client": client, "phase": phase, "metrics": metrics}
 
 
 def row(name: str, openness: float | None, failed: str | None = None, **changes) -> dict:
