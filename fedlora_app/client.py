@@ -43,7 +43,7 @@ from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.client_round import ClientEvaluation, Metrics, phase_metrics
 from fedlora_app.evaluation.gold import count_gold_answers
 from fedlora_app.federation.accountant import noise_multiplier_for
-from fedlora_app.federation.messages import MAX_FINDINGS, Kept
+from fedlora_app.federation.messages import CONTROL, MAX_FINDINGS, Kept
 from fedlora_app.federation.privacy import protect_update
 from fedlora_app.foundation.progress import step_lines
 from fedlora_app.foundation.seeds import derive_seed
@@ -127,7 +127,10 @@ class Client:
                 flush=True,
             )
         # The texts of findings quote the data; they are printed here and stay here.
-        named = [{**vars(f), "file": self.hide(f.file)} for f in findings[:MAX_FINDINGS]]
+        named = [
+            {**vars(f), "file": CONTROL.sub(" ", self.hide(f.file))}
+            for f in findings[:MAX_FINDINGS]
+        ]
         for finding in named:
             del finding["text"]
         about = {"device": describe_device(), "findings": json.dumps(named)}

@@ -18,6 +18,7 @@ from fedlora_app.data.records import DataError
 from fedlora_app.model.base import ModelError, find_embedding_fault, load_tokenizer
 from fedlora_app.model.kernels import find_missing_kernels
 from fedlora_app.preflight import inspect_questions
+from fedlora_app.runs.client_folder import ClientFolder
 from fedlora_app.runs.paths import RunPaths
 from fedlora_app.training.selection import data_owners
 
@@ -39,10 +40,10 @@ def check_client(
         ConfigError: with all that is wrong with settings, files, base model and questions.
     """
     faults = _find_impossible_settings(config, root)
-    folder = RunPaths(run_dir).client(client_id)
-    if folder.exists() and not resumes:
+    folder = ClientFolder(RunPaths(run_dir), client_id, config.model.name)
+    if folder.is_begun and not resumes:
         faults.append(
-            f"{folder} exists already and is left as it is. Choose another name for the run."
+            f"{folder.path} exists already and is left as it is. Choose another name for the run."
         )
     files, tokenizer, findings = {}, None, []
     for owner in list_owners(config, client_id):

@@ -39,6 +39,7 @@ from fedlora_app.federation.messages import (
 from fedlora_app.federation.packed_state import unpack_state
 from fedlora_app.model import base as model_module
 from fedlora_app.model.adapters import lora_layers
+from fedlora_app.model.base import ModelError
 from fedlora_app.report.page import write_report
 from fedlora_app.runs import client_folder
 from fedlora_app.runs.partial import read_what_is_left
@@ -1246,6 +1247,33 @@ def test_no_message_reaches_what_a_client_keeps_of_another_run(tiny_project, tmp
         federation.run("second")
     after = {p: p.read_bytes() for store in stores for p in store.rglob("*") if p.is_file()}
     assert after == before
+
+
+def test_a_file_with_a_tab_in_its_name_is_one_like_others(tiny_project, tmp_path):
+    """What is found in it goes to the server, where no text may write over a terminal."""
+    shutil.copy(tiny_project / "ann_local.json", tiny_project / "ann\tlocal.json")
+    raw = build_tiny_config(federated={"num_rounds": 1}).dump()
+    raw["federated"]["clients"][0]["local_test"] = "ann\tlocal.json"
+    run = Federation(tiny_project, tmp_path, parse_config(raw)).run()
+    findings = json.loads((run / "manifest.json").read_text())["clients"]["ann"]["findings"]
+    assert {"ann local.json"} <= {finding["file"] for finding in findings}
+
+
+def test_a_first_attempt_that_kept_nothing_blocks_no_second_one(
+    tiny_project, tmp_path, monkeypatch
+):
+    """As where the base model cannot be loaded at the sites, and the coordinator begins anew."""
+    federation = build_federation(tiny_project, tmp_path, build_bare_config())
+
+    def fail(self):
+        raise ModelError("no weights")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Client, "_load_model", fail)
+        with pytest.raises(RoundError, match="no weights"):
+            federation.run()
+    shutil.rmtree(federation.path)
+    assert (federation.run() / "final" / "global").is_dir()
 
 
 def test_a_run_is_evaluated_without_a_client_that_never_came(tiny_project, tmp_path):

@@ -47,8 +47,9 @@ OWN_SETTINGS = "own settings"
 MAX_ERROR_CHARS = 10_000
 MAX_PATH_CHARS = 4096
 MAX_FINDINGS = 10_000
-CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
-"""Characters by which a text could write over what a terminal shows; line breaks are none."""
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""Characters by which a text could write over what a terminal shows, or turn its direction; a line
+break is none."""
 MOST_FACTS = 2**31  # that a client's files are about
 TIME_TO_LIVE_SECONDS = 10 * 365 * 24 * 3600.0
 

@@ -89,13 +89,13 @@ class ClientFolder:
     def require_run(self, run_id: str) -> None:
         """Raise ``RunDirectoryError`` where what is kept here is of another run of this name.
 
-        So no server has a finished run's adapters written over, by mistake or otherwise.
+        So no run writes over what another one has left here.
         """
-        if not self._is_empty and self._read_run_id() != run_id:
+        if self.is_begun and (known := self._read_run_id()) != run_id:
+            what = "is of another run of this name" if known else "does not say of which run it is"
             raise RunDirectoryError(
-                f"{self.path} is of another run of this name and is left as it is. Choose another "
-                "name for the run, or move this folder away, with what final/ beside it has of "
-                f"{self.client_id}."
+                f"{self.path} {what} and is left as it is. Choose another name for the run, or "
+                f"move this folder away, with what final/ beside it has of {self.client_id}."
             )
 
     def enter_run(self, run_id: str) -> None:
@@ -105,7 +105,7 @@ class ClientFolder:
             RunDirectoryError: it is of another one.
         """
         self.require_run(run_id)
-        if run_id and self._is_empty:
+        if run_id and not self.is_begun:
             make_private_dir(self.path)
             write_json(self.paths.run_id(self.client_id), {RUN_ID: run_id})
 
@@ -259,9 +259,12 @@ class ClientFolder:
                     shutil.rmtree(folder, ignore_errors=True)
 
     @property
-    def _is_empty(self) -> bool:
+    def is_begun(self) -> bool:
+        """Whether anything is kept here, beside the name of a run that left nothing else."""
         finals = (self._final, self.paths.final_own_global(self.client_id))
-        return not any(self.path.glob("*")) and not any(folder.exists() for folder in finals)
+        about = self.paths.run_id(self.client_id)
+        kept = (p for p in self.path.glob("*") if p != about and not p.name.startswith("."))
+        return any(kept) or any(folder.exists() for folder in finals)
 
     def _read_run_id(self) -> str:
         """Return of which run this folder is, "" where it does not say so."""

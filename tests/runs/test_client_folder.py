@@ -49,5 +49,18 @@ def test_a_folder_of_a_version_that_noted_no_run_is_of_such_a_run_only(tmp_path)
     paths.final_local("ann").mkdir(parents=True)
     folder.enter_run("")
     assert not paths.client("ann").exists()
-    with pytest.raises(RunDirectoryError, match="is of another run of this name"):
+    with pytest.raises(RunDirectoryError, match="does not say of which run it is"):
         folder.enter_run("one")
+
+
+def test_a_run_that_left_nothing_but_its_name_blocks_no_other(tmp_path):
+    """Its model could not be loaded, or it was killed while it wrote the name."""
+    paths = RunPaths(tmp_path)
+    folder = ClientFolder(paths, "ann", "model")
+    folder.enter_run("one")
+    (folder.path / ".run.json.123.partial").write_text("{")
+    folder.enter_run("another")
+    paths.local_adapter("ann", 0).mkdir()
+    folder.require_run("another")
+    with pytest.raises(RunDirectoryError, match="is of another run of this name"):
+        folder.require_run("one")
