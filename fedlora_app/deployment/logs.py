@@ -28,12 +28,19 @@ def rotate(log: Path, *, is_open: bool) -> None:
     """
     if not log.exists() or log.stat().st_size < LARGE_LOG_BYTES:
         return
+    copy = log.with_name(f"{log.name}.partial")
+    if is_open:  # before anything moves: a full disk takes no copy
+        try:
+            copy.write_bytes(log.read_bytes())
+        except OSError:
+            copy.unlink(missing_ok=True)
+            raise
     old = [log.with_name(f"{log.name}.{n}") for n in range(1, NUM_OLD_LOGS + 1)]
     for newer, older in reversed(list(pairwise(old))):
         if newer.exists():
             newer.replace(older)
     if is_open:
-        old[0].write_bytes(log.read_bytes())
+        copy.replace(old[0])
         os.truncate(log, 0)
     else:
         log.replace(old[0])

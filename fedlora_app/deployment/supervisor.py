@@ -3,8 +3,8 @@
 ``fedlora deploy start`` has it in the background, ``--foreground`` in front. A process that ends is
 started again after a pause that doubles; one that ends soon again and again ends them all, and so
 does one that no other start would help (a site that was revoked). Its exit status says whether
-somebody stopped it (0) or it gave up (1). A full disk ends nothing: what could not be written is
-written when there is room again.
+somebody stopped it (0) or it gave up (1). A disk on which this process itself cannot write ends
+nothing: what is missing is written when there is room again.
 """
 
 from __future__ import annotations
@@ -95,6 +95,16 @@ class Supervisor:
     """Whether the file of what runs is as it is."""
     trouble: str = ""
     """What was said last of a full disk."""
+
+    def __post_init__(self) -> None:
+        """Let nothing end where a line cannot be said, which may go to a file as well."""
+        given = self.say
+
+        def say(line: str) -> None:
+            with suppress(OSError):
+                given(line)
+
+        self.say = say
 
     def run(self) -> int:
         """Run until a signal comes, or a process cannot be kept running."""
@@ -306,8 +316,7 @@ def main() -> int:
     keep_files_private()
 
     def say(line: str) -> None:
-        with suppress(OSError):  # its log is a file like others
-            print(time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()), line, flush=True)
+        print(time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()), line, flush=True)
 
     try:
         return supervise(Path(sys.argv[1]), say)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -345,3 +346,28 @@ def test_large_logs_move_aside(tmp_path, monkeypatch):
     old = [log.with_name(f"superlink.log.{n}").read_text()[0] for n in (1, 2, 3)]
     assert old == ["4", "3", "2"] and len(list(tmp_path.iterdir())) == 4
     assert read_tail(tmp_path / "none.log") == ""
+
+
+def test_a_line_that_cannot_be_said_ends_nothing(site, brief):
+    """As in the foreground, with the output in a file on the full disk."""
+
+    def full(line: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    kept = Supervisor(End(site, (program("executor", SLEEP),)), full)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: (wait_until(lambda: kept.state == "running"), kept._stop(15, None)))
+        assert kept.run() == 0
+
+
+def test_a_full_disk_takes_no_old_log_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "LARGE_LOG_BYTES", 100)
+    log = tmp_path / "a.log"
+    before = {log: "now " * 100} | {tmp_path / f"a.log.{n}": f"old {n}" for n in (1, 2, 3)}
+    for path, text in before.items():
+        path.write_text(text)
+    with no_larger_files_than(10), pytest.raises(OSError, match="too large"):
+        rotate(log, is_open=True)
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == before
+    rotate(log, is_open=True)
+    assert (log.stat().st_size, (tmp_path / "a.log.1").read_text()) == (0, before[log])
