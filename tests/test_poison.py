@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from fedlora_app.federation.messages import ADAPTER_RECORD, TASK_RECORD, UPDATE_RECORD
 from fedlora_app.federation.packed_state import pack_state, unpack_state
 from fedlora_app.federation.replies import RoundError
+from fedlora_app.runs.console import _describe_weights
 from fedlora_app.runs.paths import MEMORY_FILE, RunPaths
 
 CLIENTS = ("ann", "bob")
@@ -232,5 +233,15 @@ def test_who_says_that_it_has_nearly_all_examples_is_named_at_the_start(
     config = configure((*CLIENTS, "cy"), weighting=weighting)
     Federation(tiny_project, tmp_path, config).run(tamper=boast)
     told = capsys.readouterr().out
-    expected = "weights         bob has 99.3 % of every average, by the number of examples that it"
+    expected = "weights         bob has up to 99.3 % of an average, by the number of examples that"
     assert (expected in told) == (weighting == "examples")
+
+
+def test_the_largest_share_is_of_any_round_and_of_nothing_there_is_none():
+    """Each client is asked in some of the rounds only, not all of them in the first."""
+    config = configure((*CLIENTS, "cy"), fraction=0.67, num_rounds=6)
+    for big in config.client_ids:
+        counts = {client: (1000 if client == big else 10, 5) for client in config.client_ids}
+        said = next(_describe_weights(config, counts))
+        assert said.startswith(f"{big} has up to 99.0 % of an average")
+    assert list(_describe_weights(config, dict.fromkeys(config.client_ids, (0, 5)))) == []

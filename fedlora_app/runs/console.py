@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 from fedlora_app.config.combinations import ROBUST
 from fedlora_app.config.idle import describe_idle
-from fedlora_app.config.participation import training_clients, weigh
+from fedlora_app.config.participation import training_clients
 from fedlora_app.config.rounds import plan_round
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdapterConfig, Config
 from fedlora_app.config.sharing import of_factors, travelling_factors
@@ -98,25 +99,32 @@ def _describe_traffic(config: Config, shapes: Mapping[str, Sequence[int]]) -> st
 
 
 def _describe_weights(config: Config, counts: Mapping[str, tuple[int, int]]) -> Iterator[str]:
-    """Yield whose update is nearly the whole average, by what it says of itself."""
-    train, federated = plan_round(config, 1).train, config.federated
-    trainers = [client for client in training_clients(config, 1) if client in counts]
-    if train is None or len(trainers) < 2 or federated.rule in ROBUST:
+    """Yield whose update is nearly a whole average, by what it says of itself."""
+    federated = config.federated
+    if federated.weighting != "examples" or federated.rule in ROBUST:
         return
-    takes = (train.data != "local", train.data != "universal")
-    examples = {
-        c: sum(n for n, is_taken in zip(counts[c], takes, strict=True) if is_taken)
-        for c in trainers
-    }
-    weights = {client: weigh(config, client, examples[client]) for client in trainers}
-    largest = max(weights, key=weights.__getitem__)
-    share = weights[largest] / sum(weights.values())
-    if federated.weighting == "examples" and share > LARGEST_SHARE:
+    share, client = max(_largest_shares(config, counts), default=(0.0, ""))
+    if share > LARGEST_SHARE:
         yield (
-            f"{largest} has {format_percent(share, unit=' %')} of every average, by the number of "
-            "examples that it says it has"
+            f"{client} has up to {format_percent(share, unit=' %')} of an average, by the number "
+            "of examples that it says it has"
         )
         yield "with federated.weighting: equal all clients count alike, with given as you say"
+
+
+def _largest_shares(
+    config: Config, counts: Mapping[str, tuple[int, int]]
+) -> Iterator[tuple[float, str]]:
+    """Yield the largest share of each round's average, with whose it is."""
+    for number in range(1, config.federated.num_rounds + 1):
+        train = plan_round(config, number).train
+        trainers = [client for client in training_clients(config, number) if client in counts]
+        if train is None or len(trainers) < 2:
+            continue
+        is_taken = (train.data != "local", train.data != "universal")
+        weights = [sum(compress(counts[client], is_taken)) for client in trainers]
+        if total := sum(weights):
+            yield max(zip((weight / total for weight in weights), trainers, strict=True))
 
 
 def _notes(report: dict[str, Any], max_seq_length: int) -> Iterable[str]:
