@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from fractions import Fraction
 from math import gcd, lcm
+from typing import Any
 
 from fedlora_app.config.schema import Config
 from fedlora_app.foundation.seeds import derive_seed
@@ -52,6 +54,19 @@ def training_clients(config: Config, server_round: int) -> list[str]:
     size = max(1, round(config.federated.fraction * len(present)))
     seed = derive_seed(config.experiment.seed, "clients", server_round)
     return sorted(random.Random(seed).sample(present, size))
+
+
+def leave_out(raw: dict[str, Any], clients: Collection[str]) -> None:
+    """Take clients out of a configuration as plain data.
+
+    Their answers to conflict questions stay among the wrong ones, so that the questions are the
+    same.
+    """
+    federated = raw["federated"]
+    others = [entry for entry in federated["clients"] if entry["id"] not in clients]
+    required = federated["min_clients"]
+    federated |= {"clients": others, "min_clients": required and min(required, len(others))}
+    raw["data"]["conflict_clients"] = [*raw["data"]["conflict_clients"], *clients]
 
 
 def weigh(config: Config, client_id: str, num_examples: int) -> int:

@@ -304,6 +304,10 @@ def _find_unlisted(patterns: list[str] | None, names: Iterable[str]) -> str | No
     return f"no pattern has {', '.join(unlisted)}" if unlisted else None
 
 
+def _find_other(found: str, permitted: list[str]) -> str | None:
+    return None if found in permitted else f"{found} is none of {', '.join(permitted)}"
+
+
 def _check_coordinator(permitted: str, asked: Asked) -> str | None:
     try:
         found = fingerprint_certificate(asked.root_certificate)
@@ -313,8 +317,7 @@ def _check_coordinator(permitted: str, asked: Asked) -> str | None:
 
 
 def _check_experiments(permitted: list[str], asked: Asked) -> str | None:
-    name = asked.experiment.experiment.name
-    return None if name in permitted else f"{name} is none of {', '.join(permitted)}"
+    return _find_other(asked.experiment.experiment.name, permitted)
 
 
 def _check_participants(permitted: list[str], asked: Asked) -> str | None:
@@ -344,13 +347,11 @@ def _check_rounds(permitted: int, asked: Asked) -> str | None:
 
 
 def _check_schedules(permitted: list[str], asked: Asked) -> str | None:
-    schedule = asked.experiment.training.schedule
-    return None if schedule in permitted else f"{schedule} is none of {', '.join(permitted)}"
+    return _find_other(asked.experiment.training.schedule, permitted)
 
 
 def _check_modes(permitted: list[str], asked: Asked) -> str | None:
-    mode = asked.experiment.federated.mode
-    return None if mode in permitted else f"{mode} is none of {', '.join(permitted)}"
+    return _find_other(asked.experiment.federated.mode, permitted)
 
 
 def _check_adapter_rank(permitted: int, asked: Asked) -> str | None:
@@ -383,8 +384,7 @@ def _check_send_update(permitted: bool, asked: Asked) -> str | None:
 
 
 def _check_update_dtypes(permitted: list[str], asked: Asked) -> str | None:
-    dtype = asked.experiment.federated.upload_dtype
-    return None if dtype in permitted else f"{dtype} is none of {', '.join(permitted)}"
+    return _find_other(asked.experiment.federated.upload_dtype, permitted)
 
 
 def _check_privacy(permitted: PrivacyRule, asked: Asked) -> str | None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedlora_app.config.combination import SCALE, Combination
 from fedlora_app.config.loading import parse_config
+from fedlora_app.config.participation import leave_out
 from fedlora_app.config.schema import GLOBAL, LOCAL, OWN_GLOBAL, ModelConfig
 from fedlora_app.config.sharing import PERSONAL
 from fedlora_app.data.client_files import ClientFiles, load_all_files
@@ -114,12 +115,7 @@ def _leave_out_absent(run: SavedRun, server_round: int) -> tuple[SavedRun, tuple
     if not absent or not present:
         return run, ()
     raw = config.dump()
-    raw["federated"]["clients"] = [
-        entry for entry in raw["federated"]["clients"] if entry["id"] in present
-    ]
-    if raw["federated"]["min_clients"]:
-        raw["federated"]["min_clients"] = min(raw["federated"]["min_clients"], len(present))
-    raw["data"]["conflict_clients"] = [*config.data.conflict_clients, *absent]
+    leave_out(raw, absent)
     names = ", ".join(absent)
     source = f"Without {names}, the configuration of {run.path}"
     return replace(run, config=parse_config(raw, source=source)), absent

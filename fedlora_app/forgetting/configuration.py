@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedlora_app.config.final_round import has_validation
 from fedlora_app.config.loading import parse_config
+from fedlora_app.config.participation import leave_out
 from fedlora_app.config.schema import AVERAGING_MODES, Config
 from fedlora_app.config.sharing import PERSONAL
 from fedlora_app.federation.accountant import noise_multiplier_for
@@ -61,16 +62,12 @@ def configure_without(run: SavedRun, client: str) -> Config:
             "They are kept where federated.keep_uploads is true when a run begins."
         )
     raw = run.config.dump()
-    others = [entry for entry in raw["federated"]["clients"] if entry["id"] != client]
-    if not others:
+    leave_out(raw, [client])
+    if not raw["federated"]["clients"]:
         raise ForgettingError(f"{client} is the only client of {path}; without it nothing is left.")
-    required = raw["federated"]["min_clients"]
-    raw["federated"]["clients"] = others
-    raw["federated"]["min_clients"] = required and min(required, len(others))
     if protects_clients(run.config):  # its noise is what it was, whoever is left
         multiplier = noise_multiplier_for(run.config)
         raw["privacy"] |= {"epsilon": None, "noise_multiplier": multiplier}
     if not has_validation(raw):  # the round that was chosen stands in the manifest
         raw["federated"]["final"] = "last"
-    raw["data"]["conflict_clients"] = [*run.config.data.conflict_clients, client]
     return parse_config(raw, source=f"Without {client} the configuration of {path}")
