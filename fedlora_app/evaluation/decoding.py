@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 OPENING = "<think>"
 REASONING = re.compile(
-    r"\A\s*(?:<think>.*?(?:</think>|\Z)|.*?^</think>(?:\n|\Z))", re.DOTALL | re.MULTILINE
+    r"\A\s*(?:<think>.*?(?:</think>|\Z)|.*?^[ \t]*</think>[ \t\r]*(?:\n|\Z))",
+    re.DOTALL | re.MULTILINE,
 )
 """Thoughts; where the prompt had opened them, a line of its own ends them, and no mention of it."""
 

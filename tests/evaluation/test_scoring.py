@@ -195,6 +195,7 @@ def test_the_adapters_that_are_asked_for_answer(adapted, tokenizer):
         ("<think>Is it noon?</think>At noon.", "At noon."),
         ("It may be noon.\n</think>\n\nAt noon.", "At noon."),  # the prompt had opened the block
         ("</think>\nAt noon.", "At noon."),
+        ("It may be noon.\r\n </think> \r\nAt noon.", "At noon."),
         ("Write </think> behind it.", "Write </think> behind it."),
         ("It is 5 </think>\nand 6.", "It is 5 </think>\nand 6."),
         ("<think>a\n</think>\nAt </think>\n</think>\nnoon.", "At </think>\n</think>\nnoon."),
