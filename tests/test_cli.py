@@ -24,7 +24,7 @@ from fedlora_app.data.client_files import load_all_files
 from fedlora_app.data.lengths import find_long_examples
 from fedlora_app.foundation.files import lock_folder
 from fedlora_app.model.tokenizer import load_tokenizer
-from fedlora_app.runs.reading import load_run
+from fedlora_app.runs.reading import describe_mode, load_run
 from fedlora_app.study import StudyConfig, load_study, measure, tabulate
 
 EVALUATED = {"round": 1, "client": "ann", "phase": "evaluate"}
@@ -107,6 +107,14 @@ def test_of_latest_it_is_said_which_run_that_is(fedlora, project, unrendered, co
     assert name != "evaluate" or json.loads(out)["mode"] == "fedavg"
     _, _, err = fedlora(name, project / "results" / "one", *arguments)
     assert "latest is" not in err
+
+
+def test_latest_is_not_called_one_average_where_each_client_has_its_own(project, tmp_path):
+    for name in ("config.json", "manifest.json"):
+        text = (project / "results" / "one" / name).read_text(encoding="utf-8")
+        text = text.replace('"aggregation": "fedavg"', '"aggregation": "share-a"')
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert describe_mode(tmp_path).startswith("mode fedavg: an averaged adapter of each")
 
 
 @pytest.mark.parametrize(

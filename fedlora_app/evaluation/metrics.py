@@ -12,6 +12,7 @@ without a right answer, the keyword rule without keywords. ``names.MEASURES`` re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
@@ -97,4 +98,6 @@ def _rouge() -> RougeScorer:
 
 
 def _margin(values: Sequence[float]) -> float | None:
-    return values[0] - max(values[1:]) if len(values) > 1 else None
+    if len(values) < 2:
+        return None
+    return values[0] - (math.nan if any(map(math.isnan, values)) else max(values[1:]))

@@ -310,7 +310,8 @@ def clustered_area(
     """Return the AUC with an interval for scores that hang together in clusters.
 
     Obuchowski 1997, Nonparametric analysis of clustered ROC curve data, Biometrics 53:567-578.
-    With one score per cluster it is DeLong's. n counts clusters.
+    With one score per cluster it is DeLong's, also where the two sides do not overlap. n counts
+    clusters.
     """
     names = {c: i for i, c in enumerate(dict.fromkeys([*positive_clusters, *negative_clusters]))}
     m, k = len(positives), len(negatives)
@@ -331,4 +332,6 @@ def clustered_area(
         + 2 * len(names) / (len(names) - 1) * float(won @ lost)
     )
     width = NORMAL_QUANTILE * math.sqrt(max(0.0, variance))
+    if np.abs([won, lost]).max() < ROUNDING:  # not where they cancel, cluster by cluster
+        width = _wilson(0.0, min(num_rows, num_columns))[1]
     return Estimate(value, max(0.0, value - width), min(1.0, value + width), len(names))

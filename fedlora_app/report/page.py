@@ -91,7 +91,7 @@ def write_report(
     nothing = None
     try:
         nothing = find_nothing_learned(run.result_history)
-        verdict = judge_run(figures, prompts, schedule, nothing)
+        verdict = judge_run(figures, prompts, schedule, nothing, kind=run.kind)
     except SHAPE_ERRORS as error:
         verdict = Verdict("No verdict.", f"The run cannot be judged: {error}")
     sections = build_sections(run, Plotter(plots_dir))
@@ -128,7 +128,7 @@ def write_comparison(run_dirs: Sequence[Path], output: Path) -> Path:
     }
     evaluations = {run.name: run.evaluation for run in runs if run.evaluation is not None}
     try:
-        verdict = judge_runs(own, {run.name: run.mode for run in runs}, evaluations)
+        verdict = judge_runs(own, {run.name: run.kind for run in runs}, evaluations)
     except SHAPE_ERRORS as error:
         verdict = Verdict("No verdict.", f"The runs cannot be compared: {error}")
     labels = {name: f"{_mode_of(runs, name)}: {name}" for name in own}

@@ -26,6 +26,7 @@ from fedlora_app.report.numbers import (
     RANKED,
     Figures,
 )
+from fedlora_app.runs.reading import OWN_AVERAGES
 
 BOTH = OWN_PAIR
 INTERVAL = ", 95 % interval {low} to {high}"
@@ -53,7 +54,8 @@ NOTHING_MEASURED = (
 )
 NEEDS_TWO = (
     "To tell whether two adapters beat one, name at least one run of mode dual and one of mode "
-    "fedavg, both with conflict questions that have whole answers."
+    "fedavg whose average is the same for all clients (federated.aggregation), both with conflict "
+    "questions that have whole answers."
 )
 
 
@@ -71,6 +73,7 @@ def judge_run(
     prompts: Sequence[str | None],
     schedule: str | None = None,
     nothing: NothingLearned | None = None,
+    kind: str = "",
 ) -> Verdict:
     """Judge one run by its conflict questions, unless nothing was learned.
 
@@ -78,6 +81,7 @@ def judge_run(
         prompts: the clients' system prompts; None for one that is not known.
         schedule: how the adapters were trained, phased, mixed or joint; None where it is not known.
         nothing: that nothing was learned, where that was found.
+        kind: the run's mode, or ``OWN_AVERAGES``.
     """
     own = next((figures[who] for who in (BOTH, "local:own", "global") if who in figures), None)
     if nothing is not None:
@@ -87,15 +91,16 @@ def judge_run(
         return Verdict(nothing.headline, f"{nothing.sentence} {told}".strip(), caveats)
     if own is None or not own.passed().n:
         return _judge_keywords(own)
-    one = figures.get("global")
+    one, is_own = figures.get("global"), kind == OWN_AVERAGES
     are_known = bool(prompts) and not {None, "None"} & set(prompts)
     are_equal = are_known and len(set(prompts)) == 1
     if own.who == BOTH and one is not None and one.passed().n:
         return _judge_shared(own, one, are_equal, TRAINED_ON.get(schedule, "") * are_known)
-    what = {BOTH: "Two adapters", "local:own": "A local adapter alone"}.get(own.who, "One adapter")
+    one_adapter = "An averaged adapter of each client's own" if is_own else "One adapter"
+    what = {BOTH: "Two adapters", "local:own": "A local adapter alone"}.get(own.who, one_adapter)
     if own.who == "local:own" and one is not None:  # in mode finetuned alone there are both
         what = "A fine-tuned copy of the average"
-    fails = are_equal and own.who == "global" and not own.passed().value
+    fails = are_equal and own.who == "global" and not is_own and not own.passed().value
     return Verdict(
         f"{what}: {_percent(own.passed())} of the conflicts{_by_ranking(own)}.",
         f"Every client {_passes(own)} {_count(own.passed())}{_by_chance(own)}. "
@@ -155,6 +160,7 @@ def judge_runs(
 
     Args:
         figures: of each run what its clients answer with.
+        modes: of each run, ``OWN_AVERAGES`` where fedavg leaves each client an average of its own.
         evaluations: those runs' ``evaluation.json`` that have one.
 
     Raises:

@@ -20,7 +20,7 @@ from fedlora_app.runs.manifest import (
     find_final_round,
 )
 from fedlora_app.runs.paths import RunDirectoryError, RunPaths
-from fedlora_app.runs.reading import describe_damage, read_config, read_object
+from fedlora_app.runs.reading import describe_damage, find_kind, read_config, read_object
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class PartialRun:
         """The run's mode, "unknown" where neither file has it."""
         federated = self.config.get("federated") or {}
         return str(federated.get("mode") or self.manifest.get("mode") or "unknown")
+
+    @property
+    def kind(self) -> str:
+        """The mode, or that each client has an average of its own (``reading.OWN_AVERAGES``)."""
+        return find_kind(self.mode, (self.config.get("federated") or {}).get("aggregation"))
 
     @property
     def num_rounds(self) -> int:

@@ -21,6 +21,7 @@ from fedlora_app.config.combination import Combination, as_configured
 from fedlora_app.config.loading import parse_config
 from fedlora_app.config.rounds import RoundPlan, plan_round
 from fedlora_app.config.schema import GLOBAL, LOCAL, OWN_GLOBAL, Config
+from fedlora_app.config.sharing import PERSONAL
 from fedlora_app.foundation.files import WEIGHTS_FILE, hash_file
 from fedlora_app.runs.manifest import (
     Manifest,
@@ -33,15 +34,22 @@ from fedlora_app.runs.manifest import (
 from fedlora_app.runs.paths import RunDirectoryError, RunPaths, require_within
 
 MOST_FAULTS = 5  # that an error names
+OWN_AVERAGES = "own averages"
 MODES = {
     "dual": "a global and a local adapter at each client",
     "fedavg": "one averaged adapter for all clients, a baseline",
+    OWN_AVERAGES: "an averaged adapter of each client's own, a baseline",
     "finetuned": "each client's own copy of the average, a baseline",
     "local-only": "a local adapter at each client and nothing shared, a baseline",
     "centralized": "one adapter trained on everybody's data, a baseline",
     "adapted": "another run's global adapter and a local one at each new client",
 }
 """What clients answer with."""
+
+
+def find_kind(mode: str, rule: str | None) -> str:
+    """Return a run's mode, or that its rule leaves each client an average of its own."""
+    return OWN_AVERAGES if mode == "fedavg" and rule in PERSONAL else mode
 
 
 @dataclass(frozen=True)
@@ -242,11 +250,13 @@ def load_run(path: Path | str) -> SavedRun:
 
 def describe_mode(path: Path) -> str:
     """Return a run's mode in words, such as "mode fedavg: one averaged adapter, a baseline"."""
+    paths = RunPaths(path)
     try:
-        mode = read_object(RunPaths(path).manifest).get("mode")
-    except RunDirectoryError:
-        mode = None
-    return f"mode {mode}: {MODES[mode]}" if mode in MODES else "of an unknown mode"
+        mode = read_object(paths.manifest).get("mode")
+        rule = (read_object(paths.config).get("federated") or {}).get("aggregation")
+    except (RunDirectoryError, AttributeError):
+        return "of an unknown mode"
+    return f"mode {mode}: {MODES[find_kind(mode, rule)]}" if mode in MODES else "of an unknown mode"
 
 
 def describe_damage(path: Path, faults: Sequence[str]) -> str:

@@ -24,7 +24,12 @@ from fedlora_app.evaluation.membership import (
 from fedlora_app.evaluation.membership_pairs import build_answer_pairs, build_pairs
 from fedlora_app.evaluation.protocol import infer_membership
 from fedlora_app.evaluation.scoring import score_examples
-from fedlora_app.evaluation.statistics import NOTHING, area_under_curve, clustered_area
+from fedlora_app.evaluation.statistics import (
+    NOTHING,
+    area_under_curve,
+    clustered_area,
+    proportion,
+)
 from fedlora_app.evaluation.text import describe_membership
 from fedlora_app.model.adapters import activate, build_initial_state, only_adapters, set_state
 from fedlora_app.training.phase import train_phase
@@ -331,6 +336,13 @@ def test_an_interval_by_cluster_is_delongs_without_clusters_and_ignores_repetiti
     assert repeated.n == 50
     too_narrow = area_under_curve(ones * 5, others * 5)
     assert too_narrow.high - too_narrow.low < 0.6 * (single.high - single.low)
+
+
+def test_scores_that_do_not_overlap_leave_a_width_by_cluster_too():
+    members, nonmembers = [10.0 + n for n in range(12)], [float(n) for n in range(8)]
+    facts, others = [str(n // 2) for n in range(12)], [f"other {n}" for n in range(8)]
+    area = clustered_area(members, nonmembers, facts, others)
+    assert area.value == area.high == 1 and area.low == 1 - proportion([0] * 6).high
 
 
 def test_pairs_show_what_differences_between_facts_hide():

@@ -147,8 +147,12 @@ def test_a_tie_is_not_first():
     assert ranks == (False, False, False)
 
 
-def test_a_likelihood_that_is_no_number_is_not_first():
-    assert score(math.nan, -3.0).outcome(ACCURACY) is False
+@pytest.mark.parametrize(
+    "likelihoods", [(math.nan, -3.0), (-3.0, -4.0, math.nan), (-3.0, math.nan)]
+)
+def test_where_a_likelihood_is_no_number_nothing_is_first(likelihoods):
+    names = ("one", "two", "six")[: len(likelihoods)]
+    assert score(*likelihoods, candidates=names).outcome(ACCURACY) is False
 
 
 def test_a_question_without_a_rival_is_not_ranked():

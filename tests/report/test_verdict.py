@@ -10,6 +10,7 @@ from fedlora_app.evaluation.learning import NothingLearned
 from fedlora_app.evaluation.statistics import Estimate, proportion, share_of_facts
 from fedlora_app.report.numbers import EXACT, RANKED, Figures, measure_run
 from fedlora_app.report.verdict import BOTH, judge_run, judge_runs
+from fedlora_app.runs.reading import OWN_AVERAGES, find_kind
 
 CLIENTS = ("ann", "bob")
 NUM_FACTS = 16  # of three paraphrases each
@@ -342,3 +343,22 @@ def test_passes_are_about_no_more_facts_than_conflicts():
     passed = measure_run(history, None)[BOTH].passed()
     assert (passed.n, passed.facts) == (5, 5)
     assert (passed.low, passed.high) == (proportion([True] * 5).low, 1.0)
+
+
+def test_averages_of_each_clients_own_are_not_called_one():
+    kinds = {
+        rule: find_kind("fedavg", rule) for rule in ("fedavg", "share-a", "rest-of-world", None)
+    }
+    assert kinds == {
+        "fedavg": "fedavg",
+        "share-a": OWN_AVERAGES,
+        "rest-of-world": OWN_AVERAGES,
+        None: "fedavg",
+    }
+    assert find_kind("dual", "share-a") == "dual"
+    own = {"two": figures(BOTH, 40), "other": figures("global", 0)}
+    verdict = judge_runs(own, {"two": "dual", "other": OWN_AVERAGES}, {})
+    assert verdict.headline == "No verdict." and "the same for all clients" in verdict.sentence
+    verdict = judge_run({"global": figures("global", 0)}, ["a", "a"], kind=OWN_AVERAGES)
+    assert verdict.headline.startswith("An averaged adapter of each client's own: 0 %")
+    assert not any("any one adapter for all" in caveat for caveat in verdict.caveats)
