@@ -41,6 +41,9 @@ from fedlora_app.deployment.package import build_package
 from fedlora_app.deployment.registry import RegistryError, is_listening
 from fedlora_app.foundation.files import lock_folder
 
+LATER = "the next approve, rotate or revoke"
+"""What tells the SuperLink of all sites besides its start."""
+
 
 def read_request(path: Path) -> Request:
     """Read what a site has sent, and check its signature.
@@ -111,7 +114,8 @@ def approve(coordinator: Coordinator, request: Request) -> str:
     """Let a site in, write its package, and return what was done at the SuperLink."""
     with _changing(coordinator):
         check_newcomer(coordinator, request)
-        return _let_in(coordinator, request, SITE_APPROVED)
+        which = f"which does not let in {request.client} yet"
+        return _let_in(coordinator, request, SITE_APPROVED, which)
 
 
 def rotate(coordinator: Coordinator, request: Request) -> str:
@@ -119,19 +123,22 @@ def rotate(coordinator: Coordinator, request: Request) -> str:
     with _changing(coordinator):
         check_rotation(coordinator, request)
         _retire(coordinator, request.client)
-        return _let_in(coordinator, request, SITE_ROTATED)
+        which = f"which may still let in {request.client} by its old key, and not by the new one"
+        return _let_in(coordinator, request, SITE_ROTATED, which)
 
 
 def revoke(coordinator: Coordinator, site: str) -> str:
     """Let a site in no longer, move its request and package aside, and return what was done."""
+    which = f"which may still let in {site}"
+    goes_on = (which, f"fedlora deploy revoke {site}, which can be repeated until it succeeds")
     with _changing(coordinator):
         entry = _find_entry(coordinator, site)
         if entry.status == REVOKED:  # the SuperLink may not have heard of it
-            return _tell_superlink(coordinator)
+            return _tell_superlink(coordinator, *goes_on)
         _retire(coordinator, site)
         coordinator.change_site(site, SiteEntry(status=REVOKED))
         _enter(coordinator, SITE_REVOKED, site, entry.fingerprint)
-        return _tell_superlink(coordinator)
+        return _tell_superlink(coordinator, *goes_on)
 
 
 def add(coordinator: Coordinator, site: str) -> None:
@@ -169,7 +176,7 @@ def write_package(coordinator: Coordinator, site: str) -> Path:
     return path
 
 
-def _let_in(coordinator: Coordinator, request: Request, event: str) -> str:
+def _let_in(coordinator: Coordinator, request: Request, event: str, which: str) -> str:
     site, folder = request.client, coordinator.folder
     content = json.dumps(request.dump(), indent=2)
     write_public(folder.request(site), f"{content}\n".encode())
@@ -178,7 +185,7 @@ def _let_in(coordinator: Coordinator, request: Request, event: str) -> str:
     coordinator.change_site(site, entry)
     write_package(coordinator, site)
     _enter(coordinator, event, site, request.fingerprint)
-    return _tell_superlink(coordinator)
+    return _tell_superlink(coordinator, which)
 
 
 def _enter(coordinator: Coordinator, event: str, site: str, key: str = "") -> None:
@@ -186,7 +193,16 @@ def _enter(coordinator: Coordinator, event: str, site: str, key: str = "") -> No
     Evidence(coordinator.folder.evidence).add(event, client=site, key=key or None)
 
 
-def _tell_superlink(coordinator: Coordinator) -> str:
+def _tell_superlink(coordinator: Coordinator, which: str, again: str = LATER) -> str:
+    """Register what changed, if the SuperLink runs, and return what was done.
+
+    Args:
+        which: what the SuperLink goes on doing until it is told.
+        again: what tells it.
+
+    Raises:
+        RegistryError: it did not do it.
+    """
     port = coordinator.settings.port
     if not is_listening(port):
         return "The SuperLink does not run; fedlora deploy start will tell it."
@@ -194,10 +210,9 @@ def _tell_superlink(coordinator: Coordinator) -> str:
         done = register_pending(coordinator.folder.folder)
     except (RegistryError, OSError) as error:
         raise RegistryError(
-            f"Here it is done, but not at the SuperLink, which may still let in who is revoked. "
-            f"Something listens on port {port} and did not do what was asked: {error} Repeat "
-            "fedlora deploy revoke SITE of a site that is revoked until it succeeds, which tells "
-            "the SuperLink of all sites; its next start does too."
+            f"Here it is done, but not at the SuperLink, {which}. Something listens on port {port} "
+            f"and did not do what was asked: {error} It is told of all sites by {again}, and when "
+            "it starts."
         ) from None
     return "\n".join(done) or "The SuperLink knew already."
 
