@@ -26,7 +26,7 @@ from fedlora_app.evaluation.names import (
     leading_measure,
     own_answerer,
 )
-from fedlora_app.foundation.percent import format_percent, keep_below_all
+from fedlora_app.foundation.percent import format_fraction, format_percent
 from fedlora_app.foundation.progress import format_duration
 from fedlora_app.foundation.terminal import render_table
 
@@ -93,14 +93,14 @@ def _describe_evaluation(evaluation: Mapping[str, Any]) -> str:
     own, leading = own_answerer(evaluation["answering"]), evaluation["leading"]
     shares = {r["question_set"]: r for r in evaluation["shares"] if r["answered_by"] == own}
     parts = [
-        f"{question_set.heading} {shares[name][leading[name]]['value']:.2f}"
+        f"{question_set.heading} {format_fraction(shares[name][leading[name]]['value'])}"
         for name, question_set in QUESTION_SETS.items()
         if name in shares and shares[name][leading[name]]["value"] is not None
     ]
     measure = "_exact_match" if leading.get(CONFLICT) == EXACT_MATCH.name else ""
     passed = evaluation["summary"].get(f"conflict_pass_rate{measure}") or {"value": None}
     if passed["value"] is not None:
-        parts.append(f"{PASS_HEADING} {passed['value']:.2f}")
+        parts.append(f"{PASS_HEADING} {format_fraction(passed['value'])}")
     return ", ".join(parts)
 
 
@@ -268,7 +268,7 @@ def _means(reports: Reports, label: str, name: str, leads: Measure) -> list[str]
         counted = [(r[key], r.get(count, 1)) for r in reports.values() if key in r]
         if total := sum(n for _, n in counted):
             mean = sum(value * n for value, n in counted) / total
-            found.append(f"{keep_below_all(mean, 0):.2f}")
+            found.append(format_fraction(mean))
     return found
 
 

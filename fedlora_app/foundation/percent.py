@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
+from itertools import count
 
 BRACKETS = " [{low}, {high}]"
 PARENTHESES = " ({low} to {high})"
 PLUS_MINUS = " ± {half}"
+NOTHING = 1e-9  # shares that differ by less are the same
 
 
 def format_percent(
@@ -23,15 +24,15 @@ def format_percent(
 
     Args:
         value, low, high: shares, in [0, 1], or differences of shares.
-        digits: after the point; None: whole numbers, with 0 and 100 only where it is exactly so.
-            The value is 100 only where it is, whatever the digits.
+        digits: after the point; None: whole numbers, and no end is 0 or 100 unless it is exactly.
+            The value has more of them where it would round to 0 or 100 and is not that.
         sign: "+" shows it for gains too.
         unit: follows the value, such as " %".
         interval: how low and high, or half of what lies between them, are written.
     """
     if value is None:
         return ""
-    text = _write(keep_below_all(value, 1 if digits is None else digits), digits, sign) + unit
+    text = f"{100 * value:{sign}.{_count_digits(value, digits or 0)}f}{unit}"
     if low is None or high is None:
         return text
     if interval == PLUS_MINUS:
@@ -39,10 +40,9 @@ def format_percent(
     return text + interval.format(low=_write(low, digits, sign), high=_write(high, digits, sign))
 
 
-def keep_below_all(share: float, digits: int = 1) -> float:
-    """Return a share so that it does not round to all where it is not, to digits of percent."""
-    least = 10.0 ** -(digits + 2)
-    return 1 - least if 1 - least < share < 1 - 1e-9 else share
+def format_fraction(share: float) -> str:
+    """Return "0.97", with more digits where it would round to 0 or 1 and is not that."""
+    return f"{share:.{2 + _count_digits(share, 0)}f}"
 
 
 def format_n(n: int, facts: int | None) -> str:
@@ -51,8 +51,11 @@ def format_n(n: int, facts: int | None) -> str:
 
 
 def _write(share: float, digits: int | None, sign: str = "") -> str:
-    if digits is None:
-        size, digits = abs(share), 0
-        if not (min(size, abs(1 - size)) < 1e-9 or 0.005 <= size < 0.995):
-            share, digits = math.copysign(min(max(size, 0.001), 0.999), share), 1
-    return f"{100 * share:{sign}.{digits}f}"
+    return f"{100 * share:{sign}.{_count_digits(share, 0) if digits is None else digits}f}"
+
+
+def _count_digits(share: float, fewest: int) -> int:
+    """Return how many digits of percent it takes to tell a share from none and from all."""
+    if min(abs(share), abs(1 - abs(share))) < NOTHING:
+        return fewest
+    return next(n for n in count(fewest) if float(f"{100 * abs(share):.{n}f}") not in (0, 100))

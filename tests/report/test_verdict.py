@@ -248,7 +248,7 @@ def test_an_evaluation_of_another_shape_raises_what_the_page_catches(key, value)
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.0, "0 %"), (0.0004, "0.1 %"), (0.9996, "99.9 %"), (1.0, "100 %")]
+    ("value", "text"), [(0.0, "0 %"), (0.0004, "0.04 %"), (0.9996, "99.96 %"), (1.0, "100 %")]
 )
 def test_a_percentage_is_0_or_100_only_if_it_is(value, text):
     found = {BOTH: Figures(BOTH, {}, {EXACT: share_of_facts(value, 48)})}
