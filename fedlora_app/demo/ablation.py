@@ -42,6 +42,7 @@ MLP = "[gate_proj,up_proj,down_proj]"
 VARIANTS = {
     "nothing": "",
     "gate": "adapters.gate=prompt",
+    "gate, local alone": "adapters.gate=prompt adapters.gate_opens=local",
     "kept share 0.8": "training.local_kept_share=0.8",
     "kept share 0.5": "training.local_kept_share=0.5",
     "kept share 0.2": "training.local_kept_share=0.2",
@@ -63,7 +64,7 @@ VARIANTS = {
 }
 """What each changes where nothing protects: no gate, no replay, no decay. Steps stay the same."""
 UNPROTECTED = (
-    "adapters.gate=none training.replay=0 training.local_kept_share=null "
+    "adapters.gate=none adapters.gate_opens=pair training.replay=0 training.local_kept_share=null "
     "training.local_weight_decay=null training.local_kl_weight=0 training.local_orthogonality=0 "
     "data.public=null"
 )
