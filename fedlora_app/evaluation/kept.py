@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def find_kept(
         is_same = gives_the_same(kept, config) and is_of(evaluation, files)
         if not is_same or not has_base(evaluation["base_model"], config, root):
             return None
-    except (OSError, EOFError, ValueError, LookupError, TypeError, ConfigError):
+    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, ConfigError):
         return None
     return evaluation | {"settings": hash_settings(kept)}  # as today's evaluations have it
 
