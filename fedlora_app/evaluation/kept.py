@@ -49,7 +49,8 @@ def find_kept(
             return None
     except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, ConfigError):
         return None
-    return evaluation | {"settings": hash_settings(kept)}  # as today's evaluations have it
+    today = {"settings": hash_settings(kept), "max_new_tokens": kept.evaluation.max_new_tokens}
+    return evaluation | today  # as evaluations have it now
 
 
 def has_base(recorded: Mapping[str, Any], config: Config, root: Path) -> bool:

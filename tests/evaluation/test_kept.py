@@ -19,7 +19,10 @@ EVALUATION = {
     "base_model": {"fingerprint": "f" * 64},
     "summary": {"n": 3},
 }
-FOUND = EVALUATION | {"settings": hash_settings(build_tiny_config())}
+FOUND = EVALUATION | {
+    "settings": hash_settings(build_tiny_config()),
+    "max_new_tokens": build_tiny_config().evaluation.max_new_tokens,
+}
 
 
 def find(path, config=None, files=FILES, root=Path("nowhere")):
