@@ -1049,6 +1049,38 @@ def test_the_ablation_reports_what_a_variant_reaches(tiny_project, tmp_path):
     assert not (run / "ablation").exists()
 
 
+def test_the_ablation_leaves_out_what_clients_are_not_asked(tiny_project, tmp_path):
+    from fedlora_app.demo.ablation import ablate, tabulate
+
+    config = build_tiny_config(federated={"num_rounds": 1}, evaluation={"interval": 0})
+    raw = config.dump()
+    raw["data"]["universal_test"] = None
+    raw["federated"]["clients"][0]["local_validation"] = "ann_local.json"
+    run = Federation(tiny_project, tmp_path, parse_config(raw)).run()
+    figures = ablate(run, tiny_project, "nothing", ["ann"])
+    assert figures.keys() == {"steps", "validation/local", "test/local"}
+    (*_, row) = tabulate({"nothing": {"run": figures}})
+    assert row.count("|") == 8 and row.split("|")[3].isspace()
+    with pytest.raises(ConfigError, match="Client bob of .* has no validation questions"):
+        ablate(run, tiny_project, "nothing")
+
+
+def test_the_ablation_takes_no_other_run_for_one_of_its_name(finished, tmp_path):
+    from fedlora_app.demo.ablation import name_run
+
+    run = finished.path
+    name = name_run(run, run.parent)
+    assert name.startswith(f"{run.name}@") and name_run(run, tmp_path) != name
+    again = tmp_path / run.name
+    shutil.copytree(run, again)
+    manifest = json.loads((again / "manifest.json").read_text())
+    (again / "manifest.json").write_text(json.dumps(manifest | {"id": "another"}))
+    assert name_run(again, tmp_path) == f"{run.name}@another"
+    del manifest["id"]
+    (again / "manifest.json").write_text(json.dumps(manifest))
+    assert name_run(again, tmp_path) == run.name
+
+
 def test_the_ablation_refuses_other_runs(tiny_project, tmp_path):
     from fedlora_app.demo.ablation import ablate
 
