@@ -1024,6 +1024,13 @@ def test_the_ablation_changes_one_thing_at_a_time_and_no_steps(finished):
         changed = change(run, finished.project, overrides, steps, "public.json")
         assert (changed == plain) == (name in ("nothing", "rank 2"))  # it has rank 2 anyway
         assert changed.training.max_steps == steps
+    protected = {"max_replay_ratio": 0.1, "local_mixing_weight": 0.5, "local_kept_share": 0.5}
+    raw = run.config.dump()
+    raw["training"] |= protected
+    other = replace(run, config=parse_config(raw))
+    assert change(other, finished.project, VARIANTS["replay 1"], steps) == change(
+        run, finished.project, VARIANTS["replay 1"], steps
+    )
 
 
 def test_the_ablation_reports_what_a_variant_reaches(tiny_project, tmp_path):

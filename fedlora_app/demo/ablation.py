@@ -66,9 +66,9 @@ VARIANTS = {
 }
 """What each changes where nothing protects: no gate, no replay, no decay. Steps stay the same."""
 UNPROTECTED = (
-    "adapters.gate=none training.replay=0 training.local_kept_share=null "
-    "training.local_weight_decay=null training.local_kl_weight=0 training.local_orthogonality=0 "
-    "data.public=null"
+    "adapters.gate=none training.replay=0 training.max_replay_ratio=null "
+    "training.local_kept_share=null training.local_weight_decay=null training.local_kl_weight=0 "
+    "training.local_orthogonality=0 training.local_mixing_weight=null data.public=null"
 )
 UPPER = 5 / 6
 """Where the upper layers begin."""
