@@ -84,6 +84,13 @@ class StudyConfig(Section):
     configuration says."""
 
     @model_validator(mode="after")
+    def _name_seeds_once(self) -> Self:
+        if repeated := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
+            names = ", ".join(map(str, repeated))
+            raise ValueError(f"seeds names {names} more than once, which is one run and not two")
+        return self
+
+    @model_validator(mode="after")
     def _name_variants(self) -> Self:
         if unknown := sorted(self.combine.keys() - self.variants.keys()):
             raise ValueError(f"combine names {', '.join(unknown)}, which is no variant")

@@ -1024,6 +1024,13 @@ def test_the_ablation_changes_one_thing_at_a_time_and_no_steps(finished):
         changed = change(run, finished.project, overrides, steps, "public.json")
         assert (changed == plain) == (name in ("nothing", "rank 2"))  # it has rank 2 anyway
         assert changed.training.max_steps == steps
+    protected = {"max_replay_ratio": 0.1, "local_mixing_weight": 0.5, "local_kept_share": 0.5}
+    raw = run.config.dump()
+    raw["training"] |= protected
+    other = replace(run, config=parse_config(raw))
+    assert change(other, finished.project, VARIANTS["replay 1"], steps) == change(
+        run, finished.project, VARIANTS["replay 1"], steps
+    )
 
 
 def test_the_ablation_reports_what_a_variant_reaches(tiny_project, tmp_path):
@@ -1047,6 +1054,38 @@ def test_the_ablation_reports_what_a_variant_reaches(tiny_project, tmp_path):
         for name in ("universal", "universal_unseen", "local", "conflict")
     }
     assert not (run / "ablation").exists()
+
+
+def test_the_ablation_leaves_out_what_clients_are_not_asked(tiny_project, tmp_path):
+    from fedlora_app.demo.ablation import ablate, tabulate
+
+    config = build_tiny_config(federated={"num_rounds": 1}, evaluation={"interval": 0})
+    raw = config.dump()
+    raw["data"]["universal_test"] = None
+    raw["federated"]["clients"][0]["local_validation"] = "ann_local.json"
+    run = Federation(tiny_project, tmp_path, parse_config(raw)).run()
+    figures = ablate(run, tiny_project, "nothing", ["ann"])
+    assert figures.keys() == {"steps", "validation/local", "test/local"}
+    (*_, row) = tabulate({"nothing": {"run": figures}})
+    assert row.count("|") == 8 and row.split("|")[3].isspace()
+    with pytest.raises(ConfigError, match="Client bob of .* has no validation questions"):
+        ablate(run, tiny_project, "nothing")
+
+
+def test_the_ablation_takes_no_other_run_for_one_of_its_name(finished, tmp_path):
+    from fedlora_app.demo.ablation import name_run
+
+    run = finished.path
+    name = name_run(run, run.parent)
+    assert name.startswith(f"{run.name}@") and name_run(run, tmp_path) != name
+    again = tmp_path / run.name
+    shutil.copytree(run, again)
+    manifest = json.loads((again / "manifest.json").read_text())
+    (again / "manifest.json").write_text(json.dumps(manifest | {"id": "another"}))
+    assert name_run(again, tmp_path) == f"{run.name}@another"
+    del manifest["id"]
+    (again / "manifest.json").write_text(json.dumps(manifest))
+    assert name_run(again, tmp_path) == run.name
 
 
 def test_the_ablation_refuses_other_runs(tiny_project, tmp_path):

@@ -47,6 +47,14 @@ def test_a_combination_of_no_variant_is_refused(tmp_path):
         load_study(path)
 
 
+def test_a_seed_that_is_named_twice_is_refused(tmp_path):
+    """One run would count as two seeds that agree."""
+    path = tmp_path / "study.yaml"
+    path.write_text(json.dumps({"name": "x", "config": "y"} | SETTINGS | {"seeds": [1, 2, 1]}))
+    with pytest.raises(ConfigError, match="seeds names 1 more than once"):
+        load_study(path)
+
+
 def test_seeds_that_agree_are_given_no_interval():
     """Of width 0 it would say that any other seed gives the same."""
     assert describe_percent([1.0, 1.0, 1.0]) == "100.0"

@@ -20,7 +20,7 @@ from fedlora_app.data.similarity import normalise_answer
 from fedlora_app.foundation.seeds import derive_seed
 
 NUM_DRAWN = 3
-KIND_END = re.compile(r"\s*[:/|]")
+KIND_END = re.compile(r"\s*[:/|：／｜]")
 
 
 def kind_of(fact: str | None) -> str | None:

@@ -275,7 +275,7 @@ def parse_record(raw: dict[str, Any]) -> Record:
         instruction,
         output=_text(raw, "output", required=True),
         input=further,
-        fact=_optional_text(raw, "fact"),
+        fact=_fact(raw),
         distractors=_texts(raw, "distractors"),
         keywords=_keywords(raw),
     )
@@ -302,7 +302,7 @@ def _parse_conflict(raw: dict[str, Any], client_ids: list[str]) -> ConflictRecor
         output=_text(raw, "output"),
         answers={client: _text(answers, client, required=True) for client in answers},
         keywords=keywords,
-        fact=_optional_text(raw, "fact"),
+        fact=_fact(raw),
         distractors=_texts(raw, "distractors"),
     )
 
@@ -345,8 +345,9 @@ def _refuse_surrogates(key: str, value: str) -> None:
         raise ValueError(f'"{key}" holds a lone surrogate, which no UTF-8 text can.')
 
 
-def _optional_text(raw: dict[str, Any], key: str) -> str | None:
-    return _text(raw, key) or None
+def _fact(raw: dict[str, Any]) -> str | None:
+    """Return the fact's name, which is compared with others; None where it is blank."""
+    return _text(raw, "fact").strip() or None
 
 
 def _texts(raw: dict[str, Any], key: str, shown: str = "") -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from fedlora_app.config.rounds import BOTH, adapters_label
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config, ConfigError
 from fedlora_app.evaluation.client_round import Metrics
 from fedlora_app.evaluation.names import EXACT_MATCH, QUESTION_SETS
+from fedlora_app.evaluation.scores import mean
 from fedlora_app.federation.messages import Kept
 from fedlora_app.foundation.files import hash_file, write_json
 from fedlora_app.foundation.project import find_project_root
@@ -34,6 +36,7 @@ from fedlora_app.model.adapter_state import AdapterState
 from fedlora_app.model.adapters import attach_adapters
 from fedlora_app.model.base import build_empty_model, decoder_layers
 from fedlora_app.runs.history import read_history
+from fedlora_app.runs.manifest import RUN_ID
 from fedlora_app.runs.paths import RunPaths
 from fedlora_app.runs.reading import SavedRun, load_run
 from fedlora_app.study import describe_percent
@@ -64,9 +67,9 @@ VARIANTS = {
 }
 """What each changes where nothing protects: no gate, no replay, no decay. Steps stay the same."""
 UNPROTECTED = (
-    "adapters.gate=none adapters.gate_opens=pair training.replay=0 training.local_kept_share=null "
-    "training.local_weight_decay=null training.local_kl_weight=0 training.local_orthogonality=0 "
-    "data.public=null"
+    "adapters.gate=none adapters.gate_opens=pair training.replay=0 training.max_replay_ratio=null "
+    "training.local_kept_share=null training.local_weight_decay=null training.local_kl_weight=0 "
+    "training.local_orthogonality=0 training.local_mixing_weight=null data.public=null"
 )
 UPPER = 5 / 6
 """Where the upper layers begin."""
@@ -85,20 +88,22 @@ def ablate(
 
     Returns:
         Exact match in [0, 1] under ``<validation or test>/<question set>``, means over the
-        clients, and the number of steps of a round's local phase.
+        clients that are asked such questions, and the number of steps of a round's local phase.
 
     Raises:
-        ConfigError: the run is not a phased one of mode dual, or has no such client.
+        ConfigError: the run is not a phased one of mode dual, has no such client, or one that
+            has no validation questions.
     """
     run = load_run(run_dir)
     if run.config.federated.mode != "dual" or run.config.training.schedule != "phased":
         raise ConfigError(f"{run_dir} is not a phased run of mode dual. Expected only such runs.")
+    clients = clients or run.config.client_ids
+    check_validation(run, clients)
     states: list[AdapterState] = []
     work_dir = run_dir / "ablation"
     shutil.rmtree(work_dir, ignore_errors=True)
     sums: dict[str, list[float]] = {}
-    for client_id in clients or run.config.client_ids:
-        run.config.client(client_id)  # raises where there is none
+    for client_id in clients:
         steps = count_local_steps(run, client_id)
         config = change(run, root, VARIANTS[variant], steps, public)
         states = states or load_global_states(run_dir, config, root)
@@ -109,10 +114,22 @@ def ablate(
         for part, asked in (("validation", validated), ("test", client)):
             metrics = asked.evaluate(states[-1], {LOCAL: Kept(config.federated.num_rounds)})
             for name in QUESTION_SETS:
-                value = metrics[f"{adapters_label(BOTH)}/{name}/{EXACT_MATCH.reported}"]
-                sums.setdefault(f"{part}/{name}", []).append(value)
+                key = f"{adapters_label(BOTH)}/{name}/{EXACT_MATCH.reported}"
+                if key in metrics:
+                    sums.setdefault(f"{part}/{name}", []).append(metrics[key])
     shutil.rmtree(work_dir)
     return {name: sum(values) / len(values) for name, values in sums.items()}
+
+
+def check_validation(run: SavedRun, clients: Sequence[str]) -> None:
+    """Raise ``ConfigError`` unless all these clients are there and have validation questions."""
+    data = run.config.data
+    for client in map(run.config.client, clients):
+        if not (data.universal_validation or data.conflict_validation or client.local_validation):
+            raise ConfigError(
+                f"Client {client.id} of {run.path} has no validation questions to judge a variant "
+                "by: data.universal_validation, data.conflict_validation or its local_validation."
+            )
 
 
 def change(run: SavedRun, root: Path, overrides: str, steps: int, public: str = "") -> Config:
@@ -185,15 +202,21 @@ def tabulate(results: dict[str, dict[str, Figures]]) -> Iterator[str]:
     for variant, by_run in results.items():
         runs = list(by_run.values())
         cells = [
-            describe_percent([figures[f"test/{name}"] for figures in runs])
+            describe_percent([figures.get(f"test/{name}") for figures in runs])
             for name in QUESTION_SETS
         ]
         validation = [
-            sum(figures[f"validation/{name}"] for name in QUESTION_SETS) / len(QUESTION_SETS)
-            for figures in runs
+            mean(figures.get(f"validation/{name}") for name in QUESTION_SETS) for figures in runs
         ]
         steps = f"{runs[0]['steps']:.0f}"
         yield f"| {variant} | {steps} | {' | '.join(cells)} | {describe_percent(validation)} |"
+
+
+def name_run(run_dir: Path, folder: Path) -> str:
+    """Return what tells a run's figures from another run's: its path from a folder, and its id."""
+    place = os.path.relpath(run_dir, folder)
+    run_id = load_run(run_dir).manifest.get(RUN_ID)  # which runs of old have not
+    return f"{place}@{run_id[:12]}" if run_id else place
 
 
 def main() -> None:
@@ -218,7 +241,7 @@ def main() -> None:
         of = [hash_file(root / arguments.public)[:12]] if is_public else []
         for run_dir in arguments.runs:
             by_run = results.setdefault(variant, {})
-            name = ":".join([run_dir.name, *arguments.clients, *of])
+            name = ":".join([name_run(run_dir, path.parent), *arguments.clients, *of])
             if name not in by_run:
                 by_run[name] = ablate(run_dir, root, variant, arguments.clients, arguments.public)
                 write_json(path, results)

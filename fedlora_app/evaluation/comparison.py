@@ -294,14 +294,27 @@ def _find_other_questions(reference: EvaluatedRun, run: EvaluatedRun, topic: Top
             f"{names} were asked other {name} questions, so they are not paired: {len(sets[0])} "
             f"and {len(sets[1])}, {len(sets[0] & sets[1])} in common."
         )
-    unseen = [topic.select(r).keys() for r in (reference, run)]
-    if unseen[0] != unseen[1]:
+    ones, others = (topic.select(r) for r in (reference, run))
+    if ones.keys() != others.keys():
         return (
             f"{names} had other facts that clients never saw, so they are not paired on these: "
-            f"{len(unseen[0])} and {len(unseen[1])} questions, {len(unseen[0] & unseen[1])} in "
+            f"{len(ones)} and {len(others)} questions, {len(ones.keys() & others.keys())} in "
             "common."
         )
+    rows, other_rows = (r.rows.get(name, {}) for r in (reference, run))
+    num_other = sum(_rank_others(row, other_rows[key]) for key, row in rows.items())
+    if num_other:
+        return (
+            f"{names} ranked other candidates in {num_other} of {len(rows)} {name} questions, so "
+            "they are not paired. Write both again with: fedlora evaluate"
+        )
     return None
+
+
+def _rank_others(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two rows of a question hold other candidates; evaluations of old hold none."""
+    candidates = [set(row.get("candidates") or ()) for row in (one, other)]
+    return all(candidates) and candidates[0] != candidates[1]
 
 
 def _fingerprint_questions(rows: Mapping[Key, dict[str, Any]]) -> set[tuple[Any, ...]]:

@@ -103,6 +103,12 @@ class EvaluatedRun:
         return sum(sizes[adapter] for adapter in self.evaluation["answering"].split("+"))
 
     @property
+    def limits(self) -> dict[str, str]:
+        """The most tokens of a generated answer; evaluations of old do not say it."""
+        limit = self.evaluation.get("max_new_tokens")
+        return {} if limit is None else {"": f"{limit:,}"}
+
+    @property
     def base_model(self) -> str:
         """Name and beginning of the fingerprint."""
         base = self.evaluation["base_model"]
@@ -120,6 +126,7 @@ CONDITIONS: dict[str, Callable[[EvaluatedRun], dict[str, str]]] = {
         f"for {client}": prompt for client, prompt in run.evaluation["system_prompts"].items()
     },
     "have other numbers of optimizer steps": lambda run: {"": f"{run.evaluation['num_steps']:,}"},
+    "generated answers of other numbers of tokens at most": lambda run: run.limits,
 }
 """What has to be equal in a fair comparison, apart from the questions."""
 

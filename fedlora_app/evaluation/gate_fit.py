@@ -135,13 +135,14 @@ def separate(facts: Sequence[FactFeatures], by_fact: bool | None = None) -> Gate
 
     Args:
         by_fact: whether it compares facts or kinds; None: facts if half of the local ones have
-            three wordings or more.
+            three wordings or more, and there is more than one universal question to hold out.
     """
     purity = _measure_purity(facts)
     num_local = sum(fact.is_local for fact in facts)
     if by_fact is None:
         have_wordings = sum(len(f) >= NUM_FOLDS for f in facts if f.is_local)
-        by_fact = 2 * have_wordings >= num_local
+        num_universal = sum(len(f) for f in facts if not f.is_local)
+        by_fact = 2 * have_wordings >= num_local and num_universal > 1
     trials = list(_try_facts(facts) if by_fact else _try_kinds(facts))
     inputs = torch.cat([trial.nearest for trial in trials])
     names = [trial.name for trial in trials for _ in trial.evidence]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,10 @@ def find_kept(
         is_same = gives_the_same(kept, config) and is_of(evaluation, files)
         if not is_same or not has_base(evaluation["base_model"], config, root):
             return None
-    except (OSError, EOFError, ValueError, LookupError, TypeError, ConfigError):
+    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, ConfigError):
         return None
-    return evaluation | {"settings": hash_settings(kept)}  # as today's evaluations have it
+    today = {"settings": hash_settings(kept), "max_new_tokens": kept.evaluation.max_new_tokens}
+    return evaluation | today  # as evaluations have it now
 
 
 def has_base(recorded: Mapping[str, Any], config: Config, root: Path) -> bool:

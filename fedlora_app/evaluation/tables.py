@@ -89,6 +89,7 @@ def build_evaluation(
         "settings": hash_settings(config),
         "evaluated": datetime.now(UTC).isoformat(timespec="seconds"),
         "computed_on": describe_precision(config.model),
+        "max_new_tokens": config.evaluation.max_new_tokens,
         "base_model": run.manifest["base_model"],
         "adapters": saved.hashes,
         "answering": adapters_label(saved.active),

@@ -19,10 +19,13 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
+from fedlora_app.data.questions import CONFLICT, LOCAL_SET
 from fedlora_app.evaluation.chance import describe_chance
 from fedlora_app.evaluation.comparison import compare_evaluations
+from fedlora_app.evaluation.evaluated_run import find_leading
 from fedlora_app.evaluation.learning import find_nothing_learned
 from fedlora_app.evaluation.names import (
+    ACCURACY,
     EXACT_MATCH,
     FIGURES,
     LEAKAGE,
@@ -31,7 +34,11 @@ from fedlora_app.evaluation.names import (
     QUESTION_SETS,
     figure_key,
 )
-from fedlora_app.evaluation.reported import describe_left_out
+from fedlora_app.evaluation.reported import (
+    collect_reports,
+    describe_left_out,
+    find_reported_leading,
+)
 from fedlora_app.evaluation.statistics import Estimate
 from fedlora_app.foundation.files import make_private_dir, write_atomically
 from fedlora_app.foundation.percent import format_n, format_percent
@@ -64,9 +71,11 @@ ANSWERS_WITH = {
 }
 """By mode; in the others with the global adapter."""
 MEANS = {
-    figure_key(figure, EXACT_MATCH): FIGURES[figure]
-    for figure in (PASS_RATE, *reversed(QUESTION_SETS), LEAKAGE)
+    PASS_RATE: CONFLICT,
+    **{name: name for name in reversed(QUESTION_SETS)},
+    LEAKAGE: LOCAL_SET,
 }
+"""The figures of a table of means, and of which question set each is."""
 
 
 def write_report(
@@ -313,6 +322,7 @@ def _show_differences(evaluations: Mapping[str, dict[str, Any]]) -> list[Section
     section = Section("differences", "Differences")
     try:
         compared = compare_evaluations(evaluations)
+        means = _choose_means(next(iter(evaluations.values())))
         reference = compared["runs"][0]["name"]
         rows = [
             (
@@ -327,7 +337,7 @@ def _show_differences(evaluations: Mapping[str, dict[str, Any]]) -> list[Section
             (
                 group["label"],
                 len(group["seeds"]),
-                *_means(group["figures"]),
+                *(_percent(group["figures"].get(key) or {}) for key in means),
             )
             for group in compared["groups"]
         ]
@@ -336,10 +346,10 @@ def _show_differences(evaluations: Mapping[str, dict[str, Any]]) -> list[Section
         section.text.append(f"The runs cannot be compared: {error}")
         return [section]
     if groups:
-        headings = ("alike", "seeds", *MEANS.values())
+        headings = ("alike", "seeds", *means.values())
         caption = (
-            "Means over seeds of like runs, percent word for word, with the wider of Student's t "
-            "interval over the seeds and that over facts"
+            "Means over seeds of like runs, percent word for word where nothing else is said, with "
+            "the wider of Student's t interval over the seeds and that over facts"
         )
         section.tables.append(Table(headings, groups, caption))
     if rows:
@@ -354,8 +364,13 @@ def _percent(estimate: Mapping[str, float | None], **settings: str) -> str:
     return format_percent(*ends, **settings)
 
 
-def _means(figures: Mapping[str, Mapping[str, float | None]]) -> list[str]:
-    return [_percent(figures.get(key) or {}) for key in MEANS]
+def _choose_means(evaluation: Mapping[str, Any]) -> dict[str, str]:
+    """Return the figures of a table of means by what leads in an evaluation, with headings."""
+    leading = {figure: find_leading(evaluation, name) for figure, name in MEANS.items()}
+    return {
+        figure_key(figure, leads): FIGURES[figure] + f", {leads.label}" * (leads is ACCURACY)
+        for figure, leads in leading.items()
+    }
 
 
 def _show_curves(runs: Sequence[PartialRun], plotter: Plotter) -> list[Section]:
@@ -363,6 +378,7 @@ def _show_curves(runs: Sequence[PartialRun], plotter: Plotter) -> list[Section]:
     paths = [run.path for run in runs if run.history]
     try:
         history = load_history(*paths)
+        reports = [collect_reports(run.history) for run in runs]
     except (*SHAPE_ERRORS, RunDirectoryError) as error:
         return [Section("curves", "Side by side", [f"The histories cannot be drawn: {error}"])]
     if len(paths) > plots.MOST_LINES:
@@ -370,9 +386,10 @@ def _show_curves(runs: Sequence[PartialRun], plotter: Plotter) -> list[Section]:
         history["run"] = history["run"].map(variants)
         section.text = ["A line is the mean over like runs and their clients."]
     for name in QUESTION_SETS:
-        section.plots.append(
-            plotter.draw(f"accuracy_{name}", lambda name=name: plots.plot_accuracy(history, name))
-        )
+        leading = {find_reported_leading(report, name) for report in reports}
+        measure = ACCURACY if ACCURACY in leading else EXACT_MATCH
+        draw = partial(plots.plot_accuracy, history, name, measure.reported)
+        section.plots.append(plotter.draw(f"accuracy_{name}", draw))
     for make in (plots.plot_seconds, plots.plot_traffic):
         name = make.__name__.removeprefix("plot_")
         section.plots.append(plotter.draw(name, lambda make=make: make(history)))

@@ -209,7 +209,8 @@ def plot_foreign_adapters(
                 values[key] = row[measure]
     clients = sorted({client for client, _ in values})
     table = [[values.get((client, owner)) for owner in clients] for client in clients]
-    title = f"{QUESTION_SETS[question_set].label}: asked of (row), adapter of (column)"
+    asked = QUESTION_SETS[question_set].label + _by(measure)
+    title = f"{asked}: asked of (row), adapter of (column)"
     return _plot_heat(table, clients, clients, title)
 
 
@@ -222,7 +223,8 @@ def plot_local_scale(evaluation: dict[str, Any], measure: str = "exact_match") -
             "No scale of the local adapter was tried: this mode has none, or there are no "
             "validation files (data.conflict_validation, a client's local_validation)."
         )
-    figure, axes = new_figure("validation questions by scale of the local adapter")
+    title = f"validation questions by scale of the local adapter{_by(measure)}"
+    figure, axes = new_figure(title)
     for colour, name in zip(SERIES, ASKED_SETS, strict=False):
         points: dict[float, list[float]] = {}
         for entry in scales.values():
@@ -371,6 +373,11 @@ def _plot_heat(
                 text = format_percent(value, digits=0)
                 axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", color=colour)
     return figure
+
+
+def _by(measure: str) -> str:
+    """Return by what answers are judged, where it is not word for word."""
+    return "" if measure == EXACT_MATCH.name else f", {MEASURES[measure].label}"
 
 
 def _has_several(history: pandas.DataFrame) -> bool:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from fedlora_app.config.run_config import format_run_config
+from fedlora_app.evaluation.evaluated_run import find_leading
 from fedlora_app.evaluation.names import (
     ACCURACY,
     EXACT_MATCH,
@@ -61,11 +62,14 @@ def _show_answers(run: PartialRun, plotter: Plotter) -> Section:
             f"fedlora evaluate {run.reference}"
         )
         return section
+    leading = {name: find_leading(evaluation, name) for name in QUESTION_SETS}
+    ranks = ACCURACY in leading.values()
+    ranked = "Right answers that are ranked first, which count where most are long or free; g"
     section.text.append(
-        "Greedy answers that match exactly, in percent. Knowledge sits in an adapter when answers "
-        "come with it and go without it."
+        f"{ranked if ranks else 'G'}reedy answers that match exactly, in percent. Knowledge sits "
+        "in an adapter when answers come with it and go without it."
     )
-    for measure in (m for m in shown_measures() if m is not ACCURACY):
+    for measure in (m for m in shown_measures() if ranks or m is not ACCURACY):
         name = "swap_table" if measure is EXACT_MATCH else f"swap_table_{measure.name}"
         draw = partial(plots.plot_swap_table, evaluation, measure.name)
         section.plots.append(plotter.draw(name, draw))
@@ -75,14 +79,14 @@ def _show_answers(run: PartialRun, plotter: Plotter) -> Section:
             section.plots.append(
                 plotter.draw(
                     f"foreign_adapters_{name}",
-                    lambda name=name: plots.plot_foreign_adapters(evaluation, name),
+                    partial(plots.plot_foreign_adapters, evaluation, name, leading[name].name),
                     "Everything beside the diagonal is another client's adapter in its place.",
                 )
             )
     if "local" in evaluation["answering"]:
-        section.plots.append(
-            plotter.draw("local_scale", lambda: plots.plot_local_scale(evaluation))
-        )
+        measure = ACCURACY if ranks else EXACT_MATCH
+        draw = partial(plots.plot_local_scale, evaluation, measure.name)
+        section.plots.append(plotter.draw("local_scale", draw))
     section.text += list(evaluation.get("notes", []))
     return section
 

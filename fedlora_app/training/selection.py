@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from fedlora_app.config.participation import training_clients
+from fedlora_app.config.participation import find_span, training_clients
 from fedlora_app.config.rounds import Phase, plan_round
 from fedlora_app.config.schema import GLOBAL, LOCAL, Config, TrainingConfig
 from fedlora_app.config.sharing import learning_factors
@@ -51,6 +51,8 @@ def select_phase(
     Args:
         load: returns the tokenised data of one owner.
     """
+    first, last = find_span(config, client_id)  # a copy takes the steps of its rounds alone
+    phase = replace(phase, num_rounds=min(phase.num_rounds, last - first + 1))
     selected: list[Example] = []
     num_steps = num_truncated = num_universal = num_local = 0
     for owner in data_owners(config, client_id):

@@ -69,6 +69,13 @@ def test_distractors_are_as_long_as_the_answer_and_of_its_kind():
     assert len(questions["f2"].candidates) == 4
 
 
+@pytest.mark.parametrize("end", [": ", "/", " | ", "："])
+def test_a_kind_ends_at_chinese_signs_too(end):
+    records = [Record("q", "a", fact=f"费用{end}狗"), Record("p", "abc", fact=f"费用{end}猫")]
+    others = [Record(str(i), str(i), fact=f"时间{end}{i}") for i in range(9)]
+    assert "abc" in build_questions([*records, *others])[0].candidates
+
+
 def test_the_right_answer_in_other_signs_is_no_distractor():
     records = [Record("q1", "Yes."), Record("q2", "yes", fact="two"), Record("q3", "No")]
     assert build_questions(records)[0].candidates == ("Yes.", "No")

@@ -93,6 +93,16 @@ def test_text_that_cannot_be_encoded_and_depth_without_end_are_refused(tmp_path)
         load_records(path)
 
 
+def test_space_around_a_fact_makes_no_other_fact(tmp_path):
+    """It would be one that no client was trained on; a blank one is none at all."""
+    facts = ["fee: a dog", " fee: a dog ", "  ", ""]
+    path = write(tmp_path / "a.json", [GOOD | {"fact": fact} for fact in facts])
+    read = [record.fact for record in load_records(path).records]
+    assert read == ["fee: a dog", "fee: a dog", None, None]
+    path = write(tmp_path / "c.json", [{"instruction": "q", "answers": {"a": "1"}, "fact": " x"}])
+    assert load_conflicts(path, ["a"]).records[0].fact == "x"
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.json does not exist"):
         load_records(tmp_path / "nowhere.json")

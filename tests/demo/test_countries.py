@@ -138,6 +138,11 @@ def test_conflicts_divide_all_clients_and_are_many():
         assert facts("conflict_test.json") <= set(wordings) == facts(f"{client}/local_test.json")
 
 
+def test_countries_that_are_much_alike_have_fewer_conflicts_and_the_card_says_so():
+    told = generate_countries(["DE", "AT"]).description.conflicts
+    assert "fewer than 40: the countries are much alike" in told and "so 0 more" not in told
+
+
 def test_answers_that_all_clients_share_are_asked_of_nobody():
     answers: dict[str, list[str]] = {}
     for client in CLIENTS:

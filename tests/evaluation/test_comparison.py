@@ -61,6 +61,7 @@ def build_evaluation(mode="dual", seed=42, **outcomes):
         "files": {c: {role: f"{c}-{role}".ljust(64, "0") for role in roles} for c in CLIENTS},
         "system_prompts": {c: f"You are the help desk of the city of {c}." for c in CLIENTS},
         "num_steps": 120,
+        "max_new_tokens": 64,
         "num_parameters": {"global": 1000, "local": 500},
         "summary": {
             "local_accuracy": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 12},
@@ -298,6 +299,11 @@ def change(evaluation, path, value):
             1240,
             "have other numbers of optimizer steps: 120 and 1,240.",
         ),
+        (
+            ("max_new_tokens",),
+            8,
+            "generated answers of other numbers of tokens at most: 64 and 8.",
+        ),
     ],
 )
 def test_each_other_condition_is_a_sentence(path, value, expected):
@@ -327,6 +333,28 @@ def test_other_questions_in_the_same_files_are_not_paired():
     assert comparison["not_comparable"] == [
         "one and other were asked other conflict questions, so they are not paired: 8 and 7, "
         "7 in common."
+    ]
+    assert find(comparison, "conflict_accuracy") is find(comparison, "conflict_pass_rate") is None
+
+
+def test_a_limit_that_an_earlier_version_did_not_note_is_no_other_one():
+    other = build_evaluation()
+    del other["max_new_tokens"]
+    assert compare(build_evaluation(), other)["not_comparable"] == []
+
+
+def test_other_candidates_to_the_same_questions_are_not_paired():
+    """An earlier version may have drawn them from the same files in another way."""
+    one, other = build_evaluation(), build_evaluation()
+    for evaluation, wrong in ((one, ["b", "c"]), (other, ["c", "b"])):
+        for row in evaluation["questions"]:
+            row["candidates"] = ["a", *wrong]
+    assert compare(one, other)["not_comparable"] == []
+    other["questions"][-1]["candidates"] = ["a", "d"]
+    comparison = compare(one, other)
+    assert comparison["not_comparable"] == [
+        "one and other ranked other candidates in 1 of 8 conflict questions, so they are not "
+        "paired. Write both again with: fedlora evaluate"
     ]
     assert find(comparison, "conflict_accuracy") is find(comparison, "conflict_pass_rate") is None
 

@@ -136,6 +136,25 @@ def test_figures_of_an_entangled_gate_say_how_well_it_separates(adapted, tokeniz
     assert figures.opens_for_local > 0.5 < figures.closes_for_unknown
 
 
+def test_one_universal_question_is_enough_to_stay_closed_for():
+    """None can be held out of it, so that by facts nothing would speak against opening."""
+    generator = torch.Generator().manual_seed(0)
+    own, shared, other = (5 * torch.randn(1, 8, generator=generator).double() for _ in range(3))
+    wordings = own + torch.randn(3, 8, generator=generator).double()
+    no_tokens = frozenset()
+    gate = separate(
+        [
+            FactFeatures(True, (wordings, wordings), (no_tokens,) * 3),
+            FactFeatures(False, (shared, shared), (no_tokens,)),
+        ]
+    )
+    across = torch.nn.functional.normalize(own - shared, dim=-1)
+    elsewhere = other - other @ across.T * across  # and yet the nearer to the universal one
+    asked = torch.cat([own, shared, elsewhere + 0.4 * own + 0.6 * shared])
+    opens = gate.judge((asked, asked), [no_tokens] * 3) > OPEN_ABOVE
+    assert opens.tolist() == [True, False, False]
+
+
 @pytest.mark.parametrize("by_fact", [True, False])
 def test_it_is_the_same_gate_however_many_facts_are_compared_at_once(monkeypatch, by_fact):
     generator = torch.Generator().manual_seed(0)

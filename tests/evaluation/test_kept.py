@@ -19,7 +19,10 @@ EVALUATION = {
     "base_model": {"fingerprint": "f" * 64},
     "summary": {"n": 3},
 }
-FOUND = EVALUATION | {"settings": hash_settings(build_tiny_config())}
+FOUND = EVALUATION | {
+    "settings": hash_settings(build_tiny_config()),
+    "max_new_tokens": build_tiny_config().evaluation.max_new_tokens,
+}
 
 
 def find(path, config=None, files=FILES, root=Path("nowhere")):
@@ -59,8 +62,11 @@ def test_how_a_run_is_carried_out_is_no_other_experiment(path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"no gzip", gzip.compress(b"no json"), gzip.compress(b"[]"), None],
-    ids=["empty", "no gzip", "no JSON", "a list", "no file"],
+    [
+        *(b"", b"no gzip", gzip.compress(b"no json")[:10] + b"\xff" * 20),
+        *(gzip.compress(b"no json"), gzip.compress(b"[]"), None),
+    ],
+    ids=["empty", "no gzip", "damaged", "no JSON", "a list", "no file"],
 )
 def test_what_cannot_be_read_is_not_used(path, content):
     if content is None:

@@ -95,6 +95,34 @@ def test_plots_are_kept_as_png_and_svg(reported):
     assert {"loss_global", "update_norm", "aggregation_error", "traffic", "seconds"} <= names
 
 
+def test_where_the_ranking_leads_plots_and_means_are_by_it(tmp_path):
+    """Word for word everything would be 0 whatever was learnt."""
+    for seed in (1, 2):
+        run = write_run(tmp_path / f"run{seed}", num_conflicts=3)
+        for name in ("history.json", "evaluation.json"):
+            text = (run / name).read_text().replace('exact_match": true', 'exact_match": false')
+            (run / name).write_text(re.sub(r'exact_match": [\d.]+', 'exact_match": 0.0', text))
+        history = json.loads((run / "history.json").read_text())
+        for entry in history:
+            sizes = {k: v for k, v in entry["metrics"].items() if k.endswith("/n")}
+            entry["metrics"] |= {f"{key}_open": value for key, value in sizes.items()}
+        (run / "history.json").write_text(json.dumps(history))
+        evaluation = json.loads((run / "evaluation.json").read_text())
+        evaluation["leading"] = dict.fromkeys(("universal", "local", "conflict"), "accuracy")
+        evaluation["seed"] = seed
+        (run / "evaluation.json").write_text(json.dumps(evaluation))
+        page = write_report(run)
+        assert "Right answers that are ranked first" in page.read_text()
+        svgs = {path.stem: path.read_text() for path in (run / "plots").glob("*.svg")}
+        assert "swap_table_accuracy" in svgs
+        assert "local, ranked first" in svgs["foreign_adapters_local"]
+        assert "local adapter, ranked first" in svgs["local_scale"]
+    page = write_comparison([tmp_path / "run1", tmp_path / "run2"], tmp_path / "both.html")
+    assert "conflict, every client, ranked first" in read(page).text
+    curve = (tmp_path / "both_plots" / "accuracy_conflict.svg").read_text()
+    assert "ranked first" in curve
+
+
 def test_text_from_data_is_escaped(tmp_path):
     evil = "<script>alert({})</script><img src=x onerror=alert(1)>&amp; $x$"
     run = write_run(tmp_path / "run", question=evil)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import ALIKE, build_tiny_config
 
-from fedlora_app.config.participation import training_clients
+from fedlora_app.config.loading import parse_config
+from fedlora_app.config.participation import members, training_clients
 from fedlora_app.config.rounds import BOTH, Phase, plan_round
 from fedlora_app.config.schema import GLOBAL, LOCAL, Mode
 from fedlora_app.data.client_files import ClientExamples
@@ -99,6 +100,23 @@ def test_every_mode_takes_as_many_steps_in_a_run(max_steps):
                     found[mode] += select_phase(config, client, phase, server_round, load).num_steps
     per_client = 3 * (6 + 4) if max_steps is None else 3 * (1 + 1)
     assert found == dict.fromkeys(modes, 2 * per_client)
+
+
+def test_a_copy_of_a_client_that_came_later_takes_no_more_steps_than_dual():
+    found = {}
+    for mode in ("dual", "finetuned"):
+        raw = build_tiny_config(federated={"mode": mode, "num_rounds": 3}, adapters=ALIKE).dump()
+        raw["federated"]["clients"][1]["first_round"] = 3
+        config = parse_config(raw)
+        found[mode] = sum(
+            select_phase(config, client, phase, server_round, load).num_steps
+            for server_round in (1, 2, 3)
+            for client in members(config, server_round)
+            for plan in [plan_round(config, server_round)]
+            for phase in (plan.train, plan.personalise)
+            if phase is not None
+        )
+    assert found["finetuned"] == found["dual"]
 
 
 @pytest.mark.parametrize(

@@ -158,8 +158,9 @@ def _describe_conflicts(partition: Partition, codes: Sequence[str]) -> str:
         "like another."
     )
     if complete < MIN_CONFLICTS:
-        text += (
-            f" These are fewer than {MIN_CONFLICTS}, so {partial} more concern only the clients "
-            "whose answer no other client shares."
+        text += f" These are fewer than {MIN_CONFLICTS}" + (
+            f", so {partial} more concern only the clients whose answer no other client shares."
+            if partial
+            else ": the countries are much alike, and there are no more."
         )
     return text
