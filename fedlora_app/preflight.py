@@ -1,6 +1,6 @@
 """All that can be told of an experiment before it is started: configuration, data, base model.
 
-Needs no weights, and torch for the adapters' modules alone. ``fedlora check`` shows it;
+Needs no weights, and torch for the adapters' modules and packing alone. ``fedlora check`` shows it;
 ``fedlora train`` stops at its errors.
 """
 
@@ -77,14 +77,14 @@ def inspect_experiment(config: Config, root: Path, *, needs_model: bool = False)
             f"The base model {config.model.name} is not on this machine. Run: {download(config)}\n"
             "Not checked without its tokenizer: whether answers are longer than "
             "evaluation.max_new_tokens, or changed by the chat template; records longer than "
-            "training.max_seq_length; the adapters' modules."
+            "training.max_seq_length; the adapters' modules, and packing."
         )
     if tokenizer is not None:
         with _collecting(faults):
             context = read_context(load_model_config(config.model, root))
             findings += find_long_examples(config, files, tokenizer, root, context)
         with _collecting(faults):
-            notes += _try_adapters(config, root)
+            notes += _try_base(config, root)
     if faults:
         raise UserError("\n".join(faults))
     findings += inspect_questions(config, files, root, tokenizer)
@@ -100,14 +100,22 @@ def _collecting(faults: list[str]) -> Iterator[None]:
         faults.append(str(error))
 
 
-def _try_adapters(config: Config, root: Path) -> list[str]:
-    """Raise where the base model cannot have these adapters; return what was not looked at."""
-    if find_spec("torch") is None:
-        return ["Not checked without torch: whether the base model has the adapters' modules."]
-    from fedlora_app.model.adapters import attach_adapters
-    from fedlora_app.model.base import build_empty_model
+def _try_base(config: Config, root: Path) -> list[str]:
+    """Raise where a base model cannot have these adapters, or take packed examples.
 
-    attach_adapters(build_empty_model(config.model, root), config.adapters)
+    Returns:
+        What was not looked at.
+    """
+    if find_spec("torch") is None:
+        return [
+            "Not checked without torch: whether the base model has the adapters' modules, and "
+            "whether it takes packed examples."
+        ]
+    from fedlora_app.training.shapes import build_shapes
+
+    _, faults = build_shapes(config, root)
+    if faults:
+        raise UserError("\n".join(faults))
     return []
 
 

@@ -225,6 +225,21 @@ def test_check_finds_a_base_model_without_weights(fedlora, tmp_path):
     assert status == 2 and f"model.name: {folder} holds no weights" in err
 
 
+def test_check_finds_a_base_model_that_takes_no_packed_examples(fedlora, tmp_path):
+    from transformers import Gemma2Config
+
+    folder = shutil.copytree(ROOT / "data" / "demo" / "base_model", tmp_path / "model")
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    names = ["Gemma2ForCausalLM"]
+    Gemma2Config(vocab_size=size, architectures=names, **sizes, **heads).save_pretrained(folder)
+    command = ["check", ROOT / "conf" / "demo.yaml", "--overrides"]
+    status, _, err = fedlora(*command, f"model.name={folder}")
+    assert status == 2 and "Set training.packing: false." in err
+    assert fedlora(*command, f"model.name={folder} training.packing=false")[0] == 0
+
+
 def test_check_needs_no_torch():
     code = """
 import sys
@@ -243,7 +258,10 @@ main()
 """
     command = [sys.executable, "-c", code, str(ROOT / "conf" / "demo.yaml")]
     result = subprocess.run(command, capture_output=True, text=True)
-    note = "Not checked without torch: whether the base model has the adapters' modules.\n"
+    note = (
+        "Not checked without torch: whether the base model has the adapters' modules, and whether "
+        "it takes packed examples.\n"
+    )
     assert (result.returncode, result.stderr) == (0, note)
     assert result.stdout.endswith("No findings.\n")
 

@@ -205,9 +205,9 @@ def _routed_usage(export: Export) -> str:
         *_load_with_peft(export, loading),
         f"`{ROUTER}/{ABOUT_FILE}` says how the router makes features of a question with the base "
         "model, what it compares them with and how it decides: only the last question counts, "
-        f"under the system prompt above. `docs/router.py` of fedlora-app does that in less than "
-        "a hundred lines, needs transformers and nothing of fedlora-app, and passes requests on "
-        "to an OpenAI-compatible server of both adapters.",
+        "under the system prompt above. `docs/router.py` of fedlora-app, a short script, does "
+        "that, needs transformers and safetensors and nothing of fedlora-app, and passes requests "
+        "on to an OpenAI-compatible server of both adapters.",
     ]
     if export.max_lora_rank is not None:
         name = portable_name(export.run.manifest["base_model"]["name"])
