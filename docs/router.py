@@ -2,8 +2,7 @@
 
 It needs transformers and safetensors. For every chat completion it makes the two features that
 gate.json names of the last question, with the base model, compares them and passes the request on
-to the model "global", or "pair" or "local", whichever the export has. A request without a system
-prompt gets the client's own.
+to the model "global" or "pair". A request without a system prompt gets the client's own.
 """
 
 import argparse
@@ -53,7 +52,7 @@ class Router:
         return {"middle": middle, "last": states[-1][0, -1].double()}
 
     def choose(self, question):
-        """Return "global", or the other adapter where the question is one of the client's own."""
+        """Return "pair" where the question is one of the client's own, else "global"."""
         ids, similarities = self.encode(question), []
         if torch.isin(ids, self.foreign).any():
             return "global"
@@ -64,8 +63,7 @@ class Router:
         nearest = sum(similarities) / len(similarities)
         local, universal = nearest[self.is_local].max(), nearest[~self.is_local].max()
         odds = torch.stack([local, universal, local**0]) @ self.tensors["coefficients"]
-        is_own = odds > 0 and local >= self.tensors["floor"]
-        return self.about.get("opens_to", "pair") if is_own else "global"
+        return "pair" if odds > 0 and local >= self.tensors["floor"] else "global"
 
     def rewrite(self, body):
         """Return a chat completion's request for the adapter that is to answer it, greedily."""

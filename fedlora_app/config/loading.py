@@ -26,11 +26,6 @@ from fedlora_app.config.schema import (
 )
 
 MAX_CONFIG_BYTES = 1 << 20
-OF_A_PAIR = (
-    *("local_kept_share", "local_weight_decay", "local_kl_weight"),
-    *("local_mixing_weight", "local_orthogonality"),
-)
-"""Of ``training``: what holds a local adapter to the global one beside it."""
 YAML_ERRORS = (  # PyYAML passes on whatever int(), float() and its own look-ups raise
     *(yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError),
     *(ArithmeticError, RecursionError),
@@ -198,7 +193,6 @@ def _cross_faults(raw: dict[str, Any]) -> Iterator[str]:
     yield from find_private_faults(named, federated.get("mode"))
     yield from _id_faults([c["id"] for c in named if isinstance(c.get("id"), str)])
     yield from _protection_faults(raw)
-    yield from _alone_faults(raw)
     min_clients = federated.get("min_clients")
     if isinstance(min_clients, int) and min_clients > len(clients):
         yield (
@@ -253,30 +247,6 @@ def _protection_faults(raw: dict[str, Any]) -> Iterator[str]:
             "data.public: its records are used by training.local_kl_weight, which is 0. Set it "
             "above 0, or data.public to null."
         )
-
-
-def _alone_faults(raw: dict[str, Any]) -> Iterator[str]:
-    """Find settings of a pair where the local adapter answers alone behind the gate."""
-    adapters, training = _sections(raw, "adapters", "training")
-    if adapters.get("gate_opens") != "local":
-        return
-    if adapters.get("gate") == "none":
-        yield (
-            "adapters.gate_opens: local leaves all other questions to the global adapter, which "
-            "takes adapters.gate: prompt, and that is none. Set it to prompt, or this to pair."
-        )
-    if training.get("schedule") == "joint":
-        yield (
-            "adapters.gate_opens: local has the local adapter learn alone, and "
-            "training.schedule: joint has both learn at once. Use phased, or set this to pair."
-        )
-    for key in OF_A_PAIR:
-        if training.get(key):
-            yield (
-                f"training.{key}: it is about the local adapter beside the global one, and with "
-                "adapters.gate_opens: local it learns and answers alone. Leave it out, or set that "
-                "to pair."
-            )
 
 
 def _universal_faults(raw: dict[str, Any], clients: list[dict[str, Any]]) -> Iterator[str]:

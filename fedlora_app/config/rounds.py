@@ -79,12 +79,11 @@ def plan_round(config: Config, server_round: int) -> RoundPlan:
     have a whole learning-rate schedule of their own.
 
     In *adapted* every round is the local phase of dual, beside a global adapter that stands still.
-    With ``adapters.gate_opens: local`` nothing is beside the local adapter in its phase.
     """
     mode, schedule = config.federated.mode, config.training.schedule
     is_last = server_round == config.federated.num_rounds
     factors = learning_factors(config, server_round)
-    personalise = Phase((LOCAL,) if config.adapters.local_is_alone else BOTH, (LOCAL,), "local")
+    personalise = Phase(BOTH, (LOCAL,), "local")
     if schedule != "joint":
         weight = config.training.local_mixing_weight
         personalise = replace(

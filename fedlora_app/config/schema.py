@@ -128,14 +128,6 @@ class AdaptersConfig(Section):
     gate: Literal["none", "prompt"] = "prompt"
     """prompt: the local adapter answers beside the global one where a question is one of the
     client's own, as far as its training questions tell; elsewhere the global one answers alone."""
-    gate_opens: Literal["pair", "local"] = "pair"
-    """What answers where the gate opens. pair: the local adapter beside the global one, as it
-    learns; local: the local adapter alone, which then learns alone."""
-
-    @property
-    def local_is_alone(self) -> bool:
-        """Whether the local adapter learns and answers without the global one."""
-        return self.gate != "none" and self.gate_opens == "local"
 
 
 class TrainingConfig(Section):

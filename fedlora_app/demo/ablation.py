@@ -45,7 +45,6 @@ MLP = "[gate_proj,up_proj,down_proj]"
 VARIANTS = {
     "nothing": "",
     "gate": "adapters.gate=prompt",
-    "gate, local alone": "adapters.gate=prompt adapters.gate_opens=local",
     "kept share 0.8": "training.local_kept_share=0.8",
     "kept share 0.5": "training.local_kept_share=0.5",
     "kept share 0.2": "training.local_kept_share=0.2",
@@ -67,7 +66,7 @@ VARIANTS = {
 }
 """What each changes where nothing protects: no gate, no replay, no decay. Steps stay the same."""
 UNPROTECTED = (
-    "adapters.gate=none adapters.gate_opens=pair training.replay=0 training.max_replay_ratio=null "
+    "adapters.gate=none training.replay=0 training.max_replay_ratio=null "
     "training.local_kept_share=null training.local_weight_decay=null training.local_kl_weight=0 "
     "training.local_orthogonality=0 training.local_mixing_weight=null data.public=null"
 )

@@ -67,11 +67,8 @@ class Answering:
         """Return who answers where the gate opens (True) and where it does not (False)."""
         if not self.has_gate(config):
             return dict.fromkeys((True, False), self)
-        opens_to = replace(self, combine=SCALE)
-        if config.local_is_alone:
-            opens_to = Answering(local=self.local, scale=self.scale)
         return {
-            True: opens_to,
+            True: replace(self, combine=SCALE),
             False: Answering(with_global=True, global_of=self.global_of),
         }
 

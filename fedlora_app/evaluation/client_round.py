@@ -23,7 +23,6 @@ from fedlora_app.data.questions import (
     cluster_of,
 )
 from fedlora_app.evaluation.answering import Answering
-from fedlora_app.evaluation.combiner import opens_to
 from fedlora_app.evaluation.final_round import validation_key
 from fedlora_app.evaluation.gate import Gate
 from fedlora_app.evaluation.gate_files import find_gate
@@ -176,13 +175,7 @@ class ClientEvaluation:
         if not who.has_gate(self.config.adapters):
             return None
         return find_gate(
-            self.gate_folder,
-            self.model,
-            self.loaded,
-            self.client,
-            self.files,
-            opens_to=opens_to(self.config.adapters),
-            keep=True,
+            self.gate_folder, self.model, self.loaded, self.client, self.files, keep=True
         )
 
     def _ask(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from fedlora_app.config.schema import GLOBAL, LOCAL, AdaptersConfig
+from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.data.dialogue import encode_prompt
 from fedlora_app.model.adapters import AdaptedModel, scaled_adapters
 from fedlora_app.model.fused import Mixer, fused_answering
@@ -27,15 +27,9 @@ class Weights(NamedTuple):
 
 WHOLE_PAIR = Weights(1.0, 1.0)
 GLOBAL_ALONE = Weights(1.0, 0.0)
-LOCAL_ALONE = Weights(0.0, 1.0)
 
 ByWeights = Sequence[tuple[Weights, Sequence[int]]]
 """Weights with the places of the prompts that they are for."""
-
-
-def opens_to(config: AdaptersConfig) -> Weights:
-    """Return the weights of the adapters that answer where a gate opens."""
-    return LOCAL_ALONE if config.local_is_alone else WHOLE_PAIR
 
 
 class Combiner:

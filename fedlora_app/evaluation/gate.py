@@ -1,8 +1,7 @@
 """A gate before the local adapter: whether a question is one of the client's own.
 
-Where it opens, the global and the local adapter answer together, or the local one alone
-(``adapters.gate_opens``); where it stays closed, the global one answers alone. So what a client
-trains into its local adapter costs the shared one nothing.
+Where it opens, the global and the local adapter answer together; where it stays closed, the global
+one answers alone. So what a client trains into its local adapter costs the shared one nothing.
 
 The gate compares the base model's view of a question (``prompt_features``) with the client's own
 training questions: by cosine, after the directions in which wordings of one and the same fact
@@ -85,14 +84,11 @@ class Gate(Combiner):
     figures: GateFigures
     system_prompt: str = ""
     """The client's own, under which questions are judged whatever prompt they are asked with."""
-    opens_to: Weights = WHOLE_PAIR
-    """Of the adapters that answer where it opens."""
     _known: dict[tuple[int, ...], float] = field(default_factory=dict, repr=False, compare=False)
 
     def find_weights(self, model: AdaptedModel, prompts: Sequence[list[int]]) -> list[Weights]:
-        """Return the weights of who answers where it opens, and of global alone elsewhere."""
-        is_own = self.weigh(model, prompts).tolist()
-        return [self.opens_to if own else GLOBAL_ALONE for own in is_own]
+        """Return the whole pair's weights where it opens, and those of global alone elsewhere."""
+        return [WHOLE_PAIR if own else GLOBAL_ALONE for own in self.weigh(model, prompts).tolist()]
 
     def find_openness(self, model: AdaptedModel, prompts: Sequence[list[int]]) -> list[float]:
         """Return how sure it is that each prompt is the client's own, in [0, 1]."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 
 from fedlora_app.config.schema import ClientConfig
 from fedlora_app.data.client_files import ClientFiles
-from fedlora_app.evaluation.combiner import WHOLE_PAIR, Weights
 from fedlora_app.evaluation.feature_space import Space
 from fedlora_app.evaluation.fitted_files import (
     UNREADABLE,
@@ -56,30 +55,26 @@ def find_gate(
     client: ClientConfig,
     files: ClientFiles,
     *,
-    opens_to: Weights = WHOLE_PAIR,
     keep: bool = False,
 ) -> Gate | None:
     """Return the gate in ``folder`` if it was fitted to the same, or fit one.
 
     Args:
-        opens_to: the weights of the adapters that answer where it opens.
         keep: a new one is written there.
 
     Returns:
         None where the client has local or universal questions only.
     """
     about = describe_origin(loaded.fingerprint, client, files.hashes)
-    if (kept := load_gate(folder, about, client.system_prompt, opens_to)) is not None:
+    if (kept := load_gate(folder, about, client.system_prompt)) is not None:
         return kept
     records = (files.local.records, files.universal.records)
     gate = fit_gate(model, loaded.tokenizer, client.system_prompt, *records)
-    if gate is None:
-        return None
-    if keep:
+    if keep and gate is not None:
         make_private_dir(folder.parent)
         with replace_folder(folder) as partial:
             save_gate(partial, gate, about)
-    return replace(gate, opens_to=opens_to)
+    return gate
 
 
 def describe_origin(
@@ -121,16 +116,13 @@ def save_gate(folder: Path, gate: Gate, about: About, **more: Any) -> None:
     save_fitted(folder, NAME, tensors, content)
 
 
-def load_gate(
-    folder: Path, about: About, system_prompt: str = "", opens_to: Weights = WHOLE_PAIR
-) -> Gate | None:
+def load_gate(folder: Path, about: About, system_prompt: str = "") -> Gate | None:
     """Return a gate that was saved, or None where there is none that was fitted to the same.
 
     A damaged one, or one that links lead to, is none either.
 
     Args:
         system_prompt: the client's own, of which ``about`` has the hash.
-        opens_to: the weights of the adapters that answer where it opens.
     """
     try:
         if (found := load_fitted(folder, NAME, FORMAT, about)) is None:
@@ -143,7 +135,7 @@ def load_gate(
         means = tuple(tensors[f"{name}.means"] for name in DESCRIPTION)
         figures = GateFigures(**content["figures"])
         parts = (tensors[name] for name in PARTS)
-        gate = Gate(tuple(spaces), means, *parts, figures, system_prompt, opens_to)
+        gate = Gate(tuple(spaces), means, *parts, figures, system_prompt)
         figures.metrics()
         return gate if _is_whole(gate) else None
     except UNREADABLE:

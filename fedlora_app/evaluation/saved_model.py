@@ -16,7 +16,7 @@ from fedlora_app.config.sharing import PERSONAL
 from fedlora_app.data.client_files import load_client_files
 from fedlora_app.data.dialogue import pin_date
 from fedlora_app.evaluation.answering import Answering, SavedAdapters
-from fedlora_app.evaluation.combiner import Combiner, opens_to
+from fedlora_app.evaluation.combiner import Combiner
 from fedlora_app.evaluation.fitted import (
     FittedCombiner,
     FittingTask,
@@ -167,12 +167,11 @@ class SavedModel(SavedAdapters):
         folder = self.run.paths.gate(owner)
         # Fitted to the data of the run, which may have changed since or be elsewhere.
         about = describe_origin(fingerprint, client, self._recorded_hashes(owner))
-        weights = opens_to(config.adapters)
-        gate = load_gate(folder, about, client.system_prompt, weights)
+        gate = load_gate(folder, about, client.system_prompt)
         if gate is None:
             files = load_client_files(config, client, self.root)
             loaded, model = self.load()
-            gate = find_gate(folder, model, loaded, client, files, opens_to=weights)
+            gate = find_gate(folder, model, loaded, client, files)
         return gate
 
     def _find_fitted(self, who: Answering, fingerprint: str) -> FittedCombiner:

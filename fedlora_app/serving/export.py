@@ -4,9 +4,8 @@ Input: a run directory and a client. Output: a folder that PEFT, Transformers an
 servers such as vLLM load without this package. The pair ``s_G B_G A_G + lambda s_L B_L A_L`` is
 one adapter of rank r_G + r_L: ``A = [A_G; A_L]``, ``B = [s_G B_G, lambda s_L B_L]``. Where a gate
 decides whether the local adapter answers, that is a choice between two plain adapters, the
-global one and the pair (or the local one), and the gate that makes it is written beside them.
-Weights that were searched for make one adapter, too; those that change with the question or the
-token make none.
+global one and the pair, and the gate that makes it is written beside them. Weights that were
+searched for make one adapter, too; those that change with the question or the token make none.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from fedlora_app.config.combination import GATE, SCALE, SEARCH
 from fedlora_app.config.schema import GLOBAL, LOCAL
 from fedlora_app.data.dialogue import find_prompt_frame, pin_date, write_served_template
 from fedlora_app.evaluation.answering import Answering
-from fedlora_app.evaluation.combiner import LOCAL_ALONE, WHOLE_PAIR, Weights
+from fedlora_app.evaluation.combiner import WHOLE_PAIR, Weights
 from fedlora_app.evaluation.gate import Gate
 from fedlora_app.evaluation.gate_files import save_gate
 from fedlora_app.evaluation.generation import find_ends, find_stop_ids
@@ -47,6 +46,7 @@ from fedlora_app.model.base import (
 )
 from fedlora_app.model.pretrained import local_folder
 from fedlora_app.serving.exported import (
+    PAIR,
     ROUTER,
     TEMPLATE_FILE,
     Export,
@@ -82,8 +82,8 @@ def export_adapter(
     """Write what a client answers with as one PEFT adapter, or as two and the gate between them.
 
     One adapter needs none of the base's weights. Behind a gate there are the folders ``global``,
-    ``pair`` (``local`` where that answers alone) and ``router``. Where the base's chat template
-    does not write by itself the prompts that were trained with, one that does lies beside them.
+    ``pair`` and ``router``. Where the base's chat template does not write by itself the prompts
+    that were trained with, one that does lies beside them.
 
     Args:
         output_dir: must be empty or not there.
@@ -99,10 +99,7 @@ def export_adapter(
     folder = _require_unused(output_dir)
     gate, weights = _find_combiner(saved, who)
     sources = tuple(_list_sources(saved, who, weights))
-    is_alone = gate is not None and gate.opens_to == LOCAL_ALONE
-    opening = sources[1:] if is_alone else sources
-    parts = (sources[:1], opening) if gate is not None else (sources,)
-    rank = max(sum(source.config.rank for source in some) for some in parts)
+    rank = sum(source.config.rank for source in sources)
     at, figures = saved.server_round, gate and gate.figures
     tokenizer = _load_tokenizer(saved)
     template = write_served_template(tokenizer)
@@ -116,11 +113,11 @@ def export_adapter(
         if gate is None:
             _write_adapter(partial, saved, sources, dtype)
         else:
-            for name, some in zip((GLOBAL, export.opens_to), parts, strict=True):
+            for name, parts in ((GLOBAL, sources[:1]), (PAIR, sources)):
                 (partial / name).mkdir()
-                _write_adapter(partial / name, saved, some, dtype)
+                _write_adapter(partial / name, saved, parts, dtype)
             (partial / ROUTER).mkdir()
-            _write_router(partial / ROUTER, saved, client_id, gate, tokenizer, export.opens_to)
+            _write_router(partial / ROUTER, saved, client_id, gate, tokenizer)
         return _write_card(export, partial)
 
 
@@ -306,7 +303,6 @@ def _write_router(
     client_id: str,
     gate: Gate,
     tokenizer: PreTrainedTokenizerBase,
-    opens_to: str,
 ) -> None:
     """Write a gate with what it takes to ask it without this package and the client's data."""
     config = saved.run.config.model
@@ -319,7 +315,6 @@ def _write_router(
         {"base_model": compute_fingerprint(config, saved.root)},
         base_model={"name": portable_name(config.name), "revision": base_revision(saved.run)},
         middle_layer=find_middle_layer(num_layers),
-        opens_to=opens_to,
         system_prompt=prompt,
         text_before_question=before,
         text_after_question=after,

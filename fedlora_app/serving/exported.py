@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedlora_app.config.schema import LOCAL, AdapterConfig
+from fedlora_app.config.schema import AdapterConfig
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.gate import GateFigures
 from fedlora_app.runs.reading import SavedRun
@@ -14,7 +14,7 @@ from fedlora_app.runs.reading import SavedRun
 PAIR = "pair"
 """The folder of both adapters as one, beside that of the global one alone."""
 ROUTER = "router"
-"""The folder of the gate that chooses between the global one and that."""
+"""The folder of the gate that chooses between the two."""
 TEMPLATE_FILE = "chat_template.jinja"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank may be (vllm/config/lora.py)."""
@@ -50,16 +50,11 @@ class Export:
     rank: int | None = None
     """Of the adapter, the largest of several; None: full weights."""
     gate: GateFigures | None = None
-    """Of the router between global adapter and ``opens_to``; None: one adapter, or full weights."""
+    """Of the router between global adapter and pair; None: one adapter, or full weights."""
     has_template: bool = False
     """Beside its adapters lies a chat template that is to be used in place of the base's."""
     files: dict[str, str] = field(default_factory=dict)
     """Sha256 of each file with weights."""
-
-    @property
-    def opens_to(self) -> str:
-        """The folder of what answers where the gate opens."""
-        return LOCAL if self.run.config.adapters.local_is_alone else PAIR
 
     @property
     def is_merged(self) -> bool:

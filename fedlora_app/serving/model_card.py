@@ -77,9 +77,8 @@ def _summary(export: Export) -> str:
     if len(export.sources) == 1 and not export.is_merged:
         how = "as a plain adapter"
     if export.gate is not None:
-        other = f"both as one in `{PAIR}/`" if export.opens_to == PAIR else f"`{LOCAL}/` alone"
         how = (
-            f"as two adapters, `{GLOBAL}/` alone and {other}, with `{ROUTER}/`, "
+            f"as two adapters, `{GLOBAL}/` alone and both as one in `{PAIR}/`, with `{ROUTER}/`, "
             "which chooses for every question which of the two answers"
         )
     return (
@@ -104,7 +103,7 @@ def _privacy(export: Export) -> str:
         private = "**Private.**" if keeps_factor else f"**Private**, but for `{GLOBAL}/`."
         own = f" {_own_factor(export)}" if keeps_factor else ""
         return (
-            f"{private}{own} `{export.opens_to}/` holds what {export.client}'s local "
+            f"{private}{own} `{PAIR}/` holds what {export.client}'s local "
             f"adapter learnt from that client's private data, and `{ROUTER}/` is made from that "
             "client's own questions. Whoever has them can ask for that: keep them as you keep the "
             "data."
@@ -195,11 +194,10 @@ vllm serve {_vllm_base(export)} {_vllm_settings(export)} \\
 
 
 def _routed_usage(export: Export) -> str:
-    other = export.opens_to
     loading = (
         f'model = PeftModel.from_pretrained(base, "{FOLDER}/{GLOBAL}", adapter_name="{GLOBAL}")\n'
-        f'model.load_adapter("{FOLDER}/{other}", adapter_name="{other}")\n'
-        f'model.set_adapter("{other}")  # or "{GLOBAL}", as the router chooses'
+        f'model.load_adapter("{FOLDER}/{PAIR}", adapter_name="{PAIR}")\n'
+        f'model.set_adapter("{PAIR}")  # or "{GLOBAL}", as the router chooses'
     )
     blocks = [
         *_load_with_peft(export, loading),
@@ -216,7 +214,7 @@ def _routed_usage(export: Export) -> str:
             f"""```bash
 vllm serve {_vllm_base(export)} --port 8001 {_vllm_settings(export)} \\
   --enable-lora --max-loras 2 --max-lora-rank {export.max_lora_rank} \\
-  --lora-modules {GLOBAL}={FOLDER}/{GLOBAL} {other}={FOLDER}/{other}
+  --lora-modules {GLOBAL}={FOLDER}/{GLOBAL} {PAIR}={FOLDER}/{PAIR}
 python router.py {FOLDER}/{ROUTER} --base {name} --upstream http://127.0.0.1:8001
 ```""",
         ]
@@ -303,9 +301,8 @@ def _provenance(export: Export) -> Iterator[tuple[str, str]]:
             f"rank {config.rank}, alpha {config.alpha:g}{layers}{scale}, sha256 `{source.sha256}`",
         )
     if export.gate is not None:
-        ranks = {source.role: source.config.rank for source in export.sources}
-        opening = ranks[LOCAL] if export.opens_to == LOCAL else sum(ranks.values())
-        for name, rank in ((GLOBAL, ranks[GLOBAL]), (export.opens_to, opening)):
+        alone = export.sources[0].config.rank
+        for name, rank in ((GLOBAL, alone), (PAIR, export.rank)):
             yield f"{name}/", f"rank {rank}, alpha {rank}, {export.dtype}"
         yield f"{ROUTER}/", describe_gate(asdict(export.gate))
     elif export.rank is not None:

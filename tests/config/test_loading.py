@@ -217,21 +217,6 @@ def test_a_penalty_that_could_not_act_is_a_fault():
         parse_config(raw)
 
 
-def test_a_local_adapter_that_answers_alone_has_a_gate_and_no_penalty():
-    apart = {"adapters": {"gate_opens": "local"}, "federated": ONE_CLIENT}
-    assert parse_config(apart).adapters.local_is_alone
-    assert not parse_config({"federated": ONE_CLIENT}).adapters.local_is_alone
-    for section, key, value in [
-        ("adapters", "gate", "none"),
-        ("training", "schedule", "joint"),
-        ("training", "local_kept_share", 0.5),
-        ("training", "local_orthogonality", 1.0),
-    ]:
-        raw = apart | {section: apart.get(section, {}) | {key: value}}
-        with pytest.raises(ConfigError, match="gate_opens"):
-            parse_config(raw)
-
-
 def test_trackers_are_known_and_named_once():
     raw = {"federated": ONE_CLIENT, "experiment": {"track": ["wandb", "tensorboard", "wandb"]}}
     with pytest.raises(

@@ -13,7 +13,6 @@ from loopback import Federation
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
-from fedlora_app.config.rounds import BOTH, plan_round
 from fedlora_app.config.schema import GLOBAL, LOCAL, AdaptersConfig
 from fedlora_app.data.client_files import build_question_sets
 from fedlora_app.data.dialogue import encode_prompt
@@ -460,25 +459,10 @@ def test_who_a_wrong_answer_is_due_to(question_set, openness, is_right, global_i
     assert find_failed(question_set, score(is_right, openness), shared, EXACT_MATCH) == expected
 
 
-@pytest.fixture(scope="module", params=["pair", "local"])
-def gated_run(request, tiny_project, tmp_path_factory):
-    config = build_tiny_config(adapters={"gate": "prompt", "gate_opens": request.param})
+@pytest.fixture(scope="module")
+def gated_run(tiny_project, tmp_path_factory):
+    config = build_tiny_config(adapters={"gate": "prompt"})
     return Federation(tiny_project, tmp_path_factory.mktemp("gated"), config).run()
-
-
-def test_a_local_adapter_that_answers_alone_learns_alone(gated_run, tiny_project, tmp_path):
-    """So its bytes do not depend on the global adapter beside which it would learn."""
-    run = load_run(gated_run)
-    is_alone = run.config.adapters.local_is_alone
-    assert plan_round(run.config, 1).personalise.active == ((LOCAL,) if is_alone else BOTH)
-    config = build_tiny_config(
-        adapters={"gate": "prompt", "gate_opens": run.config.adapters.gate_opens},
-        training={"global_epochs": 3},
-    )
-    other = load_run(Federation(tiny_project, tmp_path, config).run())
-    assert other.adapter_sha256(2) != run.adapter_sha256(2)
-    same = [other.adapter_sha256(2, c) == run.adapter_sha256(2, c) for c in ("ann", "bob")]
-    assert same == [is_alone] * 2
 
 
 def test_a_client_keeps_its_gate_and_reports_its_figures(gated_run):
@@ -502,19 +486,15 @@ def test_pmi_compares_with_the_adapters_that_answered(gated_run, tiny_project, t
     sets = build_question_sets(client, saved.files["ann"])
     evaluator = Evaluator(saved, open_store(saved, tmp_path / "scores"), lambda *_: None)
     own, alone = saved.own("ann"), Answering(with_global=True)
-    opens_to = Answering(local="ann")
-    if saved.run.config.adapters.gate_opens == "pair":
-        opens_to = dataclasses.replace(own, combine="scale")
     seen = set()
     for name, questions in sets.items():
         cells = [
             Cell("ann", name, who, client.system_prompt, tuple(questions))
-            for who in (own, opens_to, alone)
+            for who in (own, dataclasses.replace(own, combine="scale"), alone)
         ]
         by_cell = evaluator.evaluate(cells)
-        for gated, opened, shared in zip(*(by_cell[cell] for cell in cells), strict=True):
-            answered_by = opened if gated.openness > OPEN_ABOVE else shared
-            assert gated.generated == answered_by.generated
+        for gated, pair, shared in zip(*(by_cell[cell] for cell in cells), strict=True):
+            answered_by = pair if gated.openness > OPEN_ABOVE else shared
             assert gated.value(PMI) == pytest.approx(answered_by.value(PMI), abs=1e-4)
             seen.add(gated.openness > OPEN_ABOVE)
         reports = collect_reports(json.loads((gated_run / "history.json").read_text()))

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fedlora_app.config.combination import GATE, INSTANCE, MIXER, SCALE, SEARCH
-from fedlora_app.config.schema import GLOBAL, LOCAL, ConfigError
+from fedlora_app.config.schema import GLOBAL, ConfigError
 from fedlora_app.data.dialogue import encode_prompt, pin_date, render_prompt
 from fedlora_app.evaluation.answering import Answering
 from fedlora_app.evaluation.choices import open_round
@@ -68,9 +68,6 @@ KINDS = {
         },
     },
     "gated": {"adapters": {"gate": "prompt", "local": {"rank": 2, "alpha": 5}}},
-    "gated apart": {
-        "adapters": {"gate": "prompt", "gate_opens": "local", "local": {"rank": 6, "alpha": 5}}
-    },
     "fedavg": {"federated": {"mode": "fedavg"}},
     "finetuned": {"federated": {"mode": "finetuned"}, "adapters": ALIKE},
     "local-only": {"federated": {"mode": "local-only"}},
@@ -584,9 +581,9 @@ def test_an_output_layer_that_is_the_embedding_too_is_not_merged(tiny_model):
         merge_into_base(tiny_model, PlainAdapter(state, 1, ["lm_head"]))
 
 
-def load_routed(saved: SavedModel, folder, opens_to: str = PAIR) -> PeftModel:
+def load_routed(saved: SavedModel, folder) -> PeftModel:
     model = PeftModel.from_pretrained(load_base(saved.root), folder / GLOBAL, adapter_name=GLOBAL)
-    model.load_adapter(folder / opens_to, adapter_name=opens_to)
+    model.load_adapter(folder / PAIR, adapter_name=PAIR)
     return model
 
 
@@ -608,22 +605,6 @@ def test_behind_a_gate_there_are_two_adapters_and_a_router(runs, tokenizer, tmp_
         *(f"{name}/adapter_config.json" for name in (GLOBAL, PAIR)),
         "router/gate.json",
     }
-
-
-def test_a_local_adapter_that_answers_alone_is_exported_alone(runs, tokenizer, tmp_path):
-    saved = runs("gated apart")
-    result = export_adapter(saved, "ann", tmp_path / "out", 0.5)
-    with saved.answering(Answering(local="ann", scale=0.5)) as (model, _):
-        alone = all_logits(model, tokenizer, "You are ann.")
-    model = load_routed(saved, tmp_path / "out", LOCAL)
-    model.set_adapter(LOCAL)
-    found = all_logits(model, tokenizer, "You are ann.")
-    torch.testing.assert_close(found, alone, rtol=0, atol=1e-4)
-    assert result.rank == 6 and not (tmp_path / "out" / PAIR).exists()
-    about = json.loads((tmp_path / "out" / "router" / "gate.json").read_text())
-    card = (tmp_path / "out" / "README.md").read_text()
-    facts = ["`global/` alone and `local/` alone", "| local/ | rank 6", "| global/ | rank 4"]
-    assert about["opens_to"] == LOCAL and [fact for fact in facts if fact not in card] == []
 
 
 def test_the_exported_router_says_all_that_it_takes(runs, tokenizer, tmp_path):
@@ -658,16 +639,15 @@ def test_a_router_that_the_client_has_kept_needs_no_model_in_memory(runs, tmp_pa
     assert fresh.run.paths.gate("ann").is_dir()
 
 
-@pytest.mark.parametrize(("kind", "opens_to"), [("gated", PAIR), ("gated apart", LOCAL)])
-def test_what_the_router_chooses_answers_as_ask_does(runs, tokenizer, tmp_path, kind, opens_to):
-    saved = runs(kind)
+def test_what_the_router_chooses_answers_as_ask_does(runs, tokenizer, tmp_path):
+    saved = runs("gated")
     export_adapter(saved, "ann", tmp_path / "out")
-    model = load_routed(saved, tmp_path / "out", opens_to).eval()
+    model = load_routed(saved, tmp_path / "out").eval()
     chosen = set()
     for question in ("What is the red rule?", "Which office is blue?", "Why?"):
         ids = encode_prompt(tokenizer, "You are ann.", question)
         with saved.answering(saved.own("ann")) as (adapted, gate):
-            name = opens_to if gate.weigh(adapted, [ids]).item() else GLOBAL
+            name = PAIR if gate.weigh(adapted, [ids]).item() else GLOBAL
         chosen.add(name)
         model.set_adapter(name)
         settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
@@ -675,7 +655,7 @@ def test_what_the_router_chooses_answers_as_ask_does(runs, tokenizer, tmp_path, 
         output = model.generate(input_ids=torch.tensor([ids]), **settings, **stops)
         answer = open_conversation(saved, "ann", max_new_tokens=8).ask(question).text
         assert decode(tokenizer, output[0, len(ids) :]) == answer
-    assert chosen == {GLOBAL, opens_to}
+    assert chosen == {GLOBAL, PAIR}
 
 
 def test_a_router_s_card_says_how_to_use_it_and_that_it_is_private(runs, tmp_path):
