@@ -41,7 +41,13 @@ from fedlora_app.evaluation.names import (
     shown_measures,
 )
 from fedlora_app.evaluation.protocol import evaluate_round
-from fedlora_app.evaluation.shares import Shares, read_chosen_shares, read_shares, read_summary
+from fedlora_app.evaluation.shares import (
+    Shares,
+    read_chosen_shares,
+    read_shares,
+    read_summary,
+    read_unknown,
+)
 from fedlora_app.evaluation.statistics import Estimate, average_estimates, over_seeds
 from fedlora_app.foundation.files import write_atomically, write_json
 from fedlora_app.foundation.percent import PLUS_MINUS, format_percent
@@ -197,7 +203,8 @@ def _write_summary(
     figures = {name: [measure(entry) for entry in runs] for name, runs in evaluations.items()}
     steps = {name: [entry["num_steps"] for entry in runs] for name, runs in evaluations.items()}
     chances = {name: read_chances(runs[0]) for name, runs in evaluations.items()}
-    text = "\n".join(_describe(study, figures, steps, chances))
+    lines = [*_describe(study, figures, steps, chances), *_describe_unknown(evaluations)]
+    text = "\n".join(lines)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
         folder / "summary.json",
@@ -296,6 +303,32 @@ def _describe_chances(chances: Mapping[str, Chances]) -> Iterator[str]:
         who = f" ({', '.join(names)})" if len(variants) > 1 else ""
         if told:
             yield f"A guess ranks the right answer first for, %{who}: {told}.\n"
+
+
+def _describe_unknown(evaluations: Mapping[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """Yield tables of what clients get right of the facts that the base model does not know."""
+    found = {name: [read_unknown(entry) for entry in runs] for name, runs in evaluations.items()}
+    found = {name: runs for name, runs in found.items() if all(shares for shares, _ in runs)}
+    for measure in _measures():
+        lines: list[str] = []
+        for variant, runs in found.items():
+            own = ANSWERERS[own_answerer(evaluations[variant][0]["answering"])]
+            for part, label in ((1, "share of all questions"), (0, own)):
+                by_run = [run[part].get(measure.name, {}) for run in runs]
+                means = (_describe_mean([e.get(n) for e in by_run], n) for n in QUESTION_SETS)
+                cells = " | ".join(means)
+                if part == 0 or not any(line.endswith(cells + " |") for line in lines):
+                    lines.append(f"| {variant} | {label} | {cells} |")
+        if lines:
+            yield (
+                f"{measure.label.capitalize()}, %, of the facts that the base model does not know: "
+                "it ranks the right answer first, or says it, in none of the wordings\n"
+            )
+            headings = " | ".join(entry.heading for entry in QUESTION_SETS.values())
+            yield f"| variant | answers with | {headings} |"
+            yield "|---" * (2 + len(QUESTION_SETS)) + "|"
+            yield from lines
+            yield ""
 
 
 def _flatten(shares: Shares) -> dict[str, Estimate]:

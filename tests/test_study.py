@@ -25,6 +25,10 @@ def test_a_variant_is_evaluated_as_the_study_says(tiny_project, tmp_path):
         Federation(tiny_project, tmp_path / "tiny", config).run(f"{variant}-seed7")
     text = run_study(study, tiny_project, tmp_path, lambda *_: None)
     assert "| sum | global + own local |" in text and "| searched | global + own local |" in text
+    unknown = text[text.index("of the facts that the base model does not know") :].splitlines()
+    assert unknown[2].startswith("| variant | answers with | universal | never seen |")
+    assert unknown[4].startswith("| sum | share of all questions | ")
+    assert unknown[5].startswith("| sum | global + own local | ")
     files = {p.parent.name: p.name for p in (tmp_path / "tiny").glob("*-seed7/evaluation*.json")}
     assert files == {"sum-seed7": "evaluation.json", "searched-seed7": "evaluation_search.json"}
     changed = {

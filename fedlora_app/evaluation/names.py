@@ -173,6 +173,11 @@ def figure_key(figure: str, measure: Measure) -> str:
     return f"{figure}_{measure.name}" if figure in QUESTION_SETS else measure.extend(figure)
 
 
+def base_key(measure: Measure) -> str:
+    """Return the key, in a question's row, of what the base model's own answer is worth."""
+    return f"{BASE}_{measure.row_key}"
+
+
 OWN_PAIR = f"{adapters_label(BOTH)}:own"
 ANSWERERS = {
     BASE: "base model",

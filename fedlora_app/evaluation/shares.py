@@ -23,6 +23,7 @@ from fedlora_app.evaluation.names import (
     PASS_RATE,
     QUESTION_SETS,
     Measure,
+    base_key,
     figure_key,
     own_answerer,
     shown_measures,
@@ -77,6 +78,32 @@ def read_chosen_shares(evaluation: Mapping[str, Any]) -> Shares:
     """Return what the clients' own adapters got right at the scale that was chosen."""
     summary = read_summary(evaluation, "summary_chosen_scale")
     return _refine(_combine(chosen_rows(evaluation), evaluation), summary)
+
+
+def read_unknown(evaluation: Mapping[str, Any]) -> tuple[Shares, Shares]:
+    """Return what clients get right of the facts that the base model does not know.
+
+    It knows a client's fact if it ranks the right answer first, or says it, in one of the wordings
+    of the client's test. Adapters at full scale. Evaluations of old do not say it, and give none.
+
+    Returns:
+        By measure, the figures, and which share of the questions is about such facts.
+    """
+    rows = [row for row in evaluation["questions"] if row["scale"] == 1.0]
+    by_base = [base_key(measure) for measure in shown_measures()]
+    known = {_client_fact(row) for row in rows if any(map(row.get, by_base))}
+    shares: Shares = {}
+    extents: Shares = {}
+    for measure in shown_measures():
+        for name in QUESTION_SETS:
+            asked = [row for row in _select(rows, name) if row.get(base_key(measure)) is not None]
+            unknown = [row for row in asked if _client_fact(row) not in known]
+            if unknown:
+                shares.setdefault(measure.name, {})[name] = _estimate(unknown, measure)
+            if asked:
+                extent = _share([_client_fact(row) not in known for row in asked], asked)
+                extents.setdefault(measure.name, {})[name] = extent
+    return shares, extents
 
 
 def _refine(shares: Shares, summary: Mapping[str, Any]) -> Shares:
@@ -141,11 +168,17 @@ def _select(rows: Iterable[Row], question_set: str) -> list[Row]:
 
 def _estimate(rows: Iterable[Row], measure: Measure) -> Estimate:
     scored = [row for row in rows if row.get(measure.row_key) is not None]
-    return proportion(
-        [row[measure.row_key] for row in scored],
-        [fact_of(row) for row in scored],
-        [question_id(row["question_set"], row["client"], row["record"]) for row in scored],
-    )
+    return _share([row[measure.row_key] for row in scored], scored)
+
+
+def _share(outcomes: Sequence[float], rows: Sequence[Row]) -> Estimate:
+    ids = [question_id(row["question_set"], row["client"], row["record"]) for row in rows]
+    return proportion(outcomes, list(map(fact_of, rows)), ids)
+
+
+def _client_fact(row: Row) -> tuple[str, str, str]:
+    """Return what tells a client's facts apart: each may have an answer of its own to them."""
+    return row["question_set"], row["client"], fact_of(row)
 
 
 def _pass_rate(evaluation: Mapping[str, Any], measure: Measure) -> Estimate:

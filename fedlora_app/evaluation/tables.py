@@ -18,7 +18,7 @@ from fedlora_app.data.questions import (
     UNIVERSAL,
     UNIVERSAL_UNSEEN,
 )
-from fedlora_app.evaluation.answering import OPEN_ABOVE
+from fedlora_app.evaluation.answering import OPEN_ABOVE, Answering
 from fedlora_app.evaluation.chance import read_chances
 from fedlora_app.evaluation.choices import Cell, SavedRound, describe_precision
 from fedlora_app.evaluation.names import (
@@ -32,6 +32,7 @@ from fedlora_app.evaluation.names import (
     PMI,
     SEMANTIC,
     Measure,
+    base_key,
     relative_label,
     shown_measures,
 )
@@ -278,8 +279,10 @@ def _question_rows(
         for name in ASKED_SETS:
             leads = MEASURES[leading.get(name, EXACT_MATCH.name)]
             shared = iter(results.find(client, name, saved.alone(client)))
+            untrained = iter(results.find(client, name, Answering()))
             for question, score in results.find(client, name, own):
                 _, by_global = next(shared, (None, None))
+                _, by_base = next(untrained, (None, None))
                 yield {
                     "question_set": name,
                     "client": client,
@@ -305,6 +308,11 @@ def _question_rows(
                         measure.row_key: score.outcome(measure)
                         for measure in MEASURES.values()
                         if not measure.is_variant
+                    },
+                    **{
+                        base_key(measure): by_base.outcome(measure)
+                        for measure in shown_measures()
+                        if by_base is not None
                     },
                 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from fedlora_app.config.combination import Combination, as_configured
 from fedlora_app.config.loading import parse_config
 from fedlora_app.config.rounds import RoundPlan, plan_round
-from fedlora_app.config.schema import GLOBAL, LOCAL, OWN_GLOBAL, Config
+from fedlora_app.config.schema import GLOBAL, LOCAL, OWN_GLOBAL, Config, ConfigError
 from fedlora_app.config.sharing import PERSONAL
 from fedlora_app.foundation.files import WEIGHTS_FILE, hash_file
 from fedlora_app.runs.manifest import (
@@ -251,11 +252,11 @@ def load_run(path: Path | str) -> SavedRun:
 def describe_mode(path: Path) -> str:
     """Return a run's mode in words, such as "mode fedavg: one averaged adapter, a baseline"."""
     paths = RunPaths(path)
-    try:
+    mode = rule = None
+    with suppress(RunDirectoryError):
         mode = read_object(paths.manifest).get("mode")
-        rule = (read_object(paths.config).get("federated") or {}).get("aggregation")
-    except (RunDirectoryError, AttributeError):
-        return "of an unknown mode"
+    with suppress(RunDirectoryError, ConfigError):  # damaged, which the mode may not be
+        rule = read_config(paths.config).federated.rule
     return f"mode {mode}: {MODES[find_kind(mode, rule)]}" if mode in MODES else "of an unknown mode"
 
 

@@ -113,6 +113,9 @@ def test_one_figure_has_one_interval(evaluation):
         for measure in ("accuracy", "exact_match"):
             assert own[measure][name].dump() == evaluation["summary"][f"{name}_{measure}"]
     rows = [row for row in evaluation["questions"] if row["question_set"] == "conflict"]
+    for measure, key in (("accuracy", "base_correct"), ("exact_match", "base_exact_match")):
+        mean = sum(row[key] for row in rows) / len(rows)
+        assert shares["base"][measure]["conflict"].value == pytest.approx(mean)
     conflict = shares["base"]["exact_match"]["conflict"]
     assert conflict.n == len({row["record"] for row in rows}) < len(rows)
     assert conflict.facts == len({row["fact"] or row["instruction"] for row in rows})

@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from fedlora_app.evaluation.comparison import compare_evaluations
-from fedlora_app.evaluation.shares import read_shares, read_summary
+from fedlora_app.evaluation.shares import read_shares, read_summary, read_unknown
 from fedlora_app.evaluation.statistics import Estimate, proportion, share_of_facts
 from fedlora_app.report.numbers import measure_run
 
@@ -112,3 +112,24 @@ def test_a_figure_that_the_rows_do_not_give_stays_as_it_was():
     del old["questions"][3]
     assert read_summary(old)["conflict_accuracy"]["n"] == 24
     assert read_summary(old)["conflict_pass_rate"]["facts"] == 4
+
+
+def test_facts_that_the_base_model_does_not_know_are_told_by_client():
+    """It knows Ann's second fact in one of three wordings, and no other, nor Bob's second."""
+    evaluation = build_evaluation(is_old=False)
+    for row in evaluation["questions"]:
+        row["base_exact_match"] = False
+        row["base_correct"] = row["client"] == "ann" and row["record"] == 4
+    shares, extents = read_unknown(evaluation)
+    right, facts = RIGHT["ann"][:3] + RIGHT["ann"][6:] + RIGHT["bob"], FACTS[:3] + FACTS[6:] + FACTS
+    records = [*range(3), *range(6, 12), *range(12)]
+    assert shares["exact_match"] == {"conflict": proportion(right, facts, records)}
+    assert extents["accuracy"]["conflict"].value == 21 / 24
+    for row in evaluation["questions"]:
+        row["base_correct"] = True
+    shares, extents = read_unknown(evaluation)
+    assert shares == {} and extents["accuracy"]["conflict"].value == 0
+
+
+def test_an_old_evaluation_does_not_say_what_the_base_model_knows():
+    assert read_unknown(build_evaluation(is_old=False)) == ({}, {})
