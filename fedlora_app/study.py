@@ -203,7 +203,9 @@ def _write_summary(
     figures = {name: [measure(entry) for entry in runs] for name, runs in evaluations.items()}
     steps = {name: [entry["num_steps"] for entry in runs] for name, runs in evaluations.items()}
     chances = {name: read_chances(runs[0]) for name, runs in evaluations.items()}
-    lines = [*_describe(study, figures, steps, chances), *_describe_unknown(evaluations)]
+    unknown = {name: list(map(read_unknown, runs)) for name, runs in evaluations.items()}
+    own = {name: own_answerer(runs[0]["answering"]) for name, runs in evaluations.items()}
+    lines = [*_describe(study, figures, steps, chances), *_describe_unknown(unknown, own)]
     text = "\n".join(lines)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
@@ -212,6 +214,10 @@ def _write_summary(
             "study": study.model_dump(),
             "figures": {name: list(map(_dump_values, runs)) for name, runs in figures.items()},
             "estimates": {name: list(map(_dump_estimates, runs)) for name, runs in figures.items()},
+            "unknown": {
+                name: [_dump_estimates(shares) for shares, _ in runs]
+                for name, runs in unknown.items()
+            },
             "num_steps": steps,
         },
     )
@@ -305,15 +311,20 @@ def _describe_chances(chances: Mapping[str, Chances]) -> Iterator[str]:
             yield f"A guess ranks the right answer first for, %{who}: {told}.\n"
 
 
-def _describe_unknown(evaluations: Mapping[str, list[dict[str, Any]]]) -> Iterator[str]:
-    """Yield tables of what clients get right of the facts that the base model does not know."""
-    found = {name: [read_unknown(entry) for entry in runs] for name, runs in evaluations.items()}
-    found = {name: runs for name, runs in found.items() if all(shares for shares, _ in runs)}
+def _describe_unknown(
+    unknown: Mapping[str, list[tuple[Shares, Shares]]], own: Mapping[str, str]
+) -> Iterator[str]:
+    """Yield tables of what clients get right of the facts that the base model does not know.
+
+    Args:
+        unknown: of each variant's runs (``read_unknown``).
+        own: who answers in each variant.
+    """
+    told = {name: runs for name, runs in unknown.items() if all(shares for shares, _ in runs)}
     for measure in _measures():
         lines: list[str] = []
-        for variant, runs in found.items():
-            own = ANSWERERS[own_answerer(evaluations[variant][0]["answering"])]
-            for part, label in ((1, "share of all questions"), (0, own)):
+        for variant, runs in told.items():
+            for part, label in ((1, "share of all questions"), (0, ANSWERERS[own[variant]])):
                 by_run = [run[part].get(measure.name, {}) for run in runs]
                 means = (_describe_mean([e.get(n) for e in by_run], n) for n in QUESTION_SETS)
                 cells = " | ".join(means)

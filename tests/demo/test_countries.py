@@ -138,9 +138,11 @@ def test_conflicts_divide_all_clients_and_are_many():
         assert facts("conflict_test.json") <= set(wordings) == facts(f"{client}/local_test.json")
 
 
-def test_countries_that_are_much_alike_have_fewer_conflicts_and_the_card_says_so():
+def test_countries_that_are_much_alike_have_fewer_conflicts_which_is_said(tmp_path, capsys):
     told = generate_countries(["DE", "AT"]).description.conflicts
     assert "fewer than 40: the countries are much alike" in told and "so 0 more" not in told
+    assert main(["--countries", "DE", "AT", "--output", str(tmp_path / "alike")]) == 0
+    assert "Only 34 conflict facts, fewer than 40" in capsys.readouterr().out
 
 
 def test_answers_that_all_clients_share_are_asked_of_nobody():

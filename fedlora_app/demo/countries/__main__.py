@@ -15,6 +15,7 @@ import yaml
 
 from fedlora_app.data.importing.experiment import EXPERIMENT_FILE
 from fedlora_app.demo.countries.card import build_card, build_experiment, dump_yaml
+from fedlora_app.demo.countries.facts import MIN_CONFLICTS
 from fedlora_app.demo.countries.sets import Benchmark, check_countries, generate_countries
 from fedlora_app.demo.countries.states import generate_states
 from fedlora_app.foundation.errors import UserError
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     write(benchmark, options.output)
+    if (found := len(benchmark.partition.conflicts)) < MIN_CONFLICTS:
+        print(f"Only {found} conflict facts, fewer than {MIN_CONFLICTS}: the clients are alike.")
     return 0
 
 
