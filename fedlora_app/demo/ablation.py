@@ -57,6 +57,8 @@ VARIANTS = {
     "training.local_kl_weight=1",
     "KL 1 on public records": "training.local_kl_weight=1 data.public={public}",
     "KL 5 on public records": "training.local_kl_weight=5 data.public={public}",
+    "replay 1, kept share 0.5, KL 5 on public records": "training.replay=1 "
+    "training.local_kept_share=0.5 training.local_kl_weight=5 data.public={public}",
     "orthogonality 30": "training.local_orthogonality=30",
     "rank 2": "adapters.local.rank=2 adapters.local.alpha={alpha_of_2}",
     "half the scale": "adapters.local.alpha={half_alpha}",
