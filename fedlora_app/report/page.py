@@ -265,9 +265,13 @@ def _describe(run: PartialRun) -> str:
     base = (run.config.get("model") or {}).get("name", "unknown base model")
     seed = (run.config.get("experiment") or {}).get("seed", "?")
     return (
-        f"{run.name}: mode {run.mode}, {run.num_rounds} rounds, {len(run.clients)} clients, seed "
-        f"{seed}, base {base}"
+        f"{run.name}: mode {run.mode}, {_count(run.num_rounds, 'round')}, "
+        f"{_count(len(run.clients), 'client')}, seed {seed}, base {base}"
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + "s" * (number != 1)
 
 
 def _facts(run: PartialRun) -> Any:

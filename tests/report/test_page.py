@@ -192,6 +192,7 @@ def test_what_was_found_wrong_with_the_data_is_said_by_whoever_looked(tmp_path, 
 def test_a_client_alone_has_no_plot_of_other_clients_adapters(tmp_path, unrendered):
     for count in (1, 2):
         text = read(write_report(write_run(tmp_path / f"run{count}", count))).text
+        assert f"4 rounds, {count} client{'s' * (count > 1)}, seed" in text
         assert ("another client's adapter in its place" in text) == (count > 1)
 
 
