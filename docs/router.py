@@ -6,14 +6,15 @@ to the model "global" or "pair". A request without a system prompt gets the clie
 """
 
 import argparse
+import hashlib
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import ProxyHandler, Request, build_opener
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -22,22 +23,26 @@ class Router:
 
     def __init__(self, folder, base):
         self.about = json.loads((Path(folder) / "gate.json").read_text(encoding="utf-8"))
-        tensors = load_file(Path(folder) / "gate.safetensors")
+        content = (Path(folder) / "gate.safetensors").read_bytes()
+        if self.about.get("sha256", found := hashlib.sha256(content).hexdigest()) != found:
+            raise ValueError(f"{folder}/gate.safetensors is not the file that was exported")
+        tensors = load(content)
         self.is_local, self.foreign = tensors.pop("is_local"), tensors.pop("foreign")
         self.tensors = {name: tensor.double() for name, tensor in tensors.items()}
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.marks = [t for t in self.tokenizer.added_tokens_decoder.values() if t.special]
         self.model = AutoModelForCausalLM.from_pretrained(base, dtype="auto").eval()
+        try:
+            self.choose("")
+        except (LookupError, RuntimeError) as error:
+            raise ValueError(f"{base} is not the base model of this gate: {error}") from None
 
     def encode(self, question):
         """Return the prompt's tokens; marks of the chat template in a question are mere text."""
         before, after = self.about["text_before_question"], self.about["text_after_question"]
-        said = question.strip()
-        if any(mark.content in said for mark in self.marks):
-            start, _, end = question.partition(said)
-            parts = ((before + start, False), (said, True), (end + after, False))
-        else:
-            parts = ((before + question + after, False),)
+        parts = ((before, False), (said := question.strip(), True), (after, False))
+        if not any(mark.content in said for mark in self.marks):
+            parts = ((before + said + after, False),)
         ids = []
         for text, is_said in parts:
             as_text = {"add_special_tokens": False, "split_special_tokens": is_said}
@@ -100,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
         for name in ("Authorization", "Content-Type"):
             request.add_header(name, self.headers.get(name, ""))
         try:
-            answer = urlopen(request)
+            answer = build_opener(ProxyHandler({})).open(request)  # by no proxy
         except HTTPError as error:  # is an answer, too
             answer = error
         except OSError as error:
@@ -136,4 +141,9 @@ if __name__ == "__main__":
     parser.add_argument("--upstream", default="http://127.0.0.1:8001", help="has the adapters")
     parser.add_argument("--port", type=int, default=8000)
     given = parser.parse_args()
-    build_server(Router(given.folder, given.base), given.upstream, given.port).serve_forever()
+    try:
+        router = Router(given.folder, given.base)
+    except (OSError, ValueError, LookupError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise SystemExit(f"Nothing can be routed with {given.folder}: {why}") from None
+    build_server(router, given.upstream, given.port).serve_forever()

@@ -287,7 +287,9 @@ def _describe(
     chances: Mapping[str, Chances],
 ) -> Iterator[str]:
     seeds = ", ".join(map(str, study.seeds))
-    for measure in _measures():
+    found = [who for runs in figures.values() for run in runs for who in run.values()]
+    scored_by = {key.partition("/")[0] for of in found for key in of}
+    for measure in (m for m in _measures() if m.name in scored_by):
         heading = f"{measure.label.capitalize()}, %"
         yield (
             f"{heading}; over all clients, then means over seeds {seeds} [95 %: the wider of "
@@ -320,16 +322,19 @@ def _describe_unknown(
         unknown: of each variant's runs (``read_unknown``).
         own: who answers in each variant.
     """
-    told = {name: runs for name, runs in unknown.items() if all(shares for shares, _ in runs)}
     for measure in _measures():
         lines: list[str] = []
-        for variant, runs in told.items():
-            for part, label in ((1, "share of all questions"), (0, ANSWERERS[own[variant]])):
-                by_run = [run[part].get(measure.name, {}) for run in runs]
-                means = (_describe_mean([e.get(n) for e in by_run], n) for n in QUESTION_SETS)
-                cells = " | ".join(means)
-                if part == 0 or not any(line.endswith(cells + " |") for line in lines):
-                    lines.append(f"| {variant} | {label} | {cells} |")
+        said: set[str] = set()
+        for variant, runs in unknown.items():
+            shares, extents = (
+                " | ".join(_describe_mean([e.get(n) for e in by_run], n) for n in QUESTION_SETS)
+                for by_run in ([run[k].get(measure.name, {}) for run in runs] for k in (0, 1))
+            )
+            if extents.strip(" |") and extents not in said:
+                lines.append(f"| {variant} | share of all questions | {extents} |")
+                said.add(extents)
+            if shares.strip(" |"):
+                lines.append(f"| {variant} | {ANSWERERS[own[variant]]} | {shares} |")
         if lines:
             yield (
                 f"{measure.label.capitalize()}, %, of the facts that the base model does not know: "

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from fedlora_app.client import Client
 from fedlora_app.config.loading import change_config
+from fedlora_app.report.sections import describe_command
+from fedlora_app.runs.partial import read_what_is_left
 from fedlora_app.runs.reading import load_run
 
 WEIGHTS = "adapter_model.safetensors"
@@ -315,6 +317,7 @@ def test_a_client_with_a_local_adapter_fits_only_its_scale(
         assert torch.equal(ours[key], factor * tensor)
     manifest = load_run(run).manifest
     assert manifest["adapted_from"]["local_adapters"] == {"run": "run", "round": 2}
+    assert describe_command(read_what_is_left(run)).endswith(" --only-scale run")
     assert (run / "final" / "global" / WEIGHTS).read_bytes() == (
         newer / "final" / "global" / WEIGHTS
     ).read_bytes()

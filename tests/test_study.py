@@ -7,7 +7,15 @@ from conftest import ROOT, build_tiny_config
 from loopback import Federation
 
 from fedlora_app.config.schema import ConfigError
-from fedlora_app.study import StudyConfig, describe_percent, load_study, run_study
+from fedlora_app.evaluation.statistics import proportion
+from fedlora_app.study import (
+    StudyConfig,
+    _describe,
+    _describe_unknown,
+    describe_percent,
+    load_study,
+    run_study,
+)
 
 SETTINGS = {"seeds": [7], "variants": {"sum": "", "searched": ""}}
 
@@ -36,6 +44,25 @@ def test_a_variant_is_evaluated_as_the_study_says(tiny_project, tmp_path):
     }
     assert run_study(study, tiny_project, tmp_path, lambda *_: None) == text
     assert changed == {path: path.stat().st_mtime_ns for path in changed}
+
+
+def test_of_what_was_not_measured_there_is_no_table():
+    """Without candidates nothing is ranked; a base model may know all that a variant is asked."""
+    some, all_, none = (
+        {"exact_match": {"local": proportion(found)}} for found in ([1, 0, 1], [1] * 3, [0] * 3)
+    )
+    unknown = {"a": [(all_, all_)], "b": [({}, none)], "c": [(some, all_)], "old": [({}, {})]}
+    lines = list(_describe_unknown(unknown, dict.fromkeys(unknown, "global")))
+    assert [line.split(" | ")[:2] for line in lines if line.startswith("| ")] == [
+        ["| variant", "answers with"],
+        *(["| a", "share of all questions"], ["| a", "global alone"]),
+        ["| b", "share of all questions"],
+        ["| c", "global alone"],
+    ]
+    figures = {"a": [{"global": {"exact_match/local": proportion([1, 0, 1])}}]}
+    study = StudyConfig(name="tiny", config="x", **SETTINGS)
+    text = "\n".join(_describe(study, figures, {"a": [8]}, {}))
+    assert "Greedy answer exact, %" in text and "Ranked first" not in text
 
 
 def test_an_experiment_is_no_study():

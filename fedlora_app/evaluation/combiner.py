@@ -39,8 +39,8 @@ class Combiner:
     """The client's own, under which questions are judged."""
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-        """Return the prompt by which a question is judged."""
-        return encode_prompt(tokenizer, self.system_prompt, question)
+        """Return the prompt by which a question is judged, but for white space around it."""
+        return encode_prompt(tokenizer, self.system_prompt, question.strip())
 
     def find_weights(self, model: AdaptedModel, prompts: Sequence[list[int]]) -> list[Weights]:
         """Return the weights of each prompt."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fedlora_app.data.questions import UNIVERSAL
+from fedlora_app.data.questions import CONFLICT, UNIVERSAL
 from fedlora_app.evaluation.gate_report import (
     BLAMED,
     SEPARATION,
@@ -66,7 +66,9 @@ def show_gate(run: PartialRun, plotter: Plotter) -> Section | None:
         cut = "" if num_shown == num_wrong else f" {num_shown} fit; evaluation.json has all."
         section.text.append(
             f"Below stand the {num_wrong} wrong answers to universal questions, those that a gate "
-            f"is to blame for first.{cut} Those to conflict questions stand further down."
+            f"is to blame for first.{cut}"
+            + " Those to conflict questions stand further down."
+            * (CONFLICT in sets)
         )
     return section
 
@@ -87,7 +89,8 @@ def _list_separation(run: PartialRun, gates: Mapping[str, Figures]) -> Table:
     headings = ("client", "compares", "nearest facts of its kind", *SEPARATION.values())
     caption = SEPARATES
     if len(gates) < len(rows):
-        caption += f". {NO_GATE.capitalize()}: it trained on one kind of question alone"
+        caption += f". {NO_GATE.capitalize()}: it trained on one kind of question alone, "
+        caption += "or has not told of one"
     return Table(headings, rows, caption)
 
 

@@ -265,14 +265,17 @@ def _describe(run: PartialRun) -> str:
     base = (run.config.get("model") or {}).get("name", "unknown base model")
     seed = (run.config.get("experiment") or {}).get("seed", "?")
     return (
-        f"{run.name}: mode {run.mode}, {run.num_rounds} rounds, {len(run.clients)} clients, seed "
-        f"{seed}, base {base}"
+        f"{run.name}: mode {run.mode}, {_count(run.num_rounds, 'round')}, "
+        f"{_count(len(run.clients), 'client')}, seed {seed}, base {base}"
     )
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + "s" * (number != 1)
+
+
 def _facts(run: PartialRun) -> Any:
-    done = "none" if run.last_round is None else run.last_round
-    yield "complete rounds", f"{done} of {run.num_rounds}"
+    yield "complete rounds", _count_rounds(run)
     if why := (run.manifest.get("final") or {}).get("why"):
         yield "final round", str(why)
     if forgotten := run.manifest.get(FORGOTTEN):
@@ -282,6 +285,11 @@ def _facts(run: PartialRun) -> Any:
     yield "time of all rounds", f"{seconds / 60:.1f} min"
     yield "started", str(run.manifest.get("started", "unknown"))
     yield "commit", str(run.manifest.get("git_commit") or "unknown")[:12]
+
+
+def _count_rounds(run: PartialRun) -> str:
+    done = "none" if run.last_round is None else run.last_round
+    return f"{done} of {run.num_rounds}"
 
 
 def _mode_of(runs: Sequence[PartialRun], name: str) -> str:
@@ -300,8 +308,7 @@ def _show_runs(runs: Sequence[PartialRun], output: Path) -> Section:
         adapters = run.config.get("adapters") or {}
         ranks = "/".join(str((adapters.get(k) or {}).get("rank", "?")) for k in ("global", "local"))
         schedule = (run.config.get("training") or {}).get("schedule", "")
-        done = f"{run.last_round} of {run.num_rounds}"
-        rows.append((link, run.mode, schedule, ranks, seed, done))
+        rows.append((link, run.mode, schedule, ranks, seed, _count_rounds(run)))
     headings = ("run", "mode", "schedule", "ranks global/local", "seed", "rounds")
     return Section("runs", "The runs", tables=[Table(headings, rows)])
 

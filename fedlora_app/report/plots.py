@@ -146,7 +146,7 @@ def plot_traffic(history: pandas.DataFrame) -> Figure:
 
 @styled
 def plot_seconds(history: pandas.DataFrame) -> Figure:
-    """Draw the time of each part of a round, the sum over the clients (they take turns)."""
+    """Draw the time of each part of a round, the sum over the clients."""
     names = {"evaluation_seconds": "evaluation", "aggregation_seconds": "aggregation"}
     names |= {f"train_{phase}/seconds": label for phase, label in PHASES.items()}
     rows = history[history["metric"].isin(names)]

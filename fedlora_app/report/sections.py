@@ -14,6 +14,7 @@ from fedlora_app.evaluation.names import (
     EXACT_MATCH,
     OWN_SETS,
     QUESTION_SETS,
+    relative_label,
     shown_measures,
 )
 from fedlora_app.evaluation.reported import (
@@ -74,8 +75,8 @@ def _show_answers(run: PartialRun, plotter: Plotter) -> Section:
         draw = partial(plots.plot_swap_table, evaluation, measure.name)
         section.plots.append(plotter.draw(name, draw))
     for name in OWN_SETS:
-        has = any(row["question_set"] == name for row in evaluation["swap_table"])
-        if has and "local" in evaluation["answering"]:
+        rows = [row for row in evaluation["swap_table"] if row["question_set"] == name]
+        if any(relative_label(row).endswith(":foreign") for row in rows):
             section.plots.append(
                 plotter.draw(
                     f"foreign_adapters_{name}",
@@ -141,7 +142,7 @@ def _show_costs(run: PartialRun, plotter: Plotter) -> Section:
     section = Section("costs", "What it cost")
     history = load_history(run.path)
     captions = {
-        plots.plot_seconds: "Clients take turns on one device, so their times add up.",
+        plots.plot_seconds: "Sums over the clients: a round's time where they take turns.",
         plots.plot_traffic: "Contents of all messages; local adapters are in none of them.",
         plots.plot_memory: "Allocated on the GPU, or on a CPU the process's high-water mark.",
     }
@@ -170,8 +171,9 @@ def _show_data(run: PartialRun, plotter: Plotter) -> Section:
         headings = ("severity", "rule", "file", "clients", "number", "first record")
         title = "Findings at registration; fedlora check CONFIG quotes records"
         section.tables.append(Table(headings, found, title))
-    if not found and not warnings:
-        section.text.append("fedlora check found nothing wrong with the question sets.")
+    if reported and not found and not warnings:
+        who = "fedlora check" if run.evaluation is not None else "Registration"
+        section.text.append(f"{who} found nothing wrong with the question sets.")
     return section
 
 
@@ -208,8 +210,11 @@ def describe_command(run: PartialRun) -> str:
     if run.root is not None and config.is_relative_to(run.root):
         config = config.relative_to(run.root)
     if run.mode == "adapted":
-        origin = (run.manifest.get("adapted_from") or {}).get("run", "RUN")
-        return f"fedlora adapt {shell(origin)} --config {shell(config.as_posix())}"
+        origin = run.manifest.get("adapted_from") or {}
+        earlier = (origin.get("local_adapters") or {}).get("run")
+        command = f"fedlora adapt {shell(origin.get('run', 'RUN'))} --config "
+        command += shell(config.as_posix())
+        return command + (f" --only-scale {shell(earlier)}" if earlier else "")
     if forgotten := run.manifest.get(FORGOTTEN):
         origin = forgotten.get("run", "RUN")
         return f"fedlora forget {shell(origin)} --client {forgotten.get('client')}"

@@ -110,7 +110,20 @@ def test_a_run_that_is_not_evaluated_shows_how_its_gates_separate(tmp_path, unre
     text = section(run)
     assert "93 %" in text and f"fedlora evaluate {run}" in text and "<article" not in text
     assert "<tr><td>new</td><td>no gate</td>" in text
-    assert "trained on one kind of question alone" in text
+    assert "trained on one kind of question alone, or has not told of one" in text
+
+
+def test_where_there_are_no_conflict_questions_none_stand_further_down(tmp_path, unrendered):
+    for num_conflicts in (12, 0):
+        run = write_run(tmp_path / f"run{num_conflicts}", gated=True, num_conflicts=12)
+        path = run / "evaluation.json"
+        evaluation = json.loads(path.read_text())
+        rows = evaluation["questions"]
+        kept = [row for row in rows if num_conflicts or row["question_set"] != "conflict"]
+        path.write_text(json.dumps(evaluation | {"questions": kept}))
+        write_report(run)
+        assert "wrong answers to universal questions" in section(run)
+        assert ("stand further down" in section(run)) == bool(num_conflicts)
 
 
 def test_a_run_without_a_gate_has_no_such_section(tmp_path, unrendered):

@@ -172,6 +172,30 @@ def test_a_run_that_stopped_says_so(tmp_path, unrendered):
     assert "Not evaluated yet" in text and f"fedlora evaluate {run}" in text
 
 
+def test_a_run_without_a_complete_round_has_done_none(tmp_path, unrendered):
+    runs = [write_run(tmp_path / name, evaluated=False) for name in ("begun", "done")]
+    manifest = json.loads((runs[0] / "manifest.json").read_text())
+    (runs[0] / "manifest.json").write_text(json.dumps(manifest | {"finished": None, "rounds": []}))
+    text = read(write_comparison(runs, tmp_path / "both.html")).text
+    assert "none of 4" in text and "4 of 4" in text and "None" not in text
+
+
+def test_what_was_found_wrong_with_the_data_is_said_by_whoever_looked(tmp_path, unrendered):
+    run = write_run(tmp_path / "evaluated")
+    assert "fedlora check found nothing wrong" in read(write_report(run)).text
+    run = write_run(tmp_path / "run", evaluated=False)
+    assert "Registration found nothing wrong" in read(write_report(run)).text
+    (run / "manifest.json").unlink()
+    assert "found nothing wrong" not in read(write_report(run)).text
+
+
+def test_a_client_alone_has_no_plot_of_other_clients_adapters(tmp_path, unrendered):
+    for count in (1, 2):
+        text = read(write_report(write_run(tmp_path / f"run{count}", count))).text
+        assert f"4 rounds, {count} client{'s' * (count > 1)}, seed" in text
+        assert ("another client's adapter in its place" in text) == (count > 1)
+
+
 def test_a_folder_without_a_run_is_an_error(tmp_path):
     with pytest.raises(RunDirectoryError, match="is not a run directory"):
         write_report(tmp_path)

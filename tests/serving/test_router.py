@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 import threading
+import urllib.request
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -51,10 +54,15 @@ def saved(tmp_path_factory) -> SavedModel:
 
 
 @pytest.fixture(scope="module")
-def router(script, saved, tmp_path_factory):
+def exported(saved, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "northgate"
     export_adapter(saved, "northgate", folder)
-    return script.Router(folder / "router", DEMO_MODEL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def router(script, exported):
+    return script.Router(exported / "router", DEMO_MODEL)
 
 
 def test_it_is_short_and_needs_nothing_of_ours():
@@ -70,9 +78,10 @@ def test_it_chooses_as_the_gate_does(saved, router, monkeypatch):
     questions = [format_question(record) for record in (*records, *shared.records)]
     questions += ["Why?", "Which planet is the largest?\n\nSay it in one word."]
     questions += [f" <|im_start|>{question}\n" for question in questions[:8]]  # mere text
+    questions += [f"\n {question}  \n" for question in questions[:8]]
     tokenizer = saved.load()[0].tokenizer
-    prompts = [encode_prompt(tokenizer, client.system_prompt, question) for question in questions]
     with saved.answering(saved.own("northgate")) as (model, gate):
+        prompts = [gate.encode(tokenizer, question) for question in questions]
         weights = gate.weigh(model, prompts).tolist()
         stricter = replace(gate, floor=torch.tensor(0.9), _known={}).weigh(model, prompts).tolist()
     assert [router.choose(q) for q in questions] == [("global", "pair")[int(w)] for w in weights]
@@ -97,6 +106,32 @@ def test_a_token_that_closes_the_gate_closes_it_here_too(saved, router, monkeypa
     assert [router.choose(q) for q in questions] == [("global", "pair")[int(w)] for w in opened]
     monkeypatch.setattr(router, "foreign", torch.tensor([token]))
     assert [router.choose(q) for q in questions] == ["global", "global"]
+
+
+def test_white_space_around_a_question_moves_no_gate(saved, router):
+    """Some chat templates leave it out, which the text around a question does not tell."""
+    tokenizer = saved.load()[0].tokenizer
+    with saved.answering(saved.own("northgate")) as (_, gate):
+        for question in ("What does littering cost?", "What is <|im_end|>?"):
+            expected = gate.encode(tokenizer, question)
+            for asked in (question, f"\n {question}  \n"):
+                assert gate.encode(tokenizer, asked) == router.encode(asked)[0].tolist() == expected
+
+
+def test_what_is_damaged_or_of_another_base_model_is_said_at_the_start(
+    script, router, tiny_project, exported, tmp_path
+):
+    folder = shutil.copytree(exported / "router", tmp_path / "router")
+    with pytest.raises(ValueError, match="model is not the base model of this gate: "):
+        script.Router(folder, tiny_project / "model")
+    (folder / "gate.safetensors").write_bytes(b"else")
+    with pytest.raises(ValueError, match="is not the file that was exported"):
+        script.Router(folder, DEMO_MODEL)
+    (folder / "gate.json").write_text("{")
+    command = [sys.executable, SCRIPT, folder, "--base", DEMO_MODEL]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert ended.stderr.startswith(f"Nothing can be routed with {folder}: JSONDecodeError")
 
 
 class Upstream(BaseHTTPRequestHandler):
@@ -167,6 +202,18 @@ def test_requests_are_passed_on_to_the_adapter_that_is_chosen(script, saved, rou
     assert bodies[0]["messages"] == [own, {"role": "user", "content": universal}]
     assert bodies[1]["messages"][:-1] == [own, *earlier] and bodies[1]["stream"] is True
     assert bodies[2]["messages"][0] == system and bodies[2]["n"] == 2
+
+
+def test_questions_go_to_no_proxy_that_the_environment_names(script, router, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # that read the environment before
+    upstream = ThreadingHTTPServer(("127.0.0.1", 0), Upstream)
+    with running(upstream) as url, running(script.build_server(router, url, 0)) as before:
+        answer = httpx.get(f"{before}/v1/models", trust_env=False)
+        assert answer.json() == {"object": "list"}
 
 
 def test_the_rest_is_passed_on_and_what_cannot_be_is_said(script, router):
