@@ -91,8 +91,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         """Pass a chat completion on, and its answer back as it comes."""
-        asked = self.rfile.read(int(self.headers["Content-Length"] or 0))
         try:
+            asked = self.rfile.read(max(0, int(self.headers["Content-Length"] or 0)))
             body = self.server.router.rewrite(json.loads(asked))
         except (ValueError, LookupError, TypeError, AttributeError):
             self.refuse(400, "Expected the JSON of a chat completion whose last message is text.")

@@ -11,6 +11,7 @@ import threading
 import urllib.request
 from contextlib import contextmanager
 from dataclasses import replace
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -223,6 +224,10 @@ def test_the_rest_is_passed_on_and_what_cannot_be_is_said(script, router):
         for body in (b"{", b"[]", b"{}", b'{"messages": [{"role": "user", "content": 1}]}'):
             refused = httpx.post(f"{before}/v1/chat/completions", content=body)
             assert refused.status_code == 400 and "chat completion" in refused.text
+        connection = HTTPConnection(before.removeprefix("http://"))
+        connection.request("POST", "/v1/chat/completions", headers={"Content-Length": "many"})
+        assert connection.getresponse().status == 400
+        connection.close()
     with running(script.build_server(router, url, 0)) as before:  # that server has ended
         gone = httpx.get(f"{before}/v1/models")
         assert gone.status_code == 502 and url in gone.json()["error"]["message"]
