@@ -32,6 +32,13 @@ ByWeights = Sequence[tuple[Weights, Sequence[int]]]
 """Weights with the places of the prompts that they are for."""
 
 
+def encode_judged(
+    tokenizer: PreTrainedTokenizerBase, system_prompt: str, question: str
+) -> list[int]:
+    """Return the prompt by which a question is judged: white space around it says nothing."""
+    return encode_prompt(tokenizer, system_prompt, question.strip())
+
+
 class Combiner:
     """Weighs a pair's adapters by the question, whatever prompt it is asked with."""
 
@@ -39,8 +46,8 @@ class Combiner:
     """The client's own, under which questions are judged."""
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-        """Return the prompt by which a question is judged, but for white space around it."""
-        return encode_prompt(tokenizer, self.system_prompt, question.strip())
+        """Return the prompt by which a question is judged."""
+        return encode_judged(tokenizer, self.system_prompt, question)
 
     def find_weights(self, model: AdaptedModel, prompts: Sequence[list[int]]) -> list[Weights]:
         """Return the weights of each prompt."""

@@ -21,8 +21,8 @@ import torch
 from scipy.optimize import minimize
 from transformers import PreTrainedTokenizerBase
 
-from fedlora_app.data.dialogue import encode_prompt
 from fedlora_app.data.records import Record, format_question
+from fedlora_app.evaluation.combiner import encode_judged
 from fedlora_app.evaluation.feature_space import Space
 from fedlora_app.evaluation.foreign_tokens import TokenCounts, choose_threshold
 from fedlora_app.evaluation.gate import (
@@ -94,7 +94,7 @@ def fit_gate(
     facts = []
     for is_local, records in ((True, local), (False, universal)):
         wordings = choose_wordings(records, all_facts=is_local)
-        prompts = [encode_prompt(tokenizer, system_prompt, q) for qs in wordings for q in qs]
+        prompts = [encode_judged(tokenizer, system_prompt, q) for qs in wordings for q in qs]
         sizes = [len(questions) for questions in wordings]
         parts = zip(*(f.split(sizes) for f in compute_features(model, prompts)), strict=True)
         tokens = map(frozenset, prompts)

@@ -23,9 +23,8 @@ import torch
 
 from fedlora_app.config.combination import INSTANCE
 from fedlora_app.config.schema import LOCAL
-from fedlora_app.data.dialogue import encode_prompt
 from fedlora_app.data.records import format_question
-from fedlora_app.evaluation.combiner import Weights
+from fedlora_app.evaluation.combiner import Weights, encode_judged
 from fedlora_app.evaluation.fitted import FittedCombiner, FittingTask, require_shape
 from fedlora_app.evaluation.fitted_files import Tensors
 from fedlora_app.evaluation.prompt_features import compute_features
@@ -58,7 +57,7 @@ class InstanceWeights(FittedCombiner):
         count = min(NUM_INSTANCES, len(questions))
         drawn = random.Random(task.seed(INSTANCE)).sample(questions, count)
         prompt = task.client.system_prompt
-        prompts = [encode_prompt(task.tokenizer, prompt, question) for question in drawn]
+        prompts = [encode_judged(task.tokenizer, prompt, question) for question in drawn]
         states = torch.nn.functional.normalize(see(task.model, prompts), dim=-1)
         return cls(states.float(), prompt)
 

@@ -105,6 +105,20 @@ def test_the_gate_opens_for_local_questions(adapted, tokenizer, gate):
     assert gate.figures.opens_for_local == gate.figures.closes_for_universal == 1
 
 
+def test_white_space_around_training_questions_moves_no_gate(adapted, tokenizer, gate):
+    """As it moves none around a question that is judged."""
+    spaced = [
+        [
+            dataclasses.replace(record, instruction=f"\n {record.instruction}  ")
+            for record in records
+        ]
+        for records in (LOCAL_RECORDS, UNIVERSAL_RECORDS)
+    ]
+    other = fit_gate(adapted, tokenizer, SYSTEM, *spaced)
+    for means, expected in zip(other.means, gate.means, strict=True):
+        assert torch.equal(means, expected)
+
+
 def test_entangled_questions_are_told_apart_by_their_facts(adapted, tokenizer):
     """The same wordings about other things, where the mean of each kind says nothing."""
     local, universal, held, unknown = entangle()
