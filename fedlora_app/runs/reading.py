@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -250,14 +249,22 @@ def load_run(path: Path | str) -> SavedRun:
 
 
 def describe_mode(path: Path) -> str:
-    """Return a run's mode in words, such as "mode fedavg: one averaged adapter, a baseline"."""
+    """Return a run's mode in words, such as "mode fedavg: one averaged adapter, a baseline".
+
+    The mode alone where config.json, which has the rule of aggregation, is missing or damaged.
+    """
     paths = RunPaths(path)
-    mode = rule = None
-    with suppress(RunDirectoryError):
+    try:
         mode = read_object(paths.manifest).get("mode")
-    with suppress(RunDirectoryError, ConfigError):  # damaged, which the mode may not be
+    except RunDirectoryError:
+        mode = None
+    if mode not in MODES:
+        return "of an unknown mode"
+    try:
         rule = read_config(paths.config).federated.rule
-    return f"mode {mode}: {MODES[find_kind(mode, rule)]}" if mode in MODES else "of an unknown mode"
+    except (RunDirectoryError, ConfigError):
+        return f"mode {mode}"
+    return f"mode {mode}: {MODES[find_kind(mode, rule)]}"
 
 
 def describe_damage(path: Path, faults: Sequence[str]) -> str:
