@@ -326,10 +326,7 @@ def _describe_unknown(
         lines: list[str] = []
         said: set[str] = set()
         for variant, runs in unknown.items():
-            shares, extents = (
-                " | ".join(_describe_mean([e.get(n) for e in by_run], n) for n in QUESTION_SETS)
-                for by_run in ([run[k].get(measure.name, {}) for run in runs] for k in (0, 1))
-            )
+            shares, extents = (_describe_sets(p, measure) for p in zip(*runs, strict=True))
             if extents.strip(" |") and extents not in said:
                 lines.append(f"| {variant} | share of all questions | {extents} |")
                 said.add(extents)
@@ -345,6 +342,14 @@ def _describe_unknown(
             yield "|---" * (2 + len(QUESTION_SETS)) + "|"
             yield from lines
             yield ""
+
+
+def _describe_sets(runs: Sequence[Shares], measure: Measure) -> str:
+    """Return a row's cells: of each question set the mean over runs, "" where one has none."""
+    found = [run.get(measure.name, {}) for run in runs]
+    return " | ".join(
+        _describe_mean([by_set.get(name) for by_set in found], name) for name in QUESTION_SETS
+    )
 
 
 def _flatten(shares: Shares) -> dict[str, Estimate]:
